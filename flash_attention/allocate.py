@@ -1,0 +1,24 @@
+"""What a forward and a backward return, allocated. Shared by every backend and by the shape-only versions of the ops, so that all agree."""
+
+import torch
+from torch import Tensor
+
+from flash_attention.reference.tiles import sum_dtype
+
+
+def like(x: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty (B, H, rows, columns) in the layout of x (B, H, N, D): a (B, N, H, D) tensor that came in transposed goes out transposed."""
+    B, H = x.shape[:2]
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((B, rows, H, columns), dtype=dtype).transpose(1, 2)
+    return x.new_empty((B, H, rows, columns), dtype=dtype)
+
+
+def forward_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """O (B, H, Nq, Dv) and LSE (B, H, Nq)."""
+    return like(q, q.shape[2], v.shape[3]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
+
+
+def backward_outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV, shaped as q, k, v."""
+    return like(q, *q.shape[2:]), like(k, *k.shape[2:]), like(v, *v.shape[2:])

@@ -1,0 +1,96 @@
+"""`flash_attention()`: checks its arguments, gives the mask one shape, picks a backend and calls it."""
+
+import torch
+from torch import Tensor
+
+from flash_attention.autograd import attention
+from flash_attention.backends import choose
+from flash_attention.reference.tiles import broadcast_mask
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale · q kᵀ) v, exactly, without ever holding the Nq × Nk matrix.
+
+    FlashAttention: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
+
+    Args:
+        q: (B, H, Nq, D), float32, float16, bfloat16 or float64, any strides.
+        k: (B, Hkv, Nk, D). Hkv divides H: query head h reads key/value head h // (H / Hkv) (grouped-query attention).
+        v: (B, Hkv, Nk, Dv).
+        mask: bool, True = may attend. (B, Nk) is a key mask; any other shape broadcasts to (B, H, Nq, Nk). Read through its strides.
+        causal: row r sees columns c ≤ r + Nk − Nq, aligned bottom-right. With a mask, both must allow.
+        scale: of the scores; 1/√D unless given.
+        dropout_p: probability in [0, 1) of dropping an entry of softmax's result, rounded to a multiple of 1/256; what is kept is divided
+            by the exact keep probability. Active whenever it is not 0. `torch.manual_seed` governs it.
+        return_lse: return LSE = log Σ exp(scores) too. It is differentiable.
+        backend: None takes the fastest that serves this call; a name from `flash_attention.backends.BACKENDS` asks for one.
+
+    Returns:
+        O (B, H, Nq, Dv) in q's dtype, and LSE (B, H, Nq) in float32 (float64 for float64) if asked for. A row that may attend nothing has
+        O = 0, LSE = −inf and zero gradients.
+
+    Raises:
+        TypeError: an argument's type or dtype is wrong. ValueError: shapes, devices or values do not fit.
+        NotImplementedError: the backend asked for cannot serve this call. Each message names what is at fault; nothing has been launched.
+
+    Under autocast, floating-point inputs are cast as for torch's own attention.
+
+    >>> q, k, v = torch.randn(3, 2, 8, 100, 64).unbind()
+    >>> flash_attention(q, k, v, causal=True).shape
+    torch.Size([2, 8, 100, 64])
+    """
+    _check(q, k, v, causal, scale, dropout_p)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if mask is not None:
+        mask = broadcast_mask(mask, *q.shape[:3], k.shape[2])
+        if mask.device != q.device:
+            raise ValueError(f"q and mask must be on one device, got {q.device} and {mask.device}")
+    seed = torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=q.device) if dropout_p else None
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    name = choose(backend, q, k, v, mask, causal, dropout_p)
+    O, LSE = attention(q, k, v, mask, seed, causal, scale, float(dropout_p), name)
+    return (O, LSE) if return_lse else O
+
+
+def _check(q, k, v, causal, scale, dropout_p) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head size), got shape {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"q, k and v must have one batch size, {shapes}")
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ValueError(f"k and v must have the same heads and length, {shapes}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must have the same head size, {shapes}")
+    if 0 in (q.shape[1], k.shape[1], q.shape[3], v.shape[3]) or q.shape[1] % k.shape[1]:
+        raise ValueError(f"heads and head sizes must not be 0, and k's heads must divide q's, {shapes}")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be True or False, got {causal!r}")
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be a probability in [0, 1), got {dropout_p!r}")

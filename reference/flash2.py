@@ -1,0 +1,162 @@
+"""FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithms 1 and 2, for any mask.
+
+Against the first paper: Q blocks are outside, so that O, m and l of a block of rows stay in fast memory until they are done and O is
+divided by l once, at the end; and the backward is left one vector, LSE = m + log l, instead of two. "line n" below is line n of the
+paper's algorithm.
+
+S and P exist one tile at a time. `observe`, if given, is called after every tile with the variables below as keywords: it is how the
+notebooks step through this very code. What it is shown is overwritten later, so it copies what it keeps.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .dropout import Dropout
+from .tiles import (
+    LOWEST,
+    add_matmul_,
+    block_size,
+    blocks,
+    broadcast_mask,
+    exp_minus,
+    fast_memory,
+    hide_,
+    matmul_into,
+    sum_dtype,
+    sum_groups,
+    tile,
+)
+
+BLOCK_Q = 1024
+BLOCK_K = 512
+
+
+@torch.no_grad()
+def flash_attention2_forward(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout: Dropout | None = None,
+    block_q: int | None = None,
+    block_k: int | None = None,
+    observe: Callable | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1. Q (B, H, Nq, D), K (B, Hkv, Nk, D), V (B, Hkv, Nk, Dv) → O (B, H, Nq, Dv) in Q's dtype, LSE (B, H, Nq).
+
+    mask: bool, (B, Nk) or broadcastable to (B, H, Nq, Nk), True = may attend. A row that may attend nothing gets O = 0, LSE = −inf.
+    scale: 1/√D unless given. block_q, block_k: rows and columns of a tile.
+    observe(i, j, S, P, m, l, O): slices i and j, S and P of this tile (B, H, Bq, Bk), and of rows i so far m, l (B, H, Bq, 1) and
+    O (B, H, Bq, Dv), which is not yet divided by l.
+    """
+    B, H, Nq, D = Q.shape
+    Nk, Dv = V.shape[2:]
+    dtype = sum_dtype(Q)
+    block_q, block_k = block_size(block_q, BLOCK_Q), block_size(block_k, BLOCK_K)
+    scale = D**-0.5 if scale is None else scale
+    mask = broadcast_mask(mask, B, H, Nq, Nk)
+    S_memory = fast_memory(Q, block_q, block_k)
+    P_memory = S_memory if observe is None else torch.empty_like(S_memory)  # P overwrites S unless somebody is watching
+    O = Q.new_empty(B, H, Nq, Dv)
+    LSE = Q.new_empty(B, H, Nq, dtype=dtype)
+
+    for i in blocks(0, Nq, block_q):  # line 3
+        Qi = tile(Q, i, H) * scale  # (B, H, Bq, D), scaled here once, not in every tile
+        Oi = Qi.new_zeros(B, H, Qi.shape[2], Dv)  # line 5
+        l = Qi.new_zeros(B, H, Qi.shape[2], 1)
+        m = torch.full_like(l, LOWEST)
+
+        for j in blocks(0, Nk, block_k):  # line 6
+            Kj, Vj = tile(K, j, H), tile(V, j, H)  # (B, H, Bk, D), (B, H, Bk, Dv)
+            S = matmul_into(S_memory, Qi, Kj.mT)  # line 8, (B, H, Bq, Bk)
+            hide_(S, mask, i, j)
+            m_new = torch.maximum(m, S.amax(-1, keepdim=True))  # line 9
+            P = exp_minus(P_memory, S, m_new)
+            alpha = (m - m_new).exp()  # what was summed against the old maximum shrinks by this
+            l = alpha * l + P.sum(-1, keepdim=True)  # before dropout: softmax is normalised over all that a row may attend
+            if dropout is not None:
+                P.mul_(dropout.tile(i, j, dtype))
+            add_matmul_(Oi.mul_(alpha), P, Vj)  # line 10
+            m = m_new
+            if observe is not None:
+                observe(i=i, j=j, S=S, P=P, m=m, l=l, O=Oi)
+
+        O[:, :, i] = Oi / l.masked_fill(l == 0, 1)  # line 12; l = 0 only where a row may attend nothing: there O = 0 already
+        LSE[:, :, i] = (m + l.log()).squeeze(-1)  # line 13; −inf where l = 0
+    return O, LSE
+
+
+@torch.no_grad()
+def flash_attention2_backward(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    mask: Tensor | None,
+    O: Tensor,
+    LSE: Tensor,
+    dO: Tensor,
+    dLSE: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout: Dropout | None = None,
+    block_q: int | None = None,
+    block_k: int | None = None,
+    observe: Callable | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 2. O, LSE from the forward, dO (B, H, Nq, Dv), dLSE (B, H, Nq) or None → dQ, dK, dV, shaped and typed as Q, K, V.
+
+    observe(i, j, S, P, dP, dS, dQ, dK, dV): four matrices of this tile (B, H, Bq, Bk), then of its rows and columns so far
+    dQ (B, H, Bq, D), dK (B, H, Bk, D), dV (B, H, Bk, Dv), before grouped heads are summed.
+    """
+    B, H, Nq, D = Q.shape
+    Hkv, Nk = K.shape[1:3]
+    dtype = sum_dtype(Q)
+    block_q, block_k = block_size(block_q, BLOCK_Q), block_size(block_k, BLOCK_K)
+    scale = D**-0.5 if scale is None else scale
+    mask = broadcast_mask(mask, B, H, Nq, Nk)
+    S_memory, dP_memory = fast_memory(Q, block_q, block_k), fast_memory(Q, block_q, block_k)
+    P_memory, dS_memory = (S_memory, dP_memory) if observe is None else (torch.empty_like(S_memory), torch.empty_like(dP_memory))
+    dQ = Q.new_zeros(Q.shape, dtype=dtype)  # line 3
+    dK, dV = K.new_empty(K.shape), V.new_empty(V.shape)
+    LSE = LSE.masked_fill(LSE.isneginf(), math.inf)  # rows that attend nothing: P = exp(S − ∞) = 0
+    Delta = row_dots(O, dO, block_q)  # line 4: the paper's vector D, (B, H, Nq)
+    if dLSE is not None:
+        Delta = Delta - dLSE  # ∂LSE/∂S = P, so dS = P∘(dP − D) + P∘dLSE
+
+    for j in blocks(0, Nk, block_k):  # line 5
+        Kj, Vj = tile(K, j, H), tile(V, j, H)  # line 6
+        dKj, dVj = torch.zeros_like(Kj), torch.zeros_like(Vj)  # line 7
+
+        for i in blocks(0, Nq, block_q):  # line 8
+            Qi, dOi = tile(Q, i, H) * scale, tile(dO, i, H)  # line 9
+            S = matmul_into(S_memory, Qi, Kj.mT)  # line 10, (B, H, Bq, Bk)
+            hide_(S, mask, i, j)
+            P = exp_minus(P_memory, S, LSE[:, :, i, None])  # line 11: the softmax again, from LSE alone
+            dP = matmul_into(dP_memory, dOi, Vj.mT)  # line 13
+            if dropout is None:
+                add_matmul_(dVj, P.mT, dOi)  # line 12
+            else:
+                Z = dropout.tile(i, j, dtype)  # the forward's mask, drawn again from its counters
+                add_matmul_(dVj, (P * Z).mT, dOi)
+                dP.mul_(Z)
+            dS = torch.sub(dP, Delta[:, :, i, None], out=dS_memory[: dP.numel()].view_as(dP)).mul_(P)  # line 14
+            add_matmul_(dQ[:, :, i], dS, Kj * scale)  # line 15
+            add_matmul_(dKj, dS.mT, Qi)  # line 16; Qi carries the scale
+            if observe is not None:
+                observe(i=i, j=j, S=S, P=P, dP=dP, dS=dS, dQ=dQ[:, :, i], dK=dKj, dV=dVj)
+
+        dK[:, :, j], dV[:, :, j] = sum_groups(dKj, Hkv), sum_groups(dVj, Hkv)  # line 18
+    return dQ.to(Q.dtype), dK, dV
+
+
+def row_dots(O: Tensor, dO: Tensor, block_q: int) -> Tensor:
+    """rowsum(dO∘O) (B, H, Nq) in the sum dtype, a block of rows at a time so that no third tensor of O's size appears."""
+    dots = O.new_empty(O.shape[:3], dtype=sum_dtype(O))
+    for i in blocks(0, O.shape[2], block_q):
+        dots[:, :, i] = (tile(O, i, O.shape[1]) * tile(dO, i, O.shape[1])).sum(-1)
+    return dots

@@ -1,0 +1,70 @@
+"""Attention by its definition: the whole N × N matrix of scores, softmax, times V. Everything else in this project is checked against
+this file.
+
+    S = scale · Q Kᵀ,  P = softmax(S) over the columns that a row may attend,  O = P V,  LSE = log Σ exp(S)
+
+Memory grows with Nq · Nk. Plain differentiable PyTorch in the inputs' dtype: autograd and `torch.func` see every step.
+"""
+
+import math
+
+import torch
+from einops import einsum, repeat
+from torch import Tensor
+
+from .dropout import Dropout
+from .tiles import broadcast_mask
+
+
+def normal_attention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout: Dropout | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Q (B, H, Nq, D), K (B, Hkv, Nk, D), V (B, Hkv, Nk, Dv) → O (B, H, Nq, Dv), and LSE (B, H, Nq) if asked for.
+
+    mask: bool, (B, Nk) for keys or broadcastable to (B, H, Nq, Nk), True = may attend. A row that may attend nothing gets O = 0, LSE =
+    −inf and zero gradients. scale: 1/√D unless given.
+    """
+    B, H, Nq, D = Q.shape
+    Hkv, Nk = K.shape[1:3]
+    if Hkv != H:  # grouped-query attention: query head h reads key/value head h // (H / Hkv)
+        K, V = (repeat(X, "b h n d -> b (h group) n d", group=H // Hkv) for X in (K, V))
+    S = einsum(Q * (D**-0.5 if scale is None else scale), K, "b h i d, b h j d -> b h i j")
+
+    dead = None
+    if mask is not None:
+        # Checked here, then used in its own shape: a (B, 1, 1, Nk) mask costs B·Nk work, not B·H·Nq·Nk.
+        broadcast_mask(mask, B, H, Nq, Nk)
+        mask = mask[:, None, None, :] if mask.shape == (B, Nk) else mask
+        dead = ~mask.any(
+            -1, keepdim=True
+        )  # rows that attend nothing: hiding none of their scores keeps NaN away, zeroing the result makes it right
+        S = S.masked_fill(~(mask | dead), -math.inf)
+
+    P = S.softmax(-1) if Nk else S
+    if dropout is not None:
+        P = P * dropout.tile(slice(0, Nq), slice(0, Nk), P.dtype)
+    O = P @ V
+    if dead is not None:
+        O = O.masked_fill(dead, 0)
+    if not return_lse:
+        return O
+    LSE = S.logsumexp(-1)
+    return O, LSE if dead is None else LSE.masked_fill(dead.squeeze(-1), -math.inf)
+
+
+def normal_attention_causal(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None = None, **options) -> Tensor | tuple[Tensor, Tensor]:
+    """Row r sees columns c ≤ r + Nk − Nq (aligned bottom-right), and only those that `mask`, if given, allows too. Otherwise as
+    `normal_attention`."""
+    B, H, Nq, _ = Q.shape
+    Nk = K.shape[2]
+    past = torch.ones(Nq, Nk, dtype=torch.bool, device=Q.device).tril(Nk - Nq)
+    if mask is not None:
+        past = past & broadcast_mask(mask, B, H, Nq, Nk)
+    return normal_attention(Q, K, V, past.expand(1, 1, Nq, Nk) if mask is None else past, **options)

@@ -1,0 +1,124 @@
+"""What every tiled algorithm here needs: block ranges, tiles of Q, K, V and of the mask, and exp.
+
+Shapes use the papers' letters. B batch, H query heads, Hkv key/value heads, Nq and Nk sequence lengths, D head size, Dv value head size.
+A tile is named by two slices: `i` selects rows of Q (and of S, P, O), `j` selects rows of K and V (columns of S and P).
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+
+# Where the papers start a running maximum at −∞, the code starts it here: a row that has met only masked scores would otherwise compute
+# −∞ − (−∞) = NaN.
+LOWEST = -1e30
+
+
+def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Cut start … stop into slices of `size`; the last one may be shorter.
+
+    >>> list(blocks(0, 5, 2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
+
+
+def sum_dtype(Q: Tensor) -> torch.dtype:
+    """The dtype of scores, softmax and every sum: float64 for float64, float32 for all else."""
+    return torch.float64 if Q.dtype == torch.float64 else torch.float32
+
+
+def tile(X: Tensor, rows: slice, H: int) -> Tensor:
+    """Rows of a (B, H or Hkv, N, D) tensor as a (B, H, rows, D) tile in the sum dtype.
+
+    Grouped-query attention: query head h reads key/value head h // (H / Hkv). Only this tile is ever repeated, never K or V.
+    """
+    X = X[:, :, rows].to(sum_dtype(X))
+    return X if X.shape[1] == H else X.repeat_interleave(H // X.shape[1], dim=1)
+
+
+def sum_groups(dX: Tensor, Hkv: int) -> Tensor:
+    """(B, H, rows, D) → (B, Hkv, rows, D): a key/value head's gradient is the sum over the query heads that read it."""
+    return dX if dX.shape[1] == Hkv else dX.unflatten(1, (Hkv, -1)).sum(2)
+
+
+def fast_memory(Q: Tensor, block_q: int, block_k: int) -> Tensor:
+    """Room for one (B, H, block_q, block_k) tile of scores, set aside once and used for every tile: so it stays in cache, a CPU's fast
+    memory."""
+    return Q.new_empty(Q.shape[0] * Q.shape[1] * min(block_q, Q.shape[2]) * block_k, dtype=sum_dtype(Q))
+
+
+def matmul_into(memory: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """A (B, H, m, k) @ B (B, H, k, n) → (B, H, m, n), written to the start of `memory`."""
+    shape = (*A.shape[:-1], B.shape[-1])
+    out = memory[: math.prod(shape)].view(-1, *shape[2:])
+    return torch.bmm(A.flatten(0, 1), B.flatten(0, 1), out=out).view(shape)
+
+
+def add_matmul_(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """X += A @ B without a temporary; X (B, H, m, n) is contiguous or a block of rows of a contiguous tensor."""
+    X.flatten(0, 1).baddbmm_(A.flatten(0, 1), B.flatten(0, 1))
+    return X
+
+
+def exp_minus(memory: Tensor, S: Tensor, m: Tensor) -> Tensor:
+    """exp(S − m), written to the start of `memory` (which may be where S lies): one pass for the difference, one for the power.
+
+    As 2^(S·log2 e − m·log2 e): on a CPU, PyTorch's exp2 is four times faster than its exp, and a GPU has only exp2 in hardware.
+    """
+    out = memory[: S.numel()].view_as(S)
+    return torch.add(m * -LOG2_E, S, alpha=LOG2_E, out=out).exp2_()
+
+
+def broadcast_mask(mask: Tensor | None, B: int, H: int, Nq: int, Nk: int) -> Tensor | None:
+    """View a mask as (B, H, Nq, Nk) without expanding it in memory (stride 0 along broadcast dimensions).
+
+    A mask of shape (B, Nk) is a key mask; any other shape broadcasts to (B, H, Nq, Nk) from the right. True = may attend.
+
+    Raises:
+        TypeError: the mask is not a bool tensor.
+        ValueError: its shape does not broadcast to (B, H, Nq, Nk).
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.bool tensor (True = may attend) or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must have dtype torch.bool (True = may attend), got {mask.dtype}; for a 0/1 mask pass mask.bool()")
+    shape = tuple(mask.shape)
+    if shape == (B, Nk):
+        mask = mask[:, None, None, :]
+    wanted = (B, H, Nq, Nk)
+    fits = mask.dim() <= 4 and all(have in (1, want) for have, want in zip(reversed(mask.shape), reversed(wanted), strict=False))
+    if not fits:
+        raise ValueError(f"mask of shape {shape} is neither a key mask (B, Nk) = {(B, Nk)} nor broadcastable to (B, H, Nq, Nk) = {wanted}")
+    return mask.expand(wanted)
+
+
+def hide_(S: Tensor, mask: Tensor | None, i: slice, j: slice) -> Tensor:
+    """In place: scores that `mask` (B, H, Nq, Nk) forbids become −inf."""
+    return S if mask is None else S.masked_fill_(~mask[:, :, i, j], -math.inf)
+
+
+def hide_future_(S: Tensor, i: slice, j: slice, offset: int) -> Tensor:
+    """In place: row r keeps columns c ≤ r + offset, with offset = Nk − Nq (the last row sees the last column).
+
+    A tile that lies wholly in the past has nothing to hide and is left alone.
+    """
+    if j.stop - 1 <= i.start + offset:
+        return S
+    past = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).tril_(i.start + offset - j.start)
+    return S.masked_fill_(past.logical_not_(), -math.inf)
+
+
+def block_size(given: int | None, default: int) -> int:
+    """The caller's block size, or the default."""
+    if given is None:
+        return default
+    if given < 1:
+        raise ValueError(f"a block size must be at least 1, got {given}")
+    return given
