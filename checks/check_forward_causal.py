@@ -1,0 +1,52 @@
+"""The forward, causal: both papers' algorithms and `flash_attention()` against naive attention in float64.
+
+python checks/check_forward_causal.py [--b 1 --h 1 --q_len 2048 --kv_len 2048 --d 512 --dtype float32 --device cpu --backend reference]
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from flash_attention.reference import flash_attention2_causal_forward, flash_attention_causal_forward, normal_attention_causal
+from harness import Case, Report, Target, limit, run_as_script, script_arguments
+
+from flash_attention import flash_attention
+
+
+def compare(case: Case, target: Target) -> None:
+    """O and LSE of every implementation against the truth: alone, and together with a mask."""
+    for mask_kind in (None, "left padding", "dead rows"):
+        case = replace(case, mask=mask_kind)
+        report = Report(f"causal forward: {case}")
+        q, k, v, mask = case.inputs(target.device)
+        options = {"scale": case.scale, "return_lse": True}
+        truth = normal_attention_causal(q.double(), k.double(), v.double(), mask, **options)
+        naive = normal_attention_causal(q, k, v, mask, **options)
+
+        O1, l, m = flash_attention_causal_forward(q, k, v, mask)
+        front_door = flash_attention(q, k, v, mask, causal=True, return_lse=True, backend=target.backend)
+        implementations = {
+            "FlashAttention, Algorithm 1": (O1, torch.where(l > 0, m + l.log(), -torch.inf)),
+            "FlashAttention-2, Algorithm 1": flash_attention2_causal_forward(q, k, v, mask),
+            f"flash_attention, {target.backend or 'default'}": front_door,
+        }
+        for what, outputs in implementations.items():
+            for name, got, want, in_dtype in zip(("O", "LSE"), outputs, truth, naive, strict=True):
+                report.compare(f"{what}", name, got, want, limit(name, want, in_dtype, case.dtype, case.D))
+        report.verdict()
+
+
+CASES = [
+    Case(B=1, H=1, Nq=2048, Nk=2048, D=512, causal=True),
+    Case(Nq=113, Nk=203, D=59, Dv=24, H=4, Hkv=2, causal=True),
+    Case(Nq=203, Nk=113, D=40, causal=True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=("default", "ragged", "more rows than columns"))
+def check_forward_causal(case, target):
+    compare(case, target)
+
+
+if __name__ == "__main__":
+    run_as_script(compare, script_arguments(__doc__), causal=True)

@@ -1,0 +1,25 @@
+"""pytest's part of the harness: the `target` fixture and two flags.
+
+--full runs whole grids where the default is a subset. --backend NAME runs only that backend's checks.
+"""
+
+import pytest
+from harness import TARGETS
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the whole grids, not their fast subsets")
+    parser.addoption("--backend", help="check only this backend")
+
+
+def pytest_generate_tests(metafunc):
+    if "target" in metafunc.fixturenames:
+        wanted = metafunc.config.getoption("--backend")
+        targets = [t for t in TARGETS if wanted in (None, t.backend)]
+        marks = [[pytest.mark.skip(reason=t.why_not())] if t.why_not() else [] for t in targets]
+        metafunc.parametrize("target", [pytest.param(t, marks=m, id=str(t)) for t, m in zip(targets, marks, strict=True)])
+
+
+@pytest.fixture
+def full(request) -> bool:
+    return request.config.getoption("--full")

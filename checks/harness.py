@@ -1,0 +1,269 @@
+"""What every check shares: the targets to check, inputs, the truth, tolerances and the printed report.
+
+A check is written once for any backend. `TARGETS` lists the (backend, device) pairs it runs on; to add a backend, add its name there.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import pytest
+import torch
+from flash_attention.reference import Dropout, normal_attention, normal_attention_causal
+from torch import Tensor
+
+from flash_attention.backends import BACKENDS
+
+ON_CUDA: tuple[str, ...] = ()  # backends that need a GPU
+HALF = (torch.float16, torch.bfloat16)
+
+# Lengths that have broken kernels before: ragged, tiny, unequal, either longer.
+LENGTHS = [
+    *[(1, 1), (1, 239), (3, 799), (64, 128), (113, 203), (128, 217), (108, 256), (256, 512), (384, 256), (640, 128)],
+    *[(1023, 1024), (1024, 1023), (2048, 2048), (239, 1), (799, 3), (203, 113), (217, 128), (512, 256)],
+]
+FEW_LENGTHS = [(1, 1), (3, 799), (113, 203), (128, 217), (384, 256), (239, 1)]
+HEAD_SIZES = [8, 16, 32, 40, 59, 64, 96, 111, 128, 192, 256, 512]
+
+
+class Target(NamedTuple):
+    """Where a check runs."""
+
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}"
+
+    def why_not(self) -> str | None:
+        """Why this machine cannot run it."""
+        return "no CUDA GPU on this machine" if self.device == "cuda" and not torch.cuda.is_available() else None
+
+
+TARGETS = [Target("reference", "cpu"), Target("reference", "cuda"), *(Target(name, "cuda") for name in ON_CUDA)]
+
+
+def skip_unless_served(target: Target, *call) -> None:
+    """Skip, with the backend's own reason, a call (q, k, v, mask, causal, dropout_p) that it does not claim to serve."""
+    reason = BACKENDS[target.backend].why_not(*call)
+    if reason:
+        pytest.skip(f"{target.backend}: {reason}")
+
+
+@dataclass
+class Case:
+    """One attention problem. `mask` is None or one of MASKS; `sharp` multiplies q, so that softmax is close to one-hot."""
+
+    B: int = 2
+    H: int = 2
+    Nq: int = 128
+    Nk: int = 128
+    D: int = 64
+    Hkv: int | None = None
+    Dv: int | None = None
+    dtype: torch.dtype = torch.float32
+    causal: bool = False
+    mask: str | None = None
+    dropout_p: float = 0.0
+    scale: float | None = None
+    sharp: float = 1.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """Sizes, then whatever differs from a plain dense call."""
+        sizes = f"B {self.B} H {self.H} Nq {self.Nq} Nk {self.Nk} D {self.D} {str(self.dtype).removeprefix('torch.')}"
+        rest = [
+            f"{f.name} {getattr(self, f.name)}"
+            for f in fields(self)[5:]
+            if getattr(self, f.name) != f.default and f.name not in ("dtype", "seed")
+        ]
+        return " ".join([sizes, *rest])
+
+    def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v and the mask, drawn on the CPU so that every device sees the same numbers."""
+        random = torch.Generator().manual_seed(self.seed)
+        Hkv, Dv = self.Hkv or self.H, self.Dv or self.D
+        shapes = (self.B, self.H, self.Nq, self.D), (self.B, Hkv, self.Nk, self.D), (self.B, Hkv, self.Nk, Dv)
+        q, k, v = (torch.randn(shape, generator=random).to(self.dtype).to(device) for shape in shapes)
+        mask = None if self.mask is None else MASKS[self.mask](self.B, self.H, self.Nq, self.Nk, random).to(device)
+        return q * self.sharp, k, v, mask
+
+    def gradient(self, device: str, *shape: int) -> Tensor:
+        """A random gradient of the given shape in the case's dtype."""
+        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 1)).to(self.dtype).to(device)
+
+
+def _random(*shape: int, keep: float = 0.7):
+    return lambda B, H, Nq, Nk, random: torch.rand([{"B": B, "H": H, "Nq": Nq, "Nk": Nk}.get(n, n) for n in shape], generator=random) < keep
+
+
+def _left_padding(B, H, Nq, Nk, random):
+    return torch.arange(Nk) >= torch.randint(Nk, (B, 1), generator=random)
+
+
+def _dead_rows(B, H, Nq, Nk, random):
+    """A random mask in which some rows, and a whole block of them, may attend nothing."""
+    mask = torch.rand(B, 1, Nq, Nk, generator=random) < 0.5
+    mask[:, :, ::3] = False
+    mask[:, :, Nq // 2 : Nq // 2 + 130] = False
+    return mask
+
+
+def _transposed(B, H, Nq, Nk, random):
+    return (torch.rand(B, H, Nk, Nq, generator=random) < 0.7).mT
+
+
+MASKS = {
+    "key": _random("B", "Nk"),
+    "key, no batch": _random("Nk"),
+    "left padding": _left_padding,
+    "rows": _random("B", 1, "Nq", 1),
+    "heads share": _random("B", 1, "Nq", "Nk"),
+    "batches share": _random("H", "Nq", "Nk"),
+    "full": _random("B", "H", "Nq", "Nk"),
+    "sparse": _random("B", 1, "Nq", "Nk", keep=0.02),
+    "transposed": _transposed,
+    "dead rows": _dead_rows,
+    "nothing": _random("B", "Nk", keep=-1.0),
+}
+
+
+class Result(NamedTuple):
+    """Output and gradients of one way of computing attention."""
+
+    O: Tensor
+    LSE: Tensor
+    dQ: Tensor
+    dK: Tensor
+    dV: Tensor
+
+
+def naive(case: Case, q, k, v, mask, dO, dLSE=None, *, dropout: Dropout | None = None, dtype: torch.dtype | None = None) -> Result:
+    """Naive attention and its autograd gradients, computed in `dtype` (the inputs' unless given). In float64 this is the truth."""
+    q, k, v = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (q, k, v))
+    attention = normal_attention_causal if case.causal else normal_attention
+    O, LSE = attention(q, k, v, mask, scale=case.scale, dropout=dropout, return_lse=True)
+    loss = (O * dO.to(O.dtype)).sum()
+    if dLSE is not None:
+        loss = loss + (LSE.masked_fill(LSE.isneginf(), 0) * dLSE.to(LSE.dtype)).sum()
+    return Result(O.detach(), LSE.detach(), *torch.autograd.grad(loss, (q, k, v)))
+
+
+def flash(case: Case, target: Target, q, k, v, mask, dO, dLSE=None) -> Result:
+    """`flash_attention()` and its autograd gradients on one backend. With dropout, seed torch's generator first."""
+    from flash_attention import flash_attention
+
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    O, LSE = flash_attention(
+        q, k, v, mask, causal=case.causal, scale=case.scale, dropout_p=case.dropout_p, return_lse=True, backend=target.backend
+    )
+    gradients = (dO,) if dLSE is None else (dO, dLSE)
+    outputs = (O,) if dLSE is None else (O, LSE)
+    return Result(O.detach(), LSE.detach(), *torch.autograd.grad(outputs, (q, k, v), gradients))
+
+
+def limit(name: str, truth: Tensor, naive_value: Tensor, dtype: torch.dtype, D: int) -> Tensor:
+    """The largest error allowed in `name` ("O", "LSE", "dQ", …), a tensor that broadcasts against the truth.
+
+    float32: 1e-6 · max(1, |value|) forward; gradients 2e-6 of the largest entry; both for D ≤ 128, growing with √D beyond, as rounding
+    in a sum of D products does. float64: the same, times 1e-8. Half types: twice the error of naive attention in that dtype, plus the
+    noise floor 2·max|(truth + 0.3 − 0.3) − truth| of the dtype itself.
+    """
+    if dtype in HALF and name != "LSE":
+        rounded = truth.to(dtype)
+        floor = 2 * ((rounded + 0.3 - 0.3) - rounded).double().abs().max()
+        return 2 * (naive_value.double() - truth).abs().max() + floor
+    unit = (1e-14 if dtype == torch.float64 else 1e-6) * max(1.0, (D / 128) ** 0.5)
+    if name in ("O", "LSE"):
+        return unit * truth.masked_fill(truth.isneginf(), 0).abs().clamp(min=1)
+    return 2 * unit * truth.abs().max().clamp(min=1e-3)
+
+
+@dataclass
+class Report:
+    """Collects comparisons, prints them as one aligned table, and fails if any is above its limit."""
+
+    title: str
+    rows: list[tuple[str, str, float, float, str]] = field(default_factory=list)
+
+    def compare(self, what: str, name: str, got: Tensor, want: Tensor, allowed: Tensor | float) -> None:
+        """Record the worst error of `got` against `want`; `allowed` is the limit, per element or for all. −inf must meet −inf; NaN fails."""
+        got, want = got.detach().double().cpu(), want.detach().double().cpu()
+        assert got.shape == want.shape, f"{self.title}: {what} {name} has shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        if got.numel() == 0:
+            self.rows.append((what, name, 0.0, 0.0, "empty"))
+            return
+        allowed = torch.as_tensor(allowed, dtype=torch.float64).cpu().expand_as(want)
+        error = (got - want).abs().masked_fill(got == want, 0)  # equal infinities differ by 0, not by NaN
+        excess = torch.where(error.isnan(), torch.inf, error / allowed.clamp(min=1e-300))
+        worst = int(excess.argmax())
+        place = ", ".join(str(int(n)) for n in torch.unravel_index(torch.tensor(worst), error.shape))
+        self.rows.append((what, name, float(error.flatten()[worst]), float(allowed.flatten()[worst]), f"({place})"))
+
+    def compare_results(self, what: str, got: Result, truth: Result, naive_result: Result, dtype: torch.dtype, D: int) -> None:
+        """Every field of `got` against the truth, by the rule of its dtype."""
+        for name in Result._fields:
+            want = getattr(truth, name)
+            self.compare(what, name, getattr(got, name), want, limit(name, want, getattr(naive_result, name), dtype, D))
+
+    def failures(self) -> list[str]:
+        return [f"{what} {name}: error {error:.2e} at {place}, allowed {allowed:.2e}" for what, name, error, allowed, place in self._bad()]
+
+    def _bad(self):
+        return [row for row in self.rows if not row[2] <= row[3]]  # so written that NaN fails
+
+    def print(self) -> None:
+        width = max([len(row[0]) for row in self.rows] + [len("compared")])
+        print(f"\n{self.title}\n  {'compared':{width}}  {'':4}  {'error':>9}  {'allowed':>9}  where")
+        for what, name, error, allowed, place in self.rows:
+            mark = "ok" if error <= allowed else "FAILED"
+            print(f"  {what:{width}}  {name:4}  {error:9.2e}  {allowed:9.2e}  {place:24}  {mark}")
+
+    def verdict(self) -> None:
+        """Print, then raise AssertionError if anything failed or nothing was compared."""
+        self.print()
+        assert self.rows, f"{self.title}: nothing was compared"
+        assert not self._bad(), f"{self.title}:\n  " + "\n  ".join(self.failures())
+
+
+def script_arguments(description: str) -> argparse.Namespace:
+    """Flags of a check that runs as a script. The default size is FlashAttention-PyTorch's."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--b", type=int, default=1, help="batch size")
+    parser.add_argument("--h", type=int, default=1, help="query heads")
+    parser.add_argument("--kv_heads", type=int, help="key/value heads (default: --h)")
+    parser.add_argument("--q_len", type=int, default=2048)
+    parser.add_argument("--kv_len", type=int, default=2048)
+    parser.add_argument("--d", type=int, default=512, help="head size")
+    parser.add_argument("--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--backend", choices=tuple(BACKENDS), help="default: the fastest that serves the call")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    arguments = parser.parse_args()
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return arguments
+
+
+def cases_for_script(arguments: argparse.Namespace, **settings) -> list[Case]:
+    """The size asked for, and a ragged one beside it."""
+    size = dict(B=arguments.b, H=arguments.h, Hkv=arguments.kv_heads, D=arguments.d, dtype=getattr(torch, arguments.dtype), **settings)
+    return [Case(Nq=arguments.q_len, Nk=arguments.kv_len, **size), Case(Nq=113, Nk=203, seed=1, **size)]
+
+
+def run_as_script(check, arguments: argparse.Namespace, **settings) -> None:
+    """Run `check(case, target)` on the script's cases; exit with 1 if any fails."""
+    target = Target(arguments.backend, arguments.device)
+    failed = False
+    for case in cases_for_script(arguments, **settings):
+        try:
+            check(case, target)
+        except AssertionError as error:
+            failed = True
+            print(f"\nFAILED  {error}")
+    print("\nFAILED" if failed else "\nall within tolerance")
+    sys.exit(failed)
+
+
+def run_alone(file: str) -> None:
+    """Run one file of checks: `python checks/check_….py`."""
+    sys.exit(pytest.main([file, "-rs", *sys.argv[1:]]))
