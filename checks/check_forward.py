@@ -15,9 +15,9 @@ from flash_attention import flash_attention
 
 def compare(case: Case, target: Target) -> None:
     """O and LSE of every implementation against the truth, with and without a mask."""
+    report = Report(f"forward: {case}")
     for mask_kind in (None, "key", "dead rows"):
         case = replace(case, mask=mask_kind)
-        report = Report(f"forward: {case}")
         q, k, v, mask = case.inputs(target.device)
         options = {"scale": case.scale, "return_lse": True}
         truth = normal_attention(q.double(), k.double(), v.double(), mask, **options)
@@ -31,8 +31,8 @@ def compare(case: Case, target: Target) -> None:
         }
         for what, outputs in implementations.items():
             for name, got, want, in_dtype in zip(("O", "LSE"), outputs, truth, naive, strict=True):
-                report.compare(f"{what}", name, got, want, limit(name, want, in_dtype, case.dtype, case.D))
-        report.verdict()
+                report.compare(f"{what}", name, got, want, limit(name, want, in_dtype, case.dtype, case.D), f"mask: {mask_kind}")
+    report.verdict()
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,8 @@ class Case:
     def __str__(self) -> str:
         """Sizes, then whatever differs from a plain dense call."""
         sizes = f"B {self.B} H {self.H} Nq {self.Nq} Nk {self.Nk} D {self.D} {str(self.dtype).removeprefix('torch.')}"
-        rest = [
-            f"{f.name} {getattr(self, f.name)}"
-            for f in fields(self)[5:]
-            if getattr(self, f.name) != f.default and f.name not in ("dtype", "seed")
-        ]
-        return " ".join([sizes, *rest])
+        others = (f for f in fields(self)[5:] if f.name not in ("dtype", "seed"))
+        return " ".join([sizes, *(f"{f.name} {getattr(self, f.name)}" for f in others if getattr(self, f.name) != f.default)])
 
     def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v and the mask, drawn on the CPU so that every device sees the same numbers."""
@@ -180,26 +176,42 @@ def limit(name: str, truth: Tensor, naive_value: Tensor, dtype: torch.dtype, D: 
     return 2 * unit * truth.abs().max().clamp(min=1e-3)
 
 
+class Worst(NamedTuple):
+    """The comparison that came closest to its limit, or went furthest past it."""
+
+    error: float
+    allowed: float
+    place: str
+
+    def ok(self) -> bool:
+        return self.error <= self.allowed  # so written that NaN fails
+
+    def closeness(self) -> float:
+        return self.error / max(self.allowed, 1e-300) if self.error < float("inf") else self.error
+
+
 @dataclass
 class Report:
-    """Collects comparisons, prints them as one aligned table, and fails if any is above its limit."""
+    """Collects comparisons, keeps the worst of each kind, prints one aligned table, and fails if any is above its limit."""
 
     title: str
-    rows: list[tuple[str, str, float, float, str]] = field(default_factory=list)
+    cells: dict[str, dict[str, Worst]] = field(default_factory=dict)  # what was compared → name of the tensor → worst
 
-    def compare(self, what: str, name: str, got: Tensor, want: Tensor, allowed: Tensor | float) -> None:
-        """Record the worst error of `got` against `want`; `allowed` is the limit, per element or for all. −inf must meet −inf; NaN fails."""
+    def compare(self, what: str, name: str, got: Tensor, want: Tensor, allowed: Tensor | float, case: str = "") -> None:
+        """Compare `got` with `want`; `allowed` is the limit, per element or for all. −inf must meet −inf; NaN fails. `case` says which."""
         got, want = got.detach().double().cpu(), want.detach().double().cpu()
-        assert got.shape == want.shape, f"{self.title}: {what} {name} has shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-        if got.numel() == 0:
-            self.rows.append((what, name, 0.0, 0.0, "empty"))
-            return
-        allowed = torch.as_tensor(allowed, dtype=torch.float64).cpu().expand_as(want)
-        error = (got - want).abs().masked_fill(got == want, 0)  # equal infinities differ by 0, not by NaN
-        excess = torch.where(error.isnan(), torch.inf, error / allowed.clamp(min=1e-300))
-        worst = int(excess.argmax())
-        place = ", ".join(str(int(n)) for n in torch.unravel_index(torch.tensor(worst), error.shape))
-        self.rows.append((what, name, float(error.flatten()[worst]), float(allowed.flatten()[worst]), f"({place})"))
+        assert got.shape == want.shape, f"{self.title}: {what} {name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        worst = Worst(0.0, 0.0, "empty")
+        if got.numel():
+            allowed = torch.as_tensor(allowed, dtype=torch.float64).cpu().expand_as(want)
+            error = (got - want).abs().masked_fill(got == want, 0)  # equal infinities differ by 0, not by NaN
+            error = torch.where(error.isnan(), torch.inf, error)
+            at = int((error / allowed.clamp(min=1e-300)).argmax())
+            index = ", ".join(str(int(n)) for n in torch.unravel_index(torch.tensor(at), error.shape))
+            worst = Worst(float(error.flatten()[at]), float(allowed.flatten()[at]), f"{case} at ({index})".strip())
+        seen = self.cells.setdefault(what, {}).get(name)
+        if seen is None or worst.closeness() > seen.closeness():
+            self.cells[what][name] = worst
 
     def compare_results(self, what: str, got: Result, truth: Result, naive_result: Result, dtype: torch.dtype, D: int) -> None:
         """Every field of `got` against the truth, by the rule of its dtype."""
@@ -208,23 +220,26 @@ class Report:
             self.compare(what, name, getattr(got, name), want, limit(name, want, getattr(naive_result, name), dtype, D))
 
     def failures(self) -> list[str]:
-        return [f"{what} {name}: error {error:.2e} at {place}, allowed {allowed:.2e}" for what, name, error, allowed, place in self._bad()]
-
-    def _bad(self):
-        return [row for row in self.rows if not row[2] <= row[3]]  # so written that NaN fails
+        return [
+            f"{what}: {name} is off by {worst.error:.2e}, allowed {worst.allowed:.2e}, {worst.place}"
+            for what, row in self.cells.items()
+            for name, worst in row.items()
+            if not worst.ok()
+        ]
 
     def print(self) -> None:
-        width = max([len(row[0]) for row in self.rows] + [len("compared")])
-        print(f"\n{self.title}\n  {'compared':{width}}  {'':4}  {'error':>9}  {'allowed':>9}  where")
-        for what, name, error, allowed, place in self.rows:
-            mark = "ok" if error <= allowed else "FAILED"
-            print(f"  {what:{width}}  {name:4}  {error:9.2e}  {allowed:9.2e}  {place:24}  {mark}")
+        width = max(len("largest error / tolerance"), *(len(what) for what in self.cells))
+        names = list(dict.fromkeys(name for row in self.cells.values() for name in row))
+        print(f"\n{self.title}\n  {'largest error / tolerance':{width}}", *(f"{name:^19}" for name in names))
+        for what, row in self.cells.items():
+            cells = [f"{row[n].error:.2e} / {row[n].allowed:.2e}" if n in row else " " * 19 for n in names]
+            print(f"  {what:{width}}", *cells, "ok" if all(worst.ok() for worst in row.values()) else "FAILED")
 
     def verdict(self) -> None:
         """Print, then raise AssertionError if anything failed or nothing was compared."""
+        assert self.cells, f"{self.title}: nothing was compared"
         self.print()
-        assert self.rows, f"{self.title}: nothing was compared"
-        assert not self._bad(), f"{self.title}:\n  " + "\n  ".join(self.failures())
+        assert not self.failures(), f"{self.title}:\n  " + "\n  ".join(self.failures())
 
 
 def script_arguments(description: str) -> argparse.Namespace:

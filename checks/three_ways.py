@@ -30,16 +30,14 @@ class Algorithms(NamedTuple):
 
 def compare(case: Case, target: Target, algorithms: Algorithms, masks: tuple[str | None, ...]) -> None:
     """Fails if any two ways differ by more than their tolerances allow."""
+    report = Report(f"backward: {case}")
     for mask_kind in masks:
         case = replace(case, mask=mask_kind)
         q, k, v, mask = case.inputs(target.device)
         O_shape = (*q.shape[:3], v.shape[3])
         random_dO = case.gradient(target.device, *O_shape)
-        ones = torch.ones((), dtype=case.dtype, device=target.device).expand(
-            O_shape
-        )  # what autograd hands down from sum(): stride 0 everywhere
+        ones = torch.ones((), dtype=case.dtype, device=target.device).expand(O_shape)  # what sum() hands down: stride 0 everywhere
         for loss, dO in (("sum(O)", ones), ("random dO", random_dO)):
-            report = Report(f"backward, loss {loss}: {case}")
             truth = through(algorithms.naive, q.double(), k.double(), v.double(), mask, dO.double())
             naive = through(algorithms.naive, q, k, v, mask, dO)
             O, l, m = algorithms.forward1(q, k, v, mask)
@@ -54,11 +52,11 @@ def compare(case: Case, target: Target, algorithms: Algorithms, masks: tuple[str
             allowed = [limit(n, t, x, case.dtype, case.D) for n, t, x in zip(names, truth, naive, strict=True)]
             for way, gradients in ways.items():
                 for n, got, want, most in zip(names, gradients, truth, allowed, strict=True):
-                    report.compare(f"{way} | float64", n, got, want, most)
+                    report.compare(f"{way} | float64", n, got, want, most, f"{loss}, mask: {mask_kind}")
             for a, b in combinations(ways, 2):  # each may be off by `most`, so two may differ by twice that
                 for n, x, y, most in zip(names, ways[a], ways[b], allowed, strict=True):
-                    report.compare(f"{a} | {b}", n, x, y, 2 * most)
-            report.verdict()
+                    report.compare(f"{a} | {b}", n, x, y, 2 * most, f"{loss}, mask: {mask_kind}")
+    report.verdict()
 
 
 def through(

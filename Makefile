@@ -1,0 +1,32 @@
+# make demo   see FlashAttention verified and measured against normal attention (about a minute)
+# make test   every check
+# make bench  the CPU figures of the README
+
+PYTHON ?= python3
+# Through the interpreter, never through the scripts in .venv/bin: their first line breaks where the path has a space in it.
+VENV_PYTHON := .venv/bin/python
+
+.PHONY: demo test bench clean
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(VENV_PYTHON) -m pip install --quiet --upgrade pip
+	$(VENV_PYTHON) -m pip install --quiet -r requirements.txt
+	touch $@
+
+demo: .venv/installed
+	$(VENV_PYTHON) checks/check_forward.py
+	$(VENV_PYTHON) checks/check_forward_causal.py
+	$(VENV_PYTHON) checks/check_backward.py
+	$(VENV_PYTHON) checks/check_backward_causal.py
+	$(VENV_PYTHON) bench.py --type all --h 8 --q_len 2048 --kv_len 2048 --d 64
+	$(VENV_PYTHON) bench_causal.py --type all --h 8 --q_len 2048 --kv_len 2048 --d 64
+
+test: .venv/installed
+	$(VENV_PYTHON) -m pytest
+
+bench: .venv/installed
+	$(VENV_PYTHON) benchmarks/cpu_targets.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis profiles
