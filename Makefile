@@ -26,7 +26,7 @@ test: .venv/installed
 	$(VENV_PYTHON) -m pytest
 
 bench: .venv/installed
-	$(VENV_PYTHON) benchmarks/cpu_targets.py
+	$(VENV_PYTHON) -m benchmarks.cpu_targets
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis profiles

@@ -1,0 +1,88 @@
+"""What is measured: the sizes and options of one call of attention, its random inputs, and how many operations it counts as."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+MASKS = ("none", "key", "full")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Queries (b, h, q_len, d) against keys and values (b, h, kv_len, d). Plain values only, so that a case can be written as JSON."""
+
+    b: int = 1
+    h: int = 2
+    q_len: int = 4096
+    kv_len: int = 4096
+    d: int = 512
+    dtype: str = "float32"
+    device: str = "cpu"
+    causal: bool = False
+    mask: str = "none"
+    dropout_p: float = 0.0
+    backward: bool = False
+
+    @property
+    def mask_kind(self) -> str:
+        """How rows are restricted, in one word: none, key, full, causal, causal-key or causal-full."""
+        return self.mask if not self.causal else "causal" if self.mask == "none" else f"causal-{self.mask}"
+
+    def shortened(self, length: int) -> "Case":
+        """The same case with one batch and at most `length` queries and keys: for warming up."""
+        return replace(self, b=1, q_len=min(self.q_len, length), kv_len=min(self.kv_len, length))
+
+    def describe(self, lengths: bool = True) -> str:
+        options = ["forward + backward" if self.backward else "forward", *(["causal"] if self.causal else []), f"mask {self.mask}"]
+        options += [f"dropout {self.dropout_p:g}"] if self.dropout_p else []
+        sizes = f"q_len {self.q_len}, kv_len {self.kv_len}, " if lengths else ""
+        return f"{', '.join(options)}; b {self.b}, h {self.h}, {sizes}d {self.d}, {self.dtype}"
+
+
+class Inputs(NamedTuple):
+    q: Tensor  # (b, h, q_len, d)
+    k: Tensor  # (b, h, kv_len, d)
+    v: Tensor  # (b, h, kv_len, d)
+    dO: Tensor | None  # (b, h, q_len, d), the gradient that a backward starts from
+    mask: Tensor | None  # (b, kv_len) or (b, h, q_len, kv_len), True = may attend
+
+
+def random_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Standard normal q, k, v and dO; a mask that allows half of the keys, drawn anew for each batch entry ("key") or row ("full").
+
+    The first key is always allowed, so that no row is left with nothing to attend.
+    """
+    generator = torch.Generator(case.device).manual_seed(seed)
+
+    def normal(length: int) -> Tensor:
+        shape = (case.b, case.h, length, case.d)
+        return torch.randn(shape, generator=generator, dtype=getattr(torch, case.dtype), device=case.device)
+
+    q, k, v = (normal(length).requires_grad_(case.backward) for length in (case.q_len, case.kv_len, case.kv_len))
+    dO = normal(case.q_len) if case.backward else None
+    mask = None
+    if case.mask != "none":
+        shape = (case.b, case.kv_len) if case.mask == "key" else (case.b, case.h, case.q_len, case.kv_len)
+        mask = torch.empty(shape, dtype=torch.bool, device=case.device).bernoulli_(0.5, generator=generator)
+        mask[..., 0] = True
+    return Inputs(q, k, v, dO, mask)
+
+
+def causal_rows(case: Case, rows: slice) -> Tensor:
+    """(rows, kv_len) bool: row r sees columns c ≤ r + kv_len − q_len, aligned bottom-right."""
+    r = torch.arange(rows.start, rows.stop, device=case.device)[:, None]
+    return torch.arange(case.kv_len, device=case.device) <= r + case.kv_len - case.q_len
+
+
+# Two matrix products of 2·b·h·q_len·kv_len·d operations in the forward, five in the backward.
+PARTS = {"forward": 1.0, "backward": 2.5, "total": 3.5}
+
+
+def tera_operations(case: Case, part: str) -> float:
+    """Floating-point operations /1e12 of "forward", "backward" or both ("total"), as the field counts them: 4·b·h·q_len·kv_len·d for a
+    forward, halved if causal, whatever the mask; what a backward recomputes is not counted."""
+    forward = 4 * case.b * case.h * case.q_len * case.kv_len * case.d / (2 if case.causal else 1)
+    return forward * (PARTS[part] if case.backward else 1) / 1e12

@@ -1,0 +1,161 @@
+"""Who is measured: normal attention, flash attention (one contender for each backend) and PyTorch's scaled_dot_product_attention (on CUDA
+one for each of its kernels), all made callable in the same way."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.case import Case, Inputs, causal_rows
+from flash_attention import flash_attention
+from flash_attention.backends import BACKENDS, choose
+from flash_attention.reference import normal_attention, normal_attention_causal
+from flash_attention.reference.tiles import broadcast_mask
+
+TYPES = ("normal", "flash", "sdpa")
+SDPA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+class Contender(NamedTuple):
+    type: str  # one of TYPES
+    backend: str = ""  # of flash: a name in BACKENDS; of sdpa: one in SDPA_KERNELS, or "" for the one PyTorch picks
+
+    def __str__(self) -> str:
+        return f"{self.type} ({self.backend})" if self.backend else self.type
+
+
+class Runner:
+    """A contender with its inputs. Calling it runs every stage: the forward, then the backward if the case has one.
+
+    Whoever calls the stages one by one does so within `context()`.
+    """
+
+    def __init__(self, contender: Contender, case: Case, inputs: Inputs):
+        self.contender, self.case, self.inputs = contender, case, inputs
+        attend = {"normal": _normal, "flash": _flash, "sdpa": _sdpa}[contender.type](contender.backend, case, inputs)
+        q, k, v, dO, _ = inputs
+        self.stages: dict[str, Callable[[Any], Any]] = {"forward": lambda _: attend(q, k, v)}
+        if case.backward:
+            # With nothing accumulated into .grad: a call leaves nothing behind that the next one would have to add to.
+            self.stages["backward"] = lambda O: torch.autograd.grad(O, (q, k, v), dO)
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Gradients are recorded only if the case has a backward; PyTorch's kernel is the one asked for."""
+        type, backend = self.contender
+        chosen = sdpa_kernel(SDPA_KERNELS[backend]) if type == "sdpa" and backend else nullcontext()
+        with torch.set_grad_enabled(self.case.backward), chosen:
+            yield
+
+    def __call__(self) -> Any:
+        result = None
+        with self.context():
+            for stage in self.stages.values():
+                result = stage(result)
+        return result
+
+
+def contenders(type: str, backend: str | None, case: Case, inputs: Inputs) -> list[Contender]:
+    """Those that `type` (one of TYPES, or "all") and `backend` (None: the fastest; with "all": each that can serve) stand for.
+
+    Raises:
+        NotImplementedError: the backend asked for cannot serve this case; the message says why.
+    """
+    q, k, v, _, mask = inputs
+    mask = broadcast_mask(mask, case.b, case.h, case.q_len, case.kv_len)
+    call = q, k, v, mask, case.causal, case.dropout_p
+    if type == "normal":
+        return [Contender("normal")]
+    if type == "flash":
+        return [Contender("flash", choose(backend, *call))]
+    if type == "sdpa":
+        return [Contender("sdpa")]
+    flash = [name for name, each in BACKENDS.items() if each.why_not(*call) is None] if backend is None else [choose(backend, *call)]
+    sdpa = ["", *SDPA_KERNELS] if q.is_cuda else [""]
+    return [Contender("normal"), *(Contender("flash", name) for name in flash), *(Contender("sdpa", name) for name in sdpa)]
+
+
+def why_not(contender: Contender, case: Case) -> str | None:
+    """Why this contender had better not be run here, or None."""
+    if contender.type != "normal":
+        return None
+    # Scores and probabilities, and copies of them while masking; with a backward the gradients of both.
+    matrices = (5 if case.backward else 3) + (1 if case.dropout_p else 0)
+    needed = matrices * case.b * case.h * case.q_len * case.kv_len * getattr(torch, case.dtype).itemsize
+    free = _free_memory(case.device)
+    return f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free" if free is not None and needed > free else None
+
+
+def refusal(runner: Runner) -> str | None:
+    """On CUDA, try one call: the reason if memory does not suffice or PyTorch has no such kernel for these inputs, None if it ran."""
+    if not runner.inputs.q.is_cuda:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns, once for each kernel, why it does not take it
+            runner()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return "out of memory"
+    except RuntimeError as error:
+        if runner.contender.type != "sdpa":
+            raise
+        return str(error).splitlines()[0]
+    return None
+
+
+def _free_memory(device: str) -> int | None:
+    """Bytes; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+# ---- the three types: (backend, case, inputs) → a function of (q, k, v) that returns O
+
+
+class CoinFlips:
+    """PyTorch's own random bits in the place of `flash_attention.reference.Dropout`, whose Philox is written to be read: timed with that,
+    normal attention would look slower than it is. Kept entries are not scaled here; that is done to V, which is smaller."""
+
+    def __init__(self, case: Case):
+        self.keep, self.heads, self.device = 1 - case.dropout_p, (case.b, case.h), case.device
+
+    def tile(self, i: slice, j: slice, dtype: torch.dtype) -> Tensor:
+        shape = (*self.heads, i.stop - i.start, j.stop - j.start)
+        return torch.empty(shape, dtype=torch.bool, device=self.device).bernoulli_(self.keep)
+
+
+def _normal(backend: str, case: Case, inputs: Inputs) -> Callable:
+    attention = normal_attention_causal if case.causal else normal_attention
+    if not case.dropout_p:
+        return lambda q, k, v: attention(q, k, v, inputs.mask)
+    return lambda q, k, v: attention(q, k, v / (1 - case.dropout_p), inputs.mask, dropout=CoinFlips(case))
+
+
+def _flash(backend: str, case: Case, inputs: Inputs) -> Callable:
+    return lambda q, k, v: flash_attention(q, k, v, inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
+
+
+def _sdpa(backend: str, case: Case, inputs: Inputs) -> Callable:
+    mask = inputs.mask[:, None, None, :] if case.mask == "key" else inputs.mask
+    # is_causal is aligned top-left and excludes a mask: wherever that is not what is asked for, PyTorch gets the whole matrix, made here,
+    # before the clock starts.
+    is_causal = case.causal and mask is None and case.q_len == case.kv_len
+    if case.causal and not is_causal:
+        past = causal_rows(case, slice(0, case.q_len))
+        mask = past if mask is None else past & mask
+    return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=case.dropout_p, is_causal=is_causal)

@@ -1,0 +1,125 @@
+"""Time: the contenders take turns in one process, so that whatever slows the machine down for a while slows all of them down."""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+from benchmarks.contenders import Contender, Runner
+
+LONG = 10.0  # seconds; a call that takes longer is not repeated more often than needed for a median
+
+
+class Clock:
+    """Time between marks, in ms: events on the current CUDA stream, the wall clock elsewhere."""
+
+    def __init__(self, device: str):
+        self.cuda = torch.device(device).type == "cuda"
+        if self.cuda:
+            # Twice the size of the L2 cache: writing it leaves nothing of the inputs there, as in a model, where other layers ran before.
+            self.device = torch.device(device)
+            size = torch.cuda.get_device_properties(self.device).L2_cache_size
+            self.flush = torch.empty(2 * size, dtype=torch.int8, device=self.device)
+
+    def start(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+            self.flush.zero_()
+        self.marks = [self._now()]
+
+    def mark(self) -> None:
+        self.marks.append(self._now())
+
+    def stop(self) -> list[float]:
+        """ms from each mark to the next."""
+        pairs = list(zip(self.marks, self.marks[1:], strict=False))
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+            return [before.elapsed_time(after) for before, after in pairs]
+        return [1e3 * (after - before) for before, after in pairs]
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+
+def time_once(runner: Runner, clock: Clock) -> dict[str, float]:
+    """ms of each stage of one call, and of all together as "total"."""
+    with runner.context():
+        result = None
+        clock.start()
+        for stage in runner.stages.values():
+            result = stage(result)
+            clock.mark()
+        times = clock.stop()
+    return {**dict(zip(runner.stages, times, strict=True)), "total": sum(times)}
+
+
+def time_alternating(
+    runners: Mapping[Contender, Runner],
+    repeats: int | Mapping[Contender, int] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[Contender, dict[str, list[float]]]:
+    """ms of every repeat of every stage, after one call each to warm up. `progress` is told what runs next.
+
+    repeats: None takes as many as fit in about 2 s, at least 5 and at most 50; 3 if a call takes over 10 s. Of such a long call warming up
+    is a small part, so that the first call counts too.
+    """
+    clock = Clock(next(iter(runners.values())).case.device)
+    times: dict[Contender, list[dict[str, float]]] = {}
+    first = {}
+    for contender, runner in runners.items():
+        progress(f"{contender}, warming up")
+        first[contender] = time_once(runner, clock)
+        times[contender] = [first[contender]] if first[contender]["total"] > 1e3 * LONG else []
+    if repeats is None:
+        seconds = [stages["total"] / 1e3 for stages in first.values()]
+        repeats = 3 if max(seconds) > LONG else min(max(5, round(2 / max(sum(seconds), 1e-6))), 50)
+    wanted = dict.fromkeys(runners, repeats) if isinstance(repeats, int) else repeats
+    rounds = max(wanted.values())
+    progress("timing")
+    for n in range(1, rounds + 1):
+        for contender, runner in runners.items():
+            if len(times[contender]) >= wanted[contender]:
+                continue
+            if first[contender]["total"] > 1e3:  # of shorter calls nobody could read so many messages
+                progress(f"{contender}, round {n} of {rounds}")
+            times[contender].append(time_once(runner, clock))
+    return {contender: {stage: [each[stage] for each in calls] for stage in calls[0]} for contender, calls in times.items()}
+
+
+def host_time(runner: Runner, calls: int) -> float | None:
+    """µs of the CPU's time that one call takes before it returns, while the GPU still works; None without a GPU."""
+    device = torch.device(runner.case.device)
+    if device.type != "cuda":
+        return None
+    runner()
+    with runner.context():
+        times = []
+        for _ in range(calls):
+            torch.cuda.synchronize(device)  # an empty queue: a full one would make the call wait for the GPU
+            start = time.perf_counter()
+            result = None
+            for stage in runner.stages.values():
+                result = stage(result)
+            times.append(time.perf_counter() - start)
+        torch.cuda.synchronize(device)
+    return 1e6 * median(times)
+
+
+def matmul_limit(device: str, dtype: str) -> float:
+    """TFLOP/s of one large square matrix product in this dtype: what attention, which is matrix products, could reach at best."""
+    size = 8192 if torch.device(device).type == "cuda" else 1024
+    A, B = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
+    clock = Clock(device)
+    times = []
+    for _ in range(8):
+        clock.start()
+        A @ B
+        clock.mark()
+        times += clock.stop()
+    return 2 * size**3 / (median(times[3:]) * 1e-3) / 1e12

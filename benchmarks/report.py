@@ -1,0 +1,64 @@
+"""What is told about a run: the machine and versions, aligned tables, JSON."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Column = tuple[str, str, str]  # a row's key, the column's heading, how a number is written (a format such as ".1f")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """The device, the versions and the threads that a figure depends on."""
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device_type": torch.device(device).type,
+        "cpu_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # well above 0: other programs were running
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def describe(environment: dict[str, Any]) -> str:
+    count = environment["cpu_threads"]
+    threads = "" if environment["device_type"] == "cuda" else f", {count} thread{'s' if count > 1 else ''}"
+    versions = f"torch {environment['torch']}, CUDA {environment['cuda'] or 'none'}"
+    return f"{environment['device']}{threads}; {versions}, Python {environment['python']}, {environment['system']}"
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
+    """Aligned text: words to the left, numbers to the right. A column that no row has a value for is left out."""
+    columns = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
+    cells = [[heading for _, heading, _ in columns]]
+    cells += [[_cell(row.get(key), form) for key, _, form in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    left = [form == "" for _, _, form in columns]
+    lines = ["  ".join(f"{c:{'<' if to_left else '>'}{w}}" for c, w, to_left in zip(line, widths, left, strict=True)) for line in cells]
+    return "\n".join(line.rstrip() for line in (lines[0], "-" * len(lines[0]), *lines[1:]))
+
+
+def write_json(file: Path, environment: dict[str, Any], settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"environment": environment, "settings": settings, "results": results}
+    file.write_text(json.dumps(content, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _cell(value: Any, form: str) -> str:
+    return "–" if value is None else value if isinstance(value, str) else format(value, form)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
