@@ -26,7 +26,8 @@ test: .venv/installed
 	$(VENV_PYTHON) -m pytest
 
 bench: .venv/installed
-	$(VENV_PYTHON) -m benchmarks.cpu_targets
+	$(VENV_PYTHON) -m benchmarks.cpu_targets --json results/cpu_targets.json
+	$(VENV_PYTHON) -m benchmarks.tables
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis profiles

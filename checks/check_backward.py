@@ -4,6 +4,10 @@ python checks/check_backward.py [--b 1 --h 1 --q_len 2048 --kv_len 2048 --d 512 
 """
 
 import pytest
+from harness import Case, Target, run_as_script, script_arguments
+from three_ways import Algorithms, compare
+
+from flash_attention import flash_attention
 from flash_attention.reference import (
     flash_attention2_backward,
     flash_attention2_forward,
@@ -11,10 +15,6 @@ from flash_attention.reference import (
     flash_attention_forward,
     normal_attention,
 )
-from harness import Case, Target, run_as_script, script_arguments
-from three_ways import Algorithms, compare
-
-from flash_attention import flash_attention
 
 GENERAL = Algorithms(
     naive=normal_attention,

@@ -6,6 +6,10 @@ python checks/check_backward_causal.py [--b 1 --h 1 --q_len 2048 --kv_len 2048 -
 from functools import partial
 
 import pytest
+from harness import Case, Target, run_as_script, script_arguments
+from three_ways import Algorithms, compare
+
+from flash_attention import flash_attention
 from flash_attention.reference import (
     flash_attention2_causal_backward,
     flash_attention2_causal_forward,
@@ -13,10 +17,6 @@ from flash_attention.reference import (
     flash_attention_causal_forward,
     normal_attention_causal,
 )
-from harness import Case, Target, run_as_script, script_arguments
-from three_ways import Algorithms, compare
-
-from flash_attention import flash_attention
 
 CAUSAL = Algorithms(
     naive=normal_attention_causal,

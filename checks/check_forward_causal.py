@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flash_attention.reference import flash_attention2_causal_forward, flash_attention_causal_forward, normal_attention_causal
 from harness import Case, Report, Target, limit, run_as_script, script_arguments
 
 from flash_attention import flash_attention
+from flash_attention.reference import flash_attention2_causal_forward, flash_attention_causal_forward, normal_attention_causal
 
 
 def compare(case: Case, target: Target) -> None:

@@ -3,6 +3,11 @@
 --full runs whole grids where the default is a subset. --backend NAME runs only that backend's checks.
 """
 
+import os
+
+# Many checks are tiny: threads that spin between operations would cost more than the operations, above all beside other programs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 from harness import TARGETS
 

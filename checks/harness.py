@@ -5,15 +5,18 @@ A check is written once for any backend. `TARGETS` lists the (backend, device) p
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import pytest
 import torch
-from flash_attention.reference import Dropout, normal_attention, normal_attention_causal
 from torch import Tensor
 
+from flash_attention import reference
 from flash_attention.backends import BACKENDS
+from flash_attention.reference import Dropout, normal_attention, normal_attention_causal
+from flash_attention.reference.tiles import sum_dtype
 
 ON_CUDA: tuple[str, ...] = ()  # backends that need a GPU
 HALF = (torch.float16, torch.bfloat16)
@@ -24,6 +27,8 @@ LENGTHS = [
     *[(1023, 1024), (1024, 1023), (2048, 2048), (239, 1), (799, 3), (203, 113), (217, 128), (512, 256)],
 ]
 FEW_LENGTHS = [(1, 1), (3, 799), (113, 203), (128, 217), (384, 256), (239, 1)]
+# One less and one more than every tile size in use, either way round.
+EDGE_LENGTHS = [pair for n in (16, 32, 64, 128, 256, 512, 1024) for pair in ((n - 1, n + 1), (n + 1, n - 1))]
 HEAD_SIZES = [8, 16, 32, 40, 59, 64, 96, 111, 128, 192, 256, 512]
 
 
@@ -41,7 +46,8 @@ class Target(NamedTuple):
         return "no CUDA GPU on this machine" if self.device == "cuda" and not torch.cuda.is_available() else None
 
 
-TARGETS = [Target("reference", "cpu"), Target("reference", "cuda"), *(Target(name, "cuda") for name in ON_CUDA)]
+CPU = Target("reference", "cpu")
+TARGETS = [CPU, Target("reference", "cuda"), *(Target(name, "cuda") for name in ON_CUDA)]
 
 
 def skip_unless_served(target: Target, *call) -> None:
@@ -49,6 +55,12 @@ def skip_unless_served(target: Target, *call) -> None:
     reason = BACKENDS[target.backend].why_not(*call)
     if reason:
         pytest.skip(f"{target.backend}: {reason}")
+
+
+def dtype_served(target: Target) -> torch.dtype:
+    """float32 if the backend has it, else float16: for checks of structure, which one dtype is enough for."""
+    x = torch.empty(1, 1, 1, 64, device=target.device)
+    return torch.float16 if BACKENDS[target.backend].why_not(x, x, x, None, False, 0.0) else torch.float32
 
 
 @dataclass
@@ -84,6 +96,14 @@ class Case:
         q, k, v = (torch.randn(shape, generator=random).to(self.dtype).to(device) for shape in shapes)
         mask = None if self.mask is None else MASKS[self.mask](self.B, self.H, self.Nq, self.Nk, random).to(device)
         return q * self.sharp, k, v, mask
+
+    def dropout(self, device: str) -> Dropout | None:
+        """The dropout that `flash_attention()` draws right after torch.manual_seed(self.seed): torch's generator, replayed."""
+        if not self.dropout_p:
+            return None
+        random = torch.Generator(device).manual_seed(self.seed)
+        seed = torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device, generator=random)
+        return Dropout(self.dropout_p, seed, range(self.B), range(self.H))
 
     def gradient(self, device: str, *shape: int) -> Tensor:
         """A random gradient of the given shape in the case's dtype."""
@@ -159,21 +179,97 @@ def flash(case: Case, target: Target, q, k, v, mask, dO, dLSE=None) -> Result:
     return Result(O.detach(), LSE.detach(), *torch.autograd.grad(outputs, (q, k, v), gradients))
 
 
+@dataclass
+class Problem:
+    """A case's inputs and random gradients, with what should come out: the truth (float64), and naive attention in the case's dtype, by
+    which tolerances are measured."""
+
+    case: Case
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    dO: Tensor
+    dLSE: Tensor | None
+    truth: Result
+    in_dtype: Result
+
+    @classmethod
+    def of(cls, case: Case, target: Target, *, inputs: tuple | None = None, dLSE: bool = True) -> "Problem":
+        """`inputs` replaces the case's own q, k, v and mask. dLSE=False: LSE gets no gradient. Skips if the backend does not serve it."""
+        q, k, v, mask = inputs or case.inputs(target.device)
+        skip_unless_served(target, q, k, v, mask, case.causal, case.dropout_p)
+        dO = case.gradient(target.device, *q.shape[:3], v.shape[3])
+        gradients = dO, case.gradient(target.device, 2, *q.shape[:3])[1].to(sum_dtype(q)) if dLSE else None  # [1]: numbers that dO has not
+        return cls.solve(case, q, k, v, mask, *gradients)
+
+    @classmethod
+    def solve(cls, case: Case, q, k, v, mask, dO, dLSE) -> "Problem":
+        call, dropout = (q, k, v, mask, dO, dLSE), case.dropout(q.device.type)
+        return cls(case, *call, naive(case, *call, dropout=dropout, dtype=torch.float64), naive(case, *call, dropout=dropout))
+
+    def answer(self, target: Target) -> Result:
+        """What the backend makes of it."""
+        if self.case.dropout_p:
+            torch.manual_seed(self.case.seed)
+        return flash(self.case, target, self.q, self.k, self.v, self.mask, self.dO, self.dLSE)
+
+
+class Algorithm(NamedTuple):
+    """One paper's forward and backward."""
+
+    forward: Callable
+    backward: Callable
+    causal: bool
+    paper: int
+
+    def run(self, problem: Problem, **options) -> Result:
+        """Its result; `options` go to the forward and to the backward."""
+        options = {"scale": problem.case.scale, "dropout": problem.case.dropout(problem.q.device.type), **options}
+        call = problem.q, problem.k, problem.v, problem.mask
+        O, *saved = self.forward(*call, **options)
+        if self.paper == 1:  # saves l and m; its backward knows no gradient of LSE
+            l, m = saved
+            LSE, dLSE = torch.where(l > 0, m + l.log(), -torch.inf), ()
+        else:
+            LSE, dLSE = saved[0], (problem.dLSE,)
+        return Result(O, LSE, *self.backward(*call, O, *saved, problem.dO, *dLSE, **options))
+
+
+ALGORITHMS = {
+    "FlashAttention": Algorithm(reference.flash_attention_forward, reference.flash_attention_backward, False, 1),
+    "FlashAttention, causal": Algorithm(reference.flash_attention_causal_forward, reference.flash_attention_causal_backward, True, 1),
+    "FlashAttention-2": Algorithm(reference.flash_attention2_forward, reference.flash_attention2_backward, False, 2),
+    "FlashAttention-2, causal": Algorithm(reference.flash_attention2_causal_forward, reference.flash_attention2_causal_backward, True, 2),
+}
+
+
+def against_truth(case: Case, target: Target, slack: float = 1.0) -> None:
+    """O, LSE, dQ, dK and dV of one case on one backend, with random dO and dLSE, against the truth."""
+    problem = Problem.of(case, target)
+    report = Report(f"{target}: {case}")
+    report.expect("flash_attention", problem.answer(target), problem, slack)
+    report.verdict()
+
+
 def limit(name: str, truth: Tensor, naive_value: Tensor, dtype: torch.dtype, D: int) -> Tensor:
     """The largest error allowed in `name` ("O", "LSE", "dQ", …), a tensor that broadcasts against the truth.
 
     float32: 1e-6 · max(1, |value|) forward; gradients 2e-6 of the largest entry; both for D ≤ 128, growing with √D beyond, as rounding
-    in a sum of D products does. float64: the same, times 1e-8. Half types: twice the error of naive attention in that dtype, plus the
-    noise floor 2·max|(truth + 0.3 − 0.3) − truth| of the dtype itself.
+    in a sum of D products does; or three times the error of naive attention in float32, where that is more: a score of 5 is itself only
+    known to 3e-7. float64: the same, times 1e-8. Half types: twice the error of naive attention in that dtype, plus the noise floor
+    2·max|(truth + 0.3 − 0.3) − truth| of the dtype itself.
     """
+    if not truth.numel():
+        return truth.sum()
+    naive_error = (naive_value.double() - truth).abs().masked_fill(truth.isinf(), 0).max()
     if dtype in HALF and name != "LSE":
         rounded = truth.to(dtype)
-        floor = 2 * ((rounded + 0.3 - 0.3) - rounded).double().abs().max()
-        return 2 * (naive_value.double() - truth).abs().max() + floor
+        return 2 * naive_error + 2 * ((rounded + 0.3 - 0.3) - rounded).double().abs().max()
     unit = (1e-14 if dtype == torch.float64 else 1e-6) * max(1.0, (D / 128) ** 0.5)
-    if name in ("O", "LSE"):
-        return unit * truth.masked_fill(truth.isneginf(), 0).abs().clamp(min=1)
-    return 2 * unit * truth.abs().max().clamp(min=1e-3)
+    size = truth.masked_fill(truth.isinf(), 0).abs()
+    allowed = unit * size.clamp(min=1) if name in ("O", "LSE") else 2 * unit * size.max().clamp(min=1e-3)
+    return allowed if dtype in HALF else torch.maximum(allowed, 3 * naive_error)  # the half types' LSE is a float32 that naive has not
 
 
 class Worst(NamedTuple):
@@ -213,11 +309,11 @@ class Report:
         if seen is None or worst.closeness() > seen.closeness():
             self.cells[what][name] = worst
 
-    def compare_results(self, what: str, got: Result, truth: Result, naive_result: Result, dtype: torch.dtype, D: int) -> None:
-        """Every field of `got` against the truth, by the rule of its dtype."""
-        for name in Result._fields:
-            want = getattr(truth, name)
-            self.compare(what, name, getattr(got, name), want, limit(name, want, getattr(naive_result, name), dtype, D))
+    def expect(self, what: str, got: Result, problem: Problem, slack: float = 1.0) -> None:
+        """Every field of `got` against the truth, by the rule of the problem's dtype; `slack` widens the limits."""
+        case = problem.case
+        for name, value, want, in_dtype in zip(Result._fields, got, problem.truth, problem.in_dtype, strict=True):
+            self.compare(what, name, value, want, slack * limit(name, want, in_dtype, case.dtype, case.D), str(case))
 
     def failures(self) -> list[str]:
         return [

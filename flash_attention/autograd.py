@@ -7,10 +7,10 @@ differentiable in its turn.
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from flash_attention import allocate
-from flash_attention.backends import BACKENDS
+from flash_attention.backends import BACKENDS, choose
 from flash_attention.reference.tiles import sum_dtype
 
 library = torch.library.Library("flash_attention", "DEF")
@@ -28,7 +28,8 @@ library.define(
 
 def attention(q, k, v, mask, seed, causal: bool, scale: float, dropout_p: float, backend: str) -> tuple[Tensor, Tensor]:
     """O and LSE, differentiable, from checked arguments (`flash_attention.interface` checks them)."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if differentiated or forward_ad._current_level >= 0:  # forward mode: the Function raises, where a bare op would give zeros
         return Attention.apply(q, k, v, mask, seed, causal, scale, dropout_p, backend)
     return torch.ops.flash_attention.forward(q, k, v, mask, seed, causal, scale, dropout_p, backend)
 
@@ -85,20 +86,27 @@ class AttentionBackward(Function):
 # ---- the ops: real, shape-only, vmapped
 
 
+def _backend(name, q, k, v, mask, causal, dropout_p):
+    """A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda" the fastest kernel."""
+    return BACKENDS[name] if name in BACKENDS else BACKENDS[choose(name or None, q, k, v, mask, causal, dropout_p)]
+
+
 def _forward(q, k, v, mask, seed, causal, scale, dropout_p, backend):
-    return BACKENDS[backend].forward(q, k, v, mask, seed, causal, scale, dropout_p)
+    return _backend(backend, q, k, v, mask, causal, dropout_p).forward(q, k, v, mask, seed, causal, scale, dropout_p)
 
 
 def _backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p, backend):
-    return BACKENDS[backend].backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p)
+    chosen = _backend(backend, q, k, v, mask, causal, dropout_p)
+    return chosen.backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p)
 
 
 def _second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, seed, causal, scale, dropout_p, backend):
-    if not hasattr(BACKENDS[backend], "second_backward"):
+    chosen = _backend(backend, q, k, v, mask, causal, dropout_p)
+    if not hasattr(chosen, "second_backward"):
         raise NotImplementedError(
-            f"the backward of backend {backend!r} cannot be differentiated again; pass backend='reference' for second derivatives"
+            "the backward of a CUDA kernel cannot be differentiated again; pass backend='reference' for second derivatives"
         )
-    return BACKENDS[backend].second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, seed, causal, scale, dropout_p)
+    return chosen.second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, seed, causal, scale, dropout_p)
 
 
 def _fake_forward(q, k, v, *_):
@@ -112,6 +120,12 @@ def _fake_backward(dO, dLSE, q, k, v, *_):
 def _fake_second_backward(gQ, gK, gV, dO, dLSE, q, k, v, *_):
     shapes = (dO, q.new_empty(q.shape[:3], dtype=sum_dtype(q)), q, k, v)
     return tuple(x.new_empty(x.shape) for x in shapes)
+
+
+def _fold(x: Tensor) -> Tensor:
+    """(n, B, …) → (n·B, …), without expanding in memory the later dimensions that are broadcast (stride 0), as a mask's mostly are."""
+    core = x[(slice(None), slice(None), *(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride()[2:]))]
+    return core.flatten(0, 1).expand(-1, *x.shape[2:])
 
 
 def _vmapped(op, tensors: int):
@@ -129,7 +143,7 @@ def _vmapped(op, tensors: int):
             calls = [op(*(x if dim is None else x[s] for x, dim in zip(in_front, in_dims, strict=True))) for s in range(n)]
             return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
         folded = [
-            None if x is None else (x.unsqueeze(0).expand(n, *x.shape) if dim is None else x).flatten(0, 1)
+            None if x is None else _fold(x.unsqueeze(0).expand(n, *x.shape) if dim is None else x)
             for x, dim in zip(in_front[:tensors], in_dims[:tensors], strict=True)
         ]
         outputs = op(*folded, None, *settings)

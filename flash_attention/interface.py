@@ -1,5 +1,7 @@
 """`flash_attention()`: checks its arguments, gives the mask one shape, picks a backend and calls it."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def flash_attention(
     torch.Size([2, 8, 100, 64])
     """
     _check(q, k, v, causal, scale, dropout_p)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    if _autocasts(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if mask is not None:
@@ -62,9 +64,14 @@ def flash_attention(
             raise ValueError(f"q and mask must be on one device, got {q.device} and {mask.device}")
     seed = torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=q.device) if dropout_p else None
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    name = choose(backend, q, k, v, mask, causal, dropout_p)
+    # Choosing looks at the machine, which a compiled graph cannot: there the op chooses when it runs.
+    name = backend or "" if torch.compiler.is_compiling() else choose(backend, q, k, v, mask, causal, dropout_p)
     O, LSE = attention(q, k, v, mask, seed, causal, scale, float(dropout_p), name)
     return (O, LSE) if return_lse else O
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check(q, k, v, causal, scale, dropout_p) -> None:
@@ -73,9 +80,11 @@ def _check(q, k, v, causal, scale, dropout_p) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head size), got shape {tuple(x.shape)}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense (torch.strided) tensor, got {x.layout}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
-    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
+    if not q.dtype == k.dtype == v.dtype and not _autocasts(q.device.type):
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
@@ -90,7 +99,9 @@ def _check(q, k, v, causal, scale, dropout_p) -> None:
         raise ValueError(f"heads and head sizes must not be 0, and k's heads must divide q's, {shapes}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False, got {causal!r}")
-    if scale is not None and not isinstance(scale, (int, float)):
+    if scale is not None and (not isinstance(scale, (int, float)) or isinstance(scale, bool)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
     if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be a probability in [0, 1), got {dropout_p!r}")

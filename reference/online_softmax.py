@@ -11,6 +11,11 @@ from torch import Tensor
 from .tiles import LOWEST, blocks
 
 
+def lowest(x: Tensor) -> float:
+    """Where a running maximum starts: float16 ends before LOWEST."""
+    return max(LOWEST, torch.finfo(x.dtype).min)
+
+
 def softmax_three_passes(x: Tensor) -> Tensor:
     """The textbook way, x (..., N) → (..., N): one pass for the maximum, one for the sum, one to divide. The whole row is read three times.
 
@@ -23,7 +28,7 @@ def softmax_three_passes(x: Tensor) -> Tensor:
 
 def summarise(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (..., N) → m, l, each (..., 1)."""
-    m = x.amax(-1, keepdim=True).clamp(min=LOWEST)
+    m = x.amax(-1, keepdim=True).clamp(min=lowest(x))
     return m, (x - m).exp().sum(-1, keepdim=True)
 
 
@@ -44,7 +49,7 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, T
 
 def softmax_online(x: Tensor, block: int = 1) -> Tensor:
     """x (..., N) → (..., N): one pass, `block` elements at a time, collects m and l; a second one divides."""
-    summary = torch.full_like(x[..., :1], LOWEST), torch.zeros_like(x[..., :1])
+    summary = torch.full_like(x[..., :1], lowest(x)), torch.zeros_like(x[..., :1])
     for j in blocks(0, x.shape[-1], block):
         summary = merge(summary, summarise(x[..., j]))
     m, l = summary
@@ -56,7 +61,7 @@ def attention_online(x: Tensor, V: Tensor, block: int = 1) -> Tensor:
 
     This is FlashAttention for a single row: O shrinks by the same factor as l whenever a larger score turns up.
     """
-    m, l = torch.full_like(x[..., :1], LOWEST), torch.zeros_like(x[..., :1])
+    m, l = torch.full_like(x[..., :1], lowest(x)), torch.zeros_like(x[..., :1])
     O = x.new_zeros(*x.shape[:-1], V.shape[-1])
     for j in blocks(0, x.shape[-1], block):
         m_new = torch.maximum(m, x[..., j].amax(-1, keepdim=True))

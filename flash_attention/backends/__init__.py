@@ -9,25 +9,35 @@ A backend is a module with
 where mask is None or a (B, H, Nq, Nk) view, seed is None exactly when there is no dropout, and dLSE may be None.
 """
 
+import warnings
+
 from torch import Tensor
 
-from . import reference
+from . import cuda, reference
 
-BACKENDS = {"reference": reference}
+BACKENDS = {**cuda.RUNGS, "reference": reference}
+GROUPS = {"cuda": tuple(cuda.RUNGS)}  # a name that stands for the fastest of several
 
 
 def choose(name: str | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str:
     """The name in BACKENDS that serves this call: the one asked for, or else the first that can.
 
+    None on a CUDA device falls back to the reference if no kernel serves the call, and warns once for each reason.
+
     Raises:
         ValueError: there is no such backend.
         NotImplementedError: the backend asked for cannot serve the call; the message says why.
     """
-    if name is None:
-        return next(each for each, backend in BACKENDS.items() if backend.why_not(q, k, v, mask, causal, dropout_p) is None)
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    reason = BACKENDS[name].why_not(q, k, v, mask, causal, dropout_p)
-    if reason is not None:
-        raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}")
-    return name
+    if name is None and q.device.type != "cuda":
+        return "reference"
+    if name is not None and not (isinstance(name, str) and (name in BACKENDS or name in GROUPS)):
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, (*BACKENDS, *GROUPS)))}, got {name!r}")
+    reasons = []
+    for each in tuple(BACKENDS) if name is None else GROUPS.get(name, (name,)):
+        reason = BACKENDS[each].why_not(q, k, v, mask, causal, dropout_p)
+        if reason is None:
+            if reasons and name is None and each == "reference":
+                warnings.warn(f"flash_attention runs on the slow reference: {'; '.join(reasons)}", stacklevel=3)
+            return each
+        reasons.append(f"{each}: {reason}")
+    raise NotImplementedError(f"backend {name!r} cannot serve this call: {'; '.join(reasons)}")

@@ -1,0 +1,161 @@
+"""Wrong arguments raise the right type of error, before anything runs, and the message names what is at fault.
+
+python checks/check_bad_input.py [--backend reference]
+"""
+
+import math
+
+import numpy
+import pytest
+import torch
+from harness import ALGORITHMS, run_alone
+
+from flash_attention import flash_attention
+from flash_attention.backends import BACKENDS
+
+B, H, Nq, Nk, D = 2, 4, 5, 7, 16
+
+
+def tensor(*shape: int, dtype=torch.float16, device=None) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)  # float16 and D = 16: every backend serves them
+
+
+GOOD = {"q": (B, H, Nq, D), "k": (B, H, Nk, D), "v": (B, H, Nk, D)}
+# What is wrong → what replaces the good arguments, the error, words that its message must have.
+BAD = {
+    "q has 3 dimensions": ({"q": tensor(H, Nq, D)}, ValueError, ["q ", "4 dimensions", "(4, 5, 16)"]),
+    "k has 5 dimensions": ({"k": tensor(1, B, H, Nk, D)}, ValueError, ["k ", "4 dimensions", "(1, 2, 4, 7, 16)"]),
+    "v is a scalar": ({"v": tensor()}, ValueError, ["v ", "4 dimensions", "()"]),
+    "q is a numpy array": ({"q": numpy.zeros((B, H, Nq, D))}, TypeError, ["q ", "torch.Tensor", "ndarray"]),
+    "k is a list": ({"k": [1.0]}, TypeError, ["k ", "torch.Tensor", "list"]),
+    "v is None": ({"v": None}, TypeError, ["v ", "torch.Tensor", "NoneType"]),
+    "q is int64": ({"q": tensor(B, H, Nq, D, dtype=torch.int64)}, TypeError, ["q ", "float16", "torch.int64"]),
+    "k is bool": ({"k": tensor(B, H, Nk, D, dtype=torch.bool)}, TypeError, ["k ", "float16", "torch.bool"]),
+    "v is complex": ({"v": tensor(B, H, Nk, D, dtype=torch.complex64)}, TypeError, ["v ", "float16", "torch.complex64"]),
+    "q is float8": ({"q": tensor(B, H, Nq, D, dtype=torch.float8_e4m3fn)}, TypeError, ["q ", "float16", "torch.float8_e4m3fn"]),
+    "mixed dtypes": (
+        {"k": tensor(B, H, Nk, D, dtype=torch.bfloat16)},
+        TypeError,
+        ["one dtype", "torch.float16, torch.bfloat16 and torch.float16"],
+    ),
+    "batches differ": ({"q": tensor(3, H, Nq, D)}, ValueError, ["batch", "(3, 4, 5, 16)", "(2, 4, 7, 16)"]),
+    "batch of 1 is not broadcast": ({"q": tensor(1, H, Nq, D)}, ValueError, ["batch", "(1, 4, 5, 16)", "(2, 4, 7, 16)"]),
+    "heads do not divide": (
+        {"k": tensor(B, 3, Nk, D), "v": tensor(B, 3, Nk, D)},
+        ValueError,
+        ["heads", "divide", "(2, 4, 5, 16)", "(2, 3, 7, 16)"],
+    ),
+    "more key heads than query heads": (
+        {"k": tensor(B, 8, Nk, D), "v": tensor(B, 8, Nk, D)},
+        ValueError,
+        ["heads", "divide", "(2, 4, 5, 16)", "(2, 8, 7, 16)"],
+    ),
+    "k and v have other heads": ({"v": tensor(B, 2, Nk, D)}, ValueError, ["k and v", "heads", "(2, 4, 7, 16)", "(2, 2, 7, 16)"]),
+    "k and v have other lengths": ({"v": tensor(B, H, 8, D)}, ValueError, ["k and v", "length", "(2, 4, 7, 16)", "(2, 4, 8, 16)"]),
+    "q and k have other head sizes": ({"q": tensor(B, H, Nq, 24)}, ValueError, ["q and k", "head size", "(2, 4, 5, 24)", "(2, 4, 7, 16)"]),
+    "head size 0": ({"q": tensor(B, H, Nq, 0), "k": tensor(B, H, Nk, 0)}, ValueError, ["head size", "0", "(2, 4, 5, 0)"]),
+    "value size 0": ({"v": tensor(B, H, Nk, 0)}, ValueError, ["head size", "0", "(2, 4, 7, 0)"]),
+    "no heads": ({"k": tensor(B, 0, Nk, D), "v": tensor(B, 0, Nk, D)}, ValueError, ["heads", "0", "(2, 0, 7, 16)"]),
+    "k on another device": (
+        {"k": tensor(B, H, Nk, D, device="meta")},
+        ValueError,
+        ["one device", "meta"],
+    ),
+    "mask on another device": ({"mask": torch.ones(B, Nk, dtype=torch.bool, device="meta")}, ValueError, ["mask", "one device", "meta"]),
+    "mask of floats": ({"mask": torch.zeros(Nq, Nk)}, TypeError, ["mask", "torch.bool", "torch.float32"]),
+    "mask of ints": ({"mask": torch.ones(B, Nk, dtype=torch.int64)}, TypeError, ["mask", "torch.bool", "torch.int64", "mask.bool()"]),
+    "mask of bytes": ({"mask": torch.ones(B, Nk, dtype=torch.uint8)}, TypeError, ["mask", "torch.bool", "torch.uint8"]),
+    "mask is a list": ({"mask": [[True] * Nk] * Nq}, TypeError, ["mask", "list"]),
+    "mask is a numpy array": ({"mask": numpy.ones((B, Nk), dtype=bool)}, TypeError, ["mask", "ndarray"]),
+    "mask of another length": ({"mask": torch.ones(B, Nk + 1, dtype=torch.bool)}, ValueError, ["(2, 8)", "(2, 7)", "(2, 4, 5, 7)"]),
+    "mask of queries": ({"mask": torch.ones(B, Nq, dtype=torch.bool)}, ValueError, ["(2, 5)", "(2, 7)", "(2, 4, 5, 7)"]),
+    "mask (B, Nq, Nk)": ({"mask": torch.ones(B, Nq, Nk, dtype=torch.bool)}, ValueError, ["(2, 5, 7)", "(2, 4, 5, 7)"]),
+    "mask transposed": ({"mask": torch.ones(B, H, Nk, Nq, dtype=torch.bool)}, ValueError, ["(2, 4, 7, 5)", "(2, 4, 5, 7)"]),
+    "mask of another batch": ({"mask": torch.ones(3, H, Nq, Nk, dtype=torch.bool)}, ValueError, ["(3, 4, 5, 7)", "(2, 4, 5, 7)"]),
+    "mask has 5 dimensions": ({"mask": torch.ones(1, B, H, Nq, Nk, dtype=torch.bool)}, ValueError, ["(1, 2, 4, 5, 7)", "(2, 4, 5, 7)"]),
+    "empty mask": ({"mask": torch.ones(0, dtype=torch.bool)}, ValueError, ["(0,)", "(2, 4, 5, 7)"]),
+    "negative dropout": ({"dropout_p": -0.1}, ValueError, ["dropout_p", "[0, 1)", "-0.1"]),
+    "dropout of everything": ({"dropout_p": 1.0}, ValueError, ["dropout_p", "[0, 1)", "1.0"]),
+    "dropout beyond everything": ({"dropout_p": 50}, ValueError, ["dropout_p", "[0, 1)", "50"]),
+    "dropout NaN": ({"dropout_p": math.nan}, ValueError, ["dropout_p", "[0, 1)", "nan"]),
+    "dropout is a word": ({"dropout_p": "x"}, (TypeError, ValueError), ["dropout_p", "'x'"]),
+    "dropout is None": ({"dropout_p": None}, (TypeError, ValueError), ["dropout_p", "None"]),
+    "scale is a tensor": ({"scale": torch.tensor(0.5)}, TypeError, ["scale", "Tensor"]),
+    "scale is a word": ({"scale": "auto"}, TypeError, ["scale", "str"]),
+    "causal is a tensor": ({"causal": torch.tensor(True)}, TypeError, ["causal", "tensor(True"]),
+    "causal is a number": ({"causal": 1}, TypeError, ["causal", "1"]),
+    "unknown backend": ({"backend": "warp9"}, ValueError, ["warp9", *map(repr, BACKENDS)]),
+    "backend is a number": ({"backend": 3}, (TypeError, ValueError), ["backend", "3"]),
+}
+
+
+@pytest.mark.parametrize(("wrong", "error", "words"), BAD.values(), ids=BAD)
+def check_bad_input(target, wrong, error, words):
+    def place(x):
+        return x.to(target.device) if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x
+
+    arguments = {name: tensor(*shape) for name, shape in GOOD.items()} | {"backend": target.backend} | wrong
+    with pytest.raises(Exception) as caught:
+        flash_attention(**{name: place(x) for name, x in arguments.items()})
+    kinds = error if isinstance(error, tuple) else (error,)
+    message = f"{type(caught.value).__name__}: {caught.value}"
+    assert type(caught.value) in kinds, f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {message}"
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"the message does not name {missing}: {message}"
+
+
+def check_good_input(target):
+    """What the wrong calls are made from is right, so that each fails for its own reason."""
+    O = flash_attention(**{name: tensor(*shape).to(target.device) for name, shape in GOOD.items()}, backend=target.backend)
+    assert O.shape == (B, H, Nq, D)
+    assert O.dtype == torch.float16
+
+
+def check_positional_options(target):
+    """Options go by name: a fifth positional argument is not silently taken for one of them."""
+    with pytest.raises(TypeError):
+        flash_attention(*(tensor(*shape).to(target.device) for shape in GOOD.values()), None, True)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+@pytest.mark.parametrize("size", (0, -3))
+def check_block_sizes(algorithm, size):
+    q, k, v = (tensor(*shape, dtype=torch.float32) for shape in GOOD.values())
+    O, *saved = algorithm.forward(q, k, v)
+    for name in ("block_q", "block_k"):
+        for call in (
+            lambda **sizes: algorithm.forward(q, k, v, **sizes),
+            lambda **sizes: algorithm.backward(q, k, v, None, O, *saved, O, **sizes),
+        ):
+            with pytest.raises(ValueError, match=rf"block size.*{size}"):
+                call(**{name: size})
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def check_masks_of_the_algorithms(algorithm):
+    """The papers' functions check the mask themselves."""
+    q, k, v = (tensor(*shape, dtype=torch.float32) for shape in GOOD.values())
+    with pytest.raises(TypeError, match=r"mask.*torch\.float32"):
+        algorithm.forward(q, k, v, torch.ones(B, Nk))
+    with pytest.raises(ValueError, match=r"\(2, 8\)"):
+        algorithm.forward(q, k, v, torch.ones(B, Nk + 1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 7), (2, 4, 0, 7), (2, 4, 5, 0), (2, 4, 0, 0), (0, 4, 0, 0)], ids=str)
+@pytest.mark.parametrize("causal", (False, True), ids=("general", "causal"))
+def check_empty(target, causal, shape):
+    """No batches, rows or columns is not an error: rows that attend nothing give O = 0 and LSE = −inf, and gradients have their shapes."""
+    b, h, rows, columns = shape
+    q, k, v = (tensor(b, h, n, D).to(target.device).requires_grad_() for n in (rows, columns, columns))
+    O, LSE = flash_attention(q, k, v, causal=causal, return_lse=True, backend=target.backend)
+    assert O.shape == (b, h, rows, D)
+    assert not O.any()
+    assert LSE.shape == (b, h, rows)
+    assert LSE.isneginf().all()
+    for x, gradient in zip((q, k, v), torch.autograd.grad(O.sum(), (q, k, v)), strict=True):
+        assert gradient.shape == x.shape
+        assert not gradient.any()
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

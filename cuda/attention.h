@@ -1,0 +1,62 @@
+// The C interface between Python (flash_attention/backends/cuda.py) and every kernel: one struct, one entry point a file.
+//
+// A .cu file is compiled once for each specialisation, into a shared library of its own. The constants that specialise it come from the
+// command line: -DHEAD_DIM=64 -DDTYPE=1 -DCAUSAL=0 -DMASK=0 -DDROPOUT=0. So a kernel reads as one concrete kernel.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+// DTYPE, the type of q, k, v, O and their gradients.
+#define FLOAT32 0
+#define FLOAT16 1
+#define BFLOAT16 2
+
+// A (B, H, N, D) tensor. The last dimension is contiguous; strides are in elements, and may be 0.
+struct Tensor4 {
+    void* data;
+    int64_t stride_b, stride_h, stride_n;
+};
+
+// The mask, in one of two forms. Bytes: element (b, h, i, j) is a bool at data[b·stride_b + h·stride_h + i·stride_i + j·stride_j].
+// Bits: bit j % 32 of the 32-bit word at data[b·stride_b + h·stride_h + i·stride_i + j / 32], strides in words, written by pack_mask.cu;
+// bits beyond Nk are 0. A set bit or a true byte means "may attend". Broadcast dimensions have stride 0.
+struct Mask {
+    const void* data;
+    int64_t stride_b, stride_h, stride_i, stride_j;
+};
+
+struct AttentionParams {
+    Tensor4 q;             // [B, H, Nq, D]
+    Tensor4 k;             // [B, Hkv, Nk, D]
+    Tensor4 v;             // [B, Hkv, Nk, Dv]
+    Tensor4 o;             // [B, H, Nq, Dv], written by the forward, read by the backward
+    Tensor4 d_o;           // [B, H, Nq, Dv], backward only
+    Tensor4 dq, dk, dv;    // as q, k, v, backward only
+    Mask mask;             // data = NULL without one
+    float* lse;            // [B, H, Nq] contiguous, natural log; −inf where a row may attend nothing
+    const float* d_lse;    // [B, H, Nq] contiguous, or NULL; backward only
+    float* workspace;      // backward only; its size is workspace_floats()
+    const int64_t* seed;   // on the device; NULL without dropout
+    int32_t B, H, Hkv, Nq, Nk;
+    int32_t D, Dv;         // head sizes in memory, at most HEAD_DIM
+    float scale;           // of the scores
+    int32_t drop_below;    // an element whose random byte is below this is dropped
+    float keep_scale;      // 1 / (keep probability), exactly 256 / (256 − drop_below)
+    int32_t deterministic; // nonzero: gradients must repeat bit for bit
+    int32_t device;        // CUDA device of every pointer
+    int32_t sm_count;      // its number of multiprocessors
+    cudaStream_t stream;
+};
+
+// Defined by every kernel file. Each returns a cudaError_t; 0 is success. Nothing synchronises.
+#ifdef __cplusplus
+extern "C" {
+#endif
+int attention(const AttentionParams* params);                    // launch: the forward or the backward, whichever this file is
+int64_t workspace_floats(const AttentionParams* params);         // backward: floats of workspace this launch needs; forward: 0
+int64_t params_size(void);                                       // sizeof(AttentionParams): Python checks it against its own
+const char* error_name(int error);                               // a cudaError_t in words
+#ifdef __cplusplus
+}
+#endif

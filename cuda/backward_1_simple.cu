@@ -1,0 +1,237 @@
+// Backward in float32 arithmetic on CUDA cores: FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithm 2.  sm_75 and newer.
+//
+// The idea: P is not read back but computed again from Q, K and LSE, a tile at a time. Three kernels, one after another:
+//     delta_kernel   line 4: Delta = rowsum(dO∘O), the paper's vector D
+//     dkv_kernel     a block keeps dK and dV of a few keys in registers while tiles of Q and dO pass by
+//     dq_kernel      a block keeps dQ of a few queries in registers while tiles of K and V pass by
+//
+// Change from reference/flash2.py: Algorithm 2 finds all three gradients in one loop over K outside and Q inside, where different j add to
+// the same dQi; on a GPU that takes atomics, whose order, and so whose rounding, changes from run to run. Here each gradient has one owner
+// and one order of summation, so results repeat bit for bit; the price is that S and dP are computed twice, 7 products where 5 would do.
+// dkv_kernel works on transposed tiles, Sᵀ = Kj Qiᵀ: then Pᵀ dO and dSᵀ Q are the same product of a tile and a chunk as P V is.
+//
+// Serves everything in the interface, as forward_1_simple.cu does. Measured on an H200, float32, B 2, H 8, N 8192, D 64: ?? TFLOP/s.
+#include "simple.cuh"
+
+// ---- tile sizes. A thread of dkv_kernel keeps 2 · ROWS_KV · HEAD_DIM / 8 numbers of dK and dV, one of dq_kernel ROWS_Q · HEAD_DIM / 8 of dQ.
+constexpr int ROWS_KV = HEAD_DIM <= 64 ? 4 : HEAD_DIM <= 256 ? 2 : 1;  // keys of a tile, in one thread
+constexpr int ROWS_Q = HEAD_DIM <= 128 ? 4 : 2;                         // queries of a tile, in one thread
+
+// A row that may attend nothing has LSE = −inf, but P = exp(S − LSE) = 0; so has a row that does not exist.
+__device__ inline float lse_of_row(const float* LSE_gmem, int i, int Nq) {
+    const float LSE = i < Nq ? LSE_gmem[i] : -CUDART_INF_F;
+    return LSE == -CUDART_INF_F ? CUDART_INF_F : LSE;
+}
+
+// line 4: Delta = rowsum(dO∘O) − dLSE, a row a thread. ∂LSE/∂S = P, so that dS = P∘(dP − D) + P∘dLSE. The sum runs in the order of the sums
+// in dP = dO Vᵀ below: where a row attends to one column alone, O = V, and dP − D is 0 as it must be, not what rounding left of it.
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) delta_kernel(const __grid_constant__ AttentionParams p) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;  // of B·H·Nq
+    if (row >= static_cast<int64_t>(p.B) * p.H * p.Nq) return;
+    const int i = row % p.Nq, h = row / p.Nq % p.H, b = row / p.Nq / p.H;
+    const element* O_gmem = head_of(p.o, b, h) + i * p.o.stride_n;       // [Dv]
+    const element* dO_gmem = head_of(p.d_o, b, h) + i * p.d_o.stride_n;  // [Dv]
+    float Delta = 0;
+    for (int d0 = 0; d0 < p.Dv; d0 += SUM) {
+        float sum = 0;
+        for (int d = d0; d < min(d0 + SUM, p.Dv); ++d) sum = fmaf(static_cast<float>(O_gmem[d]), static_cast<float>(dO_gmem[d]), sum);
+        Delta += sum;
+    }
+    p.workspace[row] = p.d_lse ? Delta - p.d_lse[row] : Delta;
+}
+
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __grid_constant__ AttentionParams p) {
+    constexpr int BLOCK_K = ROWS_KV * GROUPS, BLOCK_Q = TILE;
+    __shared__ __align__(16) Chunk<BLOCK_K> KV_smem;   // [BLOCK_K, CHUNK] of Kj, then of Vj
+    __shared__ __align__(16) Chunk<BLOCK_Q> QdO_smem;  // [BLOCK_Q, CHUNK] of Qi, dOi, dOi again, Qi again
+    __shared__ __align__(16) Scores<BLOCK_K> P_smem;   // [BLOCK_K, BLOCK_Q] of (P∘Z)ᵀ, then of dSᵀ
+
+    // line 5: each block takes one j
+    const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
+    const int h_kv = blockIdx.x / k_tiles % p.Hkv, b = blockIdx.x / k_tiles / p.Hkv;
+    const int j0 = blockIdx.x % k_tiles * BLOCK_K;
+    const Matrix K = matrix(p.k, b, h_kv, p.Nk, p.D);   // [Nk, D]
+    const Matrix V = matrix(p.v, b, h_kv, p.Nk, p.Dv);  // [Nk, Dv]
+
+    float dK_rmem[CHUNKS][ROWS_KV][4] = {}, dV_rmem[CHUNKS][ROWS_KV][4] = {};  // line 7
+
+    // The query heads that read this head of K and V, one after another: their gradients are summed here.
+    for (int h = h_kv * (p.H / p.Hkv); h < (h_kv + 1) * (p.H / p.Hkv); ++h) {
+        const Matrix Q = matrix(p.q, b, h, p.Nq, p.D);                               // [Nq, D]
+        const Matrix dO = matrix(p.d_o, b, h, p.Nq, p.Dv);                           // [Nq, Dv]
+        const float* LSE_gmem = p.lse + (static_cast<int64_t>(b) * p.H + h) * p.Nq;  // [Nq]
+        const float* Delta_gmem = p.workspace + (LSE_gmem - p.lse);                  // [Nq]
+        const uint8_t* mask_gmem = mask_of(p, b, h);                                 // [Nq, Nk]
+
+        // line 8; causal: from the tile of the first row that sees the first of these columns
+        for (int i0 = CAUSAL ? max(0, j0 + p.Nq - p.Nk) / BLOCK_Q * BLOCK_Q : 0; i0 < p.Nq; i0 += BLOCK_Q) {
+            // lines 9 and 10: Sᵀ = Kj Qiᵀ, the scale going with Qi
+            float P_rmem[ROWS_KV][COLUMNS] = {};  // Sᵀ, which (P∘Z)ᵀ will overwrite
+            for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
+                __syncthreads();  // every thread is done with the chunks that these take the place of
+                load_chunk<BLOCK_K>(KV_smem, K, j0, d0);
+                load_chunk<BLOCK_Q>(QdO_smem, Q, i0, d0, p.scale);
+                __syncthreads();  // both chunks are complete
+                add_product_transposed<ROWS_KV>(P_rmem, KV_smem, QdO_smem);
+            }
+
+            // line 13: dPᵀ = Vj dOiᵀ
+            float dS_rmem[ROWS_KV][COLUMNS] = {};  // dPᵀ, which dSᵀ will overwrite
+            for (int d0 = 0; d0 < p.Dv; d0 += CHUNK) {
+                __syncthreads();  // every thread is done with the chunks that these take the place of
+                load_chunk<BLOCK_K>(KV_smem, V, j0, d0);
+                load_chunk<BLOCK_Q>(QdO_smem, dO, i0, d0);
+                __syncthreads();  // both chunks are complete
+                add_product_transposed<ROWS_KV>(dS_rmem, KV_smem, QdO_smem);
+            }
+
+            // line 11: P = exp(S − LSE), the softmax again, from LSE alone; line 14: dS = P∘(dP∘Z − Delta)
+            hide<true>(P_rmem, p, mask_gmem, j0, i0);
+            const uint32_t kept = DROPOUT ? kept_scores<true, ROWS_KV>(p, b, h, j0, i0) : 0;  // the forward's mask, drawn again
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c) {
+                const int i = i0 + lane() + c * LANES;
+                const float LSE = lse_of_row(LSE_gmem, i, p.Nq), Delta = i < p.Nq ? Delta_gmem[i] : 0;
+#pragma unroll
+                for (int r = 0; r < ROWS_KV; ++r) {
+                    const float P = expf(P_rmem[r][c] - LSE);
+                    const float Z = !DROPOUT ? 1 : bit(kept, r, c) ? p.keep_scale : 0;
+                    dS_rmem[r][c] = P * (dS_rmem[r][c] * Z - Delta);
+                    P_rmem[r][c] = P * Z;
+                }
+            }
+
+            // line 12: dV += (P∘Z)ᵀ dOi
+            store_scores(P_smem, P_rmem);
+#pragma unroll
+            for (int c = 0; c < CHUNKS; ++c) {
+                if (c * CHUNK >= p.Dv) break;
+                __syncthreads();  // every thread is done with the chunk that this one takes the place of
+                load_chunk<BLOCK_Q>(QdO_smem, dO, i0, c * CHUNK);
+                __syncthreads();  // the chunk is complete
+                add_product<ROWS_KV>(dV_rmem[c], P_smem, QdO_smem);
+            }
+
+            // line 16: dK += dSᵀ Qi, Qi carrying the scale
+            store_scores(P_smem, dS_rmem);
+#pragma unroll
+            for (int c = 0; c < CHUNKS; ++c) {
+                if (c * CHUNK >= p.D) break;
+                __syncthreads();  // every thread is done with the chunk that this one takes the place of
+                load_chunk<BLOCK_Q>(QdO_smem, Q, i0, c * CHUNK, p.scale);
+                __syncthreads();  // the chunk is complete
+                add_product<ROWS_KV>(dK_rmem[c], P_smem, QdO_smem);
+            }
+        }
+    }
+
+    // line 18
+    const Matrix dK = matrix(p.dk, b, h_kv, p.Nk, p.D);   // [Nk, D]
+    const Matrix dV = matrix(p.dv, b, h_kv, p.Nk, p.Dv);  // [Nk, Dv]
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+        store_chunk(dK, j0, c * CHUNK, dK_rmem[c]);
+        store_chunk(dV, j0, c * CHUNK, dV_rmem[c]);
+    }
+}
+
+// Lines 10, 11, 13 and 14 once more, with the tile the other way round, for line 15.
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid_constant__ AttentionParams p) {
+    constexpr int BLOCK_Q = ROWS_Q * GROUPS, BLOCK_K = TILE;
+    __shared__ __align__(16) Chunk<BLOCK_Q> QdO_smem;  // [BLOCK_Q, CHUNK] of Qi, then of dOi
+    __shared__ __align__(16) Chunk<BLOCK_K> KV_smem;   // [BLOCK_K, CHUNK] of Kj, then of Vj, then of Kj again
+    __shared__ __align__(16) Scores<BLOCK_Q> dS_smem;  // [BLOCK_Q, BLOCK_K]
+
+    const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q;
+    const int q_tile = CAUSAL ? q_tiles - 1 - blockIdx.x % q_tiles : blockIdx.x % q_tiles;  // causal: the longest rows start first
+    const int h = blockIdx.x / q_tiles % p.H, b = blockIdx.x / q_tiles / p.H;
+    const int i0 = q_tile * BLOCK_Q;
+    const Matrix Q = matrix(p.q, b, h, p.Nq, p.D);                               // [Nq, D]
+    const Matrix K = matrix(p.k, b, kv_head(p, h), p.Nk, p.D);                   // [Nk, D]
+    const Matrix V = matrix(p.v, b, kv_head(p, h), p.Nk, p.Dv);                  // [Nk, Dv]
+    const Matrix dO = matrix(p.d_o, b, h, p.Nq, p.Dv);                           // [Nq, Dv]
+    const float* LSE_gmem = p.lse + (static_cast<int64_t>(b) * p.H + h) * p.Nq;  // [Nq]
+    const float* Delta_gmem = p.workspace + (LSE_gmem - p.lse);                  // [Nq]
+    const uint8_t* mask_gmem = mask_of(p, b, h);                                 // [Nq, Nk]
+
+    float dQ_rmem[CHUNKS][ROWS_Q][4] = {};  // line 3
+    float LSE_rmem[ROWS_Q], Delta_rmem[ROWS_Q];
+#pragma unroll
+    for (int r = 0; r < ROWS_Q; ++r) {
+        const int i = i0 + group() + r * GROUPS;
+        LSE_rmem[r] = lse_of_row(LSE_gmem, i, p.Nq);
+        Delta_rmem[r] = i < p.Nq ? Delta_gmem[i] : 0;
+    }
+
+    const int columns = CAUSAL ? min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq) : p.Nk;
+    for (int j0 = 0; j0 < columns; j0 += BLOCK_K) {
+        // line 10: S = Qi Kjᵀ
+        float S_rmem[ROWS_Q][COLUMNS] = {};
+        for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
+            __syncthreads();  // every thread is done with the chunks that these take the place of
+            load_chunk<BLOCK_Q>(QdO_smem, Q, i0, d0, p.scale);
+            load_chunk<BLOCK_K>(KV_smem, K, j0, d0);
+            __syncthreads();  // both chunks are complete
+            add_product_transposed<ROWS_Q>(S_rmem, QdO_smem, KV_smem);
+        }
+
+        // line 13: dP = dOi Vjᵀ
+        float dS_rmem[ROWS_Q][COLUMNS] = {};  // dP, which dS will overwrite
+        for (int d0 = 0; d0 < p.Dv; d0 += CHUNK) {
+            __syncthreads();  // every thread is done with the chunks that these take the place of
+            load_chunk<BLOCK_Q>(QdO_smem, dO, i0, d0);
+            load_chunk<BLOCK_K>(KV_smem, V, j0, d0);
+            __syncthreads();  // both chunks are complete
+            add_product_transposed<ROWS_Q>(dS_rmem, QdO_smem, KV_smem);
+        }
+
+        // line 11: P = exp(S − LSE); line 14: dS = P∘(dP∘Z − Delta)
+        hide<false>(S_rmem, p, mask_gmem, i0, j0);
+        const uint32_t kept = DROPOUT ? kept_scores<false, ROWS_Q>(p, b, h, i0, j0) : 0;
+#pragma unroll
+        for (int r = 0; r < ROWS_Q; ++r)
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c) {
+                const float P = expf(S_rmem[r][c] - LSE_rmem[r]);
+                const float Z = !DROPOUT ? 1 : bit(kept, r, c) ? p.keep_scale : 0;
+                dS_rmem[r][c] = P * (dS_rmem[r][c] * Z - Delta_rmem[r]);
+            }
+
+        // line 15: dQ += dS Kj, Kj carrying the scale
+        store_scores(dS_smem, dS_rmem);
+#pragma unroll
+        for (int c = 0; c < CHUNKS; ++c) {
+            if (c * CHUNK >= p.D) break;
+            __syncthreads();  // every thread is done with the chunk of Vj or Kj that this one takes the place of
+            load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK, p.scale);
+            __syncthreads();  // the chunk is complete
+            add_product<ROWS_Q>(dQ_rmem[c], dS_smem, KV_smem);
+        }
+    }
+
+    const Matrix dQ = matrix(p.dq, b, h, p.Nq, p.D);  // [Nq, D]
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) store_chunk(dQ, i0, c * CHUNK, dQ_rmem[c]);
+}
+
+extern "C" int64_t workspace_floats(const AttentionParams* params) {
+    return static_cast<int64_t>(params->B) * params->H * params->Nq;  // Delta
+}
+
+// One of the three kernels, unless its output is empty. All run on the same stream, so that each sees what the one before wrote.
+static cudaError_t launch(void (*kernel)(AttentionParams), int64_t blocks, const AttentionParams& p) {
+    if (blocks == 0) return cudaSuccess;
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    kernel<<<static_cast<unsigned>(blocks), THREADS, 0, p.stream>>>(p);
+    return cudaGetLastError();
+}
+
+extern "C" int attention(const AttentionParams* params) {
+    const AttentionParams& p = *params;
+    DeviceGuard guard(p.device);
+    const auto tiles = [](int64_t n, int size) { return (n + size - 1) / size; };
+    cudaError_t error = launch(delta_kernel, tiles(static_cast<int64_t>(p.B) * p.H * p.Nq, THREADS), p);
+    if (error == cudaSuccess) error = launch(dkv_kernel, tiles(p.Nk, ROWS_KV * GROUPS) * p.Hkv * p.B, p);
+    if (error == cudaSuccess) error = launch(dq_kernel, tiles(p.Nq, ROWS_Q * GROUPS) * p.H * p.B, p);
+    return error;
+}

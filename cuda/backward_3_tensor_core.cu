@@ -1,0 +1,491 @@
+// Backward on tensor cores with swizzled shared memory and double-buffered copies: FlashAttention-2, Algorithm 2.  sm_80 and newer.
+//
+// The idea: compute S and dP transposed. Sᵀ = K Qᵀ leaves a warp's accumulators with rows of K, the very rows of dV = Pᵀ dO and dK = dSᵀ Q that
+// this warp adds up. Rounded to pairs they are already those products' A operand, so for head sizes up to 64 only dS passes through shared
+// memory, for dQ = dS K, which sums over the keys of all warps. Above 64 the accumulators dK and dV of a row no longer fit one warp: two or four
+// warps share the rows, each computes a part of the columns of Sᵀ and a part of the head size, and P passes through shared memory too.
+//
+// A block owns BLOCK_K keys of one key/value head and visits the tiles of Q (of each query head of the group in turn) that see them. dK and dV stay
+// in registers. dQ is summed over the blocks in global memory, in float32, in the order of the accumulators ("fragment order"): a warp then adds 512
+// contiguous bytes at a time. One kernel before prepares Delta and LSE, one after puts dQ in order.
+//
+// Change from the rung below: (forward_3_tensor_core.cu's swizzle and two stages, now in the backward; atomics instead of a second pass for dQ.)
+// Limits: float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale. dK and dV repeat bit for bit; dQ does only if
+// `deterministic` is set, because atomic additions of several blocks come in any order.
+#include "tensor_core.cuh"
+
+// ---- tile sizes. Two blocks of four warps share a multiprocessor up to head size 128: one computes while the other waits at a barrier.
+#ifndef SMEM_KB
+#define SMEM_KB 227  // shared memory a block may have: 227 on sm_90, 163 on sm_80, 99 on sm_86 and sm_89
+#endif
+#ifndef BLOCK_Q
+#define BLOCK_Q (HEAD_DIM <= 64 || SMEM_KB >= 163 ? 64 : 32)
+#endif
+#ifndef BLOCK_K
+#define BLOCK_K (HEAD_DIM <= 64 || (HEAD_DIM <= 128 && SMEM_KB >= 163) ? 128 : HEAD_DIM <= 128 || SMEM_KB >= 163 ? 64 : 32)
+#endif
+#ifndef WARPS
+#define WARPS (HEAD_DIM <= 64 || SMEM_KB < 163 ? 4 : 8)
+#endif
+#ifndef WARPS_K
+#define WARPS_K (BLOCK_K >= 64 ? BLOCK_K / 32 : 2)  // warps along the rows of Sᵀ
+#endif
+#ifndef S_STAGES
+#define S_STAGES (HEAD_DIM <= 192 && SMEM_KB >= 227 ? 2 : 1)  // tiles of dS and P in shared memory: with two, a step has one barrier
+#endif
+#ifndef PASS_COLUMNS
+#define PASS_COLUMNS (SMEM_KB >= 227 ? 32 : 16)  // sm_80's instructions leave fewer registers
+#endif
+#ifndef STAGES
+#define STAGES (HEAD_DIM <= 64 ? 2 : S_STAGES == 2 ? 3 : HEAD_DIM <= 192 || SMEM_KB >= 227 ? 2 : 1)  // tiles of Q and dO
+#endif
+#ifndef DQ_WARPS_Q
+#define DQ_WARPS_Q (HEAD_DIM == 96 && WARPS == 8 ? 4 : 2)  // warps along the rows of dQ, the others along the head size
+#endif
+#ifndef BLOCKS_PER_SM
+#define BLOCKS_PER_SM (WARPS == 4 ? 2 : 1)
+#endif
+#ifndef UNROLL
+#define UNROLL 1
+#endif
+
+constexpr int PASS_UNROLL = UNROLL;
+constexpr int THREADS = 32 * WARPS;
+constexpr int WARPS_Q = WARPS / WARPS_K;             // warps along the columns of Sᵀ, and along the head size of dK and dV
+constexpr bool P_IN_REGISTERS = WARPS_Q == 1;
+constexpr bool ONE_BARRIER = S_STAGES == 2;
+constexpr int K_ROWS = BLOCK_K / WARPS_K;            // rows of Sᵀ, dK and dV that a warp computes
+constexpr int M_TILES = K_ROWS / 16;
+constexpr int Q_COLUMNS = BLOCK_Q / WARPS_Q < PASS_COLUMNS ? BLOCK_Q / WARPS_Q : PASS_COLUMNS;  // of Sᵀ, that a warp computes in one pass
+constexpr int PASSES = BLOCK_Q / WARPS_Q / Q_COLUMNS;
+constexpr int N_TILES = Q_COLUMNS / 8;
+constexpr int D_STEPS = HEAD_DIM / 16;
+constexpr int D_TILES = HEAD_DIM / WARPS_Q / 8;      // 8-column tiles of dK and dV in a warp
+constexpr int DQ_WARPS_D = WARPS / DQ_WARPS_Q;
+constexpr int DQ_M_TILES = BLOCK_Q / DQ_WARPS_Q / 16;
+constexpr int DQ_D_TILES = HEAD_DIM / DQ_WARPS_D / 8;
+
+using Tile_K = SwizzledTile<BLOCK_K, HEAD_DIM>;
+using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
+using Tile_S = SwizzledTile<BLOCK_K, BLOCK_Q>;       // transposed: rows are keys
+constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + S_STAGES * (P_IN_REGISTERS ? 1 : 2) * Tile_S::BYTES +
+                           STAGES * 2 * BLOCK_Q * static_cast<int>(sizeof(float));
+
+static_assert(SMEM_BYTES <= SMEM_KB * 1024, "choose smaller tiles");
+static_assert(BLOCK_Q <= 64, "Sᵀ is addressed as one panel");
+static_assert(Q_COLUMNS % 16 == 0 && K_ROWS % 16 == 0 && D_TILES % 2 == 0 && DQ_D_TILES % 2 == 0, "fragments are 16 × 16");
+static_assert(!ONE_BARRIER || STAGES == (P_IN_REGISTERS ? 2 : 3), "with one barrier, a tile is overwritten by the tile after next");
+
+// ---- workspace: dQ in fragment order, then LSE·log2 e and Delta of every row, then a counter for every tile of Q. Rows are padded to whole tiles.
+struct Workspace {
+    float *dQ, *LSE, *Delta;  // [B·H·rows, HEAD_DIM], [B·H·rows], [B·H·rows]
+    int* turns;               // [B·H·rows / BLOCK_Q]: how many key blocks have added to the tile, used if deterministic
+    int rows;                 // of one head
+
+    __host__ __device__ explicit Workspace(const AttentionParams& p) : rows((p.Nq + 63) / 64 * 64) {
+        const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * rows;
+        dQ = p.workspace, LSE = dQ + all_rows * HEAD_DIM, Delta = LSE + all_rows;
+        turns = reinterpret_cast<int*>(Delta + all_rows);
+    }
+    static int64_t floats(const AttentionParams& p) {
+        const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * ((p.Nq + 63) / 64 * 64);
+        return all_rows * (HEAD_DIM + 2) + all_rows / BLOCK_Q;
+    }
+};
+
+// Where a lane's four values of an accumulator tile lie in the workspace's dQ: tiles of 16 rows (from `row`) × 8 columns (from `column`) follow each
+// other along the columns, each 512 contiguous bytes.
+__device__ inline int64_t fragment_offset(int64_t row, int column, int lane) { return row * HEAD_DIM + column * 16 + lane * 4; }
+
+// ---- before: Delta = rowsum(dO∘O) − dLSE (line 4), LSE in base 2, and zeros for dQ (line 3)
+
+constexpr int ROW_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // threads that sum one row, 8 columns each
+constexpr int PREPARE_THREADS = 256;
+constexpr int PREPARE_ROWS = PREPARE_THREADS / ROW_LANES;
+
+__global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ AttentionParams p) {
+    const Workspace workspace(p);
+    const int blocks_per_head = workspace.rows / PREPARE_ROWS;
+    const int i = blockIdx.x % blocks_per_head * PREPARE_ROWS + threadIdx.x / ROW_LANES;
+    const int bh = blockIdx.x / blocks_per_head, b = bh / p.H, h = bh % p.H;
+    const int column = threadIdx.x % ROW_LANES * 8;
+
+    float Delta = 0;
+    if (i < p.Nq && column < p.Dv) {
+        const uint4 O_rmem = *reinterpret_cast<const uint4*>(head_of(p.o, b, h) + i * p.o.stride_n + column);
+        const uint4 dO_rmem = *reinterpret_cast<const uint4*>(head_of(p.d_o, b, h) + i * p.d_o.stride_n + column);
+        const element *O = reinterpret_cast<const element*>(&O_rmem), *dO = reinterpret_cast<const element*>(&dO_rmem);
+#pragma unroll
+        for (int d = 0; d < 8; ++d) Delta = fmaf(static_cast<float>(O[d]), static_cast<float>(dO[d]), Delta);
+    }
+#pragma unroll
+    for (int lanes = ROW_LANES / 2; lanes > 0; lanes /= 2) Delta += __shfl_xor_sync(0xffffffff, Delta, lanes);
+
+    const int64_t row = static_cast<int64_t>(bh) * workspace.rows + i;
+    if (column == 0) {
+        const int64_t row_gmem = static_cast<int64_t>(bh) * p.Nq + i;
+        const float LSE = i < p.Nq ? p.lse[row_gmem] : -CUDART_INF_F;
+        if (i < p.Nq && p.d_lse) Delta -= p.d_lse[row_gmem];
+        // A row that attends nothing, or lies beyond the end: P = 2^(S − ∞) = 0.
+        workspace.LSE[row] = LSE == -CUDART_INF_F ? CUDART_INF_F : LSE * LOG2_E;
+        workspace.Delta[row] = DROPOUT ? Delta / p.keep_scale : Delta;  // with dropout, the backward computes dS / keep_scale
+        if (i % BLOCK_Q == 0) workspace.turns[row / BLOCK_Q] = 0;
+    }
+    float4* dQ = reinterpret_cast<float4*>(workspace.dQ + static_cast<int64_t>(blockIdx.x) * PREPARE_ROWS * HEAD_DIM);
+#pragma unroll
+    for (int e = threadIdx.x; e < PREPARE_ROWS * HEAD_DIM / 4; e += PREPARE_THREADS) dQ[e] = make_float4(0, 0, 0, 0);
+}
+
+// ---- after: dQ out of fragment order, scaled and rounded. One warp takes 16 rows, through shared memory so that it writes 16 bytes a lane.
+
+constexpr int FINISH_WARPS = 4;
+using Tile_dQ = SwizzledTile<16, HEAD_DIM>;
+
+__global__ void __launch_bounds__(32 * FINISH_WARPS) finish_dq_kernel(const __grid_constant__ AttentionParams p) {
+    __shared__ __align__(128) uint8_t smem[FINISH_WARPS][Tile_dQ::BYTES];
+    const Workspace workspace(p);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int blocks_per_head = workspace.rows / (16 * FINISH_WARPS);
+    const int i0 = blockIdx.x % blocks_per_head * (16 * FINISH_WARPS) + warp * 16;
+    const int bh = blockIdx.x / blocks_per_head;
+    const int64_t row = static_cast<int64_t>(bh) * workspace.rows + i0;
+    const float scale = DROPOUT ? p.scale * p.keep_scale : p.scale;
+#pragma unroll 8
+    for (int column = 0; column < HEAD_DIM; column += 8) {
+        const float4 dQ_rmem = *reinterpret_cast<const float4*>(workspace.dQ + fragment_offset(row, column, lane));
+        *reinterpret_cast<uint32_t*>(smem[warp] + Tile_dQ::offset(g, column / 8) + 4 * t) =
+            ptx::cvt_pair<element>(dQ_rmem.x * scale, dQ_rmem.y * scale);
+        *reinterpret_cast<uint32_t*>(smem[warp] + Tile_dQ::offset(g + 8, column / 8) + 4 * t) =
+            ptx::cvt_pair<element>(dQ_rmem.z * scale, dQ_rmem.w * scale);
+    }
+    __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
+    element* dQ_gmem = head_of(p.dq, bh / p.H, bh % p.H);  // [Nq, D]
+    constexpr int CHUNKS = HEAD_DIM / 8;
+#pragma unroll
+    for (int chunk = lane; chunk < 16 * CHUNKS; chunk += 32) {
+        const int r = chunk / CHUNKS, column = chunk % CHUNKS * 8;
+        if (i0 + r < p.Nq && column < p.D)
+            *reinterpret_cast<uint4*>(dQ_gmem + (i0 + r) * p.dq.stride_n + column) =
+                *reinterpret_cast<const uint4*>(smem[warp] + Tile_dQ::offset(r, column / 8));
+    }
+}
+
+// ---- the backward itself
+
+struct Keys {
+    int tile, h, b;  // of K, key/value head, batch
+};
+__device__ inline Keys keys_of_block(const AttentionParams& p) {
+    const int tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K, block = ptx::ctaid_x();
+    return {block % tiles, block / tiles % p.Hkv, block / tiles / p.Hkv};
+}
+
+// exp(scale · x) = 2^(scale_log2 · x): an argument, because an instruction can read it from where arguments lie, without a register.
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const __grid_constant__ AttentionParams p, float scale_log2) {
+    extern __shared__ __align__(1024) uint8_t smem[];
+    const uint32_t K_smem = ptx::smem_address(smem);                      // [BLOCK_K, HEAD_DIM]
+    const uint32_t V_smem = K_smem + Tile_K::BYTES;                       // [BLOCK_K, HEAD_DIM]
+    const uint32_t QdO_smem = V_smem + Tile_K::BYTES;                     // STAGES × (Q [BLOCK_Q, HEAD_DIM], dO [BLOCK_Q, HEAD_DIM])
+    const uint32_t dS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;       // S_STAGES × dSᵀ [BLOCK_K, BLOCK_Q], then as many Pᵀ unless in registers
+    constexpr int ROWS_OFFSET = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + S_STAGES * (P_IN_REGISTERS ? 1 : 2) * Tile_S::BYTES;
+    const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
+
+    // line 5: one block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
+    const Keys keys = keys_of_block(p);
+    const int b = keys.b, j0 = keys.tile * BLOCK_K;
+    const int warp = uniform(threadIdx.x / 32);
+    const int warp_k = warp / WARPS_Q, warp_q = warp % WARPS_Q;
+    const int offset = p.Nk - p.Nq;                                       // causal: row i sees columns j ≤ i + offset
+    const Workspace workspace(p);
+
+    // line 8: the tiles of Q that see some of these keys, of every query head that shares them. Causal: from the last one down, so that the blocks
+    // of a head are at the same tile at about the same time, which then stays in L2; taking turns (below), they must be.
+    const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q;
+    const int begin = CAUSAL ? q_tiles - 1 : 0, end = CAUSAL ? max(0, j0 - offset) / BLOCK_Q - 1 : q_tiles;
+    const int group = p.H / p.Hkv, end_h = (keys.h + 1) * group;
+    struct Place {
+        int h, tile;  // query head and tile of Q
+        int stage;    // where in shared memory
+    };
+    auto advance = [&](Place& at) {
+        at.stage = at.stage == STAGES - 1 ? 0 : at.stage + 1;
+        at.tile += CAUSAL ? -1 : 1;
+        if (at.tile == end) at.tile = begin, ++at.h;
+    };
+    Place now = {q_tiles > 0 ? keys.h * group : end_h, begin, 0};
+
+    // line 9: copies the tile that is `steps` ahead.
+    auto load_q = [&](int steps) {
+        Place ahead = now;
+        for (int step = 0; step < steps; ++step) advance(ahead);
+        if (ahead.h < end_h) {
+            const int i0 = ahead.tile * BLOCK_Q;
+            const uint32_t stage = QdO_smem + ahead.stage * 2 * Tile_Q::BYTES;
+            load_tile<Tile_Q, THREADS>(stage, head_of(p.q, b, ahead.h), p.q.stride_n, i0, p.Nq, p.D);
+            load_tile<Tile_Q, THREADS>(stage + Tile_Q::BYTES, head_of(p.d_o, b, ahead.h), p.d_o.stride_n, i0, p.Nq, p.Dv);
+            constexpr int CHUNKS = BLOCK_Q / 4;  // of 16 bytes in LSE, and as many in Delta
+            if (threadIdx.x < 2 * CHUNKS) {
+                const float* source = threadIdx.x < CHUNKS ? workspace.LSE : workspace.Delta;
+                source += (static_cast<int64_t>(b) * p.H + ahead.h) * workspace.rows + i0 + threadIdx.x % CHUNKS * 4;
+                ptx::cp_async_16(K_smem + ROWS_OFFSET + (ahead.stage * 2 * CHUNKS + threadIdx.x) * 16, source, true);
+            }
+        }
+        ptx::cp_async_commit_group();
+    };
+
+    // line 6
+    load_tile<Tile_K, THREADS>(K_smem, head_of(p.k, b, keys.h), p.k.stride_n, j0, p.Nk, p.D);
+    load_tile<Tile_K, THREADS>(V_smem, head_of(p.v, b, keys.h), p.v.stride_n, j0, p.Nk, p.Dv);
+    load_q(0);
+    if (STAGES > 1) load_q(1);
+
+    // line 7. A warp's share of the head size is D_TILES / 2 groups of 16 columns, WARPS_Q groups apart.
+    float dK_rmem[M_TILES][D_TILES][4] = {}, dV_rmem[M_TILES][D_TILES][4] = {};
+
+    // Where this lane's ldmatrix rows lie, in the products Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, then dV = Pᵀ dO and dK = dSᵀ Q, then dQ = dS K.
+    // What depends on the warp alone is kept apart: it fits the registers that a warp shares.
+    int lane = threadIdx.x % 32;
+    const uint32_t K_lane_a = Tile_K::lane_a(0, lane), Q_lane_b = Tile_Q::lane_b(0, lane);
+    const uint32_t S_lane_a = Tile_S::lane_a(0, lane), Q_lane_b_trans = Tile_Q::step(Tile_Q::lane_b_trans(lane), warp_q);
+    const int dq_row = warp % DQ_WARPS_Q * (16 * DQ_M_TILES), dq_warp_d = warp / DQ_WARPS_Q;
+    const uint32_t S_lane_store = Tile_S::offset(lane / 4, warp_q * PASSES * N_TILES) + lane % 4 * 4;  // and where it writes its pairs of Sᵀ
+    const uint32_t warp_rows = warp_k * K_ROWS * ROW_BYTES;                              // the warp's rows of K, V and Sᵀ
+
+    ptx::cp_async_wait_group<(STAGES > 1)>();
+    __syncthreads();  // K, V and the first tile of Q and dO are there for every thread
+
+    uint32_t dS_stage = dS_smem;  // changes places if there are two
+    for (; now.h < end_h; advance(now)) {
+        const int i0 = now.tile * BLOCK_Q;
+        const uint32_t Q_smem = QdO_smem + now.stage * 2 * Tile_Q::BYTES, dO_smem = Q_smem + Tile_Q::BYTES;
+        const float* LSE_smem = rows_smem + now.stage * 2 * BLOCK_Q + warp_q * PASSES * Q_COLUMNS;
+        const float* Delta_smem = LSE_smem + BLOCK_Q;
+        const uint32_t P_smem = dS_stage + S_STAGES * Tile_S::BYTES;
+        const bool tile_cut = j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk);  // by the end of the keys or the diagonal
+#pragma unroll PASS_UNROLL
+        for (int pass = 0; pass < PASSES; ++pass) {
+            const uint32_t pass_rows = (warp_q * PASSES + pass) * Q_COLUMNS * ROW_BYTES;
+#if MASK
+            // Of the 32 × 32 bits that this pass needs, lane l fetches the word of row l. It is used after the product that follows.
+            const uint32_t* mask_gmem = static_cast<const uint32_t*>(p.mask.data) + b * p.mask.stride_b + now.h * p.mask.stride_h;
+            const int mask_row = i0 + (warp_q * PASSES + pass) * Q_COLUMNS + ptx::tid_x() % Q_COLUMNS;
+            const uint32_t mask_word = mask_gmem[min(mask_row, p.Nq - 1) * p.mask.stride_i + (j0 + warp_k * K_ROWS) / 32];
+#endif
+#if DROPOUT
+            const uint2 key = dropout_key(p);  // read again in every pass, which is cheaper than two registers
+#endif
+            // line 10: Sᵀ = K Qᵀ
+            float S_rmem[M_TILES][N_TILES][4] = {};
+            warp_matmul<D_STEPS>(
+                S_rmem, [&](auto& a, int k, int m) { ptx::ldmatrix_x4(a, K_smem + warp_rows + Tile_K::step(K_lane_a, k) + m * 16 * ROW_BYTES); },
+                [&](auto& b, int k, int n) { ptx::ldmatrix_x4(b, Q_smem + pass_rows + Tile_Q::step(Q_lane_b, k) + n * 16 * ROW_BYTES); });
+
+            // line 13: dPᵀ = V dOᵀ. It runs while the exponentials below do; with dropout after them, or registers would not suffice.
+            float dP_rmem[M_TILES][N_TILES][4] = {};
+            auto multiply_dP = [&] {
+                warp_matmul<D_STEPS>(
+                    dP_rmem, [&](auto& a, int k, int m) { ptx::ldmatrix_x4(a, V_smem + warp_rows + Tile_K::step(K_lane_a, k) + m * 16 * ROW_BYTES); },
+                    [&](auto& b, int k, int n) { ptx::ldmatrix_x4(b, dO_smem + pass_rows + Tile_Q::step(Q_lane_b, k) + n * 16 * ROW_BYTES); });
+            };
+            if (!(MASK || DROPOUT)) multiply_dP();
+
+            lane = ptx::tid_x() % 32;              // read anew, here and below: what is computed from it takes no register in the rest of a step
+            const int g = lane / 4, t = lane % 4;  // this lane's row and column pair in an 8×8 fragment
+
+            // line 11: P = exp(scale · S − LSE), from here on in S's place
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+                const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + pass * Q_COLUMNS + 8 * n + 2 * t);
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        S_rmem[m][n][2 * r] = ptx::ex2(fmaf(S_rmem[m][n][2 * r], scale_log2, -LSE.x));
+                        S_rmem[m][n][2 * r + 1] = ptx::ex2(fmaf(S_rmem[m][n][2 * r + 1], scale_log2, -LSE.y));
+                    }
+            }
+
+#if MASK
+            const bool cut = (CAUSAL && tile_cut) || !__all_sync(0xffffffff, mask_word == 0xffffffff);  // bits beyond Nk are 0
+#else
+            const bool cut = tile_cut;
+#endif
+            // Hide what may not be attended: row j0 + … + 16·m + 8·r + g of Sᵀ, column i0 + … + 8·n + 2·t + e.
+            if (cut) {
+                const int j = j0 + warp_k * K_ROWS + g, i = i0 + (warp_q * PASSES + pass) * Q_COLUMNS + 2 * t;
+#pragma unroll
+                for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        uint32_t bits = 0xffffffff;  // of this lane's keys, from its first
+#if MASK
+                        bits = __shfl_sync(0xffffffff, mask_word, 8 * n + 2 * t + e) >> (warp_k * K_ROWS % 32 + g);
+#endif
+                        if (CAUSAL || !MASK) bits &= first_bits((CAUSAL ? min(p.Nk, i + 8 * n + e + offset + 1) : p.Nk) - j);
+#pragma unroll
+                        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                            for (int r = 0; r < 2; ++r)
+                                if (!(bits >> (16 * m + 8 * r) & 1)) S_rmem[m][n][2 * r + e] = 0;
+                    }
+            }
+
+#if DROPOUT
+            // Dropped elements get a negative sign on their P until it is rounded below: dS needs |P|, dV does not.
+            // A call of Philox serves 32 × 32 elements 8 apart: two calls (e = 0, 1) give a lane's share of them.
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int i = i0 + (warp_q * PASSES + pass) * Q_COLUMNS, j = j0 + warp_k * K_ROWS;
+                const uint4 bytes = dropout_bytes(key, b, now.h, i / 32 * 32 + 2 * t + e, j / 32 * 32 + g);
+                const bool second = Q_COLUMNS == 16 && i % 32 == 16;  // 16 columns take two of the four words,
+                const int shift = K_ROWS == 16 ? j % 32 : 0;          // 16 rows two of a word's four bytes
+                const uint32_t words[4] = {(second ? bytes.z : bytes.x) >> shift, (second ? bytes.w : bytes.y) >> shift, bytes.z >> shift,
+                                           bytes.w >> shift};
+#pragma unroll
+                for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                        for (int r = 0; r < 2; ++r) {
+                            const int byte = 8 * (2 * m + r);
+                            if ((words[n] & 0xffu << byte) < static_cast<uint32_t>(p.drop_below) << byte) S_rmem[m][n][2 * r + e] *= -1;
+                        }
+            }
+#endif
+            if (MASK || DROPOUT) multiply_dP();
+
+            // line 14: dS = P∘(dP − Delta), and both rounded to pairs. With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale
+            // is left to the end, as it is in dV.
+            uint32_t P_rmem[M_TILES][N_TILES][2], dS_rmem[M_TILES][N_TILES][2];
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+                const float2 Delta = *reinterpret_cast<const float2*>(Delta_smem + pass * Q_COLUMNS + 8 * n + 2 * t);
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        float P0 = S_rmem[m][n][2 * r], P1 = S_rmem[m][n][2 * r + 1];
+                        float dP0 = dP_rmem[m][n][2 * r], dP1 = dP_rmem[m][n][2 * r + 1];
+                        if (DROPOUT) dP0 = P0 < 0 ? 0 : dP0, dP1 = P1 < 0 ? 0 : dP1;
+                        dS_rmem[m][n][r] = ptx::cvt_pair<element>(fabsf(P0) * (dP0 - Delta.x), fabsf(P1) * (dP1 - Delta.y));
+                        if (DROPOUT) P0 = fmaxf(P0, 0), P1 = fmaxf(P1, 0);
+                        P_rmem[m][n][r] = ptx::cvt_pair<element>(P0, P1);
+                    }
+            }
+
+            // dSᵀ, and Pᵀ for warps that share these rows, to shared memory.
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        const uint32_t place = (S_lane_store ^ ((pass * N_TILES + n) * 16)) + warp_rows + (16 * m + 8 * r) * ROW_BYTES;
+                        ptx::st_shared(dS_stage + place, dS_rmem[m][n][r]);
+                        if (!P_IN_REGISTERS) ptx::st_shared(P_smem + place, P_rmem[m][n][r]);
+                    }
+
+            // lines 12 and 16: dV += Pᵀ dO, dK += dSᵀ Q, the A operands straight from the accumulators
+            if (P_IN_REGISTERS) {
+                warp_matmul<Q_COLUMNS / 16>(
+                    dV_rmem, [&](auto& a, int k, int m) { a[0] = P_rmem[m][2 * k][0], a[1] = P_rmem[m][2 * k][1], a[2] = P_rmem[m][2 * k + 1][0], a[3] = P_rmem[m][2 * k + 1][1]; },
+                    [&](auto& b, int k, int n) { ptx::ldmatrix_x4_trans(b, dO_smem + pass_rows + Tile_Q::step(Q_lane_b_trans, n * WARPS_Q) + k * 16 * ROW_BYTES); });
+                warp_matmul<Q_COLUMNS / 16>(
+                    dK_rmem, [&](auto& a, int k, int m) { a[0] = dS_rmem[m][2 * k][0], a[1] = dS_rmem[m][2 * k][1], a[2] = dS_rmem[m][2 * k + 1][0], a[3] = dS_rmem[m][2 * k + 1][1]; },
+                    [&](auto& b, int k, int n) { ptx::ldmatrix_x4_trans(b, Q_smem + pass_rows + Tile_Q::step(Q_lane_b_trans, n * WARPS_Q) + k * 16 * ROW_BYTES); });
+            }
+        }
+
+        if (ONE_BARRIER) ptx::cp_async_wait_group<0>();  // this thread's part of the next tile
+        // dSᵀ (and Pᵀ) is complete. With one barrier, moreover, the next tile is there, nobody reads the place of the tile after next any
+        // more, and everybody is done with the other dSᵀ, which the next step overwrites.
+        __syncthreads();
+        if (ONE_BARRIER) load_q(2);
+
+        // lines 12 and 16 through shared memory
+        if (!P_IN_REGISTERS) {
+            warp_matmul<BLOCK_Q / 16>(
+                dV_rmem, [&](auto& a, int k, int m) { ptx::ldmatrix_x4(a, P_smem + warp_rows + Tile_S::step(S_lane_a, k) + m * 16 * ROW_BYTES); },
+                [&](auto& b, int k, int n) { ptx::ldmatrix_x4_trans(b, dO_smem + Tile_Q::step(Q_lane_b_trans, n * WARPS_Q) + k * 16 * ROW_BYTES); });
+            warp_matmul<BLOCK_Q / 16>(
+                dK_rmem, [&](auto& a, int k, int m) { ptx::ldmatrix_x4(a, dS_stage + warp_rows + Tile_S::step(S_lane_a, k) + m * 16 * ROW_BYTES); },
+                [&](auto& b, int k, int n) { ptx::ldmatrix_x4_trans(b, Q_smem + Tile_Q::step(Q_lane_b_trans, n * WARPS_Q) + k * 16 * ROW_BYTES); });
+        }
+
+        // line 15: dQ += dS K
+        float dQ_rmem[DQ_M_TILES][DQ_D_TILES][4] = {};
+        lane = ptx::tid_x() % 32;
+        const uint32_t S_lane_a_trans = Tile_S::step(Tile_S::lane_a_trans(lane), dq_row / 16);
+        const uint32_t K_lane_b_trans = Tile_K::step(Tile_K::lane_b_trans(lane), dq_warp_d);
+        warp_matmul<BLOCK_K / 16>(
+            dQ_rmem, [&](auto& a, int k, int m) { ptx::ldmatrix_x4_trans(a, dS_stage + Tile_S::step(S_lane_a_trans, m) + k * 16 * ROW_BYTES); },
+            [&](auto& b, int k, int n) { ptx::ldmatrix_x4_trans(b, K_smem + Tile_K::step(K_lane_b_trans, n * DQ_WARPS_D) + k * 16 * ROW_BYTES); });
+
+        const int64_t row = (static_cast<int64_t>(b) * p.H + now.h) * workspace.rows + i0;
+        if (p.deterministic) {
+            // Blocks add to a tile in the order of their keys. They start in that order too, so the one waited for is running or done.
+            if (threadIdx.x == 0)
+                while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != keys.tile) {}
+            __syncthreads();  // our turn, for every thread
+        }
+        float* dQ_gmem = workspace.dQ + fragment_offset(row + dq_row, dq_warp_d * 16, lane);
+#pragma unroll
+        for (int m = 0; m < DQ_M_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < DQ_D_TILES; ++n) {
+                const float(&x)[4] = dQ_rmem[m][n];
+                const int column = (n / 2 * DQ_WARPS_D * 2 + n % 2) * 8;
+                ptx::red_add_4(dQ_gmem + fragment_offset(16 * m, column, 0), x[0], x[1], x[2], x[3]);
+            }
+        if (p.deterministic) {
+            __threadfence();  // this thread's additions come before the next block's
+            __syncthreads();  // everybody's additions are made
+            if (threadIdx.x == 0) ptx::st_release(workspace.turns + row / BLOCK_Q, keys.tile + 1);
+        }
+
+        if (ONE_BARRIER) dS_stage ^= dS_smem ^ (dS_smem + Tile_S::BYTES);
+        if (!ONE_BARRIER) {
+            if (STAGES > 1) ptx::cp_async_wait_group<0>();  // this thread's part of the next tile
+            __syncthreads();  // the next tile is there; nobody reads this one, dSᵀ or Pᵀ any more
+            load_q(STAGES);
+            if (STAGES == 1) {
+                ptx::cp_async_wait_group<0>();
+                __syncthreads();  // the next tile is there, in the only place
+            }
+        }
+    }
+
+    // line 18: dK and dV out through the places of K and V, so that global stores are 16 bytes wide.
+    __syncthreads();  // every warp is done with K and V
+    lane = ptx::tid_x() % 32;
+    const float dV_scale = DROPOUT ? p.keep_scale : 1.0f, dK_scale = p.scale * dV_scale;
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int n = 0; n < D_TILES; ++n) {
+                const uint32_t place = Tile_K::offset(warp_k * K_ROWS + 16 * m + 8 * r + lane / 4, (n / 2 * WARPS_Q + warp_q) * 2 + n % 2) + lane % 4 * 4;
+                ptx::st_shared(K_smem + place, ptx::cvt_pair<element>(dK_rmem[m][n][2 * r] * dK_scale, dK_rmem[m][n][2 * r + 1] * dK_scale));
+                ptx::st_shared(V_smem + place, ptx::cvt_pair<element>(dV_rmem[m][n][2 * r] * dV_scale, dV_rmem[m][n][2 * r + 1] * dV_scale));
+            }
+    __syncthreads();  // whole rows are written, by threads other than those that read them next
+    const Keys out = keys_of_block(p);  // once more: they need not have been kept in registers
+    store_tile<Tile_K, THREADS>(head_of(p.dk, out.b, out.h), smem, p.dk.stride_n, out.tile * BLOCK_K, p.Nk, p.D);
+    store_tile<Tile_K, THREADS>(head_of(p.dv, out.b, out.h), smem + Tile_K::BYTES, p.dv.stride_n, out.tile * BLOCK_K, p.Nk, p.Dv);
+}
+
+extern "C" int64_t workspace_floats(const AttentionParams* params) { return Workspace::floats(*params); }
+
+extern "C" int attention(const AttentionParams* params) {
+    const AttentionParams& p = *params;
+    DeviceGuard guard(p.device);
+    cudaError_t error = cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+    if (error != cudaSuccess) return error;
+    const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * Workspace(p).rows;
+    const int64_t k_blocks = static_cast<int64_t>((p.Nk + BLOCK_K - 1) / BLOCK_K) * p.Hkv * p.B;
+    if (all_rows > 0) prepare_kernel<<<static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream>>>(p);
+    if (k_blocks > 0) backward_kernel<<<static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream>>>(p, p.scale * LOG2_E);
+    if (all_rows > 0) finish_dq_kernel<<<static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream>>>(p);
+    return cudaGetLastError();
+}

@@ -1,0 +1,103 @@
+// What every kernel shares: reading the specialisation, addresses, the mask, dropout's random bits, and launch checks.
+// Matches reference/dropout.py bit for bit and reference/tiles.py in meaning.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <math_constants.h>
+
+#include "attention.h"
+#include "ptx.cuh"
+
+#ifndef HEAD_DIM
+#error "compile with -DHEAD_DIM=… -DDTYPE=… -DCAUSAL=… -DMASK=… -DDROPOUT=… (python -m flash_attention.build does)"
+#endif
+
+#if DTYPE == FLOAT32
+using element = float;
+#elif DTYPE == FLOAT16
+using element = __half;
+#elif DTYPE == BFLOAT16
+using element = __nv_bfloat16;
+#endif
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+// Where the papers start a running maximum at −∞: a row that has met only masked scores would otherwise compute −∞ − (−∞) = NaN.
+constexpr float LOWEST = -1e30f;
+
+// ---- addresses
+
+// Row 0 of batch b, head h. 64-bit, because B·H·N·D passes 2³¹.
+__device__ inline element* head_of(const Tensor4& t, int b, int h) {
+    return static_cast<element*>(t.data) + b * t.stride_b + h * t.stride_h;
+}
+
+// Grouped-query attention: the key/value head that query head h reads.
+__device__ inline int kv_head(const AttentionParams& p, int h) { return h / (p.H / p.Hkv); }
+
+// ---- dropout: Philox-4x32-10 (Salmon et al., SC 2011), see reference/dropout.py
+
+__device__ inline uint4 philox_4x32_10(uint4 counter, uint2 key) {
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t product0 = static_cast<uint64_t>(counter.x) * 0xD2511F53u;
+        const uint64_t product1 = static_cast<uint64_t>(counter.z) * 0xCD9E8D57u;
+        counter = make_uint4(static_cast<uint32_t>(product1 >> 32) ^ counter.y ^ key.x, static_cast<uint32_t>(product1),
+                             static_cast<uint32_t>(product0 >> 32) ^ counter.w ^ key.y, static_cast<uint32_t>(product0));
+        key.x += 0x9E3779B9u;
+        key.y += 0xBB67AE85u;
+    }
+    return counter;
+}
+
+__device__ inline uint2 dropout_key(const AttentionParams& p) {
+    const uint64_t seed = static_cast<uint64_t>(*p.seed);
+    return make_uint2(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+
+// The 16 bytes that serve rows {i0, i0 + 8, i0 + 16, i0 + 24} × columns {j0, j0 + 8, j0 + 16, j0 + 24}, where i0 % 32 < 8 and j0 % 32 < 8.
+// Row i0 + 8·w takes word w (x, y, z, w), column j0 + 8·y byte y of it, lowest first.
+__device__ inline uint4 dropout_bytes(uint2 key, int b, int h, int i0, int j0) {
+    const uint32_t row_group = (i0 >> 5) * 8 + (i0 & 7);
+    const uint32_t column_group = (j0 >> 5) * 8 + (j0 & 7);
+    return philox_4x32_10(make_uint4(column_group, row_group, h, b), key);
+}
+
+// For the random words of two neighbouring columns (first, second) and each of their four bytes: 0xffff in the low half of keep[byte] if the
+// first column's element is kept, in the high half if the second's is. ANDed onto a pair of 16-bit elements, it drops without a comparison.
+__device__ inline void keep_pairs(uint32_t (&keep)[4], uint32_t first, uint32_t second, const AttentionParams& p) {
+    // 2¹⁵ + 128 · (byte − drop_below) in each half: bit 15 is set exactly when the byte keeps, and no half overflows into the other.
+    const uint32_t base = 0x80008000u - p.drop_below * 0x00800080u;
+    const uint32_t first_02 = (first & 0x00ff00ffu) * 128 + base, second_02 = (second & 0x00ff00ffu) * 128 + base;
+    const uint32_t first_13 = (first >> 8 & 0x00ff00ffu) * 128 + base, second_13 = (second >> 8 & 0x00ff00ffu) * 128 + base;
+    // Repeat the sign bits: of byte 1 of each (digits 9 and d), then of byte 3 (b and f).
+    keep[0] = ptx::prmt(first_02, second_02, 0xdd99);
+    keep[1] = ptx::prmt(first_13, second_13, 0xdd99);
+    keep[2] = ptx::prmt(first_02, second_02, 0xffbb);
+    keep[3] = ptx::prmt(first_13, second_13, 0xffbb);
+}
+
+// ---- the mask
+
+// A word whose lowest `count` bits are set.
+__device__ inline uint32_t first_bits(int count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
+
+// ---- launching
+
+// Makes the tensors' device current while a launch function runs, and puts back what was current before.
+struct DeviceGuard {
+    int before = -1;
+    explicit DeviceGuard(int device) {
+        cudaGetDevice(&before);
+        if (before != device) cudaSetDevice(device);
+        else before = -1;
+    }
+    ~DeviceGuard() {
+        if (before >= 0) cudaSetDevice(before);
+    }
+};
+
+extern "C" int64_t params_size(void) { return sizeof(AttentionParams); }
+extern "C" const char* error_name(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -1,0 +1,296 @@
+// Forward on tensor cores with swizzled shared memory and double-buffered copies: FlashAttention-2, Algorithm 1.  sm_80 and newer.
+//
+// The idea: feed mma.sync without waiting. Tiles of K and V arrive by cp.async while the previous pair is computed with; they lie in shared
+// memory with their 16-byte chunks xor-ed by the row ("swizzled"), so that every ldmatrix reads eight rows from eight different banks.
+// P never leaves registers: the accumulators of S = Q Kᵀ, rounded to pairs, are already laid out as the A operand of O += P V.
+//
+// Change from forward_2_mma.cu: the swizzle and the two stages. Serves everything in the interface
+// for float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale.
+#include "tensor_core.cuh"
+
+// ---- tile sizes. A warp owns ROWS_PER_WARP rows of Q, so softmax needs no other warp. Two or three blocks share a multiprocessor: one
+// block's softmax runs under another's matrix products.
+#ifndef ROWS_PER_WARP
+#define ROWS_PER_WARP (HEAD_DIM <= 128 ? 32 : 16)
+#endif
+#ifndef BLOCK_K
+// 64 columns where the registers hold S, O and what masks or drops; SMEM_KB tells sm_90, whose compiler fits head size 128 too.
+#define BLOCK_K (HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && !(CAUSAL && MASK) && SMEM_KB >= 227) ? 64 : 32)
+#endif
+#ifndef BLOCKS_PER_SM
+#define BLOCKS_PER_SM 2
+#endif
+#ifndef STAGES  // how many pairs of K and V tiles shared memory holds
+#define STAGES (HEAD_DIM <= 128 ? 2 : 1)
+#endif
+
+constexpr int WARPS = 4;
+constexpr int THREADS = 32 * WARPS;
+constexpr int BLOCK_Q = WARPS * ROWS_PER_WARP;
+constexpr int M_TILES = ROWS_PER_WARP / 16;  // 16-row tiles of Q in a warp
+constexpr int N_TILES = BLOCK_K / 8;         // 8-column tiles of S
+constexpr int O_TILES = HEAD_DIM / 8;        // 8-column tiles of O
+constexpr int D_STEPS = HEAD_DIM / 16;       // steps of 16 along the head size, in Q Kᵀ
+
+using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
+using Tile_KV = SwizzledTile<BLOCK_K, HEAD_DIM>;
+__device__ inline int stage(int j) { return STAGES == 2 ? j & 1 : 0; }
+
+constexpr int MASK_WORDS = BLOCK_K / 32;  // of a row of a tile
+constexpr int MASK_BYTES = MASK ? BLOCK_Q * MASK_WORDS * 4 : 0;
+constexpr int SMEM_BYTES = Tile_Q::BYTES + STAGES * (2 * Tile_KV::BYTES + MASK_BYTES);
+
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const __grid_constant__ AttentionParams p) {
+    extern __shared__ __align__(1024) uint8_t smem[];
+    const uint32_t Q_smem = ptx::smem_address(smem);            // [BLOCK_Q, HEAD_DIM]
+    const uint32_t KV_smem = Q_smem + Tile_Q::BYTES;            // STAGES × (K [BLOCK_K, HEAD_DIM], V [BLOCK_K, HEAD_DIM])
+    [[maybe_unused]] uint32_t* mask_smem = reinterpret_cast<uint32_t*>(smem + Tile_Q::BYTES + STAGES * 2 * Tile_KV::BYTES);  // STAGES × [BLOCK_Q, MASK_WORDS]
+
+    // One block computes BLOCK_Q rows of one head. Causal: the longest rows start first.
+    const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q;
+    const int q_tile = CAUSAL ? q_tiles - 1 - blockIdx.x % q_tiles : blockIdx.x % q_tiles;
+    const int h = blockIdx.x / q_tiles % p.H, b = blockIdx.x / q_tiles / p.H;
+    const int i0 = q_tile * BLOCK_Q;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int g = lane / 4, t = lane % 4;              // this lane's row and column pair in an 8×8 fragment
+    const int warp_row = warp * ROWS_PER_WARP;         // the warp's first row in the tile
+    const int offset = p.Nk - p.Nq;                    // causal: row i sees columns j ≤ i + offset
+
+    const int h_kv = kv_head(p, h);
+
+    // Columns that the last row of this tile sees; tiles beyond are never visited.
+    const int columns = CAUSAL ? max(0, min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + offset)) : p.Nk;
+    const int k_tiles = (columns + BLOCK_K - 1) / BLOCK_K;
+
+    // Addresses are computed anew for every tile, from a batch index that the compiler is told has changed: kept, they would hold registers
+    // that O and S need, and be spilled.
+    auto load_K = [&](int j) {
+        int b_now = b;
+        asm volatile("" : "+r"(b_now));
+        const element* K_gmem = head_of(p.k, b_now, h_kv);  // [Nk, D]
+        load_tile<Tile_KV, THREADS>(KV_smem + stage(j) * 2 * Tile_KV::BYTES, K_gmem, p.k.stride_n, j * BLOCK_K, p.Nk, p.D);
+#if MASK
+        const uint32_t* mask_gmem = static_cast<const uint32_t*>(p.mask.data) + b * p.mask.stride_b + h * p.mask.stride_h;  // [Nq, words]
+        const int row = threadIdx.x % BLOCK_Q;
+        ptx::cp_async_small<4 * MASK_WORDS>(ptx::smem_address(mask_smem + (stage(j) * BLOCK_Q + row) * MASK_WORDS),
+                                            mask_gmem + min(i0 + row, p.Nq - 1) * p.mask.stride_i + j * MASK_WORDS);
+#endif
+    };
+    auto load_V = [&](int j) {
+        int b_now = b;
+        asm volatile("" : "+r"(b_now));
+        const element* V_gmem = head_of(p.v, b_now, h_kv);  // [Nk, Dv]
+        load_tile<Tile_KV, THREADS>(KV_smem + (stage(j) * 2 + 1) * Tile_KV::BYTES, V_gmem, p.v.stride_n, j * BLOCK_K, p.Nk, p.Dv);
+    };
+
+    load_tile<Tile_Q, THREADS>(Q_smem, head_of(p.q, b, h), p.q.stride_n, i0, p.Nq, p.D);
+    if (k_tiles > 0) {
+        load_K(k_tiles - 1);
+        if (STAGES == 2) load_V(k_tiles - 1);
+    }
+    ptx::cp_async_commit_group();
+
+    float O_rmem[M_TILES][O_TILES][4] = {};  // not yet divided by l
+    float m_rmem[M_TILES][2], l_rmem[M_TILES][2];  // of rows g and g + 8; l is this lane's share of the sum
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) m_rmem[m][0] = m_rmem[m][1] = LOWEST, l_rmem[m][0] = l_rmem[m][1] = 0;
+
+    const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
+#if DROPOUT
+    const uint2 key = dropout_key(p);
+#endif
+    const uint32_t Q_lane = Q_smem + Tile_Q::lane_a(warp_row, lane);
+
+    // One tile of K and V: S, its softmax against the running maximum, and what it adds to O. `cut`: by the diagonal or the end of the sequence.
+    auto step = [&](int j, bool cut) {
+        const int j0 = j * BLOCK_K;
+        const uint32_t K_smem = KV_smem + stage(j) * 2 * Tile_KV::BYTES, V_smem = K_smem + Tile_KV::BYTES;
+
+        // While tile j is computed with, the next copies are under way: of the next K and V into the other stage, or, where shared memory
+        // has room for one pair only, of this V under Q Kᵀ and of the next K under the rest.
+        ptx::cp_async_wait_group<0>();
+        __syncthreads();  // K (and V) are there for every thread, and every warp is done with what the next copy overwrites
+        if (STAGES == 1) load_V(j);
+        if (STAGES == 2 && j > 0) load_K(j - 1), load_V(j - 1);
+        ptx::cp_async_commit_group();
+
+        // S = Q Kᵀ
+        float S_rmem[M_TILES][N_TILES][4] = {};
+        const uint32_t K_lane = K_smem + Tile_KV::lane_b(0, lane);
+#pragma unroll
+        for (int d = 0; d < D_STEPS; ++d) {
+            uint32_t Q_rmem[M_TILES][4];
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m) ptx::ldmatrix_x4(Q_rmem[m], Tile_Q::step(Q_lane, d) + m * 16 * ROW_BYTES);
+#pragma unroll
+            for (int n = 0; n < N_TILES; n += 2) {
+                uint32_t K_rmem[4];
+                ptx::ldmatrix_x4(K_rmem, Tile_KV::step(K_lane, d) + n * 8 * ROW_BYTES);
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m) {
+                    ptx::mma_m16n8k16<element>(S_rmem[m][n], Q_rmem[m], K_rmem[0], K_rmem[1]);
+                    ptx::mma_m16n8k16<element>(S_rmem[m][n + 1], Q_rmem[m], K_rmem[2], K_rmem[3]);
+                }
+            }
+        }
+
+        // Hide what may not be attended: one bit a column, 32 columns of a row at a time.
+        bool hidden = cut;
+#if MASK
+        const uint32_t* words_smem = mask_smem + (stage(j) * BLOCK_Q + warp_row) * MASK_WORDS;  // [ROWS_PER_WARP, MASK_WORDS]
+        bool all = true;
+#pragma unroll
+        for (int w = 0; w < MASK_WORDS; ++w) all &= words_smem[lane % ROWS_PER_WARP * MASK_WORDS + w] == ~0u;
+        hidden |= !__all_sync(0xffffffff, all);  // a tile that the mask leaves whole, as most are under a padding mask, costs a vote
+#endif
+        if (hidden) {
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int row = 16 * m + 8 * r + g;
+                    const int visible = (CAUSAL ? min(p.Nk, i0 + warp_row + row + offset + 1) : p.Nk) - j0;  // columns from j0 on
+#pragma unroll
+                    for (int w = 0; w < BLOCK_K / 32; ++w) {
+#if MASK
+                        const uint32_t bits = (words_smem[row * MASK_WORDS + w] & first_bits(visible - 32 * w)) >> 2 * t;
+#endif
+#pragma unroll
+                        for (int c = 0; c < 8; ++c) {  // this lane's columns of the 32: 2t and 2t + 1 of each eight
+                            const int column = c / 2 * 8 + c % 2;
+#if MASK
+                            const bool shown = bits & 1u << column;
+#else
+                            const bool shown = 32 * w + column < visible - 2 * t;
+#endif
+                            if (!shown) S_rmem[m][4 * w + c / 2][2 * r + c % 2] = -CUDART_INF_F;
+                        }
+                    }
+                }
+        }
+
+        if (STAGES == 1) {
+            ptx::cp_async_wait_group<0>();
+            __syncthreads();  // V is there for every thread, and every warp is done with K and the mask's words
+            if (j > 0) load_K(j - 1);
+            ptx::cp_async_commit_group();
+        }
+
+        // Online softmax: P overwrites S.
+        float alpha[M_TILES][2];
+        bool grew = false;
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float m_new = m_rmem[m][r];
+#pragma unroll
+                for (int n = 0; n < N_TILES; ++n) m_new = fmaxf(m_new, fmaxf(S_rmem[m][n][2 * r], S_rmem[m][n][2 * r + 1]));
+                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
+                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
+                alpha[m][r] = ptx::ex2((m_rmem[m][r] - m_new) * scale_log2);
+                grew |= m_new > m_rmem[m][r];
+                m_rmem[m][r] = m_new;
+                const float m_log2 = m_new * scale_log2;
+                float sum = 0;
+#pragma unroll
+                for (int n = 0; n < N_TILES; ++n) {
+                    S_rmem[m][n][2 * r] = ptx::ex2(fmaf(S_rmem[m][n][2 * r], scale_log2, -m_log2));
+                    S_rmem[m][n][2 * r + 1] = ptx::ex2(fmaf(S_rmem[m][n][2 * r + 1], scale_log2, -m_log2));
+                    sum += S_rmem[m][n][2 * r] + S_rmem[m][n][2 * r + 1];
+                }
+                l_rmem[m][r] = l_rmem[m][r] * alpha[m][r] + sum;
+            }
+        // Maxima settle after a few tiles: most steps need no rescaling of O, and the whole warp can tell.
+        if (__any_sync(0xffffffff, grew)) {
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                for (int o = 0; o < O_TILES; ++o) {
+                    O_rmem[m][o][0] *= alpha[m][0], O_rmem[m][o][1] *= alpha[m][0];
+                    O_rmem[m][o][2] *= alpha[m][1], O_rmem[m][o][3] *= alpha[m][1];
+                }
+        }
+
+        // O += P V, 32 keys at a time: what a call of Philox covers. Two calls serve this lane's even and odd columns.
+        const uint32_t V_lane = V_smem + Tile_KV::lane_b_trans(lane);
+#pragma unroll
+        for (int w = 0; w < BLOCK_K / 32; ++w) {
+#if DROPOUT
+            const int row_group = (i0 + warp_row) / 32 * 32 + g, column_group = j0 + 32 * w + 2 * t;
+            const uint4 even = dropout_bytes(key, b, h, row_group, column_group), odd = dropout_bytes(key, b, h, row_group, column_group + 1);
+            uint32_t keep[M_TILES][2][4];  // of rows g and g + 8, for each of four 8-column tiles, the lane's pair of columns
+            if (ROWS_PER_WARP == 32 || warp_row % 32 == 0) keep_pairs(keep[0][0], even.x, odd.x, p), keep_pairs(keep[0][1], even.y, odd.y, p);
+            else keep_pairs(keep[0][0], even.z, odd.z, p), keep_pairs(keep[0][1], even.w, odd.w, p);
+            if (M_TILES == 2) keep_pairs(keep[M_TILES - 1][0], even.z, odd.z, p), keep_pairs(keep[M_TILES - 1][1], even.w, odd.w, p);
+#endif
+#pragma unroll
+            for (int k = 2 * w; k < 2 * w + 2; ++k) {
+                uint32_t P_rmem[M_TILES][4];
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half)
+#pragma unroll
+                        for (int r = 0; r < 2; ++r) {
+                            P_rmem[m][2 * half + r] = ptx::cvt_pair<element>(S_rmem[m][2 * k + half][2 * r], S_rmem[m][2 * k + half][2 * r + 1]);
+#if DROPOUT
+                            P_rmem[m][2 * half + r] &= keep[m][r][(2 * k + half) % 4];
+#endif
+                        }
+#pragma unroll
+                for (int o = 0; o < O_TILES; o += 2) {
+                    uint32_t V_rmem[4];
+                    ptx::ldmatrix_x4_trans(V_rmem, Tile_KV::step(V_lane, o / 2) + k * 16 * ROW_BYTES);
+#pragma unroll
+                    for (int m = 0; m < M_TILES; ++m) {
+                        ptx::mma_m16n8k16<element>(O_rmem[m][o], P_rmem[m], V_rmem[0], V_rmem[1]);
+                        ptx::mma_m16n8k16<element>(O_rmem[m][o + 1], P_rmem[m], V_rmem[2], V_rmem[3]);
+                    }
+                }
+            }
+        }
+    };
+
+    // Right to left: the tiles that the diagonal or the end of the sequence cuts come first; in the others nothing is hidden.
+    const int uncut = min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk) / BLOCK_K;  // tiles in which every row sees every column
+    for (int j = k_tiles - 1; j >= 0; --j) step(j, j >= uncut);
+
+    // O /= l, and out through shared memory, each warp in its own rows of Q's place, so that global stores are 16 bytes wide.
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float l = l_rmem[m][r];
+            l += __shfl_xor_sync(0xffffffff, l, 1);
+            l += __shfl_xor_sync(0xffffffff, l, 2);
+            const int row = warp_row + 16 * m + 8 * r + g;
+            if (t == 0 && i0 + row < p.Nq) p.lse[(static_cast<int64_t>(b) * p.H + h) * p.Nq + i0 + row] = m_rmem[m][r] * p.scale + logf(l);
+            const float factor = l > 0 ? (DROPOUT ? p.keep_scale : 1.0f) / l : 0;  // l = 0: the row may attend nothing
+#pragma unroll
+            for (int o = 0; o < O_TILES; ++o)
+                *reinterpret_cast<uint32_t*>(smem + Tile_Q::offset(row, o) + 4 * t) =
+                    ptx::cvt_pair<element>(O_rmem[m][o][2 * r] * factor, O_rmem[m][o][2 * r + 1] * factor);
+        }
+    __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
+    element* O_gmem = head_of(p.o, b, h);  // [Nq, Dv]
+    constexpr int CHUNKS = HEAD_DIM / 8;
+#pragma unroll
+    for (int chunk = lane; chunk < ROWS_PER_WARP * CHUNKS; chunk += 32) {
+        const int row = warp_row + chunk / CHUNKS, column = chunk % CHUNKS * 8;
+        if (i0 + row < p.Nq && column < p.Dv)
+            *reinterpret_cast<uint4*>(O_gmem + (i0 + row) * p.o.stride_n + column) =
+                *reinterpret_cast<const uint4*>(smem + Tile_Q::offset(row, column / 8));
+    }
+}
+
+extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
+
+extern "C" int attention(const AttentionParams* params) {
+    DeviceGuard guard(params->device);
+    cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+    if (error != cudaSuccess) return error;
+    const int64_t blocks = static_cast<int64_t>((params->Nq + BLOCK_Q - 1) / BLOCK_Q) * params->H * params->B;
+    forward_kernel<<<static_cast<unsigned>(blocks), THREADS, SMEM_BYTES, params->stream>>>(*params);
+    return cudaGetLastError();
+}

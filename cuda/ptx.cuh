@@ -1,0 +1,156 @@
+// One small function per PTX instruction, named after it. Sections are those of the PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution/
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+namespace ptx {
+
+// The 32-bit address that instructions want for shared memory.
+__device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// threadIdx.x and blockIdx.x, read anew each time (10.1, 10.5): what is computed from them in a loop is not kept in registers around the loop.
+__device__ inline int tid_x() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
+__device__ inline int ctaid_x() {
+    int x;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    return x;
+}
+
+// ---- asynchronous copies, sm_80 (9.7.9.25.3: cp.async)
+
+// 16 bytes from global to shared memory, past L1, without a register in between; zeros if `valid` is false. Both addresses 16-byte aligned.
+__device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(valid ? 16 : 0) : "memory");
+}
+
+// N = 4 or 8 bytes, through L1.
+template <int N>
+__device__ inline void cp_async_small(uint32_t smem, const void* gmem) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(smem), "l"(gmem), "n"(N) : "memory");
+}
+
+// Closes the group of this thread's copies since the last commit.
+__device__ inline void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most N of this thread's groups are under way. Other threads' copies need a barrier after it.
+template <int N>
+__device__ inline void cp_async_wait_group() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// ---- shared memory by its 32-bit address (9.7.9.12: st)
+
+__device__ inline void st_shared(uint32_t smem, uint32_t x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(x) : "memory"); }
+
+// ---- matrix fragments, sm_75 (9.7.14.5.15: ldmatrix)
+
+// Four 8×8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8; of each matrix it receives the two
+// elements (row l / 4, columns 2·(l % 4) and + 1).
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(smem)
+                 : "memory");
+}
+
+// The same, each matrix transposed on the way: the lane receives (rows 2·(l % 4) and + 1, column l / 4).
+__device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t smem) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(smem)
+                 : "memory");
+}
+
+// ---- tensor cores, sm_80 (9.7.14.5.8: mma.m16n8k16)
+
+// D (16×8, float32) += A (16×16) · B (16×8), one warp. In lane l, with g = l / 4 and t = l % 4,
+//   A: a[0] = (g, 2t…), a[1] = (g + 8, 2t…), a[2] = (g, 2t + 8…), a[3] = (g + 8, 2t + 8…), each two columns;
+//   B: b[0] = (2t…, g), b[1] = (2t + 8…, g), each two rows;
+//   D: d[0], d[1] = (g, 2t), (g, 2t + 1);  d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1).
+template <typename T>
+__device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ inline void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ inline void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- arithmetic
+
+// 2^x, about 2 units in the last place; −inf gives 0 (9.7.3.21: ex2).
+__device__ inline float ex2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two floats rounded to a pair of 16-bit ones, the first in the low half (9.7.9.22: cvt).
+template <typename T>
+__device__ uint32_t cvt_pair(float low, float high);
+
+template <>
+__device__ inline uint32_t cvt_pair<__half>(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+template <>
+__device__ inline uint32_t cvt_pair<__nv_bfloat16>(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// Four bytes picked from the eight of a (numbers 0–3) and b (4–7), one for each hexadecimal digit of `selector`, lowest first; with 8 added
+// to the number the byte's sign bit is repeated eight times instead (9.7.9.7: prmt).
+__device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+    uint32_t d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+    return d;
+}
+
+// ---- reductions in global memory (9.7.13.14: red)
+
+// *p += x four times, each float atomically, with no value returned. One instruction from sm_90 on. p is 16-byte aligned.
+__device__ inline void red_add_4(float* p, float x0, float x1, float x2, float x3) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x0), "f"(x1), "f"(x2), "f"(x3) : "memory");
+#else
+    atomicAdd(p, x0);
+    atomicAdd(p + 1, x1);
+    atomicAdd(p + 2, x2);
+    atomicAdd(p + 3, x3);
+#endif
+}
+
+// ---- signals between blocks (9.7.9.8: ld, 9.7.9.12: st; chapter 8: memory consistency model)
+
+// What the writer did before its release is seen after an acquire that reads the value it wrote.
+__device__ inline int ld_acquire(const int* p) {
+    int x;
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+
+__device__ inline void st_release(int* p, int x) { asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
+
+}  // namespace ptx

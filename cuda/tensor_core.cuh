@@ -1,0 +1,64 @@
+// What the tensor-core forward and backward share: tiles between global and shared memory, and one warp's matrix product.
+#pragma once
+
+#include "common.cuh"
+#include "ptx.cuh"
+#include "swizzle.cuh"
+
+// x, which all lanes of the warp have in common: now the compiler knows, and can keep it in a register that the warp shares.
+__device__ inline int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
+
+// Rows [first, first + ROWS) of one head into shared memory; what lies beyond `rows` or beyond D becomes 0. Eight threads copy 128 bytes of a
+// row. Commits nothing: the caller groups copies.
+template <class Tile, int THREADS>
+__device__ inline void load_tile(uint32_t smem, const element* gmem, int64_t stride, int first, int rows, int D) {
+    constexpr int ROWS_AT_ONCE = THREADS / 8;
+    static_assert(Tile::ROWS % ROWS_AT_ONCE == 0 && ROWS_AT_ONCE % 8 == 0, "the swizzle must be the same for every row of a thread");
+    const int thread = ptx::tid_x();
+    const int row = thread / 8, chunk = thread % 8;
+    const element* source = gmem + first * stride + (row * stride + chunk * 8);
+    smem += Tile::offset(row, chunk);
+#pragma unroll
+    for (int r = 0; r < Tile::ROWS; r += ROWS_AT_ONCE, source += ROWS_AT_ONCE * stride)
+#pragma unroll
+        for (int panel = 0; panel < Tile::PANELS; ++panel)
+            // Where not valid, the address may lie outside the tensor; nothing is read there.
+            ptx::cp_async_16(smem + panel * Tile::PANEL_BYTES + r * ROW_BYTES, source + panel * 64,
+                             first + row + r < rows && panel * 64 + chunk * 8 < D);
+}
+
+// The way back, 16 bytes at a time.
+template <class Tile, int THREADS>
+__device__ inline void store_tile(element* gmem, const uint8_t* smem, int64_t stride, int first, int rows, int D) {
+    constexpr int ROWS_AT_ONCE = THREADS / 8;
+    const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
+#pragma unroll
+    for (int r = 0; r < Tile::ROWS; r += ROWS_AT_ONCE)
+#pragma unroll
+        for (int panel = 0; panel < Tile::PANELS; ++panel)
+            if (first + row + r < rows && panel * 64 + chunk * 8 < D)
+                *reinterpret_cast<uint4*>(gmem + (first + row + r) * stride + panel * 64 + chunk * 8) =
+                    *reinterpret_cast<const uint4*>(smem + Tile::offset(row + r, panel * 8 + chunk));
+}
+
+// C += A · B for one warp: C has 16·M rows and 16·N columns, the sum runs over 16·STEPS. load_a(a, k, m) fetches the 16 × 16 fragment of A at
+// step k, rows 16·m…; load_b(b, k, n) the one of B, columns 16·n….
+template <int STEPS, int M, int N2, class LoadA, class LoadB>
+__device__ inline void warp_matmul(float (&C)[M][N2][4], LoadA load_a, LoadB load_b) {
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k) {
+        uint32_t a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; ++m) load_a(a[m], k, m);
+#pragma unroll
+        for (int n = 0; n < N2 / 2; ++n) {
+            uint32_t b[4];
+            load_b(b, k, n);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                ptx::mma_m16n8k16<element>(C[m][2 * n], a[m], b[0], b[1]);
+                ptx::mma_m16n8k16<element>(C[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
