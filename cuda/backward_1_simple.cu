@@ -13,9 +13,10 @@
 // Serves everything in the interface, as forward_1_simple.cu does. Measured on an H200, float32, B 2, H 8, N 8192, D 64: ?? TFLOP/s.
 #include "simple.cuh"
 
-// ---- tile sizes. A thread of dkv_kernel keeps 2 · ROWS_KV · HEAD_DIM / 8 numbers of dK and dV, one of dq_kernel ROWS_Q · HEAD_DIM / 8 of dQ.
+// ---- tile sizes. A thread keeps 2 · ROWS_KV · HEAD_DIM / 8 numbers of dK and dV, or ROWS_Q · HEAD_DIM / 8 of dQ: at most half of its 255
+// registers.
 constexpr int ROWS_KV = HEAD_DIM <= 64 ? 4 : HEAD_DIM <= 256 ? 2 : 1;  // keys of a tile, in one thread
-constexpr int ROWS_Q = HEAD_DIM <= 128 ? 4 : 2;                         // queries of a tile, in one thread
+constexpr int ROWS_Q = HEAD_DIM <= 128 ? 4 : 2;                        // queries of a tile, in one thread
 
 // A row that may attend nothing has LSE = −inf, but P = exp(S − LSE) = 0; so has a row that does not exist.
 __device__ inline float lse_of_row(const float* LSE_gmem, int i, int Nq) {
@@ -23,8 +24,8 @@ __device__ inline float lse_of_row(const float* LSE_gmem, int i, int Nq) {
     return LSE == -CUDART_INF_F ? CUDART_INF_F : LSE;
 }
 
-// line 4: Delta = rowsum(dO∘O) − dLSE, a row a thread. ∂LSE/∂S = P, so that dS = P∘(dP − D) + P∘dLSE. The sum runs in the order of the sums
-// in dP = dO Vᵀ below: where a row attends to one column alone, O = V, and dP − D is 0 as it must be, not what rounding left of it.
+// line 4: Delta = rowsum(dO∘O) − dLSE, a row a thread. ∂LSE/∂S = P, so that dS = P∘(dP − D) + P∘dLSE. Its sum runs in the order of those in
+// dP = dO Vᵀ: where a row attends to one column alone, O = V, and dP − D is exactly 0, as it must be, not what rounding left of it.
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) delta_kernel(const __grid_constant__ AttentionParams p) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;  // of B·H·Nq
     if (row >= static_cast<int64_t>(p.B) * p.H * p.Nq) return;
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
     __shared__ __align__(16) Chunk<BLOCK_Q> QdO_smem;  // [BLOCK_Q, CHUNK] of Qi, dOi, dOi again, Qi again
     __shared__ __align__(16) Scores<BLOCK_K> P_smem;   // [BLOCK_K, BLOCK_Q] of (P∘Z)ᵀ, then of dSᵀ
 
-    // line 5: each block takes one j
+    // line 5: each block takes one j. Causal: the longest columns start first by themselves.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
     const int h_kv = blockIdx.x / k_tiles % p.Hkv, b = blockIdx.x / k_tiles / p.Hkv;
     const int j0 = blockIdx.x % k_tiles * BLOCK_K;

@@ -34,7 +34,7 @@
 #define S_STAGES (HEAD_DIM <= 192 && SMEM_KB >= 227 ? 2 : 1)  // tiles of dS and P in shared memory: with two, a step has one barrier
 #endif
 #ifndef PASS_COLUMNS
-#define PASS_COLUMNS (SMEM_KB >= 227 ? 32 : 16)  // sm_80's instructions leave fewer registers
+#define PASS_COLUMNS (SMEM_KB >= 227 && !(CAUSAL && MASK && HEAD_DIM == 64) ? 32 : 16)  // of Sᵀ at a time, as far as registers suffice
 #endif
 #ifndef STAGES
 #define STAGES (HEAD_DIM <= 64 ? 2 : S_STAGES == 2 ? 3 : HEAD_DIM <= 192 || SMEM_KB >= 227 ? 2 : 1)  // tiles of Q and dO
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
                     dP_rmem, [&](auto& a, int k, int m) { ptx::ldmatrix_x4(a, V_smem + warp_rows + Tile_K::step(K_lane_a, k) + m * 16 * ROW_BYTES); },
                     [&](auto& b, int k, int n) { ptx::ldmatrix_x4(b, dO_smem + pass_rows + Tile_Q::step(Q_lane_b, k) + n * 16 * ROW_BYTES); });
             };
-            if (!(MASK || DROPOUT)) multiply_dP();
+            if (!DROPOUT) multiply_dP();
 
             lane = ptx::tid_x() % 32;              // read anew, here and below: what is computed from it takes no register in the rest of a step
             const int g = lane / 4, t = lane % 4;  // this lane's row and column pair in an 8×8 fragment
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
                         }
             }
 #endif
-            if (MASK || DROPOUT) multiply_dP();
+            if (DROPOUT) multiply_dP();
 
             // line 14: dS = P∘(dP − Delta), and both rounded to pairs. With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale
             // is left to the end, as it is in dV.

@@ -11,10 +11,10 @@
 // HEAD_DIM, any strides, any scale. Measured on an H200, float32, B 2, H 8, N 8192, D 64: ?? TFLOP/s.
 #include "simple.cuh"
 
-// ---- tile sizes. A thread keeps ROWS · HEAD_DIM / 8 numbers of O: at most half of its 255 registers.
+// ---- tile sizes. A thread keeps ROWS · HEAD_DIM / 8 numbers of O, at most half of its 255 registers.
 constexpr int ROWS = HEAD_DIM < 256 ? 4 : 2;  // of a tile, in one thread
-constexpr int BLOCK_Q = ROWS * GROUPS;         // 64, or 32 where HEAD_DIM > 256
-constexpr int BLOCK_K = TILE;                  // 64
+constexpr int BLOCK_Q = ROWS * GROUPS;        // 64
+constexpr int BLOCK_K = TILE;                 // 64
 
 // ---- a row's maximum and sum, over the lanes that share it
 
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     const Matrix O = matrix(p.o, b, h, p.Nq, p.Dv);              // [Nq, Dv]
     const uint8_t* mask_gmem = mask_of(p, b, h);                 // [Nq, Nk]
 
-    float O_rmem[CHUNKS][ROWS][4] = {};  // line 5: of rows g + 16·r, columns 32·c + 4·t … + 3; not yet divided by l
+    float O_rmem[CHUNKS][ROWS][4] = {};  // line 5: [c][r][e] is O of row g + GROUPS · r, column 32c + 4t + e; not yet divided by l
     float m_rmem[ROWS], l_rmem[ROWS] = {};
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) m_rmem[r] = LOWEST;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         // Hidden before the maximum is taken, so that no hidden score, however large, can push the others towards 0.
         hide<false>(S_rmem, p, mask_gmem, i0, j0);
 
-        // line 9
+        // line 9, a row at a time
         float alpha_rmem[ROWS], P_rmem[ROWS][COLUMNS];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {

@@ -15,7 +15,7 @@
 #endif
 #ifndef BLOCK_K
 // 64 columns where the registers hold S, O and what masks or drops; SMEM_KB tells sm_90, whose compiler fits head size 128 too.
-#define BLOCK_K (HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && !(CAUSAL && MASK) && SMEM_KB >= 227) ? 64 : 32)
+#define BLOCK_K (HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && SMEM_KB >= 227) ? 64 : 32)
 #endif
 #ifndef BLOCKS_PER_SM
 #define BLOCKS_PER_SM 2
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     const int warp_row = warp * ROWS_PER_WARP;         // the warp's first row in the tile
     const int offset = p.Nk - p.Nq;                    // causal: row i sees columns j ≤ i + offset
 
-    const int h_kv = kv_head(p, h);
+    const uint32_t K_head = head_unit(p.k, b, kv_head(p, h)), V_head = head_unit(p.v, b, kv_head(p, h));
 
     // Columns that the last row of this tile sees; tiles beyond are never visited.
     const int columns = CAUSAL ? max(0, min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + offset)) : p.Nk;
@@ -65,10 +65,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     // Addresses are computed anew for every tile, from a batch index that the compiler is told has changed: kept, they would hold registers
     // that O and S need, and be spilled.
     auto load_K = [&](int j) {
-        int b_now = b;
-        asm volatile("" : "+r"(b_now));
-        const element* K_gmem = head_of(p.k, b_now, h_kv);  // [Nk, D]
-        load_tile<Tile_KV, THREADS>(KV_smem + stage(j) * 2 * Tile_KV::BYTES, K_gmem, p.k.stride_n, j * BLOCK_K, p.Nk, p.D);
+        load_tile<Tile_KV, THREADS>(KV_smem + stage(j) * 2 * Tile_KV::BYTES, p.k, K_head, j * BLOCK_K, p.Nk, p.D);
 #if MASK
         const uint32_t* mask_gmem = static_cast<const uint32_t*>(p.mask.data) + b * p.mask.stride_b + h * p.mask.stride_h;  // [Nq, words]
         const int row = threadIdx.x % BLOCK_Q;
@@ -77,13 +74,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 #endif
     };
     auto load_V = [&](int j) {
-        int b_now = b;
-        asm volatile("" : "+r"(b_now));
-        const element* V_gmem = head_of(p.v, b_now, h_kv);  // [Nk, Dv]
-        load_tile<Tile_KV, THREADS>(KV_smem + (stage(j) * 2 + 1) * Tile_KV::BYTES, V_gmem, p.v.stride_n, j * BLOCK_K, p.Nk, p.Dv);
+        load_tile<Tile_KV, THREADS>(KV_smem + (stage(j) * 2 + 1) * Tile_KV::BYTES, p.v, V_head, j * BLOCK_K, p.Nk, p.Dv);
     };
 
-    load_tile<Tile_Q, THREADS>(Q_smem, head_of(p.q, b, h), p.q.stride_n, i0, p.Nq, p.D);
+    load_tile<Tile_Q, THREADS>(Q_smem, p.q, head_unit(p.q, b, h), i0, p.Nq, p.D);
     if (k_tiles > 0) {
         load_K(k_tiles - 1);
         if (STAGES == 2) load_V(k_tiles - 1);
@@ -287,10 +281,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
 
 extern "C" int attention(const AttentionParams* params) {
-    DeviceGuard guard(params->device);
+    const AttentionParams& p = *params;
+    if (!units_fit(p.q, p.B, p.H, p.Nq) || !units_fit(p.k, p.B, p.Hkv, p.Nk) || !units_fit(p.v, p.B, p.Hkv, p.Nk)) return cudaErrorInvalidValue;
+    if (p.B == 0 || p.Nq == 0) return cudaSuccess;
+    DeviceGuard guard(p.device);
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     if (error != cudaSuccess) return error;
-    const int64_t blocks = static_cast<int64_t>((params->Nq + BLOCK_Q - 1) / BLOCK_Q) * params->H * params->B;
-    forward_kernel<<<static_cast<unsigned>(blocks), THREADS, SMEM_BYTES, params->stream>>>(*params);
+    const int64_t blocks = static_cast<int64_t>((p.Nq + BLOCK_Q - 1) / BLOCK_Q) * p.H * p.B;
+    forward_kernel<<<static_cast<unsigned>(blocks), THREADS, SMEM_BYTES, p.stream>>>(p);
     return cudaGetLastError();
 }

@@ -7,8 +7,8 @@
 //     rows g, g + GROUPS, g + 2 · GROUPS, …  ×  columns t, t + 8, …, t + 56
 //
 // in registers: ROWS × 8 scores. So a row lies in 8 neighbouring lanes of one warp, which find its maximum and its sum by shuffles; what
-// neighbours read from shared memory lies in neighbouring rows, in different banks; and a thread's columns, 8 apart, are those that one call
-// of Philox serves.
+// neighbours read from shared memory lies in neighbouring rows, in different banks; and a thread's columns, 8 apart, are those that one
+// call of Philox serves.
 #pragma once
 
 #include "common.cuh"
@@ -23,8 +23,8 @@ constexpr int CHUNK = 32;                // columns of Q, K, V or dO that shared
 constexpr int CHUNKS = HEAD_DIM / CHUNK;
 static_assert(HEAD_DIM % CHUNK == 0, "a head size is padded to a multiple of 32");
 
-// Shared memory. Rows are longer than their contents, so that what a warp touches at once lies in different banks of the 32: eight lanes read
-// 16 bytes from each of eight rows of a chunk, 36 banks apart; four groups write eight columns each of four rows of scores, 72 banks apart.
+// Shared memory. Rows are longer than their contents, so that what a warp touches at once lies in different banks of the 32: eight lanes
+// read 16 bytes from each of eight rows of a chunk, 36 banks apart; four groups write eight columns each of four rows of scores, 72 apart.
 template <int N>
 using Chunk = float[N][CHUNK + 4];  // N rows, CHUNK columns of a matrix
 template <int N>
@@ -87,7 +87,8 @@ constexpr int SUM = HEAD_DIM < 256 ? 8 : 4;
 
 // S += A Bᵀ over one chunk of columns. A number of A serves COLUMNS multiplications, a number of B serves ROWS.
 template <int ROWS>
-__device__ inline void add_product_transposed(float (&S_rmem)[ROWS][COLUMNS], const Chunk<ROWS * GROUPS>& A_smem, const Chunk<TILE>& B_smem) {
+__device__ inline void add_product_transposed(float (&S_rmem)[ROWS][COLUMNS], const Chunk<ROWS * GROUPS>& A_smem,
+                                              const Chunk<TILE>& B_smem) {
 #pragma unroll 2
     for (int d = 0; d < CHUNK; d += SUM) {
         float a_rmem[ROWS][SUM], b_rmem[SUM];
@@ -128,8 +129,8 @@ __device__ inline void add_product(float (&X_rmem)[ROWS][4], const Scores<ROWS *
 
 // ---- a tile of scores
 
-// A thread's part of a tile, where add_product reads it. Only the group that writes a row reads it, eight lanes of one warp, so barriers of the
-// warp are enough.
+// A thread's part of a tile, where add_product reads it. Only the group that writes a row reads it, eight lanes of one warp, so barriers
+// of the warp are enough.
 template <int ROWS>
 __device__ inline void store_scores(Scores<ROWS * GROUPS>& P_smem, const float (&P_rmem)[ROWS][COLUMNS]) {
     __syncwarp();  // every lane is done reading what was here before

@@ -27,6 +27,33 @@ __device__ inline void load_tile(uint32_t smem, const element* gmem, int64_t str
                              first + row + r < rows && panel * 64 + chunk * 8 < D);
 }
 
+// The same, with offsets in 16-byte units: 32 bits of them reach 64 GB, and an address that the compiler keeps over a loop takes one register
+// instead of two. The launcher refuses larger tensors.
+template <class Tile, int THREADS>
+__device__ inline void load_tile(uint32_t smem, const Tensor4& tensor, uint32_t head, int first, int rows, int D) {
+    constexpr int ROWS_AT_ONCE = THREADS / 8;
+    static_assert(Tile::ROWS % ROWS_AT_ONCE == 0 && ROWS_AT_ONCE % 8 == 0, "the swizzle must be the same for every row of a thread");
+    const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    const uint32_t stride = static_cast<uint32_t>(tensor.stride_n / 8);
+    uint32_t source = head + (first + row) * stride + chunk;
+    smem += Tile::offset(row, chunk);
+#pragma unroll
+    for (int r = 0; r < Tile::ROWS; r += ROWS_AT_ONCE, source += ROWS_AT_ONCE * stride)
+#pragma unroll
+        for (int panel = 0; panel < Tile::PANELS; ++panel)
+            // Where not valid, the address may lie outside the tensor; nothing is read there.
+            ptx::cp_async_16(smem + panel * Tile::PANEL_BYTES + r * ROW_BYTES, static_cast<const uint4*>(tensor.data) + (source + panel * 8),
+                             first + row + r < rows && panel * 64 + chunk * 8 < D);
+}
+
+// Whether every row's unit fits in 32 bits.
+inline bool units_fit(const Tensor4& t, int B, int H, int N) {
+    return (B * t.stride_b + H * t.stride_h + N * t.stride_n) / 8 < (int64_t(1) << 32);
+}
+
+// The 16-byte unit at which a head begins.
+__device__ inline uint32_t head_unit(const Tensor4& t, int b, int h) { return static_cast<uint32_t>((b * t.stride_b + h * t.stride_h) / 8); }
+
 // The way back, 16 bytes at a time.
 template <class Tile, int THREADS>
 __device__ inline void store_tile(element* gmem, const uint8_t* smem, int64_t stride, int first, int rows, int D) {
