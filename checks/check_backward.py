@@ -4,7 +4,7 @@ python checks/check_backward.py [--b 1 --h 1 --q_len 2048 --kv_len 2048 --d 512 
 """
 
 import pytest
-from harness import Case, Target, run_as_script, script_arguments
+from harness import Case, Target, run_as_script, script_arguments, served
 from three_ways import Algorithms, compare
 
 from flash_attention import flash_attention
@@ -34,7 +34,7 @@ def run(case: Case, target: Target) -> None:
     "case", [Case(B=1, H=1, Nq=2048, Nk=2048, D=512), Case(Nq=113, Nk=203, D=59, Dv=24, H=4, Hkv=2)], ids=("default", "ragged")
 )
 def check_backward(case, target):
-    run(case, target)
+    run(served(target, case), target)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python checks/check_backward_causal.py [--b 1 --h 1 --q_len 2048 --kv_len 2048 -
 from functools import partial
 
 import pytest
-from harness import Case, Target, run_as_script, script_arguments
+from harness import Case, Target, run_as_script, script_arguments, served
 from three_ways import Algorithms, compare
 
 from flash_attention import flash_attention
@@ -39,7 +39,7 @@ def run(case: Case, target: Target) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=("default", "ragged", "more rows than columns"))
 def check_backward_causal(case, target):
-    run(case, target)
+    run(served(target, case), target)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import Case, Report, Target, limit, run_as_script, script_arguments
+from harness import Case, Report, Target, limit, run_as_script, script_arguments, served
 
 from flash_attention import flash_attention
 from flash_attention.reference import flash_attention2_forward, flash_attention_forward, normal_attention
@@ -39,7 +39,7 @@ def compare(case: Case, target: Target) -> None:
     "case", [Case(B=1, H=1, Nq=2048, Nk=2048, D=512), Case(Nq=113, Nk=203, D=59, Dv=24, H=4, Hkv=2)], ids=("default", "ragged")
 )
 def check_forward(case, target):
-    compare(case, target)
+    compare(served(target, case), target)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import Case, Report, Target, limit, run_as_script, script_arguments
+from harness import Case, Report, Target, limit, run_as_script, script_arguments, served
 
 from flash_attention import flash_attention
 from flash_attention.reference import flash_attention2_causal_forward, flash_attention_causal_forward, normal_attention_causal
@@ -45,7 +45,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=("default", "ragged", "more rows than columns"))
 def check_forward_causal(case, target):
-    compare(case, target)
+    compare(served(target, case), target)
 
 
 if __name__ == "__main__":

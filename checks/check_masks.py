@@ -55,7 +55,7 @@ def views(B: int, H: int, Nq: int, Nk: int, device: str) -> dict[str, torch.Tens
 
 
 @CAUSAL
-def check_strides(target, causal):
+def check_strides(target, causal, repeatable):
     """A mask is read through its strides: bitwise what its contiguous copy gives."""
     case = Case(Nq=290, Nk=530, D=16, causal=causal, dtype=dtype_served(target))
     problem = Problem.of(case, target)
@@ -70,7 +70,7 @@ def check_strides(target, causal):
 
 
 @CAUSAL
-def check_shapes(target, causal):
+def check_shapes(target, causal, repeatable):
     """Every shape that a mask may be given in means the (B, H, Nq, Nk) mask that it broadcasts to: bitwise the same result."""
     B, H, Nq, Nk = 3, 2, 40, 70
     problem = Problem.of(Case(B=B, H=H, Nq=Nq, Nk=Nk, D=16, causal=causal, dtype=dtype_served(target)), target)

@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+import torch
 from harness import TARGETS
 
 
@@ -28,3 +29,11 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def full(request) -> bool:
     return request.config.getoption("--full")
+
+
+@pytest.fixture
+def repeatable():
+    """Gradients repeat bit for bit, and torch fills every tensor it does not initialise with NaN: what a kernel fails to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

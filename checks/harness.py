@@ -6,7 +6,7 @@ A check is written once for any backend. `TARGETS` lists the (backend, device) p
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import pytest
@@ -18,7 +18,7 @@ from flash_attention.backends import BACKENDS
 from flash_attention.reference import Dropout, normal_attention, normal_attention_causal
 from flash_attention.reference.tiles import sum_dtype
 
-ON_CUDA: tuple[str, ...] = ()  # backends that need a GPU
+ON_CUDA: tuple[str, ...] = ("simple", "tensor_core")  # backends that need a GPU
 HALF = (torch.float16, torch.bfloat16)
 
 # Lengths that have broken kernels before: ragged, tiny, unequal, either longer.
@@ -143,6 +143,14 @@ MASKS = {
     "dead rows": _dead_rows,
     "nothing": _random("B", "Nk", keep=-1.0),
 }
+
+
+def served(target: Target, case: Case) -> Case:
+    """The case in a dtype that the backend serves; skips, with the backend's reason, what it does not serve at all."""
+    case = replace(case, dtype=dtype_served(target))
+    q, k, v, mask = case.inputs(target.device)
+    skip_unless_served(target, q, k, v, mask, case.causal, case.dropout_p)
+    return case
 
 
 class Result(NamedTuple):

@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         load_tile<Tile_KV, THREADS>(KV_smem + (stage(j) * 2 + 1) * Tile_KV::BYTES, p.v, V_head, j * BLOCK_K, p.Nk, p.Dv);
     };
 
-    load_tile<Tile_Q, THREADS>(Q_smem, p.q, head_unit(p.q, b, h), i0, p.Nq, p.D);
-    if (k_tiles > 0) {
+    if (k_tiles > 0) {  // where no row sees anything, nothing is copied that could still arrive when O takes Q's place
+        load_tile<Tile_Q, THREADS>(Q_smem, p.q, head_unit(p.q, b, h), i0, p.Nq, p.D);
         load_K(k_tiles - 1);
         if (STAGES == 2) load_V(k_tiles - 1);
     }

@@ -108,9 +108,10 @@ __device__ inline void add_product_transposed(float (&S_rmem)[ROWS][COLUMNS], co
     }
 }
 
-// X += P B, where B is a chunk of columns of V, K, Q or dO: lane t computes columns 4t … 4t + 3 of it.
+// X += P B, where B is a chunk of columns of V, K, Q or dO: lane t computes columns 4t … 4t + 3 of it. Here too a tile is summed on its own.
 template <int ROWS>
 __device__ inline void add_product(float (&X_rmem)[ROWS][4], const Scores<ROWS * GROUPS>& P_smem, const Chunk<TILE>& B_smem) {
+    float sum_rmem[ROWS][4] = {};
 #pragma unroll 2
     for (int j = 0; j < TILE; j += 4) {
         float p_rmem[ROWS][4], b_rmem[4];
@@ -122,9 +123,13 @@ __device__ inline void add_product(float (&X_rmem)[ROWS][4], const Scores<ROWS *
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-                for (int d = 0; d < 4; ++d) X_rmem[r][d] = fmaf(p_rmem[r][e], b_rmem[d], X_rmem[r][d]);
+                for (int d = 0; d < 4; ++d) sum_rmem[r][d] = fmaf(p_rmem[r][e], b_rmem[d], sum_rmem[r][d]);
         }
     }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+        for (int d = 0; d < 4; ++d) X_rmem[r][d] += sum_rmem[r][d];
 }
 
 // ---- a tile of scores

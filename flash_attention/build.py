@@ -211,7 +211,7 @@ def main() -> int:
     wanted = [(PACK_MASK, arch, [], f"{PACK_MASK} sm_{arch}") for arch in archs]
     wanted += [(s.file, s.arch, s.defines(), str(s)) for s in usual_set(archs, arguments.head_dim)]
     failures = []
-    with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=len(wanted), unit="kernel") as bar:
+    with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=len(wanted), unit="kernel", disable=None) as bar:
 
         def one(job):
             try:

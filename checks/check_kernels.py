@@ -1,0 +1,115 @@
+"""What can only go wrong in a compiled kernel: unwritten outputs, races, CUDA graphs, determinism.
+
+python checks/check_kernels.py [--backend tensor_core]
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from harness import Case, Report, dtype_served, flash, run_alone
+
+from flash_attention import flash_attention
+
+CASES = [
+    Case(Nq=203, Nk=330, D=64, H=4, Hkv=2),
+    Case(Nq=203, Nk=330, D=72, causal=True),
+    Case(Nq=330, Nk=203, D=128, causal=True, mask="dead rows"),
+    Case(Nq=203, Nk=330, D=64, mask="full", dropout_p=0.2),
+    Case(B=60, H=4, Nq=129, Nk=257, D=64, causal=True),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def inputs(case: Case, target):
+    case = replace(case, dtype=dtype_served(target))
+    q, k, v, mask = case.inputs(target.device)
+    dO, dLSE = case.gradient(target.device, *q.shape[:3], v.shape[3]), torch.ones(q.shape[:3], device=target.device)
+    return case, (q, k, v, mask, dO, dLSE)
+
+
+def run(case: Case, target, arguments):
+    torch.manual_seed(7)
+    return flash(case, target, *arguments)
+
+
+@cases
+def check_every_element_is_written(target, case, repeatable):
+    """Outputs, gradients and workspaces start as NaN; none of it reaches a result."""
+    case, arguments = inputs(case, target)
+    result = run(case, target, arguments)
+    for name, x in zip(result._fields, result, strict=True):
+        assert not x.isnan().any(), f"{name} has NaN at {x.isnan().nonzero()[0].tolist()}"
+
+
+@cases
+def check_repeats(target, case):
+    """50 forward runs, and dK and dV of 10 backward runs, bit for bit: an error that moves is a race."""
+    if target.device != "cuda":
+        pytest.skip("races between threads of a kernel: needs a CUDA target")
+    case, arguments = inputs(case, target)
+    first = run(case, target, arguments)
+    for repeat in range(50):
+        torch.manual_seed(7)
+        with torch.no_grad():
+            O, LSE = flash_attention(*arguments[:4], causal=case.causal, dropout_p=case.dropout_p, return_lse=True, backend=target.backend)
+        assert torch.equal(O, first.O) and torch.equal(LSE, first.LSE), f"forward run {repeat} differs"
+    for repeat in range(10):
+        again = run(case, target, arguments)
+        assert torch.equal(again.dK, first.dK) and torch.equal(again.dV, first.dV), f"backward run {repeat} differs"
+
+
+@cases
+def check_deterministic(target, case, repeatable):
+    """Under torch.use_deterministic_algorithms all gradients repeat bit for bit."""
+    case, arguments = inputs(case, target)
+    first = run(case, target, arguments)
+    for repeat in range(10):
+        for name, x, y in zip(first._fields, first, run(case, target, arguments), strict=True):
+            assert torch.equal(x, y), f"{name} of run {repeat} differs"
+
+
+def check_cuda_graph(target):
+    """Captured and replayed on new inputs: the same as a plain call. Dropout draws new bits with every replay."""
+    if target.device != "cuda":
+        pytest.skip("CUDA graphs need a CUDA target")
+    if target.backend == "reference":
+        pytest.skip("the reference copies small tensors from the CPU as it goes, which a capture does not allow")
+    case, (q, k, v, _, _, _) = inputs(Case(Nq=200, Nk=300, D=64), target)
+    flash_attention(q, k, v, causal=True, backend=target.backend)  # compiles
+    flash_attention(q, k, v, dropout_p=0.5, backend=target.backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        O = flash_attention(q, k, v, causal=True, backend=target.backend)
+        dropped = flash_attention(q, k, v, dropout_p=0.5, backend=target.backend)
+    for seed in range(2):
+        for x, y in zip((q, k, v), replace(case, seed=seed + 5).inputs(target.device)[:3], strict=True):
+            x.copy_(y)
+        graph.replay()
+        first = dropped.clone()
+        assert torch.equal(O, flash_attention(q, k, v, causal=True, backend=target.backend)), f"replay {seed} differs from a plain call"
+        graph.replay()
+        assert not torch.equal(first, dropped), "two replays dropped the same elements"
+
+
+def check_other_stream(target):
+    """Work goes to the current stream: on one of its own it sees what that stream wrote before, and the default stream need not wait."""
+    if target.device != "cuda":
+        pytest.skip("streams need a CUDA target")
+    case, arguments = inputs(Case(Nq=512, Nk=512, D=64), target)
+    want = run(case, target, arguments)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # whoever does not wait for this stream reads the inputs before they are written
+        late = [x.clone() if x is not None else None for x in arguments]
+        got = run(case, target, late)
+    stream.synchronize()
+    report = Report(f"{target}: a stream of its own")
+    for name in ("O", "LSE", "dK", "dV"):
+        report.compare("other stream", name, getattr(got, name), getattr(want, name), 0.0)
+    report.verdict()
+
+
+if __name__ == "__main__":
+    run_alone(__file__)
