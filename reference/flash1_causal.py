@@ -116,7 +116,7 @@ def flash_attention_causal_backward(
 
     for j in blocks(0, Nk, block_k):  # line 6
         Kj, Vj = tile(K, j, H), tile(V, j, H)  # line 7
-        dKj, dVj = torch.zeros_like(Kj), torch.zeros_like(Vj)  # line 8
+        dKj, dVj = Kj.new_zeros(Kj.shape), Vj.new_zeros(Vj.shape)  # line 8
 
         for i in blocks(max(0, j.start - offset), Nq, block_q):  # line 9, from the first row that sees the first of these columns
             Qi, Oi, dOi = tile(Q, i, H) * scale, tile(O, i, H), tile(dO, i, H)  # line 10

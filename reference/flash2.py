@@ -130,7 +130,7 @@ def flash_attention2_backward(
 
     for j in blocks(0, Nk, block_k):  # line 5
         Kj, Vj = tile(K, j, H), tile(V, j, H)  # line 6
-        dKj, dVj = torch.zeros_like(Kj), torch.zeros_like(Vj)  # line 7
+        dKj, dVj = Kj.new_zeros(Kj.shape), Vj.new_zeros(Vj.shape)  # line 7
 
         for i in blocks(0, Nq, block_q):  # line 8
             Qi, dOi = tile(Q, i, H) * scale, tile(dO, i, H)  # line 9

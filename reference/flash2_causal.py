@@ -123,7 +123,7 @@ def flash_attention2_causal_backward(
 
     for j in blocks(0, Nk, block_k):  # line 5
         Kj, Vj = tile(K, j, H), tile(V, j, H)  # line 6
-        dKj, dVj = torch.zeros_like(Kj), torch.zeros_like(Vj)  # line 7
+        dKj, dVj = Kj.new_zeros(Kj.shape), Vj.new_zeros(Vj.shape)  # line 7
 
         for i in blocks(max(0, j.start - offset), Nq, block_q):  # line 8, from the first row that sees the first of these columns
             Qi, dOi = tile(Q, i, H) * scale, tile(dO, i, H)  # line 9

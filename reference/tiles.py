@@ -60,8 +60,11 @@ def matmul_into(memory: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def add_matmul_(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """X += A @ B without a temporary; X (B, H, m, n) is contiguous or a block of rows of a contiguous tensor."""
-    X.flatten(0, 1).baddbmm_(A.flatten(0, 1), B.flatten(0, 1))
+    """X += A @ B without a temporary; X (B, H, m, n) is contiguous or a block of rows of a contiguous tensor.
+
+    A view, where `flatten` would silently add to a copy of any other tensor.
+    """
+    X.view(X.shape[0] * X.shape[1], *X.shape[2:]).baddbmm_(A.flatten(0, 1), B.flatten(0, 1))
     return X
 
 
