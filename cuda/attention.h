@@ -20,7 +20,7 @@ struct Tensor4 {
 
 // The mask, in one of two forms. Bytes: element (b, h, i, j) is a bool at data[b·stride_b + h·stride_h + i·stride_i + j·stride_j].
 // Bits: bit j % 32 of the 32-bit word at data[b·stride_b + h·stride_h + i·stride_i + j / 32], strides in words, written by pack_mask.cu;
-// bits beyond Nk are 0. A set bit or a true byte means "may attend". Broadcast dimensions have stride 0.
+// bits beyond Nk are set. A true byte means "may attend", a set bit "hidden". Broadcast dimensions have stride 0.
 struct Mask {
     const void* data;
     int64_t stride_b, stride_h, stride_i, stride_j;

@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
             }
 
 #if MASK
-            const bool cut = (CAUSAL && tile_cut) || !__all_sync(0xffffffff, mask_word == 0xffffffff);  // bits beyond Nk are 0
+            const bool cut = (CAUSAL && tile_cut) || __any_sync(0xffffffff, mask_word != 0);  // bits beyond Nk are set
 #else
             const bool cut = tile_cut;
 #endif
@@ -317,16 +317,16 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
                 for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        uint32_t bits = 0xffffffff;  // of this lane's keys, from its first
+                        uint32_t hidden = 0;  // bits of this lane's keys, from its first
 #if MASK
-                        bits = __shfl_sync(0xffffffff, mask_word, 8 * n + 2 * t + e) >> (warp_k * K_ROWS % 32 + g);
+                        hidden = __shfl_sync(0xffffffff, mask_word, 8 * n + 2 * t + e) >> (warp_k * K_ROWS % 32 + g);
 #endif
-                        if (CAUSAL || !MASK) bits &= first_bits((CAUSAL ? min(p.Nk, i + 8 * n + e + offset + 1) : p.Nk) - j);
+                        if (CAUSAL || !MASK) hidden |= ~first_bits((CAUSAL ? min(p.Nk, i + 8 * n + e + offset + 1) : p.Nk) - j);
 #pragma unroll
                         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
                             for (int r = 0; r < 2; ++r)
-                                if (!(bits >> (16 * m + 8 * r) & 1)) S_rmem[m][n][2 * r + e] = 0;
+                                if (hidden >> (16 * m + 8 * r) & 1) S_rmem[m][n][2 * r + e] = 0;
                     }
             }
 

@@ -14,8 +14,9 @@
 #define ROWS_PER_WARP (HEAD_DIM <= 128 ? 32 : 16)
 #endif
 #ifndef BLOCK_K
-// 64 columns where the registers hold S, O and what masks or drops; SMEM_KB tells sm_90, whose compiler fits head size 128 too.
-#define BLOCK_K (HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && SMEM_KB >= 227) ? 64 : 32)
+// As many columns as leave the registers room for S, O and what masks or drops; SMEM_KB tells sm_90, whose compiler fits more.
+#define WIDE (HEAD_DIM <= 64 && SMEM_KB >= 227 && !(MASK && (CAUSAL || DROPOUT)))
+#define BLOCK_K (WIDE ? 128 : HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && SMEM_KB >= 227) ? 64 : 32)
 #endif
 #ifndef BLOCKS_PER_SM
 #define BLOCKS_PER_SM 2
@@ -36,21 +37,35 @@ using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
 using Tile_KV = SwizzledTile<BLOCK_K, HEAD_DIM>;
 __device__ inline int stage(int j) { return STAGES == 2 ? j & 1 : 0; }
 
-constexpr int MASK_WORDS = BLOCK_K / 32;  // of a row of a tile
-constexpr int MASK_BYTES = MASK ? BLOCK_Q * MASK_WORDS * 4 : 0;
+// Where registers are short, what can be had again (from the numbers of thread and block, from the seed) is not kept over the loop.
+constexpr bool TIGHT = BLOCK_K == 128 ? CAUSAL || MASK || DROPOUT : HEAD_DIM > 64 && (MASK || !DROPOUT || SMEM_KB < 227);
+__device__ inline int thread_anew() { return TIGHT ? ptx::tid_x() : threadIdx.x; }
+__device__ inline uint32_t copying_thread() { return BLOCK_K == 128 || (HEAD_DIM > 64 && !MASK) ? ptx::tid_x() : threadIdx.x; }
+
+constexpr int MASK_WORDS = BLOCK_K / 32;
+struct alignas(4 * MASK_WORDS) Words {  // of a row of a tile of the mask: a set bit hides
+    uint32_t word[MASK_WORDS];
+};
+constexpr int MASK_BYTES = MASK ? BLOCK_Q * static_cast<int>(sizeof(Words)) : 0;
 constexpr int SMEM_BYTES = Tile_Q::BYTES + STAGES * (2 * Tile_KV::BYTES + MASK_BYTES);
+
+struct Rows {
+    int i0, h, b;  // first row of the tile of Q, query head, batch
+};
+// One block computes BLOCK_Q rows of one head. Causal: the longest rows start first.
+__device__ inline Rows rows_of_block(const AttentionParams& p) {
+    const int tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, block = ptx::ctaid_x();
+    return {(CAUSAL ? tiles - 1 - block % tiles : block % tiles) * BLOCK_Q, block / tiles % p.H, block / tiles / p.H};
+}
 
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const __grid_constant__ AttentionParams p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     const uint32_t Q_smem = ptx::smem_address(smem);            // [BLOCK_Q, HEAD_DIM]
     const uint32_t KV_smem = Q_smem + Tile_Q::BYTES;            // STAGES × (K [BLOCK_K, HEAD_DIM], V [BLOCK_K, HEAD_DIM])
-    [[maybe_unused]] uint32_t* mask_smem = reinterpret_cast<uint32_t*>(smem + Tile_Q::BYTES + STAGES * 2 * Tile_KV::BYTES);  // STAGES × [BLOCK_Q, MASK_WORDS]
+    [[maybe_unused]] Words* mask_smem = reinterpret_cast<Words*>(smem + Tile_Q::BYTES + STAGES * 2 * Tile_KV::BYTES);  // STAGES × [BLOCK_Q]
 
-    // One block computes BLOCK_Q rows of one head. Causal: the longest rows start first.
-    const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q;
-    const int q_tile = CAUSAL ? q_tiles - 1 - blockIdx.x % q_tiles : blockIdx.x % q_tiles;
-    const int h = blockIdx.x / q_tiles % p.H, b = blockIdx.x / q_tiles / p.H;
-    const int i0 = q_tile * BLOCK_Q;
+    const Rows rows = rows_of_block(p);
+    const int i0 = rows.i0, h = rows.h, b = rows.b;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int g = lane / 4, t = lane % 4;              // this lane's row and column pair in an 8×8 fragment
     const int warp_row = warp * ROWS_PER_WARP;         // the warp's first row in the tile
@@ -58,27 +73,26 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 
     const uint32_t K_head = head_unit(p.k, b, kv_head(p, h)), V_head = head_unit(p.v, b, kv_head(p, h));
 
+    [[maybe_unused]] const uint32_t mask_row =  // the word at which the mask of the row that this thread copies begins
+        static_cast<uint32_t>(b * p.mask.stride_b + h * p.mask.stride_h + min(i0 + static_cast<int>(threadIdx.x) % BLOCK_Q, p.Nq - 1) * p.mask.stride_i);
+
     // Columns that the last row of this tile sees; tiles beyond are never visited.
     const int columns = CAUSAL ? max(0, min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + offset)) : p.Nk;
     const int k_tiles = (columns + BLOCK_K - 1) / BLOCK_K;
 
-    // Addresses are computed anew for every tile, from a batch index that the compiler is told has changed: kept, they would hold registers
-    // that O and S need, and be spilled.
     auto load_K = [&](int j) {
-        load_tile<Tile_KV, THREADS>(KV_smem + stage(j) * 2 * Tile_KV::BYTES, p.k, K_head, j * BLOCK_K, p.Nk, p.D);
+        load_tile<Tile_KV, THREADS>(KV_smem + stage(j) * 2 * Tile_KV::BYTES, p.k, K_head, j * BLOCK_K, p.Nk, p.D, copying_thread());
 #if MASK
-        const uint32_t* mask_gmem = static_cast<const uint32_t*>(p.mask.data) + b * p.mask.stride_b + h * p.mask.stride_h;  // [Nq, words]
-        const int row = threadIdx.x % BLOCK_Q;
-        ptx::cp_async_small<4 * MASK_WORDS>(ptx::smem_address(mask_smem + (stage(j) * BLOCK_Q + row) * MASK_WORDS),
-                                            mask_gmem + min(i0 + row, p.Nq - 1) * p.mask.stride_i + j * MASK_WORDS);
+        ptx::cp_async_small<sizeof(Words)>(ptx::smem_address(mask_smem + stage(j) * BLOCK_Q + threadIdx.x % BLOCK_Q),
+                                           static_cast<const uint32_t*>(p.mask.data) + (mask_row + j * MASK_WORDS));
 #endif
     };
     auto load_V = [&](int j) {
-        load_tile<Tile_KV, THREADS>(KV_smem + (stage(j) * 2 + 1) * Tile_KV::BYTES, p.v, V_head, j * BLOCK_K, p.Nk, p.Dv);
+        load_tile<Tile_KV, THREADS>(KV_smem + (stage(j) * 2 + 1) * Tile_KV::BYTES, p.v, V_head, j * BLOCK_K, p.Nk, p.Dv, copying_thread());
     };
 
     if (k_tiles > 0) {  // where no row sees anything, nothing is copied that could still arrive when O takes Q's place
-        load_tile<Tile_Q, THREADS>(Q_smem, p.q, head_unit(p.q, b, h), i0, p.Nq, p.D);
+        load_tile<Tile_Q, THREADS>(Q_smem, p.q, head_unit(p.q, b, h), i0, p.Nq, p.D, copying_thread());
         load_K(k_tiles - 1);
         if (STAGES == 2) load_V(k_tiles - 1);
     }
@@ -90,9 +104,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     for (int m = 0; m < M_TILES; ++m) m_rmem[m][0] = m_rmem[m][1] = LOWEST, l_rmem[m][0] = l_rmem[m][1] = 0;
 
     const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
-#if DROPOUT
-    const uint2 key = dropout_key(p);
-#endif
+    [[maybe_unused]] const uint2 kept_key = DROPOUT ? dropout_key(p) : uint2{};
     const uint32_t Q_lane = Q_smem + Tile_Q::lane_a(warp_row, lane);
 
     // One tile of K and V: S, its softmax against the running maximum, and what it adds to O. `cut`: by the diagonal or the end of the sequence.
@@ -108,8 +120,31 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         if (STAGES == 2 && j > 0) load_K(j - 1), load_V(j - 1);
         ptx::cp_async_commit_group();
 
-        // S = Q Kᵀ
+        // S = Q Kᵀ, summed from 0, or from about −2¹²⁷ where the mask hides: no score is large enough to show beside that.
         float S_rmem[M_TILES][N_TILES][4] = {};
+#if MASK
+        const int thread = thread_anew();
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int row = thread / 32 * ROWS_PER_WARP + 16 * m + 8 * r + thread % 32 / 4;
+                const Words words = mask_smem[stage(j) * BLOCK_Q + row];
+#pragma unroll
+                for (int w = 0; w < MASK_WORDS; ++w) {
+                    uint32_t hidden = words.word[w];
+                    if (CAUSAL && cut) hidden |= ~first_bits(min(p.Nk, i0 + row + offset + 1) - j0 - 32 * w);
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        // Byte n of a word is about columns 8n … 8n + 7, of which this lane has 2t and 2t + 1: that bit becomes the byte's
+                        // sign, and the sign, repeated, the high byte of a float.
+                        const uint32_t signs = hidden << (7 - thread % 4 * 2 - c);
+#pragma unroll
+                        for (int n = 0; n < 4; ++n) S_rmem[m][4 * w + n][2 * r + c] = __uint_as_float(ptx::prmt(signs, 0, (8 + n) << 12 | 0x444));
+                    }
+                }
+            }
+#endif
         const uint32_t K_lane = K_smem + Tile_KV::lane_b(0, lane);
 #pragma unroll
         for (int d = 0; d < D_STEPS; ++d) {
@@ -128,40 +163,21 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
             }
         }
 
-        // Hide what may not be attended: one bit a column, 32 columns of a row at a time.
-        bool hidden = cut;
-#if MASK
-        const uint32_t* words_smem = mask_smem + (stage(j) * BLOCK_Q + warp_row) * MASK_WORDS;  // [ROWS_PER_WARP, MASK_WORDS]
-        bool all = true;
-#pragma unroll
-        for (int w = 0; w < MASK_WORDS; ++w) all &= words_smem[lane % ROWS_PER_WARP * MASK_WORDS + w] == ~0u;
-        hidden |= !__all_sync(0xffffffff, all);  // a tile that the mask leaves whole, as most are under a padding mask, costs a vote
-#endif
-        if (hidden) {
+#if !MASK
+        if (cut) {  // Hide what lies beyond the diagonal or the end of the sequence.
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    const int row = 16 * m + 8 * r + g;
-                    const int visible = (CAUSAL ? min(p.Nk, i0 + warp_row + row + offset + 1) : p.Nk) - j0;  // columns from j0 on
+                    const int visible = (CAUSAL ? min(p.Nk, i0 + warp_row + 16 * m + 8 * r + g + offset + 1) : p.Nk) - j0;  // columns from j0 on
 #pragma unroll
-                    for (int w = 0; w < BLOCK_K / 32; ++w) {
-#if MASK
-                        const uint32_t bits = (words_smem[row * MASK_WORDS + w] & first_bits(visible - 32 * w)) >> 2 * t;
-#endif
+                    for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
-                        for (int c = 0; c < 8; ++c) {  // this lane's columns of the 32: 2t and 2t + 1 of each eight
-                            const int column = c / 2 * 8 + c % 2;
-#if MASK
-                            const bool shown = bits & 1u << column;
-#else
-                            const bool shown = 32 * w + column < visible - 2 * t;
-#endif
-                            if (!shown) S_rmem[m][4 * w + c / 2][2 * r + c % 2] = -CUDART_INF_F;
-                        }
-                    }
+                        for (int c = 0; c < 2; ++c)
+                            if (8 * n + c >= visible - 2 * t) S_rmem[m][n][2 * r + c] = -CUDART_INF_F;
                 }
         }
+#endif
 
         if (STAGES == 1) {
             ptx::cp_async_wait_group<0>();
@@ -211,7 +227,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 #pragma unroll
         for (int w = 0; w < BLOCK_K / 32; ++w) {
 #if DROPOUT
-            const int row_group = (i0 + warp_row) / 32 * 32 + g, column_group = j0 + 32 * w + 2 * t;
+            const uint2 key = TIGHT ? dropout_key(p) : kept_key;
+            const int thread = thread_anew();
+            const int row_group = (i0 + warp_row) / 32 * 32 + thread % 32 / 4, column_group = j0 + 32 * w + thread % 4 * 2;
             const uint4 even = dropout_bytes(key, b, h, row_group, column_group), odd = dropout_bytes(key, b, h, row_group, column_group + 1);
             uint32_t keep[M_TILES][2][4];  // of rows g and g + 8, for each of four 8-column tiles, the lane's pair of columns
             if (ROWS_PER_WARP == 32 || warp_row % 32 == 0) keep_pairs(keep[0][0], even.x, odd.x, p), keep_pairs(keep[0][1], even.y, odd.y, p);
@@ -250,6 +268,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     const int uncut = min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk) / BLOCK_K;  // tiles in which every row sees every column
     for (int j = k_tiles - 1; j >= 0; --j) step(j, j >= uncut);
 
+    const Rows out = TIGHT ? rows_of_block(p) : rows;
     // O /= l, and out through shared memory, each warp in its own rows of Q's place, so that global stores are 16 bytes wide.
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
@@ -259,7 +278,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
             l += __shfl_xor_sync(0xffffffff, l, 1);
             l += __shfl_xor_sync(0xffffffff, l, 2);
             const int row = warp_row + 16 * m + 8 * r + g;
-            if (t == 0 && i0 + row < p.Nq) p.lse[(static_cast<int64_t>(b) * p.H + h) * p.Nq + i0 + row] = m_rmem[m][r] * p.scale + logf(l);
+            if (t == 0 && out.i0 + row < p.Nq) p.lse[(static_cast<int64_t>(out.b) * p.H + out.h) * p.Nq + out.i0 + row] = m_rmem[m][r] * p.scale + logf(l);
             const float factor = l > 0 ? (DROPOUT ? p.keep_scale : 1.0f) / l : 0;  // l = 0: the row may attend nothing
 #pragma unroll
             for (int o = 0; o < O_TILES; ++o)
@@ -267,13 +286,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                     ptx::cvt_pair<element>(O_rmem[m][o][2 * r] * factor, O_rmem[m][o][2 * r + 1] * factor);
         }
     __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
-    element* O_gmem = head_of(p.o, b, h);  // [Nq, Dv]
+    element* O_gmem = head_of(p.o, out.b, out.h);  // [Nq, Dv]
     constexpr int CHUNKS = HEAD_DIM / 8;
 #pragma unroll
     for (int chunk = lane; chunk < ROWS_PER_WARP * CHUNKS; chunk += 32) {
         const int row = warp_row + chunk / CHUNKS, column = chunk % CHUNKS * 8;
-        if (i0 + row < p.Nq && column < p.Dv)
-            *reinterpret_cast<uint4*>(O_gmem + (i0 + row) * p.o.stride_n + column) =
+        if (out.i0 + row < p.Nq && column < p.Dv)
+            *reinterpret_cast<uint4*>(O_gmem + (out.i0 + row) * p.o.stride_n + column) =
                 *reinterpret_cast<const uint4*>(smem + Tile_Q::offset(row, column / 8));
     }
 }
@@ -282,7 +301,8 @@ extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
 
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
-    if (!units_fit(p.q, p.B, p.H, p.Nq) || !units_fit(p.k, p.B, p.Hkv, p.Nk) || !units_fit(p.v, p.B, p.Hkv, p.Nk)) return cudaErrorInvalidValue;
+    const bool mask_fits = p.B * p.mask.stride_b + p.H * p.mask.stride_h + p.Nq * p.mask.stride_i < int64_t(1) << 32;
+    if (!mask_fits || !units_fit(p.q, p.B, p.H, p.Nq) || !units_fit(p.k, p.B, p.Hkv, p.Nk) || !units_fit(p.v, p.B, p.Hkv, p.Nk)) return cudaErrorInvalidValue;
     if (p.B == 0 || p.Nq == 0) return cudaSuccess;
     DeviceGuard guard(p.device);
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);

@@ -1,49 +1,74 @@
-// Packs a mask of bytes into bits, for the kernels that read 32 columns at a time: 8 times less to read, in a layout that fits fragments.
+// Packs a mask of bytes (true = may attend) into bits (set = hidden), for the kernels that read 32 columns at a time: 8 times less to read,
+// in a layout that fits fragments.
 //
-// A warp reads 128 columns of a row, 32 consecutive ones at a time; a ballot turns 32 answers into a word. Broadcast dimensions are packed once:
-// Python passes 1 for their size, and stride 0 to the kernels that read the result.
+// A warp takes COLUMNS columns of a row. Where the mask's rows are contiguous and aligned, a lane reads 16 columns at once, and two lanes make
+// a word; the kernel then runs at the speed of memory. Broadcast dimensions are packed once: Python passes 1 for their size, and stride 0 to
+// the kernels that read the result.
 #include <cuda_runtime.h>
 #include <stdint.h>
 
 struct PackParams {
     const uint8_t* mask;                             // bool [B, H, Nq, Nk], any strides
     int64_t stride_b, stride_h, stride_i, stride_j;
-    uint32_t* bits;                                  // [B, H, Nq, 4 · row_blocks]: rows padded with 0 to a multiple of 128 columns
+    uint32_t* bits;                                  // [B, H, Nq, words]: rows padded with ones to a multiple of 128 columns
     int32_t B, H, Nq, Nk;
     int32_t device;
     cudaStream_t stream;
 };
 
 constexpr int WARPS = 8;
+constexpr int COLUMNS = 4096;
+constexpr int AT_ONCE = 32 * 16;  // columns that the lanes of a warp read together
 
-__global__ void pack_mask_kernel(const __grid_constant__ PackParams p, int row_blocks) {
-    const int lane = threadIdx.x % 32;
-    const int64_t block = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;  // 128 columns of one row
-    const int64_t row = block / row_blocks;
-    if (row >= static_cast<int64_t>(p.B) * p.H * p.Nq) return;
-    const int64_t i = row % p.Nq, h = row / p.Nq % p.H, b = row / p.Nq / p.H;
-    const uint8_t* mask = p.mask + b * p.stride_b + h * p.stride_h + i * p.stride_i;
-    const int j0 = static_cast<int>(block % row_blocks) * 128;
-    uint32_t word = 0;
+// Bit c: column j + c may not be attended, or does not exist. 16 columns.
+__device__ inline uint32_t hidden_columns(const uint8_t* mask_gmem, int64_t stride_j, int j, int Nk, bool aligned) {
+    uint32_t hidden = 0;
+    if (aligned && j + 16 <= Nk) {
+        const uint4 bytes = *reinterpret_cast<const uint4*>(mask_gmem + j);
+        const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-        const int j = j0 + 32 * w + lane;
-        const uint32_t ballot = __ballot_sync(0xffffffff, j < p.Nk && mask[j * p.stride_j]);
-        if (lane == w) word = ballot;
+        for (int w = 0; w < 4; ++w) {
+            // 1 in each byte that was 0; the multiplication moves bits 0, 8, 16 and 24 to 28, 29, 30 and 31.
+            const uint32_t zeros = __vseteq4(words[w], 0);
+            hidden |= (zeros * 0x10204080u >> 28) << 4 * w;
+        }
+    } else {
+        for (int c = 0; c < 16; ++c) hidden |= static_cast<uint32_t>(j + c >= Nk || !mask_gmem[(j + c) * stride_j]) << c;
     }
-    if (lane < 4) p.bits[block * 4 + lane] = word;
+    return hidden;
+}
+
+__global__ void __launch_bounds__(32 * WARPS) pack_mask_kernel(const __grid_constant__ PackParams p, bool aligned) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t row = blockIdx.x * WARPS + threadIdx.x / 32;
+    if (row >= static_cast<uint32_t>(p.B * p.H) * p.Nq) return;
+    const uint32_t i = row % p.Nq, h = row / p.Nq % p.H, b = row / p.Nq / p.H;
+    const uint8_t* mask_gmem = p.mask + b * p.stride_b + h * p.stride_h + i * p.stride_i;  // [Nk]
+    const int padded = (p.Nk + 127) / 128 * 128;
+    uint32_t* bits_gmem = p.bits + static_cast<int64_t>(row) * (padded / 32);               // [words]
+    const int begin = blockIdx.y * COLUMNS;
+#pragma unroll 4
+    for (int j0 = begin; j0 < min(begin + COLUMNS, padded); j0 += AT_ONCE) {
+        const int j = j0 + 16 * lane;
+        uint32_t hidden = hidden_columns(mask_gmem, p.stride_j, j, p.Nk, aligned);
+        hidden |= __shfl_down_sync(0xffffffff, hidden, 1) << 16;  // the next lane's 16 columns
+        if (lane % 2 == 0 && j < padded) bits_gmem[j / 32] = hidden;
+    }
 }
 
 extern "C" int pack_mask(const PackParams* params) {
+    const PackParams& p = *params;
+    const int64_t rows = static_cast<int64_t>(p.B) * p.H * p.Nq;
+    if (rows > INT32_MAX) return cudaErrorInvalidValue;
     int before;
     cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess && before != params->device) error = cudaSetDevice(params->device);
+    if (error == cudaSuccess && before != p.device) error = cudaSetDevice(p.device);
     if (error != cudaSuccess) return error;
-    const int row_blocks = (params->Nk + 127) / 128;
-    const int64_t blocks = static_cast<int64_t>(params->B) * params->H * params->Nq * row_blocks;
-    pack_mask_kernel<<<static_cast<unsigned>((blocks + WARPS - 1) / WARPS), WARPS * 32, 0, params->stream>>>(*params, row_blocks);
+    const bool aligned = p.stride_j == 1 && (reinterpret_cast<int64_t>(p.mask) | p.stride_b | p.stride_h | p.stride_i) % 16 == 0;
+    const dim3 blocks(static_cast<unsigned>((rows + WARPS - 1) / WARPS), (p.Nk + COLUMNS - 1) / COLUMNS);
+    pack_mask_kernel<<<blocks, 32 * WARPS, 0, p.stream>>>(p, aligned);
     error = cudaGetLastError();
-    if (before != params->device) cudaSetDevice(before);
+    if (before != p.device) cudaSetDevice(before);
     return error;
 }
 

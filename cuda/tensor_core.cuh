@@ -28,12 +28,12 @@ __device__ inline void load_tile(uint32_t smem, const element* gmem, int64_t str
 }
 
 // The same, with offsets in 16-byte units: 32 bits of them reach 64 GB, and an address that the compiler keeps over a loop takes one register
-// instead of two. The launcher refuses larger tensors.
+// instead of two. The launcher refuses larger tensors. `thread` is threadIdx.x, or tid_x(), with which nothing is kept.
 template <class Tile, int THREADS>
-__device__ inline void load_tile(uint32_t smem, const Tensor4& tensor, uint32_t head, int first, int rows, int D) {
+__device__ inline void load_tile(uint32_t smem, const Tensor4& tensor, uint32_t head, int first, int rows, int D, uint32_t thread) {
     constexpr int ROWS_AT_ONCE = THREADS / 8;
     static_assert(Tile::ROWS % ROWS_AT_ONCE == 0 && ROWS_AT_ONCE % 8 == 0, "the swizzle must be the same for every row of a thread");
-    const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    const int row = thread / 8, chunk = thread % 8;
     const uint32_t stride = static_cast<uint32_t>(tensor.stride_n / 8);
     uint32_t source = head + (first + row) * stride + chunk;
     smem += Tile::offset(row, chunk);

@@ -188,6 +188,8 @@ def usual_set(archs: list[str], head_dims: list[int] | None = None) -> list[Spec
             continue
         for head_dim, dtype in product(head_dims or rung.head_dims, rung.dtypes):
             for causal, mask, dropout in ((False, False, False), (True, False, False), (False, True, False), (True, True, True)):
+                if head_dim not in rung.head_dims or (rung.plain_only and (mask or dropout)):
+                    continue
                 wanted += [Specialisation(file, arch, head_dim, dtype, causal, mask, dropout) for file in rung.files]
     return wanted
 

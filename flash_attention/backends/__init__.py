@@ -16,7 +16,8 @@ from torch import Tensor
 from . import cuda, reference
 
 BACKENDS = {**cuda.RUNGS, "reference": reference}
-GROUPS = {"cuda": tuple(cuda.RUNGS)}  # a name that stands for the fastest of several
+GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.plain_only)}  # a name that stands for the fastest of several
+DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
 
 
 def choose(name: str | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str:
@@ -33,7 +34,7 @@ def choose(name: str | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
     if name is not None and not (isinstance(name, str) and (name in BACKENDS or name in GROUPS)):
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, (*BACKENDS, *GROUPS)))}, got {name!r}")
     reasons = []
-    for each in tuple(BACKENDS) if name is None else GROUPS.get(name, (name,)):
+    for each in DEFAULT if name is None else GROUPS.get(name, (name,)):
         reason = BACKENDS[each].why_not(q, k, v, mask, causal, dropout_p)
         if reason is None:
             if reasons and name is None and each == "reference":

@@ -1,4 +1,4 @@
-"""The CUDA backends: each rung of `cuda/` that serves the whole interface, behind the same two functions as the reference.
+"""The CUDA backends: each rung of `cuda/`, behind the same two functions as the reference.
 
 Torch allocates every tensor; a kernel gets addresses, sizes and strides in one struct (cuda/attention.h), on the current stream of q's
 device. Nothing synchronises, nothing is copied that the kernel can read where it is.
@@ -7,6 +7,7 @@ device. Nothing synchronises, nothing is copied that the kernel can read where i
 import ctypes
 import functools
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,12 +22,14 @@ PACK_MASK = "pack_mask.cu"
 # struct AttentionParams: q, k, v, o, d_o, dq, dk, dv (address and three strides each), the mask (address and four), lse, d_lse, workspace,
 # seed, then B, H, Hkv, Nq, Nk, D, Dv, scale, drop_below, keep_scale, deterministic, device, sm_count, and the stream.
 PARAMS = struct.Struct("@32q 5q 4q 7i f i f 3i q")
+WORKSPACE = 8 * (32 + 5 + 2)  # byte offset of its address, which is known last
 PACK_PARAMS = struct.Struct("@q 4q q 4i i q")
+DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 NO_TENSOR = (0, 0, 0, 0)
 NO_MASK = (0, 0, 0, 0, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed as the one object that it is: a call looks its library up by it
 class Rung:
     """One rung: which files, and what they serve. min_arch is a compute capability times ten."""
 
@@ -37,17 +40,21 @@ class Rung:
     head_dims: tuple[int, ...]  # compiled sizes; a head size is padded to the next
     multiple_of: int = 1  # of which head sizes, and the alignment of rows in elements
     packs_mask: bool = False
+    plain_only: bool = False  # neither mask nor dropout: a step of the ladder, taken only by name
 
     def why_not(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
         """Why this rung cannot serve the call, or None."""
         if q.device.type != "cuda":
             return f"it needs tensors on a CUDA device, got {q.device}"
-        if str(q.dtype).removeprefix("torch.") not in self.dtypes:
+        if DTYPE_NAMES.get(q.dtype) not in self.dtypes:
             return f"it computes in {', '.join(self.dtypes)}, got {q.dtype}"
         D, Dv = q.shape[3], v.shape[3]
         if max(D, Dv) > self.head_dims[-1] or D % self.multiple_of or Dv % self.multiple_of:
             kind = f"multiples of {self.multiple_of} " if self.multiple_of > 1 else ""
             return f"it takes head sizes {kind}up to {self.head_dims[-1]}, got D = {D}, Dv = {Dv}"
+        if self.plain_only and (mask is not None or dropout_p):
+            got = f"dropout_p = {dropout_p}" if mask is None else f"a mask {tuple(mask.shape)}"
+            return f"it serves neither a mask nor dropout, got {got}"
         return _why_no_kernels(q.device.index or 0, self.min_arch)
 
     def forward(
@@ -56,13 +63,12 @@ class Rung:
         """→ O (B, H, Nq, Dv), LSE (B, H, Nq)."""
         O, LSE = allocate.forward_outputs(q, v)
         sign, scale = _positive(scale)
-        q, k, v = self._readable(q if sign == 1 else q * sign), self._readable(k), self._readable(v)
-        out = O if self._is_readable(O) else O.new_empty(O.shape)
-        mask_fields, _alive = self._mask(mask, q, k)
+        q, k, v, out = self._readable(q if sign == 1 else q * sign), self._readable(k), self._readable(v), self._writable(O)
+        mask_fields, _alive = self._mask(mask)
         library = self._library(0, q, v, causal, mask is not None, seed is not None)
         tensors = (*_fields(q), *_fields(k), *_fields(v), *_fields(out), *NO_TENSOR * 4)
         pointers = (LSE.data_ptr(), 0, 0, 0 if seed is None else seed.data_ptr())
-        _launch(library, q, _pack(tensors, mask_fields, pointers, q, k, v, scale, dropout_p))
+        _launch(library, library.attention, q, _pack(tensors, mask_fields, pointers, q, k, v, scale, dropout_p))
         return (O if out is O else O.copy_(out)), LSE
 
     def backward(
@@ -84,34 +90,35 @@ class Rung:
         gradients = allocate.backward_outputs(q, k, v)
         sign, scale = _positive(scale)
         q, k, v, O, dO = (self._readable(x) for x in (q if sign == 1 else q * sign, k, v, O, dO))
-        dQ, dK, dV = (x if self._is_readable(x) else x.new_empty(x.shape) for x in gradients)
+        dQ, dK, dV = (self._writable(x) for x in gradients)
         LSE, dLSE = LSE.contiguous(), None if dLSE is None else dLSE.contiguous()
-        mask_fields, _alive = self._mask(mask, q, k)
+        mask_fields, _alive = self._mask(mask)
         library = self._library(1, q, v, causal, mask is not None, seed is not None)
         tensors = tuple(field for x in (q, k, v, O, dO, dQ, dK, dV) for field in _fields(x))
-
-        def params(workspace: int) -> bytes:
-            pointers = (LSE.data_ptr(), 0 if dLSE is None else dLSE.data_ptr(), workspace, 0 if seed is None else seed.data_ptr())
-            return _pack(tensors, mask_fields, pointers, q, k, v, scale, dropout_p)
-
-        workspace = torch.empty(library.workspace_floats(params(0)), dtype=torch.float32, device=q.device)
-        _launch(library, q, params(workspace.data_ptr()))
-        written = [given if given is ours else given.copy_(ours) for given, ours in zip(gradients, (dQ, dK, dV), strict=True)]
-        return (written[0] if sign == 1 else written[0].mul_(sign)), written[1], written[2]
+        pointers = (LSE.data_ptr(), 0 if dLSE is None else dLSE.data_ptr(), 0, 0 if seed is None else seed.data_ptr())
+        params = _pack(tensors, mask_fields, pointers, q, k, v, scale, dropout_p)
+        workspace = torch.empty(library.workspace_floats(params), dtype=torch.float32, device=q.device)
+        _launch(
+            library, library.attention, q, params[:WORKSPACE] + workspace.data_ptr().to_bytes(8, sys.byteorder) + params[WORKSPACE + 8 :]
+        )
+        dQ, dK, dV = (given if given is ours else given.copy_(ours) for given, ours in zip(gradients, (dQ, dK, dV), strict=True))
+        return (dQ if sign == 1 else dQ.mul_(sign)), dK, dV
 
     # ---- what the kernels can read in place
 
     def _is_readable(self, x: Tensor) -> bool:
         """The last dimension is contiguous and, where the kernel copies 16 bytes at a time, rows begin at multiples of 16 bytes."""
-        if x.stride(3) != 1 and x.shape[3] > 1:
-            return False
+        b, h, i, d = x.stride()
         n = self.multiple_of
-        return n == 1 or not (x.data_ptr() % 16 or x.stride(0) % n or x.stride(1) % n or x.stride(2) % n)
+        return (d == 1 or x.shape[3] == 1) and (n == 1 or not ((b | h | i) % n or x.data_ptr() % 16))
 
     def _readable(self, x: Tensor) -> Tensor:
         return x if self._is_readable(x) else x.clone(memory_format=torch.contiguous_format)
 
-    def _mask(self, mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
+    def _writable(self, x: Tensor) -> Tensor:
+        return x if self._is_readable(x) else x.new_empty(x.shape)
+
+    def _mask(self, mask: Tensor | None) -> tuple[tuple[int, ...], Tensor | None]:
         """The mask's fields in the struct, and what must stay alive until the launch."""
         if mask is None:
             return NO_MASK, None
@@ -144,6 +151,15 @@ RUNGS = {
             dtypes=("float32", "float16", "bfloat16"),
             head_dims=(32, 64, 96, 128, 192, 256, 512),
         ),
+        Rung(
+            name="mma",
+            files=("forward_2_mma.cu", "backward_2_mma.cu"),
+            min_arch=80,
+            dtypes=("float16", "bfloat16"),
+            head_dims=(32, 64, 96, 128),
+            multiple_of=8,
+            plain_only=True,
+        ),
     )
 }
 
@@ -163,7 +179,7 @@ def _library(rung: Rung, which: int, device: int, dtype: torch.dtype, D: int, ca
     """The rung's forward (0) or backward (1) for one kind of call, compiled if it must be."""
     head_dim = next(size for size in rung.head_dims if size >= D)
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    wanted = build.Specialisation(rung.files[which], arch, head_dim, str(dtype).removeprefix("torch."), causal, mask, dropout)
+    wanted = build.Specialisation(rung.files[which], arch, head_dim, DTYPE_NAMES[dtype], causal, mask, dropout)
     library = build.load(build.build(wanted.file, arch, wanted.defines(), str(wanted)))
     if library.params_size() != PARAMS.size:
         raise build.BuildError(
@@ -216,12 +232,10 @@ def _sm_count(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _launch(library: ctypes.CDLL, q: Tensor, params: bytes, function: Callable | None = None) -> None:
-    error = (function or library.attention)(params)
+def _launch(library: ctypes.CDLL, entry: Callable[[bytes], int], x: Tensor, params: bytes) -> None:
+    error = entry(params)
     if error:
-        raise RuntimeError(
-            f"CUDA error {error} at launch on {q.device}, q {tuple(q.shape)} {q.dtype}: {library.error_name(error).decode()}"
-        )
+        raise RuntimeError(f"CUDA error {error} at launch on {x.device}, {tuple(x.shape)} {x.dtype}: {library.error_name(error).decode()}")
 
 
 @functools.cache
@@ -239,7 +253,7 @@ def _pack_mask_library(device: int) -> ctypes.CDLL:
 def pack_mask(mask: Tensor) -> Tensor:
     """bool (B, H, Nq, Nk), any strides → int32 (B or 1, H or 1, Nq or 1, words): what is broadcast is packed once.
 
-    Bit c % 32 of word c / 32 is column c; rows are padded with zeros to a multiple of 128 columns.
+    Bit c % 32 of word c / 32 is set if column c is hidden; rows are padded with ones to a multiple of 128 columns.
     """
     B, H, Nq = (1 if stride == 0 else n for n, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True))
     Nk = mask.shape[3]
@@ -248,5 +262,5 @@ def pack_mask(mask: Tensor) -> Tensor:
         library = _pack_mask_library(mask.device.index)
         stream = torch._C._cuda_getCurrentRawStream(mask.device.index)
         params = PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), B, H, Nq, Nk, mask.device.index, stream)
-        _launch(library, mask, params, library.pack_mask)
+        _launch(library, library.pack_mask, mask, params)
     return bits
