@@ -28,10 +28,25 @@ library.define(
 
 def attention(q, k, v, mask, seed, causal: bool, scale: float, dropout_p: float, backend: str) -> tuple[Tensor, Tensor]:
     """O and LSE, differentiable, from checked arguments (`flash_attention.interface` checks them)."""
+    arguments = q, k, v, mask, seed, causal, scale, dropout_p, backend
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    plain = _plain(q, k, v)
     if differentiated or forward_ad._current_level >= 0:  # forward mode: the Function raises, where a bare op would give zeros
-        return Attention.apply(q, k, v, mask, seed, causal, scale, dropout_p, backend)
-    return torch.ops.flash_attention.forward(q, k, v, mask, seed, causal, scale, dropout_p, backend)
+        return (PlainAttention if plain else Attention).apply(*arguments)
+    return (_forward if plain else torch.ops.flash_attention.forward)(*arguments)
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether nobody looks on: no compiler, tracer or profiler, no functorch transform, no torch_dispatch mode, no subclass of Tensor. Then
+    the backend may be called without going through the op, which saves a fifth of a call's time on the host."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(x) is Tensor for x in tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd.profiler._is_profiler_enabled
+    )
 
 
 class Attention(Function):
@@ -56,9 +71,26 @@ class Attention(Function):
             return (None,) * 9
         dO = torch.zeros_like(O) if dO is None else dO
         arguments = dO, dLSE, q, k, v, mask, O, LSE, seed, *ctx.settings
-        # Only create_graph=True, as torch.func always has it, leaves gradients enabled here.
-        backward = AttentionBackward.apply if torch.is_grad_enabled() else torch.ops.flash_attention.backward
+        if torch.is_grad_enabled():  # only create_graph=True, as torch.func always has it, leaves gradients enabled here
+            backward = AttentionBackward.apply
+        else:
+            backward = _backward if _plain(dO, q, k, v) else torch.ops.flash_attention.backward
         return (*backward(*arguments), *(None,) * 6)
+
+
+class PlainAttention(Function):
+    """`Attention` where nobody looks on. A Function with a `setup_context` of its own, which functorch needs, binds its arguments by their
+    names at every call: 40 µs."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        output = _forward(*arguments)
+        Attention.setup_context(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, dO, dLSE):
+        return Attention.backward(ctx, dO, dLSE)
 
 
 class AttentionBackward(Function):

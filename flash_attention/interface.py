@@ -88,15 +88,18 @@ def _check(q, k, v, causal, scale, dropout_p) -> None:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
-    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"q, k and v must have one batch size, {shapes}")
-    if k.shape[1:3] != v.shape[1:3]:
-        raise ValueError(f"k and v must have the same heads and length, {shapes}")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must have the same head size, {shapes}")
-    if 0 in (q.shape[1], k.shape[1], q.shape[3], v.shape[3]) or q.shape[1] % k.shape[1]:
-        raise ValueError(f"heads and head sizes must not be 0, and k's heads must divide q's, {shapes}")
+    (B, H, _, D), (k_B, Hkv, Nk, k_D), (v_B, v_H, v_N, Dv) = q.shape, k.shape, v.shape
+    wrong = None
+    if not B == k_B == v_B:
+        wrong = "q, k and v must have one batch size"
+    elif Hkv != v_H or Nk != v_N:
+        wrong = "k and v must have the same heads and length"
+    elif k_D != D:
+        wrong = "q and k must have the same head size"
+    elif 0 in (H, Hkv, D, Dv) or H % Hkv:
+        wrong = "heads and head sizes must not be 0, and k's heads must divide q's"
+    if wrong:
+        raise ValueError(f"{wrong}, got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False, got {causal!r}")
     if scale is not None and (not isinstance(scale, (int, float)) or isinstance(scale, bool)):
