@@ -1,5 +1,5 @@
-"""Who is measured: normal attention, flash attention (one contender for each backend) and PyTorch's scaled_dot_product_attention (on CUDA
-one for each of its kernels), all made callable in the same way."""
+"""Who is measured: normal attention, flash attention (one contender for each backend), PyTorch's scaled_dot_product_attention (on CUDA
+one for each of its kernels) and, under a dense mask, its FlexAttention, all made callable in the same way."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.case import Case, Inputs, causal_rows
@@ -26,7 +27,7 @@ SDPA_KERNELS = {
 
 
 class Contender(NamedTuple):
-    type: str  # one of TYPES
+    type: str  # one of TYPES, or "flex"
     backend: str = ""  # of flash: a name in BACKENDS; of sdpa: one in SDPA_KERNELS, or "" for the one PyTorch picks
 
     def __str__(self) -> str:
@@ -41,7 +42,7 @@ class Runner:
 
     def __init__(self, contender: Contender, case: Case, inputs: Inputs):
         self.contender, self.case, self.inputs = contender, case, inputs
-        attend = {"normal": _normal, "flash": _flash, "sdpa": _sdpa}[contender.type](contender.backend, case, inputs)
+        attend = {"normal": _normal, "flash": _flash, "sdpa": _sdpa, "flex": _flex}[contender.type](contender.backend, case, inputs)
         q, k, v, dO, _ = inputs
         self.stages: dict[str, Callable[[Any], Any]] = {"forward": lambda _: attend(q, k, v)}
         if case.backward:
@@ -86,6 +87,8 @@ def contenders(type: str, backend: str | None, case: Case, inputs: Inputs) -> li
 
 def why_not(contender: Contender, case: Case) -> str | None:
     """Why this contender had better not be run here, or None."""
+    if contender.type == "flex" and torch.device(case.device).type != "cuda":
+        return "on a CPU it has no backward"
     if contender.type != "normal":
         return None
     # Scores and probabilities, and copies of them while masking; with a backward the gradients of both.
@@ -96,8 +99,12 @@ def why_not(contender: Contender, case: Case) -> str | None:
 
 
 def refusal(runner: Runner) -> str | None:
-    """On CUDA, try one call: the reason if memory does not suffice or PyTorch has no such kernel for these inputs, None if it ran."""
-    if not runner.inputs.q.is_cuda:
+    """Try one call: the reason if memory does not suffice or PyTorch has no such kernel for these inputs, None if it ran.
+
+    On a CPU, where a call can take long, only a kernel asked for by name is tried.
+    """
+    type, backend = runner.contender
+    if not runner.inputs.q.is_cuda and not (type == "sdpa" and backend):
         return None
     try:
         with warnings.catch_warnings():
@@ -107,9 +114,9 @@ def refusal(runner: Runner) -> str | None:
         torch.cuda.empty_cache()
         return "out of memory"
     except RuntimeError as error:
-        if runner.contender.type != "sdpa":
+        if type not in ("sdpa", "flex"):
             raise
-        return str(error).splitlines()[0]
+        return " ".join(str(error).splitlines()[:2])  # the second line of a compiler's complaint is the one that says something
     return None
 
 
@@ -124,7 +131,7 @@ def _free_memory(device: str) -> int | None:
         return None
 
 
-# ---- the three types: (backend, case, inputs) → a function of (q, k, v) that returns O
+# ---- the types: (backend, case, inputs) → a function of (q, k, v) that returns O
 
 
 class CoinFlips:
@@ -159,3 +166,19 @@ def _sdpa(backend: str, case: Case, inputs: Inputs) -> Callable:
         past = causal_rows(case, slice(0, case.q_len))
         mask = past if mask is None else past & mask
     return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=case.dropout_p, is_causal=is_causal)
+
+
+def _flex(backend: str, case: Case, inputs: Inputs) -> Callable:
+    """FlexAttention under a mask (b, h or 1, q_len, kv_len) that it reads entry by entry; which blocks are empty is found here, before the
+    clock starts."""
+    if inputs.mask is None or inputs.mask.dim() != 4 or case.causal or case.dropout_p:
+        raise NotImplementedError(f"flex is compared under a dense mask alone, not in the case: {case.describe()}")
+    batches, heads = inputs.mask.shape[:2]
+
+    def allowed(b, h, i, j):
+        return inputs.mask[b, h if heads > 1 else 0, i, j]
+
+    blocks = create_block_mask(allowed, batches, heads, case.q_len, case.kv_len, device=case.device)
+    # For this shape alone, and never silently uncompiled.
+    attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return lambda q, k, v: attend(q, k, v, block_mask=blocks)

@@ -3,11 +3,15 @@
 import json
 import os
 import platform
+import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from flash_attention.build import find_nvcc
 
 Column = tuple[str, str, str]  # a row's key, the column's heading, how a number is written (a format such as ".1f")
 
@@ -22,6 +26,8 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "driver": _found(r"([\d.]+)", "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "ptxas": ptxas_version() if cuda else None,
         "python": platform.python_version(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # well above 0: other programs were running
         "system": f"{platform.system()} {platform.machine()}",
@@ -37,13 +43,18 @@ def describe(environment: dict[str, Any]) -> str:
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
     """Aligned text: words to the left, numbers to the right. A column that no row has a value for is left out."""
-    columns = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
-    cells = [[heading for _, heading, _ in columns]]
-    cells += [[_cell(row.get(key), form) for key, _, form in columns] for row in rows]
+    columns, cells = _cells(rows, columns)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     left = [form == "" for _, _, form in columns]
     lines = ["  ".join(f"{c:{'<' if to_left else '>'}{w}}" for c, w, to_left in zip(line, widths, left, strict=True)) for line in cells]
     return "\n".join(line.rstrip() for line in (lines[0], "-" * len(lines[0]), *lines[1:]))
+
+
+def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
+    """The same as a Markdown table."""
+    _, cells = _cells(rows, columns)
+    head, *lines = [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([head, "|" + "---|" * len(cells[0]), *lines])
 
 
 def write_json(file: Path, environment: dict[str, Any], settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
@@ -51,6 +62,13 @@ def write_json(file: Path, environment: dict[str, Any], settings: dict[str, Any]
     settings = {name: value for name, value in settings.items() if not isinstance(value, Path)}  # where files went is nobody's business
     content = {"environment": environment, "settings": settings, "results": results}
     file.write_text(json.dumps(content, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _cells(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> tuple[list[Column], list[list[str]]]:
+    """The columns that have a value somewhere; the headings, then each row as text."""
+    columns = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
+    lines = [[_cell(row.get(key), form) for key, _, form in columns] for row in rows]
+    return columns, [[heading for _, heading, _ in columns], *lines]
 
 
 def _cell(value: Any, form: str) -> str:
@@ -63,3 +81,18 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def ptxas_version() -> str | None:
+    """The release of the assembler beside nvcc, which chooses registers and orders instructions: "13.0.88"."""
+    nvcc = find_nvcc()
+    return _found(r"V([\d.]+)", str(Path(nvcc).with_name("ptxas")), "--version") if nvcc else None
+
+
+def _found(pattern: str, *command: str) -> str | None:
+    """What a program prints that fits the pattern's group, or None if it is not there, fails or says something else."""
+    try:
+        found = re.search(pattern, subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.group(1) if found else None

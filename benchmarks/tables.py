@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.gpu_targets import CUDNN, FA2, FIGURES
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (ROOT / "README.md", ROOT / "cuda" / "README.md")
@@ -50,7 +51,58 @@ def sweep(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"cpu_targets": cpu_targets, "h200_bert_causal": sweep}
+def h200_targets(content: dict[str, Any]) -> str:
+    """The grid as ratios, N downwards and D across, then a table for each other group."""
+    rows = content["results"]
+    blocks = [_gpu(content["environment"]) + "; medians. × is how many times the speed of that one: above 1 is faster."]
+    for part in ("forward", "backward"):
+        cells = [row for row in rows if row["group"] == "grid" and row["part"] == part]
+        if not cells:
+            continue
+        kinds = {(row["case"]["d"], row["case"]["causal"]) for row in cells if row["case"]}
+        columns = [("n", f"{part} × FA2 / × cuDNN, N", "")]
+        columns += [(f"{d} {causal}", f"D {d}{' causal' if causal else ''}", "") for d, causal in sorted(kinds)]
+        lines: dict[int, dict[str, str]] = {}
+        for row in cells:
+            if case := row["case"]:
+                lines.setdefault(case["q_len"], {"n": str(case["q_len"])})[f"{case['d']} {case['causal']}"] = _ratios(row)
+        means = [f"{row['label'].capitalize()}: {_ratios(row)}." for row in cells if not row["case"]]
+        blocks.append("\n\n".join([report.markdown([lines[n] for n in sorted(lines)], columns), *means]))
+    figures = [column for column in FIGURES if column[0] != "percent_of_matmul"]
+    for group in ("mask", "dropout", "bert", "float32", "host"):
+        if chosen := [row for row in rows if row["group"] == group]:
+            blocks.append(report.markdown(chosen, [("label", group, ""), ("part", "", ""), *figures]))
+    return "\n\n".join(blocks)
+
+
+def h200_rungs(content: dict[str, Any]) -> str:
+    """A line for each rung and case: speed, share of what a matrix product reaches, and speed against FlashAttention-2."""
+    lines: dict[tuple, dict[str, Any]] = {}
+    for row in content["results"]:
+        line = lines.setdefault((row["backend"], row["label"]), {"rung": row["backend"], "label": row["label"]})
+        line |= {f"{row['part']} {key}": row.get(key) for key in ("tflops", "percent_of_matmul", f"over {FA2}")}
+    columns: list[report.Column] = [("rung", "rung", ""), ("label", "case", "")]
+    for part in ("forward", "backward"):
+        columns += [
+            (f"{part} tflops", f"{part} TFLOP/s", ".3g"),
+            (f"{part} percent_of_matmul", "% of matmul", ".0f"),
+            (f"{part} over {FA2}", "× FA2", ".2f"),
+        ]
+    matmul = ", ".join(f"{dtype} {tflops:.3g}" for dtype, tflops in content["environment"]["matmul_tflops"].items())
+    return f"{_gpu(content['environment'])}. One large matrix product reaches, in TFLOP/s: {matmul}.\n\n" + report.markdown(
+        list(lines.values()), columns
+    )
+
+
+def _gpu(environment: dict[str, Any]) -> str:
+    return f"{report.describe(environment)}, driver {environment['driver'] or 'unknown'}, ptxas {environment['ptxas'] or 'unknown'}"
+
+
+def _ratios(row: dict[str, Any]) -> str:
+    return " / ".join(f"{row[key]:.2f}" if row.get(key) else "–" for key in (f"over {FA2}", f"over {CUDNN}"))
+
+
+TABLES = {"cpu_targets": cpu_targets, "h200_bert_causal": sweep, "h200_targets": h200_targets, "h200_rungs": h200_rungs}
 
 
 def filled(text: str) -> str:

@@ -1,16 +1,22 @@
-"""bench.py and bench_causal.py as a user runs them, at small sizes, and what they measure memory with."""
+"""bench.py, bench_causal.py and the GPU targets as a user runs them, at small sizes; what they measure memory with; the tables."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 from harness import run_alone
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are not installed
+
+from benchmarks import gpu_targets, report, tables
+
 ROOT = Path(__file__).parents[1]
 SMALL = ["--q_len", "70", "--kv_len", "90", "--d", "16", "--repeats", "2", "--device", "cpu"]
+GROUPS = ["grid", "mask", "dropout", "bert", "float32", "host", "rungs"]
 FIELDS = {"name", "type", "backend", "b", "h", "q_len", "kv_len", "d", "dtype", "causal", "mask", "ms", "tflops", "memory_mb", "all_ms"}
 
 
@@ -73,6 +79,115 @@ print(peak_rise(lambda: torch.ones(50_000_000).sum()), peak_rise(lambda: torch.o
     assert first == pytest.approx(200, rel=0.1), run.stdout
     if sys.platform == "linux":
         assert second == pytest.approx(100, rel=0.1), run.stdout
+
+
+def check_gpu_targets_on_a_cpu(tmp_path):
+    """Every group's whole path: ratios are those of the times beside them, who cannot run here says why, nothing is judged."""
+    arguments = "--device", "cpu", "--quick", "--only", *GROUPS, "--json", str(tmp_path / "targets.json")
+    run = python("-m", "benchmarks.gpu_targets", *arguments)
+    assert run.returncode == 0 and "grid, 7 cases without sdpa (cudnn): No viable backend" in run.stdout, run.stdout + run.stderr
+    content = json.loads((tmp_path / "targets.json").read_text(encoding="utf-8"))
+    assert {"driver", "ptxas", "matmul_tflops"} <= content["environment"].keys()
+    rows = content["results"]
+    assert list(dict.fromkeys(row["group"] for row in rows)) == GROUPS
+
+    stages = {"forward": "forward", "backward": "backward", "forward + backward": "total"}
+    for row in rows:
+        assert row["name"] == "flash (reference)" and all(target["met"] is None for target in row["targets"]), row
+        found = row.get("measured", {})
+        assert all(figures["check"]["passed"] for name, figures in found.items() if name == row["name"]), row
+        if row["group"] in ("grid", "mask", "dropout", "float32", "rungs") and row["case"]:
+            times = {name: figures[stages[row["part"]]] for name, figures in found.items() if "skipped" not in figures}
+            assert row["ms"] == times.pop(row["name"]) and row["tflops"] > 0, row
+            over = {key.removeprefix("over "): value for key, value in row.items() if key.startswith("over ")}
+            assert over == {name: ms / row["ms"] for name, ms in times.items()}, row
+        if row["group"] == "mask":
+            assert found["flex"] == {"skipped": "on a CPU it has no backward"}
+        if row["group"] == "bert":
+            assert row["over normal"] == found["normal"]["ms"] / row["ms"] and row["memory_mb"] >= 0, row
+    for part in ("forward", "backward"):
+        cells = [row for row in rows if row["group"] == "grid" and row["part"] == part]
+        ratios = [row["over sdpa (flash)"] for row in cells if row["case"] and row["case"]["d"] <= 128]
+        assert len(ratios) == 5 and cells[-1]["over sdpa (flash)"] == pytest.approx(geometric_mean(ratios)), cells[-1]
+
+
+def check_gpu_targets_reject_a_wrong_result():
+    program = """
+import sys
+from benchmarks import gpu_targets
+from flash_attention.backends import reference
+right = reference.forward
+reference.forward = lambda *arguments: tuple(x * 1.0001 for x in right(*arguments))
+sys.exit(gpu_targets.main())
+"""
+    run = python("-c", program, "--device", "cpu", "--quick", "--only", "float32")
+    assert run.returncode == 1 and run.stderr.count("flash (reference) is wrong") == 2, run.stdout + run.stderr
+
+
+def check_targets_are_judged():
+    """By the worst of several; a missing figure is not judged; of times and memory less is better."""
+    place = gpu_targets.Place("cuda", False, {})
+    targets = gpu_targets.Target("forward", "over flex", 1.2), gpu_targets.Target("forward", "memory_mb", 100)
+
+    def verdicts(*figures: dict) -> list[tuple]:
+        rows = [{"group": "mask", "label": str(n), "part": "forward", **each} for n, each in enumerate(figures)]
+        lines = gpu_targets.summary([gpu_targets._judged(row, targets, place) for row in rows])
+        return [(line["target"], line.get("worst"), line.get("label"), line["verdict"]) for line in lines]
+
+    speed, memory = "≥ 1.2 × Flex", "≤ 100 MB"
+    good, bad = {"over flex": 1.2, "memory_mb": 100}, {"over flex": 1.19, "memory_mb": 101}
+    assert verdicts(good, good) == [(speed, 1.2, "0", "met"), (memory, 100, "0", "met")]
+    assert verdicts(good, bad) == [(speed, 1.19, "1", "NOT MET"), (memory, 101, "1", "NOT MET")]
+    assert verdicts(good, {"memory_mb": 90}) == [(speed, 1.2, "0", "not judged"), (memory, 100, "0", "met")]
+    assert verdicts({}) == [(speed, None, None, "not judged"), (memory, None, None, "not judged")]
+
+
+def check_tables_of_an_h200(tmp_path, monkeypatch):
+    """Made-up results between their markers, once and for all; markers without results are left as they are."""
+    environment = {
+        "device": "A GPU",
+        "device_type": "cuda",
+        "cpu_threads": 1,
+        "torch": "2",
+        "cuda": "13.0",
+        "python": "3",
+        "system": "Linux",
+    }
+    environment |= {"driver": "580.1", "ptxas": None, "matmul_tflops": {"bfloat16": 700.0}}
+
+    def cell(group: str, part: str, **figures) -> dict:
+        label, case = "B 1", {"q_len": 512, "d": 64, "causal": False}
+        return {"group": group, "label": label, "part": part, "name": "flash (first)", "backend": "first", "case": case, **figures}
+
+    mean = cell("grid", "forward", **{"over sdpa (flash)": 1.5, "case": None, "label": "geometric mean of 1 cases"})
+    targets = [
+        cell("grid", "forward", **{"over sdpa (flash)": 1.25, "over sdpa (cudnn)": 0.75}),
+        cell("grid", "backward", **{"over sdpa (flash)": 1.125}),
+        mean,
+        cell("mask", "forward", ms=2.0, **{"over flex": 3.0}),
+    ]
+    rungs = [
+        cell("rungs", "forward", tflops=350.0, percent_of_matmul=50.0),
+        cell("rungs", "backward", tflops=280.0, percent_of_matmul=40.0, **{"over sdpa (flash)": 0.5}),
+    ]
+    text = "<!-- h200_targets -->\n<!-- end of h200_targets -->\n<!-- h200_rungs -->\nold\n<!-- end of h200_rungs -->\n"
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.filled(text) == text
+    for name, rows in (("h200_targets", targets), ("h200_rungs", rungs)):
+        report.write_json(tmp_path / "results" / f"{name}.json", environment, {}, rows)
+    filled = tables.filled(text)
+    for line in (
+        "A GPU; torch 2, CUDA 13.0, Python 3, Linux, driver 580.1, ptxas unknown; medians. × is how many times the speed of that one: "
+        "above 1 is faster.",
+        "| forward × FA2 / × cuDNN, N | D 64 |",
+        "| 512 | 1.25 / 0.75 |",
+        "Geometric mean of 1 cases: 1.50 / –.",
+        "| 512 | 1.12 / – |",
+        "| B 1 | forward | 2.000 | 3.00 |",
+        "| first | B 1 | 350 | 50 | 280 | 40 | 0.50 |",
+    ):
+        assert line in filled.splitlines(), filled
+    assert "old" not in filled and tables.filled(filled) == filled
 
 
 if __name__ == "__main__":

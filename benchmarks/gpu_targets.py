@@ -1,0 +1,425 @@
+"""What the kernels must reach on an H200, against PyTorch's own attention and normal attention, measured here and now.
+
+    python -m benchmarks.gpu_targets [--only GROUP ...] [--json FILE]
+    python -m benchmarks.gpu_targets --only rungs --json results/h200_rungs.json
+
+Every contender is checked, then they take turns in one process; the median counts. "forward" records no gradients, "backward" is that stage
+alone. Kernels that are not compiled yet are compiled before the clock starts; `python -m flash_attention.build` does that in parallel.
+
+    grid     bfloat16, 16384 tokens, H·D = 2048, causal and not: FlashAttention-2 and cuDNN, as PyTorch has them
+    mask     bfloat16 under a dense random mask: FlexAttention, cuDNN, memory-efficient and normal attention
+    dropout  bfloat16: FlashAttention-2
+    bert     float16, key mask and dropout, against length: normal attention, time and memory
+    float32  the kernel that computes in float32, with head sizes up to 512
+    host     the CPU's time for a call so small that the GPU waits for it
+    rungs    every rung of cuda/ (only when asked for: nothing to reach, it is the table of cuda/README.md)
+
+`--device cpu --quick` runs all of this where there is no GPU: small, with the reference as flash attention, judging nothing.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import report
+from benchmarks.case import Case, Inputs, random_inputs, tera_operations
+from benchmarks.compare import Row, WrongResult, compare
+from benchmarks.contenders import Contender, Runner, refusal, why_not
+from benchmarks.measure import host_time, matmul_limit, time_alternating
+from benchmarks.memory import peak_memory
+from benchmarks.verify import verify
+from flash_attention.backends import BACKENDS
+from flash_attention.backends.cuda import RUNGS
+
+NORMAL, SDPA, FLEX = Contender("normal"), Contender("sdpa"), Contender("flex")
+FA2, CUDNN, EFFICIENT = Contender("sdpa", "flash"), Contender("sdpa", "cudnn"), Contender("sdpa", "efficient")
+NAMES = {FA2: "FA2", CUDNN: "cuDNN", FLEX: "Flex", EFFICIENT: "efficient", NORMAL: "normal", SDPA: "SDPA"}
+TENSOR_CORE, SIMPLE = "tensor_core", "simple"
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
+
+AT_MOST = ("ms", "memory_mb", "host_us")  # of all other figures more is better
+FIGURES: list[report.Column] = [
+    ("ms", "ms", ".3f"),
+    ("tflops", "TFLOP/s", ".3g"),
+    ("percent_of_matmul", "% of matmul", ".0f"),
+    ("host_us", "µs on the host", ".1f"),
+    *((f"over {rival}", f"× {name}", ".2f") for rival, name in NAMES.items()),
+    ("memory_mb", "MB", ".1f"),
+    ("memory_saving", "× less memory", ".1f"),
+]
+COLUMNS: list[report.Column] = [("label", "case", ""), ("part", "", ""), ("name", "", ""), *FIGURES, ("verdict", "", "")]
+SUMMARY: list[report.Column] = [
+    ("group", "group", ""),
+    ("part", "", ""),
+    ("target", "target", ""),
+    ("worst", "worst", ".3g"),
+    ("label", "where", ""),
+    ("verdict", "", ""),
+]
+
+
+class Target(NamedTuple):
+    """What a figure of flash attention must reach, in one part of a call."""
+
+    part: str
+    figure: str  # a key of FIGURES
+    bound: float
+
+    def __str__(self) -> str:
+        return f"{'≤' if self.figure in AT_MOST else '≥'} {self.bound:g} {_heading(self.figure)}"
+
+    def met(self, value: float) -> bool:
+        return value <= self.bound if self.figure in AT_MOST else value >= self.bound
+
+
+class Task(NamedTuple):
+    """One case, forward alone and, if the case has a backward, the stages of forward + backward."""
+
+    case: Case
+    rivals: tuple[Contender, ...]
+    targets: tuple[Target, ...] = ()
+    flash: tuple[str, ...] = (TENSOR_CORE,)
+    parts: tuple[str, ...] = (FORWARD, BACKWARD)
+    one_mask: bool = False  # all heads share it
+
+
+class Place(NamedTuple):
+    """Where a task runs, and how much of it."""
+
+    device: str
+    quick: bool
+    matmul: dict[str, float]  # TFLOP/s of a matrix product, by dtype
+
+    def fit(self, case: Case) -> Case:
+        case = replace(case, device=self.device)
+        if not self.quick:
+            return case
+        return replace(case, b=1, h=min(case.h, 2), q_len=max(4, case.q_len // 32), kv_len=max(4, case.kv_len // 32))
+
+    def flash(self, backend: str) -> Contender:
+        return Contender("flash", backend if self.device.startswith("cuda") else "reference")
+
+    @property
+    def repeats(self) -> int | None:
+        return 2 if self.quick else None
+
+
+Job = Callable[[Place], list[Row]]
+
+
+# ---- the groups: what is measured and what it must reach
+
+
+def grid() -> list[Job]:
+    jobs = []
+    for d, lengths in ((64, (512, 1024, 2048, 4096, 8192, 16384)), (128, (512, 1024, 2048, 4096, 8192, 16384)), (256, (1024, 4096, 16384))):
+        least = (0.95, 0.95) if d == 256 else (0.85, 0.8)
+        targets = tuple(Target(part, f"over {FA2}", bound) for part, bound in zip((FORWARD, BACKWARD), least, strict=True))
+        for n in lengths:
+            for causal in (False, True):
+                case = Case(16384 // n, 2048 // d, n, n, d, "bfloat16", causal=causal, backward=True)
+                jobs.append(partial(run, Task(case, (FA2, CUDNN), targets)))
+    return jobs
+
+
+def grid_means(rows: Sequence[Row], place: Place) -> list[Row]:
+    """Of the grid's ratios, where every cell has one; D 256 has a target of its own and is left out."""
+    means = []
+    for part in (FORWARD, BACKWARD):
+        cells = [row for row in rows if row["part"] == part and row["case"]["d"] <= 128]
+        mean = {"case": None, "label": f"geometric mean of {len(cells)} cases", "part": part, "name": cells[0]["name"] if cells else None}
+        for figure in (f"over {FA2}", f"over {CUDNN}"):
+            ratios = [row[figure] for row in cells if figure in row]
+            if ratios and len(ratios) == len(cells):
+                mean[figure] = geometric_mean(ratios)
+        means.append(_judged(mean, (Target(part, f"over {FA2}", 1.0),), place))
+    return means
+
+
+def mask() -> list[Job]:
+    targets = Target(FORWARD, f"over {FLEX}", 1.2), Target(BACKWARD, f"over {FLEX}", 1.1), Target(FORWARD, f"over {CUDNN}", 3)
+    rivals = FLEX, CUDNN, EFFICIENT, NORMAL
+    cases = [Case(b, h, 4096, 4096, d, "bfloat16", mask="full", backward=True) for b, h, d in ((8, 12, 64), (4, 16, 128))]
+    return [partial(run, Task(case, rivals, targets, one_mask=one_mask)) for case in cases for one_mask in (False, True)]
+
+
+def dropout() -> list[Job]:
+    case = Case(8, 12, 4096, 4096, 64, "bfloat16", dropout_p=0.1, backward=True)
+    return [partial(run, Task(case, (FA2,), (Target(BOTH, f"over {FA2}", 1.0),), parts=(FORWARD, BOTH)))]
+
+
+def bert() -> list[Job]:
+    speed, memory = f"over {NORMAL}", "memory_saving"
+    targets = {
+        512: (Target(BOTH, speed, 4),),
+        1024: (Target(BOTH, speed, 4),),
+        2048: (Target(BOTH, memory, 20),),
+        4096: (Target(BOTH, speed, 6), Target(BOTH, memory, 40)),
+    }
+    same = {"d": 64, "dtype": "float16", "mask": "key", "dropout_p": 0.1, "backward": True}
+    return [partial(run_compare, Case(8, 12, n, n, **same), targets.get(n, ())) for n in (128, 256, 512, 1024, 2048, 4096)]
+
+
+def float32() -> list[Job]:
+    rivals = NORMAL, EFFICIENT
+    small, large = Case(2, 8, 8192, 8192, 64, backward=True), Case(1, 2, 16384, 16384, 512)
+    speed = Target(FORWARD, "tflops", 8), Target(BACKWARD, "tflops", 6)
+    limits = Target(FORWARD, "ms", 500), Target(FORWARD, "memory_mb", 100)
+    tasks = [Task(small, rivals, speed, (SIMPLE,))]
+    tasks += [Task(replace(large, causal=causal), rivals, limits, (SIMPLE,), (FORWARD,)) for causal in (False, True)]
+    return [partial(run, task) for task in tasks]
+
+
+def host() -> list[Job]:
+    case = Case(1, 1, 128, 128, 64, "bfloat16")
+    cases = [case, *(replace(case, backward=True, mask=mask, dropout_p=p) for mask in ("none", "key") for p in (0.0, 0.1))]
+    # FlashAttention-2 takes no mask.
+    return [partial(run_host, each, SDPA if each.mask == "key" else FA2) for each in cases]
+
+
+def rungs() -> list[Job]:
+    ladder = tuple(rung.name for rung in sorted(RUNGS.values(), key=lambda rung: rung.files))
+    jobs = []
+    for dtype, rivals in (("bfloat16", (FA2, CUDNN)), ("float32", (EFFICIENT,))):
+        for d in (64, 128):
+            for causal in (False, True):
+                case = Case(4, 16, 4096, 4096, d, dtype, causal=causal, backward=True)
+                jobs.append(partial(run, Task(case, rivals, flash=ladder)))
+    return jobs
+
+
+GROUPS: dict[str, Callable[[], list[Job]]] = {
+    "grid": grid,
+    "mask": mask,
+    "dropout": dropout,
+    "bert": bert,
+    "float32": float32,
+    "host": host,
+    "rungs": rungs,
+}
+
+
+# ---- measuring
+
+
+def run(task: Task, place: Place) -> list[Row]:
+    """A row for each part of each flash contender, with ratios to the rivals."""
+    case = place.fit(task.case)
+    inputs = _inputs(case, task.one_mask)
+    call = inputs.q, inputs.k, inputs.v, inputs.mask, case.causal, case.dropout_p
+    # Elsewhere all names stand for the reference. Of several rungs those are left out that do not serve the case.
+    flash = [place.flash(name) for name in task.flash]
+    flash = [each for each in dict.fromkeys(flash) if len(flash) == 1 or BACKENDS[each.backend].why_not(*call) is None]
+    label = _label(case) + ((", one mask" if task.one_mask else ", a mask a head") if case.mask == "full" else "")
+
+    def measured(case: Case, inputs: Inputs) -> dict[Contender, Row]:
+        if FLEX in task.rivals:
+            torch.compiler.reset()  # else the ninth case would exceed what PyTorch compiles of one function
+        runners, found = ready([*flash, *task.rivals], case, inputs)
+        for contender, times in time_alternating(runners, place.repeats).items() if runners else ():
+            found[contender] |= {"repeats": len(times["total"]), **{stage: median(each) for stage, each in times.items()}}
+        return found
+
+    alone = measured(replace(case, backward=False), _without_gradients(inputs))
+    staged = measured(case, inputs) if case.backward else {}
+    rows = []
+    for contender in flash:
+        for part in task.parts:
+            stage, found = {FORWARD: ("forward", alone), BACKWARD: ("backward", staged), BOTH: ("total", staged)}[part]
+            row = {"label": label, "part": part, "name": str(contender), "backend": contender.backend, "case": asdict(case)}
+            if stage in found[contender]:
+                row["ms"] = ms = found[contender][stage]
+                row["tflops"] = tera_operations(case, stage) / (1e-3 * ms)
+                row["percent_of_matmul"] = 100 * row["tflops"] / place.matmul[case.dtype]
+                row |= {f"over {rival}": found[rival][stage] / ms for rival in task.rivals if stage in found[rival]}
+            if any(target.figure == "memory_mb" for target in task.targets):
+                row["memory_mb"] = peak_memory(contender, case)
+            row["measured"] = {str(each): figures for each, figures in found.items()}
+            rows.append(_judged(row, task.targets, place))
+    return rows
+
+
+def run_compare(case: Case, targets: tuple[Target, ...], place: Place) -> list[Row]:
+    """What bench.py measures at one length, of which flash attention's row is judged."""
+    case = place.fit(case)
+    flash = place.flash(TENSOR_CORE)
+    # Tensor cores multiply float16 as fast as bfloat16.
+    rows = compare(case, "all", flash.backend, place.repeats, matmul_tflops=place.matmul["bfloat16"], say=lambda line: None)
+    row = next(row for row in rows if row["name"] == str(flash))
+    figures = {key: row[key] for key in ("ms", "tflops", "percent_of_matmul", "host_us", "memory_mb", "memory_saving") if row.get(key)}
+    figures |= {f"over {each}": other["ms"] / row["ms"] for each in NAMES for other in rows if other["name"] == str(each) and "ms" in other}
+    kept = {other["name"]: {key: other[key] for key in other if key not in {*asdict(case), "all_ms", "name"}} for other in rows}
+    found = {"label": _label(case), "part": BOTH, "name": str(flash), "case": asdict(case), **figures, "measured": kept}
+    return [_judged(found, targets, place)]
+
+
+def run_host(case: Case, rival: Contender, place: Place) -> list[Row]:
+    """The CPU's time for one call: with gradients the forward and the backward."""
+    case = place.fit(case)
+    flash = place.flash(TENSOR_CORE)
+    runners, found = ready([flash, rival], case, random_inputs(case))
+    for contender, runner in runners.items():
+        found[contender]["host_us"] = host_time(runner, calls=10 if place.quick else 300)
+    part = BOTH if case.backward else FORWARD
+    row = {"label": _label(case), "part": part, "name": str(flash), "case": asdict(case), "host_us": found[flash]["host_us"]}
+    if row["host_us"] and found[rival].get("host_us"):
+        row[f"over {rival}"] = found[rival]["host_us"] / row["host_us"]
+    row["measured"] = {str(each): figures for each, figures in found.items()}
+    return [_judged(row, () if case.backward else (Target(part, "host_us", 15),), place)]
+
+
+def ready(contenders: Sequence[Contender], case: Case, inputs: Inputs) -> tuple[dict[Contender, Runner], dict[Contender, Row]]:
+    """Those that can run and compute the right thing; for each how far off it is, or why it was skipped.
+
+    Raises:
+        WrongResult: flash attention differs from normal attention by more than the tolerance.
+    """
+    runners, found = {}, {}
+    for contender in contenders:
+        reason = why_not(contender, case)
+        if reason is None:
+            runner = Runner(contender, case, inputs)
+            reason = refusal(runner)
+        if reason is not None:
+            found[contender] = {"skipped": reason}
+            continue
+        runners[contender], found[contender] = runner, {}
+        check = None if contender == NORMAL else verify(contender, case, inputs)
+        if check is None:  # the definition itself, or PyTorch's dropout, which draws other random bits
+            continue
+        found[contender]["check"] = check._asdict() | {"passed": check.passed}
+        if contender.type == "flash" and not check.passed:
+            raise WrongResult(
+                f"{contender} is wrong, {case.describe()}: error {check.error:.1e} in {check.of}, tolerance {check.tolerance:.1e}"
+            )
+    return runners, found
+
+
+def _inputs(case: Case, one_mask: bool) -> Inputs:
+    inputs = random_inputs(case)
+    return inputs._replace(mask=inputs.mask[:, :1].clone()) if one_mask else inputs
+
+
+def _without_gradients(inputs: Inputs) -> Inputs:
+    q, k, v = (x.detach() for x in inputs[:3])
+    return inputs._replace(q=q, k=k, v=v, dO=None)
+
+
+def _judged(row: Row, targets: tuple[Target, ...], place: Place) -> Row:
+    """The row with each of its part's targets: met, not met, or not judged."""
+    judged = []
+    for target in targets:
+        if target.part == row["part"]:
+            value = row.get(target.figure)
+            judged.append({**target._asdict(), "text": str(target), "met": None if place.quick or value is None else target.met(value)})
+    return row | {"targets": judged, "verdict": ", ".join(f"{each['text']}: {_verdict([each['met']])}" for each in judged)}
+
+
+def _verdict(met: list[bool | None]) -> str:
+    return "NOT MET" if False in met else "not judged" if None in met else "met"
+
+
+def _heading(figure: str) -> str:
+    return next(heading for key, heading, _ in FIGURES if key == figure)
+
+
+def _label(case: Case) -> str:
+    options = [case.dtype, *(["causal"] if case.causal else []), *(["key mask"] if case.mask == "key" else [])]
+    options += ["dense mask"] if case.mask == "full" else []
+    options += [f"dropout {case.dropout_p:g}"] if case.dropout_p else []
+    return f"B {case.b} H {case.h} N {case.q_len} D {case.d} {' '.join(options)}"
+
+
+# ---- telling
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """One line for each target of each group: the figure that is furthest from it, and where."""
+    judged: dict[tuple, list[tuple[Row, Row]]] = {}
+    for row in rows:
+        for target in row["targets"]:
+            judged.setdefault((row["group"], target["part"], target["figure"], target["text"]), []).append((row, target))
+    lines = []
+    for (group, part, figure, text), pairs in judged.items():
+        line = {"group": group, "part": part, "target": text, "verdict": _verdict([target["met"] for _, target in pairs])}
+        measured = [row for row, _ in pairs if row.get(figure) is not None]
+        if measured:
+            worst = (max if figure in AT_MOST else min)(measured, key=lambda row: row[figure])
+            line |= {"worst": worst[figure], "label": worst["label"]}
+        lines.append(line)
+    return lines
+
+
+def remarks(rows: Sequence[Row]) -> Iterator[str]:
+    """Who did not take part, in how many cases and why; who is off by more than the tolerance."""
+    absent: dict[tuple, set[str]] = {}
+    for row in rows:
+        for name, figures in row.get("measured", {}).items():
+            check = figures.get("check", {"passed": True})
+            if "skipped" in figures:
+                absent.setdefault((row["group"], name, figures["skipped"]), set()).add(row["label"])
+            if not check["passed"]:
+                yield f"{name}, {row['label']}: error {check['error']:.1e} in {check['of']}, tolerance {check['tolerance']:.1e}"
+    for (group, name, reason), labels in absent.items():
+        yield f"{group}, {len(labels)} case{'s' if len(labels) > 1 else ''} without {name}: {reason}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_targets", description=__doc__.splitlines()[0])
+    targeted = [group for group in GROUPS if group != "rungs"]
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), metavar="GROUP", default=targeted, help=f"some of: {', '.join(GROUPS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write device, versions and every figure")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or with --quick cpu (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the cases, small: judging nothing")
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU here; --device cpu --quick shows what is measured")
+    if not args.device.startswith("cuda") and not (args.device == "cpu" and args.quick):
+        parser.error(f"--device {args.device}: the sizes are made for a GPU; for a CPU add --quick")
+    environment = report.environment(args.device)
+    matmul = {dtype: matmul_limit(args.device, dtype) for dtype in ("float32", "bfloat16")}
+    environment["matmul_tflops"] = matmul
+    print(report.describe(environment), flush=True)
+
+    place = Place(args.device, args.quick, matmul)
+    rows: list[Row] = []
+    wrong: list[str] = []
+    for group in args.only:
+        found: list[Row] = []
+        jobs = GROUPS[group]()
+        if args.quick:
+            jobs = [job for n, job in enumerate(jobs) if n % 5 == 0 or n == len(jobs) - 1]
+        for job in tqdm(jobs, desc=group, disable=None):
+            try:
+                found += job(place)
+            except WrongResult as error:  # its time is worth nothing; the other cases may still be right
+                wrong.append(str(error))
+        if group == "grid":
+            found += grid_means(found, place)
+        rows += [{"group": group} | row for row in found]
+        print(f"\n{group}\n\n{report.table(found, COLUMNS)}", flush=True)
+        if args.json:  # after each group: whatever ends the run, what was measured is kept
+            report.write_json(args.json, environment, {"only": args.only, "quick": args.quick}, rows)
+
+    if lines := list(dict.fromkeys(remarks(rows))):
+        print("\nremarks\n\n" + "\n".join(lines))
+    if lines := summary(rows):
+        print(f"\ntargets: × is the speed of the other's, above 1 is faster; {'not judged' if args.quick else 'the worst counts'}\n")
+        print(report.table(lines, SUMMARY))
+    if args.json:
+        print(f"\nwritten: {args.json}")
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
