@@ -1,0 +1,541 @@
+"""The layers: outputs and gradients against attention written out and against torch.nn.MultiheadAttention.
+
+python checks/check_layers.py [--backend reference]
+"""
+
+import copy
+import math
+import pickle
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from harness import HALF, Case, Problem, Report, Target, dtype_served, limit, run_alone, skip_unless_served
+from torch import Tensor, nn
+
+from flash_attention import FlashAttention, ScaledDotProduct, flash_attention, from_multihead_attention, layers
+from flash_attention.backends import BACKENDS
+from flash_attention.reference import flash2, flash2_causal
+
+B, NQ, NK, DIM, HEADS, DIM_HEAD = 2, 21, 34, 24, 4, 16  # heads · dim_head is not dim
+KEYS = ["to_q.weight", "to_k.weight", "to_v.weight", "to_out.weight"]
+KEYS_WITH_BIAS = [f"{name}.{kind}" for name in ("to_q", "to_k", "to_v", "to_out") for kind in ("weight", "bias")]
+CAUSAL = pytest.mark.parametrize("causal", (False, True), ids=("general", "causal"))
+
+
+def random(target: Target, *shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers in the dtype that the backend serves, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(target.device, dtype_served(target))
+
+
+def coins(target: Target, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(7)).to(target.device) < 0.7
+
+
+def dropped(target: Target, p: float, Nk: int) -> Tensor:
+    """What a layer that has just met torch.manual_seed(4) multiplies its weights by, (B, H, Nq, Nk)."""
+    return Case(B=B, H=HEADS, dropout_p=p, seed=4).dropout(target.device).tile(slice(0, NQ), slice(0, Nk), torch.float64)
+
+
+@torch.no_grad()
+def randomise(module: nn.Module) -> nn.Module:
+    """Weights that keep unit variance, so that softmax is not flat, and biases that are not 0."""
+    generator = torch.Generator().manual_seed(3)
+    for x in module.parameters():
+        x.copy_(torch.randn(x.shape, generator=generator) * DIM**-0.5)
+    return module
+
+
+def layer_on(target: Target, dtype: torch.dtype | None = None, **settings) -> FlashAttention:
+    """A layer on one backend; skips what that does not serve."""
+    dtype = dtype or dtype_served(target)
+    x = torch.empty(B, HEADS, NQ, DIM_HEAD, dtype=dtype, device=target.device)
+    skip_unless_served(target, x, x, x, None, settings.get("causal", False), settings.get("dropout", 0.0))
+    return randomise(FlashAttention(DIM, HEADS, DIM_HEAD, **{"backend": target.backend, **settings})).to(target.device, dtype)
+
+
+def naive(layer: FlashAttention, query, key=None, value=None, *, mask=None, Z=None, attend_in=None) -> Tensor:
+    """The layer written out with the whole matrix. mask broadcasts to (B, H, Nq, Nk), Z is dropout's factor for each weight."""
+    key = query if key is None else key
+    value = key if value is None else value
+    q, k, v = (project(x).unflatten(-1, (-1, DIM_HEAD)) for project, x in ((layer.to_q, query), (layer.to_k, key), (layer.to_v, value)))
+    k, v = (x.repeat_interleave(layer.heads // x.shape[2], dim=2) for x in (k, v))  # (B, N, H, D)
+    dtype = q.dtype
+    q, k, v = (x.to(attend_in or dtype) for x in (q, k, v))
+    S = torch.einsum("bihd, bjhd -> bhij", q, k) / math.sqrt(DIM_HEAD)
+    allowed = torch.ones(S.shape, dtype=torch.bool, device=S.device) if mask is None else mask.expand(S.shape)
+    if layer.causal:
+        allowed = allowed.tril(S.shape[3] - S.shape[2])
+    P = S.masked_fill(~allowed, torch.finfo(S.dtype).min).softmax(-1) * allowed.any(-1, keepdim=True)
+    O = torch.einsum("bhij, bjhd -> bihd", P if Z is None else P * Z.to(P.dtype), v)
+    return layer.to_out(O.flatten(2).to(dtype))
+
+
+def solve(module: nn.Module, call, streams: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Output, and gradients of every stream and every parameter for a random dO, by name."""
+    leaves = {name: x.detach().requires_grad_() for name, x in zip(("query", "key", "value"), streams, strict=False)}
+    O = call(*leaves.values())
+    dO = torch.randn(O.shape, generator=torch.Generator().manual_seed(5)).to(O)
+    leaves |= dict(module.named_parameters())
+    return {"O": O.detach()} | dict(zip(leaves, torch.autograd.grad(O, leaves.values(), dO), strict=True))
+
+
+def against(report: Report, what: str, got: dict, truth: dict, in_dtype: dict) -> None:
+    """Every tensor by the harness's rule for its dtype."""
+    dtype = got["O"].dtype
+    assert got.keys() == truth.keys()
+    for name, x in got.items():
+        assert x.dtype == dtype, f"{what}: {name} is {x.dtype}"
+        size_of = "to_k.weight" if name == "to_k.bias" else name  # to_k.bias moves all scores of a row alike: its gradient is 0
+        report.compare(what, name, x, truth[name], limit(name, truth[size_of], in_dtype[size_of], dtype, DIM_HEAD))
+
+
+def against_naive(report: Report, what: str, layer: FlashAttention, *streams: Tensor, mask=None, four=None, Z=None, attend_in=None) -> None:
+    """The layer's output and gradients against `naive` in float64. `four`: the mask with four dimensions, if `mask` has not."""
+    double = copy.deepcopy(layer).double()
+    four = mask if four is None else four
+    got = solve(layer, partial(layer, mask=mask), streams)
+    truth = solve(double, partial(naive, double, mask=four, Z=Z), tuple(x.double() for x in streams))
+    against(report, what, got, truth, solve(layer, partial(naive, layer, mask=four, Z=Z, attend_in=attend_in), streams))
+
+
+# ---- outputs and gradients
+
+
+@CAUSAL
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.float16, torch.bfloat16), ids=str)
+def check_layer(target, dtype, causal):
+    """Self-attention, cross-attention with another length, separate streams of their own widths, grouped heads, bias; each dtype."""
+    x, context, wide, narrow = (random(target, B, n, d, seed=n).to(dtype) for n, d in ((NQ, DIM), (NK, DIM), (NK, 40), (NK, 8)))
+    report = Report(f"{target}: layers, {dtype}")
+    plain = layer_on(target, dtype, causal=causal)
+    against_naive(report, "self", plain, x)
+    against_naive(report, "context", plain, x, context)
+    against_naive(report, "context, shorter", plain, context, x)
+    against_naive(report, "key and value", plain, x, context, context.flip(1))
+    against_naive(report, "bias", layer_on(target, dtype, causal=causal, bias=True), x, context)
+    for kv_heads in (1, 2):
+        against_naive(report, f"kv_heads {kv_heads}", layer_on(target, dtype, causal=causal, kv_heads=kv_heads), x, context)
+    against_naive(report, "key_dim", layer_on(target, dtype, causal=causal, key_dim=40), x, wide)
+    against_naive(report, "key_dim, value_dim", layer_on(target, dtype, causal=causal, key_dim=40, value_dim=8), x, wide, narrow)
+    report.verdict()
+
+
+@CAUSAL
+def check_masks(target, causal):
+    """A key mask, masks of two, three and four dimensions."""
+    x, context = random(target, B, NQ, DIM), random(target, B, NK, DIM, seed=1)
+    layer = layer_on(target, causal=causal, bias=True, kv_heads=2)
+    report = Report(f"{target}: masks of a layer")
+    keys = coins(target, B, NK)
+    against_naive(report, "(B, Nk)", layer, x, context, mask=keys, four=keys[:, None, None])
+    for shape in ((NQ, NK), (HEADS, NQ, NK), (B, 1, NQ, NK), (B, HEADS, NQ, NK)):
+        against_naive(report, str(shape), layer, x, context, mask=coins(target, *shape))
+    report.verdict()
+
+
+def check_dead_row(target):
+    """A row that may attend nothing gives to_out's bias, and its query no gradient; with and without tiles of one's own."""
+    x = random(target, B, NQ, DIM).requires_grad_()
+    mask = coins(target, B, 1, NQ, NK)
+    mask[0, :, 3], mask[1] = False, False
+    for chunk_size in (None, 8) if target.backend == "reference" else (None,):
+        layer = layer_on(target, bias=True, chunk_size=chunk_size)
+        O = layer(x, random(target, B, NK, DIM, seed=1), mask=mask)
+        assert torch.equal(O[0, 3], layer.to_out.bias)
+        assert torch.equal(O[1], layer.to_out.bias.expand(NQ, DIM))
+        (dX,) = torch.autograd.grad(O.sum(), x)
+        assert not dX[0, 3].any()
+        assert not dX[1].any()
+        assert dX[0, :3].isfinite().all()
+        assert dX[0, :3].any()
+
+
+# ---- tiles of one's own
+
+
+def only_reference(target: Target) -> None:
+    if target.backend != "reference":
+        pytest.skip("chunk_size runs the reference")
+
+
+@CAUSAL
+def check_chunk_size(target, causal, monkeypatch):
+    """The same result for every chunk size, dividing the lengths or not, with masks, grouped heads and dropout; and tiles are that size."""
+    only_reference(target)
+    module = flash2_causal if causal else flash2
+    asked, blocks = [], module.blocks
+    monkeypatch.setattr(module, "blocks", lambda start, stop, size: asked.append(size) or blocks(start, stop, size))
+    x, context = random(target, B, NQ, DIM), random(target, B, NK, DIM, seed=1)
+    keys = coins(target, B, NK)
+    settings = {"causal": causal, "kv_heads": 2, "dropout": 0.3, "bias": True}
+    Z = dropped(target, 0.3, NK)
+    report = Report(f"{target}: chunk sizes")
+    for size in (1, 5, 16, NQ, 1000):
+        layer = layer_on(target, **settings, chunk_size=size)
+        asked.clear()
+        against_naive(report, f"chunk_size {size}", layer.eval(), x, context, mask=keys, four=keys[:, None, None])
+        assert asked, "the tiled algorithm did not run"
+        assert set(asked) == {size}, f"tiles of {sorted(set(asked))}, not {size}"
+        torch.manual_seed(4)
+        against_naive(report, f"chunk_size {size}, dropout", layer.train(), x, context, mask=keys, four=keys[:, None, None], Z=Z)
+    report.verdict()
+
+
+def check_chunk_size_transforms(target):
+    """vmap is a loop, and second derivatives are those of the reference's usual tiles."""
+    only_reference(target)
+    chunked, usual = (layer_on(target, chunk_size=size, causal=True) for size in (8, None))
+    x = random(target, 3, B, NQ, DIM)
+    torch.testing.assert_close(torch.func.vmap(chunked)(x), torch.stack([usual(each) for each in x]), rtol=0, atol=1e-5)
+
+    def second(layer):
+        X = x[0].clone().requires_grad_()
+        (dX,) = torch.autograd.grad(layer(X).square().sum(), X, create_graph=True)
+        return torch.autograd.grad(dX.square().sum(), X)[0]
+
+    want = second(usual)
+    torch.testing.assert_close(second(chunked), want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
+# ---- dtypes
+
+
+def check_mixed_precision(target):
+    """Attention in bfloat16, projections and result in float32: exactly that, and within the half types' rule of the truth."""
+    probe = torch.empty(B, HEADS, NQ, DIM_HEAD, dtype=torch.bfloat16, device=target.device)
+    skip_unless_served(target, probe, probe, probe, None, True, 0.0)
+    layer = randomise(FlashAttention(DIM, HEADS, DIM_HEAD, causal=True, mixed_precision=True, backend=target.backend)).to(target.device)
+    x = random(target, B, NQ, DIM).float()
+    got = solve(layer, layer, (x,))
+    assert all(value.dtype == torch.float32 for value in got.values())
+
+    q, k, v = (project(x).unflatten(-1, (HEADS, DIM_HEAD)).transpose(1, 2).bfloat16() for project in (layer.to_q, layer.to_k, layer.to_v))
+    by_hand = layer.to_out(flash_attention(q, k, v, causal=True, backend=target.backend).float().transpose(1, 2).flatten(2))
+    assert torch.equal(got["O"], by_hand)
+
+    double = copy.deepcopy(layer).double()
+    truth = solve(double, partial(naive, double), (x.double(),))
+    in_bfloat16 = solve(layer, partial(naive, layer, attend_in=torch.bfloat16), (x,))
+    report = Report(f"{target}: mixed precision")
+    for name, value in got.items():
+        report.compare("mixed precision", name, value, truth[name], limit(name, truth[name], in_bfloat16[name], torch.bfloat16, DIM_HEAD))
+    report.verdict()
+    layer.mixed_precision = False
+    if dtype_served(target) == torch.float32:
+        assert not torch.equal(layer(x), got["O"])
+
+
+def check_mixed_precision_dtype(target, monkeypatch):
+    """Half types stay what they are, and a GPU without bfloat16 gets float16."""
+    x = random(target, B, NQ, DIM).half()
+    assert torch.equal(*(layer_on(target, torch.float16, mixed_precision=mixed)(x) for mixed in (False, True)))
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert layers._half(torch.device("cuda")) == dtype
+        assert layers._half(torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def check_autocast(target, dtype):
+    """A float32 layer under autocast gives what its linear layers give there, and float32 gradients."""
+    layer_on(target, dtype)  # skips what is not served
+    layer = layer_on(Target("reference", target.device), torch.float32)
+    layer.backend = target.backend
+    x = random(target, B, NQ, DIM).float().requires_grad_()
+    with torch.autocast(target.device, dtype=dtype):
+        O = layer(x)
+    assert O.dtype == dtype
+    torch.testing.assert_close(O.double(), naive(layer, x).double(), rtol=0, atol=30 * torch.finfo(dtype).eps)
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(O.sum(), (x, *layer.parameters())))
+
+
+# ---- dropout
+
+
+def check_dropout(target):
+    """Only in training mode, on attention weights, drawn from torch's generator: output and gradients with the very mask it draws."""
+    p, x = 0.25, random(target, B, NQ, DIM)
+    layer, without = layer_on(target, dropout=p).eval(), layer_on(target)
+    assert torch.equal(layer(x), without(x))
+    layer.train()
+    torch.manual_seed(0)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), first)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, without(x))
+
+    Z = dropped(target, p, NQ)
+    assert (Z == 0).any()
+    torch.manual_seed(4)
+    report = Report(f"{target}: dropout in a layer")
+    against_naive(report, "dropout", layer, x, Z=Z)
+    report.verdict()
+
+
+# ---- what a module must also do
+
+
+@pytest.mark.parametrize("bias", (False, True))
+def check_state_dict(target, bias):
+    """Its names and shapes are fixed, and it carries all that the output depends on."""
+    settings = {"bias": bias, "kv_heads": 2, "key_dim": 40, "value_dim": 8, "chunk_size": 16 if target.backend == "reference" else None}
+    layer, other = layer_on(target, **settings), layer_on(target, **settings)
+    state = layer.state_dict()
+    assert list(state) == (KEYS_WITH_BIAS if bias else KEYS)
+    assert [name for name, _ in layer.named_parameters()] == list(state)
+    shapes = [tuple(state[name].shape) for name in KEYS]
+    assert shapes == [(HEADS * DIM_HEAD, DIM), (2 * DIM_HEAD, 40), (2 * DIM_HEAD, 8), (DIM, HEADS * DIM_HEAD)]
+    x = random(target, B, NQ, DIM), random(target, B, NK, 40), random(target, B, NK, 8)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    assert not torch.equal(layer(*x), other(*x))
+    other.load_state_dict(pickle.loads(pickle.dumps(state)), strict=True)
+    assert torch.equal(layer(*x), other(*x))
+
+
+def check_copies(target, monkeypatch):
+    """deepcopy and pickle, also in a process that has not met the chunk size; a copy's weights are its own."""
+    x = random(target, B, NQ, DIM)
+    for size in (None, 11) if target.backend == "reference" else (None,):
+        layer = layer_on(target, causal=True, chunk_size=size)
+        O, saved = layer(x), pickle.dumps(layer)
+        if size is not None:
+            monkeypatch.delitem(BACKENDS, layers.Chunks(size).name)
+        for twin in (pickle.loads(saved), copy.deepcopy(layer)):
+            assert torch.equal(twin(x), O)
+            with torch.no_grad():
+                twin.to_q.weight.zero_()
+            assert not torch.equal(twin(x), O)
+        assert torch.equal(layer(x), O)
+
+
+def compilers() -> list:
+    found = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    skip = [] if found or torch.cuda.is_available() else [pytest.mark.skip(reason="no C++ compiler for inductor")]
+    return ["aot_eager", pytest.param("inductor", marks=skip)]
+
+
+@pytest.mark.parametrize("compiler", compilers())
+@pytest.mark.parametrize("chunk_size", (None, 8))
+def check_compile(target, chunk_size, compiler):
+    """torch.compile(fullgraph=True): no break, the same output and gradients, in training mode too."""
+    if chunk_size:
+        only_reference(target)
+    x, context = random(target, B, NQ, DIM), random(target, B, NK, DIM, seed=1)
+    mask = coins(target, B, NK)
+    layer = layer_on(target, causal=True, kv_heads=2, dropout=0.2, chunk_size=chunk_size)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    for training in (False, True) if compiler == "aot_eager" else (False,):  # inductor draws random numbers of its own
+        layer.train(training)
+        answers = []
+        for call in (compiled, layer):
+            torch.manual_seed(0)
+            answers.append(solve(layer, partial(call, mask=mask), (x, context)))
+        for name, got in answers[0].items():
+            torch.testing.assert_close(got, answers[1][name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def check_compile_mixed_precision(target):
+    """The choice of the half type does not break the graph."""
+    x = random(target, B, NQ, DIM)
+    layer = layer_on(target, mixed_precision=True)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+# ---- torch.nn.MultiheadAttention
+
+
+def mha_masks(target: Target) -> dict[str, dict[str, Tensor]]:
+    """What is called → its two masks, True = hidden. Column 0 stays, because a row without columns is NaN there."""
+    padding, full = ~coins(target, B, NK), ~coins(target, B * HEADS, NQ, NK)
+    padding[:, 0], full[..., 0] = False, False
+    return {
+        "no mask": {},
+        "key_padding_mask": {"key_padding_mask": padding},
+        "attn_mask": {"attn_mask": full[0]},
+        "attn_mask of heads": {"attn_mask": full},
+        "both": {"key_padding_mask": padding, "attn_mask": full[0]},
+    }
+
+
+def converted_mask(key_padding_mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor | None:
+    """As the docstring of from_multihead_attention has it."""
+    if attn_mask is None:
+        return None if key_padding_mask is None else ~key_padding_mask
+    if attn_mask.dim() == 3:
+        return ~attn_mask.unflatten(0, (B, HEADS))
+    return ~attn_mask[None, None] if key_padding_mask is None else ~(key_padding_mask[:, None, None] | attn_mask)
+
+
+@pytest.mark.parametrize("batch_first", (True, False))
+@pytest.mark.parametrize("settings", ({}, {"bias": False}, {"kdim": 40}, {"kdim": 40, "vdim": 8, "bias": False}), ids=str)
+def check_conversion(target, batch_first, settings):
+    """The converted layer has the module's outputs and gradients, with each of its masks inverted."""
+    dim, dtype = HEADS * DIM_HEAD, dtype_served(target)
+    probe = torch.empty(B, HEADS, NQ, DIM_HEAD, dtype=dtype, device=target.device)
+    skip_unless_served(target, probe, probe, probe, None, False, 0.0)
+    mha = randomise(nn.MultiheadAttention(dim, HEADS, batch_first=batch_first, **settings)).to(target.device, dtype)
+    layer = from_multihead_attention(mha)
+    layer.backend = target.backend
+    widths = dim, settings.get("kdim", dim), settings.get("vdim", dim)
+    streams = tuple(random(target, B, n, d, seed=d) for n, d in zip((NQ, NK, NK), widths, strict=True))
+
+    def module(mha, masks):
+        def call(*streams):
+            swap = (lambda x: x) if batch_first else (lambda x: x.transpose(0, 1))
+            return swap(mha(*map(swap, streams), need_weights=False, **masks)[0])
+
+        return by_projection(solve(mha, call, tuple(x.to(mha.out_proj.weight.dtype) for x in streams)))
+
+    report = Report(f"{target}: converted from torch.nn.MultiheadAttention")
+    for what, masks in mha_masks(target).items():
+        got = solve(layer, partial(layer, mask=converted_mask(**masks)), streams)
+        truth, in_dtype = module(copy.deepcopy(mha).double(), masks), module(mha, masks)
+        against(report, what, {name: got[name] for name in truth}, truth, in_dtype)
+        assert set(got) == set(truth)
+    report.verdict()
+
+
+def by_projection(answer: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of a MultiheadAttention's parameters under the layer's names."""
+    names = {"q_proj_weight": "to_q.weight", "k_proj_weight": "to_k.weight", "v_proj_weight": "to_v.weight"}
+    names |= {"out_proj.weight": "to_out.weight", "out_proj.bias": "to_out.bias"}
+    renamed = {}
+    for name, x in answer.items():
+        if name.startswith("in_proj_"):
+            renamed |= {f"to_{letter}.{name.removeprefix('in_proj_')}": part for letter, part in zip("qkv", x.chunk(3), strict=True)}
+        else:
+            renamed[names.get(name, name)] = x
+    return renamed
+
+
+def check_conversion_settings():
+    """Dropout, mode and dtype come along; the weights are copies; what cannot be converted is refused."""
+    mha = nn.MultiheadAttention(32, 4, dropout=0.25, dtype=torch.bfloat16).eval()
+    layer = from_multihead_attention(mha)
+    assert layer.dropout == 0.25
+    assert not layer.training
+    assert not any(module.training for module in layer.modules())
+    assert from_multihead_attention(mha.train()).training
+    assert {x.dtype for x in layer.parameters()} == {torch.bfloat16}
+    assert all(x.is_leaf and x.requires_grad for x in layer.parameters())
+    with torch.no_grad():
+        mha.in_proj_weight.zero_()
+        mha.out_proj.weight.zero_()
+    assert all(layer.state_dict()[name].any() for name in KEYS)
+    for setting in ("add_bias_kv", "add_zero_attn"):
+        with pytest.raises(NotImplementedError, match=f"{setting}=True"):
+            from_multihead_attention(nn.MultiheadAttention(32, 4, **{setting: True}))
+    with pytest.raises(TypeError, match=r"MultiheadAttention, got Linear"):
+        from_multihead_attention(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"dropout.*1\.0"):
+        from_multihead_attention(nn.MultiheadAttention(32, 4, dropout=1.0))
+
+
+# ---- without projections
+
+
+@CAUSAL
+def check_scaled_dot_product(target, causal):
+    """Its output and gradients are attention's; it has no parameters, and drops only in training mode."""
+    problem = Problem.of(Case(B=B, H=HEADS, Nq=NQ, Nk=NK, D=DIM_HEAD, causal=causal, dtype=dtype_served(target), mask="full"), target)
+    attend = ScaledDotProduct(DIM_HEAD, dropout=0.5, causal=causal).eval()
+    assert not attend.state_dict()
+    q, k, v = (x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v))
+    O = attend(q, k, v, problem.mask)
+    got = {"O": O} | dict(zip(("dQ", "dK", "dV"), torch.autograd.grad(O, (q, k, v), problem.dO), strict=True))
+    want = Problem.solve(problem.case, problem.q, problem.k, problem.v, problem.mask, problem.dO, None)
+    report = Report(f"{target}: ScaledDotProduct")
+    for name, x in got.items():
+        truth = getattr(want.truth, name)
+        report.compare("ScaledDotProduct", name, x, truth, limit(name, truth, getattr(want.in_dtype, name), x.dtype, DIM_HEAD))
+    report.verdict()
+
+    torch.manual_seed(0)
+    dropped = attend.train()(q, k, v)
+    torch.manual_seed(0)
+    assert torch.equal(dropped, attend(q, k, v))
+    torch.manual_seed(0)
+    assert torch.equal(dropped, flash_attention(q, k, v, causal=causal, dropout_p=0.5))
+    assert not torch.equal(dropped, attend.eval()(q, k, v))
+
+
+# ---- errors
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def layer(**settings) -> FlashAttention:
+    return FlashAttention(8, 2, 4, **settings)
+
+
+X, CONTEXT = zeros(2, 5, 8), zeros(2, 7, 8)
+HEADED = zeros(2, 3, 5, 16)
+# What is wrong → a call that does it, the error, words that its message must have.
+BAD = {
+    "query of another width": (lambda: layer()(zeros(2, 5, 9)), ValueError, ["query", "(B, N, 8)", "(2, 5, 9)"]),
+    "context of another width": (lambda: layer()(X, zeros(2, 7, 9)), ValueError, ["key", "(B, N, 8)", "(2, 7, 9)"]),
+    "value of another width": (lambda: layer()(X, CONTEXT, zeros(2, 7, 4)), ValueError, ["value", "(B, N, 8)", "(2, 7, 4)"]),
+    "self-attention with key_dim": (lambda: layer(key_dim=6)(X), ValueError, ["key", "(B, N, 6)", "(2, 5, 8)"]),
+    "query without batch": (lambda: layer()(zeros(5, 8)), ValueError, ["query", "(B, N, 8)", "(5, 8)"]),
+    "query with heads": (lambda: layer()(zeros(2, 2, 5, 8)), ValueError, ["query", "(B, N, 8)", "(2, 2, 5, 8)"]),
+    "context without batch": (lambda: layer()(X, zeros(7, 8)), ValueError, ["key", "(B, N, 8)", "(7, 8)"]),
+    "query is a list": (lambda: layer()([1.0]), TypeError, ["query", "torch.Tensor", "list"]),
+    "mask in value's place": (lambda: layer()(X, CONTEXT, zeros(2, 7, dtype=torch.bool)), ValueError, ["value", "(2, 7)"]),
+    "batches differ": (lambda: layer()(X, zeros(3, 7, 8)), ValueError, ["batch", "(2, 2, 5, 4)", "(3, 2, 7, 4)"]),
+    "lengths differ": (lambda: layer()(X, CONTEXT, zeros(2, 6, 8)), ValueError, ["length", "(2, 2, 7, 4)", "(2, 2, 6, 4)"]),
+    "mask of floats": (lambda: layer()(X, CONTEXT, mask=zeros(2, 7)), TypeError, ["mask", "torch.bool", "torch.float32"]),
+    "mask of queries": (
+        lambda: layer()(X, CONTEXT, mask=zeros(2, 5, dtype=torch.bool)),
+        ValueError,
+        ["mask", "(2, 5)", "(2, 7)", "(2, 2, 5, 7)"],
+    ),
+    "mask (B, Nq, Nk)": (lambda: layer()(zeros(3, 5, 8), mask=zeros(3, 5, 5, dtype=torch.bool)), ValueError, ["(3, 5, 5)", "(3, 2, 5, 5)"]),
+    "mask by position": (lambda: layer()(X, CONTEXT, CONTEXT, zeros(2, 7, dtype=torch.bool)), TypeError, ["positional"]),
+    "kv_heads does not divide": (lambda: FlashAttention(8, 6, 4, kv_heads=4), ValueError, ["kv_heads", "divide", "6", "4"]),
+    "more kv_heads than heads": (lambda: layer(kv_heads=4), ValueError, ["kv_heads 4", "heads 2"]),
+    "no kv_heads": (lambda: layer(kv_heads=0), ValueError, ["kv_heads", "positive", "0"]),
+    "no heads": (lambda: FlashAttention(8, 0), ValueError, ["heads", "positive", "0"]),
+    "negative width": (lambda: FlashAttention(-8), ValueError, ["dim", "positive", "-8"]),
+    "half a head": (lambda: FlashAttention(8, dim_head=1.5), ValueError, ["dim_head", "positive", "1.5"]),
+    "chunk of nothing": (lambda: layer(chunk_size=0), ValueError, ["chunk_size", "positive", "0"]),
+    "chunk is a word": (lambda: layer(chunk_size="64"), ValueError, ["chunk_size", "positive", "'64'"]),
+    "chunks on a kernel": (lambda: layer(chunk_size=64, backend="cuda"), ValueError, ["chunk_size", "reference", "'cuda'", "64"]),
+    "chunks on a rung": (lambda: layer(chunk_size=64, backend="simple"), ValueError, ["chunk_size", "reference", "'simple'", "64"]),
+    "dropout of everything": (lambda: layer(dropout=1.0), ValueError, ["dropout", "[0, 1)", "1.0"]),
+    "negative dropout": (lambda: layer(dropout=-0.5), ValueError, ["dropout", "[0, 1)", "-0.5"]),
+    "unknown backend": (lambda: layer(backend="warp9")(X), ValueError, ["backend", "warp9"]),
+    "q of another head size": (lambda: ScaledDotProduct(64)(HEADED, HEADED, HEADED), ValueError, ["q", "(B, H, N, 64)", "(2, 3, 5, 16)"]),
+    "v of another head size": (
+        lambda: ScaledDotProduct(16)(HEADED, HEADED, zeros(2, 3, 5, 8)),
+        ValueError,
+        ["v", "(B, H, N, 16)", "(2, 3, 5, 8)"],
+    ),
+    "k without heads": (lambda: ScaledDotProduct(16)(HEADED, HEADED[:, 0], HEADED), ValueError, ["k", "(B, H, N, 16)", "(2, 5, 16)"]),
+    "v is None": (lambda: ScaledDotProduct(16)(HEADED, HEADED, None), TypeError, ["v", "torch.Tensor", "NoneType"]),
+    "its mask of floats": (lambda: ScaledDotProduct(16)(HEADED, HEADED, HEADED, zeros(2, 5)), TypeError, ["mask", "torch.float32"]),
+    "head size 0": (lambda: ScaledDotProduct(0), ValueError, ["head_dim", "positive", "0"]),
+    "its dropout of everything": (lambda: ScaledDotProduct(16, dropout=1.0), ValueError, ["dropout", "[0, 1)", "1.0"]),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "words"), BAD.values(), ids=BAD)
+def check_errors(call, error, words):
+    with pytest.raises(Exception) as caught:
+        call()
+    message = f"{type(caught.value).__name__}: {caught.value}"
+    assert type(caught.value) is error, f"expected {error.__name__}, got {message}"
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"the message does not name {missing}: {message}"
+
+
+if __name__ == "__main__":
+    run_alone(__file__)
