@@ -1,12 +1,13 @@
 # make demo   see FlashAttention verified and measured against normal attention (about a minute)
 # make test   every check
 # make bench  the CPU figures of the README
+# make notebooks   execute the lessons; write them as HTML to build/notebooks/, and the README's animation
 
 PYTHON ?= python3
 # Through the interpreter, never through the scripts in .venv/bin: their first line breaks where the path has a space in it.
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench notebooks clean
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -28,6 +29,9 @@ test: .venv/installed
 bench: .venv/installed
 	$(VENV_PYTHON) -m benchmarks.cpu_targets --json results/cpu_targets.json
 	$(VENV_PYTHON) -m benchmarks.tables
+
+notebooks: .venv/installed
+	$(VENV_PYTHON) notebooks/build.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis profiles

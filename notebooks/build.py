@@ -1,0 +1,119 @@
+"""Execute the lessons, keep what they print in the notebooks themselves, and export them as static HTML to build/notebooks/.
+
+python notebooks/build.py            execute every lesson, write its outputs, the HTML and docs/tile_loop.gif
+python notebooks/build.py --check    exit with 1 if any outputs do not come from the present sources
+
+A notebook's metadata holds a hash of what its outputs depend on (the reference, the modules beside it, its own code, and the kernels and the
+kept results if it reads them) and one of the outputs themselves. The time of a run and addresses are left out.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+HTML = ROOT / "build" / "notebooks"
+GIF = ROOT / "docs" / "tile_loop.gif"
+LESSON_SECONDS = 300  # a cell that takes longer hangs
+
+
+def lessons() -> list[Path]:
+    """The notebooks, in their order."""
+    return sorted(HERE.glob("lesson_*.ipynb"))
+
+
+def hashes(notebook: NotebookNode) -> dict[str, str]:
+    """Of what the outputs depend on, and of the outputs."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    text = json.dumps([cell.source for cell in code])
+    files = [*(ROOT / "reference").glob("*.py"), *(file for file in HERE.glob("*.py") if file != Path(__file__).resolve())]
+    for folder, word in (("cuda", "sources"), ("results", "results")):
+        files += [file for file in (ROOT / folder).iterdir() if word in text]
+    sources = hashlib.sha256(text.encode())
+    for file in sorted(files):
+        sources.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    outputs = hashlib.sha256(json.dumps([cell.outputs for cell in code], sort_keys=True).encode())
+    return {"sources": sources.hexdigest(), "outputs": outputs.hexdigest()}
+
+
+def execute(file: Path) -> NotebookNode:
+    """The notebook with the outputs of a run from a clean kernel, in its own folder. Raises nbclient's CellExecutionError."""
+    notebook = nbformat.read(file, as_version=4)
+    client = NotebookClient(
+        notebook,
+        timeout=LESSON_SECONDS,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],  # else every kernel warns that it talks over a local socket
+        resources={"metadata": {"path": str(file.parent)}},
+    )
+    client.execute()
+    for cell in notebook.cells:
+        cell.metadata = NotebookNode({key: value for key, value in cell.metadata.items() if key == "tags"})
+        for output in cell.get("outputs", []):
+            if "text/plain" in output.get("data", {}):
+                output.data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", output.data["text/plain"])
+    notebook.metadata = NotebookNode(
+        kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"}, language_info={"name": "python"}
+    )
+    notebook.metadata["made_from"] = hashes(notebook)
+    return notebook
+
+
+def stale(file: Path) -> str | None:
+    """Why the notebook's outputs are not those of the present sources; None if they are."""
+    notebook = nbformat.read(file, as_version=4)
+    made_from, present = notebook.metadata.get("made_from", {}), hashes(notebook)
+    if made_from.get("sources") != present["sources"]:
+        return f"{file.name}: its sources have changed since it was executed"
+    if made_from.get("outputs") != present["outputs"]:
+        return f"{file.name}: its outputs have been edited"
+    return None
+
+
+def export(file: Path, folder: Path = HTML) -> Path:
+    """The notebook as it stands, as static HTML. Links between lessons lead to the HTML, others to the files of the repository."""
+    folder.mkdir(parents=True, exist_ok=True)
+    html, _ = HTMLExporter().from_filename(str(file))
+
+    def relink(link: re.Match) -> str:
+        return link[1] + ".html" if link[2] == ".ipynb" else os.path.relpath(file.parent / (link[1] + link[2]), folder)
+
+    html = re.sub(r'(?<=href=")(?!\w+:|#)([^"]+?)(\.\w+)(?=")', relink, html)
+    target = folder / f"{file.stem}.html"
+    target.write_text(html, encoding="utf-8")
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Execute the lessons and export them as HTML.")
+    parser.add_argument("--check", action="store_true", help="only tell whether the outputs are current")
+    parser.add_argument("files", nargs="*", type=Path, help="notebooks (default: all)")
+    arguments = parser.parse_args()
+    files = [file.resolve() for file in arguments.files] or lessons()
+    if arguments.check:
+        reasons = [reason for reason in map(stale, files) if reason]
+        sys.exit("\n".join([*reasons, "run: make notebooks"]) if reasons else 0)
+    for file in files:
+        nbformat.write(execute(file), file)
+        print(export(file).relative_to(ROOT))
+    if not arguments.files:
+        from pictures import tile_loop_gif
+
+        tile_loop_gif(GIF)
+        print(GIF.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
