@@ -102,7 +102,7 @@ def _ratios(row: dict[str, Any]) -> str:
     return " / ".join(f"{row[key]:.2f}" if row.get(key) else "–" for key in (f"over {FA2}", f"over {CUDNN}"))
 
 
-TABLES = {"cpu_targets": cpu_targets, "h200_bert_causal": sweep, "h200_targets": h200_targets, "h200_rungs": h200_rungs}
+TABLES = {"cpu_targets": cpu_targets, "h200_bert": sweep, "h200_bert_causal": sweep, "h200_targets": h200_targets, "h200_rungs": h200_rungs}
 
 
 def filled(text: str) -> str:

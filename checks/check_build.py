@@ -13,6 +13,7 @@ from harness import run_alone
 
 from flash_attention import build
 from flash_attention.backends import cuda
+from flash_attention.build.__main__ import usual_set
 
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
 FEW = {"simple": (64,), "tensor_core": (64, 128)}
@@ -22,7 +23,7 @@ FEW = {"simple": (64,), "tensor_core": (64, 128)}
 @pytest.mark.parametrize("arch", ("80", "90a"))
 def check_kernels_compile(arch, full):
     """The usual set (a part of it without --full): `build.build` fails on a spill and on any warning."""
-    wanted = build.usual_set([arch])
+    wanted = usual_set([arch])
     if not full:
         wanted = [s for s in wanted if s.dtype in ("float32", "bfloat16") and (s.dtype == "float32") == ("simple" in s.file)]
         wanted = [s for s in wanted if s.head_dim in (FEW["simple"] if "simple" in s.file else FEW["tensor_core"])]

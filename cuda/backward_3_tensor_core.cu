@@ -9,7 +9,7 @@
 // in registers. dQ is summed over the blocks in global memory, in float32, in the order of the accumulators ("fragment order"): a warp then adds 512
 // contiguous bytes at a time. One kernel before prepares Delta and LSE, one after puts dQ in order.
 //
-// Change from the rung below: (forward_3_tensor_core.cu's swizzle and two stages, now in the backward; atomics instead of a second pass for dQ.)
+// Change from backward_2_mma.cu: the swizzle and the stages; one pass with atomic additions to dQ instead of a second pass that computes S and dP again.
 // Limits: float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale. dK and dV repeat bit for bit; dQ does only if
 // `deterministic` is set, because atomic additions of several blocks come in any order.
 #include "tensor_core.cuh"

@@ -4,8 +4,8 @@
 // memory with their 16-byte chunks xor-ed by the row ("swizzled"), so that every ldmatrix reads eight rows from eight different banks.
 // P never leaves registers: the accumulators of S = Q Kᵀ, rounded to pairs, are already laid out as the A operand of O += P V.
 //
-// Change from forward_2_mma.cu: the swizzle and the two stages. Serves everything in the interface
-// for float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale.
+// Change from forward_2_mma.cu: the swizzle and the two stages; more rows a warp, so that a fragment of K or V serves two products; masks and
+// dropout. Serves everything in the interface for float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale.
 #include "tensor_core.cuh"
 
 // ---- tile sizes. A warp owns ROWS_PER_WARP rows of Q, so softmax needs no other warp. Two or three blocks share a multiprocessor: one
@@ -270,6 +270,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 
     const Rows out = TIGHT ? rows_of_block(p) : rows;
     // O /= l, and out through shared memory, each warp in its own rows of Q's place, so that global stores are 16 bytes wide.
+    __syncwarp();  // every lane is done reading Q
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll

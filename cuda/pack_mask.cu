@@ -17,24 +17,26 @@ struct PackParams {
 };
 
 constexpr int WARPS = 8;
-constexpr int COLUMNS = 4096;
+constexpr int COLUMNS = 2048;
 constexpr int AT_ONCE = 32 * 16;  // columns that the lanes of a warp read together
 
-// Bit c: column j + c may not be attended, or does not exist. 16 columns.
-__device__ inline uint32_t hidden_columns(const uint8_t* mask_gmem, int64_t stride_j, int j, int Nk, bool aligned) {
+// Bit c: column c of these 16 may not be attended.
+__device__ inline uint32_t hidden_columns(const uint4& bytes) {
+    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
     uint32_t hidden = 0;
-    if (aligned && j + 16 <= Nk) {
-        const uint4 bytes = *reinterpret_cast<const uint4*>(mask_gmem + j);
-        const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            // 1 in each byte that was 0; the multiplication moves bits 0, 8, 16 and 24 to 28, 29, 30 and 31.
-            const uint32_t zeros = __vseteq4(words[w], 0);
-            hidden |= (zeros * 0x10204080u >> 28) << 4 * w;
-        }
-    } else {
-        for (int c = 0; c < 16; ++c) hidden |= static_cast<uint32_t>(j + c >= Nk || !mask_gmem[(j + c) * stride_j]) << c;
+    for (int w = 0; w < 4; ++w) {
+        // 1 in each byte that was 0; the multiplication moves bits 0, 8, 16 and 24 to 28, 29, 30 and 31.
+        const uint32_t zeros = __vseteq4(words[w], 0);
+        hidden |= (zeros * 0x10204080u >> 28) << 4 * w;
     }
+    return hidden;
+}
+
+// The same one by one, for any stride, and where the row ends: columns beyond it are hidden.
+__device__ inline uint32_t hidden_columns(const uint8_t* mask_gmem, int64_t stride_j, int j, int Nk) {
+    uint32_t hidden = 0;
+    for (int c = 0; c < 16; ++c) hidden |= static_cast<uint32_t>(j + c >= Nk || !mask_gmem[(j + c) * stride_j]) << c;
     return hidden;
 }
 
@@ -46,11 +48,18 @@ __global__ void __launch_bounds__(32 * WARPS) pack_mask_kernel(const __grid_cons
     const uint8_t* mask_gmem = p.mask + b * p.stride_b + h * p.stride_h + i * p.stride_i;  // [Nk]
     const int padded = (p.Nk + 127) / 128 * 128;
     uint32_t* bits_gmem = p.bits + static_cast<int64_t>(row) * (padded / 32);               // [words]
-    const int begin = blockIdx.y * COLUMNS;
-#pragma unroll 4
-    for (int j0 = begin; j0 < min(begin + COLUMNS, padded); j0 += AT_ONCE) {
-        const int j = j0 + 16 * lane;
-        uint32_t hidden = hidden_columns(mask_gmem, p.stride_j, j, p.Nk, aligned);
+    const int begin = blockIdx.y * COLUMNS + 16 * lane;
+
+    uint4 bytes[COLUMNS / AT_ONCE];  // all loads are under way before the first is used
+#pragma unroll
+    for (int n = 0; n < COLUMNS / AT_ONCE; ++n) {
+        const int j = begin + n * AT_ONCE;
+        if (aligned && j + 16 <= p.Nk) bytes[n] = __ldcs(reinterpret_cast<const uint4*>(mask_gmem + j));
+    }
+#pragma unroll
+    for (int n = 0; n < COLUMNS / AT_ONCE; ++n) {
+        const int j = begin + n * AT_ONCE;
+        uint32_t hidden = aligned && j + 16 <= p.Nk ? hidden_columns(bytes[n]) : hidden_columns(mask_gmem, p.stride_j, j, p.Nk);
         hidden |= __shfl_down_sync(0xffffffff, hidden, 1) << 16;  // the next lane's 16 columns
         if (lane % 2 == 0 && j < padded) bits_gmem[j / 32] = hidden;
     }

@@ -8,8 +8,10 @@ from flash_attention.reference.tiles import sum_dtype
 
 def like(x: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
     """An empty (B, H, rows, columns) in the layout of x (B, H, N, D): a (B, N, H, D) tensor that came in transposed goes out transposed."""
-    B, H = x.shape[:2]
-    _, stride_h, stride_n, _ = x.stride()
+    B, H, N, D = x.shape
+    _, stride_h, stride_n, stride_d = x.stride()
+    if dtype is None and rows == N and columns == D and stride_d == 1:
+        return torch.empty_like(x)  # the same, in half the time
     if stride_h < stride_n:
         return x.new_empty((B, rows, H, columns), dtype=dtype).transpose(1, 2)
     return x.new_empty((B, H, rows, columns), dtype=dtype)

@@ -3,8 +3,8 @@
 python notebooks/build.py            execute every lesson, write its outputs, the HTML and docs/tile_loop.gif
 python notebooks/build.py --check    exit with 1 if any outputs do not come from the present sources
 
-A notebook's metadata holds a hash of what its outputs depend on (the reference, the modules beside it, its own code, and the kernels and the
-kept results if it reads them) and one of the outputs themselves. The time of a run and addresses are left out.
+A notebook's metadata holds a hash of what its outputs depend on (the reference, the modules beside it, its own code, and the kernels and
+the kept results if it reads them) and one of the outputs themselves. The time of a run and addresses are left out.
 """
 
 import argparse

@@ -7,7 +7,6 @@ Libraries go to a folder of the user's own (FLASH_ATTENTION_CACHE, else ~/.cache
 sources, the flags and the compiler's version. Several processes may build at once: one compiles, the others wait for its result.
 """
 
-import argparse
 import contextlib
 import ctypes
 import functools
@@ -19,8 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,13 +89,6 @@ def find_nvcc() -> str | None:
 @functools.cache
 def _nvcc_version(nvcc: str) -> str:
     return subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-
-
-def ptxas_version() -> str:
-    """The compiler's release, for the record beside measured figures: "13.0.88"."""
-    nvcc = find_nvcc()
-    found = re.search(r"V([\d.]+)", _nvcc_version(nvcc)) if nvcc else None
-    return found.group(1) if found else "none"
 
 
 @functools.cache
@@ -176,58 +166,3 @@ def load(library: Path) -> ctypes.CDLL:
     loaded.error_name.restype = ctypes.c_char_p
     loaded.params_size.restype = ctypes.c_int64
     return loaded
-
-
-def usual_set(archs: list[str], head_dims: list[int] | None = None) -> list[Specialisation]:
-    """What most models use: each rung's common head sizes and dtypes, dense, causal, and with mask and dropout."""
-    from flash_attention.backends.cuda import RUNGS
-
-    wanted = []
-    for arch, rung in product(archs, RUNGS.values()):
-        if int(arch.rstrip("af")) < rung.min_arch:
-            continue
-        for head_dim, dtype in product(head_dims or rung.head_dims, rung.dtypes):
-            for causal, mask, dropout in ((False, False, False), (True, False, False), (False, True, False), (True, True, True)):
-                if head_dim not in rung.head_dims or (rung.plain_only and (mask or dropout)):
-                    continue
-                wanted += [Specialisation(file, arch, head_dim, dtype, causal, mask, dropout) for file in rung.files]
-    return wanted
-
-
-def main() -> int:
-    import torch
-    from tqdm import tqdm
-
-    parser = argparse.ArgumentParser(prog="python -m flash_attention.build", description="Compile the usual kernels ahead of time.")
-    parser.add_argument("--arch", nargs="+", metavar="NN", help="architectures such as 80 or 90a (default: this machine's GPU)")
-    parser.add_argument("--head_dim", nargs="+", type=int, metavar="D", help="head sizes (default: all)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once (default %(default)s)")
-    arguments = parser.parse_args()
-    if not arguments.arch and not torch.cuda.is_available():
-        parser.error("there is no GPU here: name the architectures with --arch")
-    archs = arguments.arch or [arch_of(torch.cuda.get_device_capability())]
-
-    from flash_attention.backends.cuda import PACK_MASK
-
-    started = time.perf_counter()
-    wanted = [(PACK_MASK, arch, [], f"{PACK_MASK} sm_{arch}") for arch in archs]
-    wanted += [(s.file, s.arch, s.defines(), str(s)) for s in usual_set(archs, arguments.head_dim)]
-    failures = []
-    with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=len(wanted), unit="kernel", disable=None) as bar:
-
-        def one(job):
-            try:
-                load(build(*job, verbose=False))
-            except BuildError as error:
-                failures.append(str(error))
-            bar.update()
-
-        list(pool.map(one, wanted))
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    print(f"{len(wanted) - len(failures)} kernels in {cache_folder()}, {len(failures)} failed, {time.perf_counter() - started:.0f} s")
-    return bool(failures)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Every kernel under NVIDIA's compute-sanitizer: memcheck, racecheck, synccheck and initcheck over a small grid. Exits with 1 on a report.
+
+    python checks/sanitize.py [--backend NAME ...] [--tool NAME ...]
+
+Needs a GPU and compute-sanitizer, a part of the CUDA toolkit. Instrumented kernels are slow, so lengths are small, but they cover more than
+one tile, a ragged last tile, rows that see nothing, and head sizes that are padded.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from itertools import product
+
+import torch
+
+from flash_attention import flash_attention
+from flash_attention.backends.cuda import RUNGS
+
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+CLEAN = {"racecheck": "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"}  # the other tools say:
+NO_ERRORS = "ERROR SUMMARY: 0 errors"
+
+LENGTHS = ((130, 200), (200, 130), (1, 70))  # Nq, Nk; causal with Nq > Nk has rows that see nothing
+FLAGS = ((False, False, 0.0), (True, False, 0.0), (False, True, 0.0), (True, True, 0.1))  # causal, mask, dropout_p
+HEAD_DIMS = (40, 64, 128)
+
+
+def run_grid(backend: str) -> None:
+    """A forward and a backward of each case the backend serves, in its first dtype."""
+    torch.manual_seed(0)
+    rung = RUNGS[backend]
+    dtype = getattr(torch, rung.dtypes[0])
+    served = 0
+    for (Nq, Nk), (causal, masked, dropout_p), D in product(LENGTHS, FLAGS, HEAD_DIMS):
+        q = torch.randn(1, 2, Nq, D, device="cuda", dtype=dtype, requires_grad=True)
+        k, v = (torch.randn(1, 1, Nk, D, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+        mask = torch.rand(1, 1, Nq, Nk, device="cuda") < 0.5 if masked else None
+        if rung.why_not(q, k, v, mask, causal, dropout_p):
+            continue
+        O, LSE = flash_attention(q, k, v, mask, causal=causal, dropout_p=dropout_p, return_lse=True, backend=backend)
+        alive = ~LSE.isneginf()
+        torch.autograd.backward((O, LSE), (torch.randn_like(O), torch.randn_like(LSE).where(alive, 0)))
+        torch.cuda.synchronize()
+        served += 1
+    assert served, f"{backend} served no case"
+    print(f"{backend}: {served} cases")
+
+
+def sanitize(tool: str, backend: str) -> bool:
+    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=1", sys.executable, __file__, "--grid", backend]
+    # Every tensor an allocation of its own: an access beyond its end is then one beyond an allocation.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    output = result.stdout + result.stderr
+    clean = result.returncode == 0 and CLEAN.get(tool, NO_ERRORS) in output
+    print(f"{tool:10} {backend:12} {'clean' if clean else 'REPORTS'}", flush=True)
+    if not clean:
+        print(output[-6000:])
+    return clean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", nargs="+", choices=tuple(RUNGS), default=tuple(RUNGS))
+    parser.add_argument("--tool", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--grid", choices=tuple(RUNGS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.grid:
+        return run_grid(arguments.grid)
+    if not torch.cuda.is_available():
+        sys.exit("sanitize.py needs a CUDA GPU")
+    if shutil.which("compute-sanitizer") is None:
+        sys.exit("compute-sanitizer was not found on the PATH; it comes with the CUDA toolkit")
+    for backend in arguments.backend:
+        run_grid(backend)  # compiles what is missing, outside the sanitizer
+    results = [sanitize(tool, backend) for tool, backend in product(arguments.tool, arguments.backend)]
+    sys.exit(0 if all(results) else 1)
+
+
+if __name__ == "__main__":
+    main()
