@@ -13,6 +13,7 @@ import torch
 from harness import Case, Problem, Report, Result, Target, dtype_served, limit, run_alone, skip_unless_served
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
 
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS
@@ -456,6 +457,61 @@ def check_forward_mode(target):
         with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)jvp|forward"):
             got = transform(lambda q: flash_attention(q, k, v, backend=target.backend))
             print(f"{what} returned {'zeros' if not got.any() else 'numbers'}")
+
+
+# ---- those who look on at a call, for whom it must be the op that they see
+
+
+@CAUSAL
+def check_batched_gradients(target, causal):
+    """Several dO in one backward, as torch.autograd.grad and torch.autograd.functional.jacobian map them."""
+    case = served(target, **SMALL, causal=causal)
+    p = Problem.of(case, target)
+    q, k, v = (x.clone().requires_grad_() for x in (p.q, p.k, p.v))
+    outputs = flash_attention(q, k, v, causal=causal, return_lse=True, backend=target.backend)
+    for output, gradient in zip(outputs, (p.dO, torch.randn_like(outputs[1])), strict=True):
+        several = torch.stack([gradient, 2 * gradient, gradient.flip(2)])
+        one_by_one = [torch.autograd.grad(output, (q, k), each, retain_graph=True) for each in several]
+        at_once = torch.autograd.grad(output, (q, k), several, is_grads_batched=True, retain_graph=True)
+        for n, gradients in enumerate(one_by_one):
+            for batched, alone in zip(at_once, gradients, strict=True):
+                torch.testing.assert_close(batched[n], alone)
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.25))
+def check_checkpoint(target, dropout_p):
+    """Activation checkpointing runs the forward again, with the same dropout."""
+    case = served(target, **SMALL, dropout_p=dropout_p)
+    p = Problem.of(case, target)
+    q, k, v = (x.clone().requires_grad_() for x in (p.q, p.k, p.v))
+
+    def attend(q, k, v):
+        return flash_attention(q, k, v, dropout_p=dropout_p, backend=target.backend)
+
+    gradients = []
+    for call in (attend, partial(checkpoint, attend, use_reentrant=False)):
+        torch.manual_seed(0)
+        gradients.append(torch.autograd.grad(call(q, k, v), (q, k, v), p.dO))
+    assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def check_tracers_see_the_op(target):
+    """torch.jit.trace and torch.export record one op, which computes anew for other inputs, not the steps of this call."""
+    case = served(target, **SMALL)
+    p = Problem.of(case, target)
+
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return flash_attention(q, k, v, backend=target.backend)
+
+    inputs, others = (p.q, p.k, p.v), (2 * p.q, p.k, p.v)
+    traced = torch.jit.trace(Layer(), inputs)
+    assert "flash_attention::forward" in str(traced.graph)
+    assert torch.equal(traced(*others), Layer()(*others))
+    exported = torch.export.export(Layer(), inputs)
+    assert "flash_attention.forward" in str(exported.graph)
+    assert torch.equal(exported.module()(*others), Layer()(*others))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ class Attention(Function):
         if torch.is_grad_enabled():  # only create_graph=True, as torch.func always has it, leaves gradients enabled here
             backward = AttentionBackward.apply
         else:
-            backward = _backward if _plain(dO, q, k, v) else torch.ops.flash_attention.backward
+            # torch.autograd.grad(…, is_grads_batched=True) maps gradients in a way older than functorch, which only the tensors show.
+            mapped = any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in (dO, dLSE))
+            backward = _backward if _plain(dO, q, k, v) and not mapped else torch.ops.flash_attention.backward
         return (*backward(*arguments), *(None,) * 6)
 
 
