@@ -36,11 +36,12 @@ def hashes(notebook: NotebookNode) -> dict[str, str]:
     """Of what the outputs depend on, and of the outputs."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     text = json.dumps([cell.source for cell in code])
-    files = [*(ROOT / "reference").glob("*.py"), *(file for file in HERE.glob("*.py") if file != Path(__file__).resolve())]
-    for folder, word in (("cuda", "sources"), ("results", "results")):
-        files += [file for file in (ROOT / folder).iterdir() if word in text]
+    modules = [file for file in HERE.glob("*.py") if file != Path(__file__).resolve()]
+    kernels = (ROOT / "cuda").glob("*") if "sources" in text else []
+    results = (ROOT / "results").glob("*") if "results" in text else []
+    files = [*sorted(kernels), *sorted(modules), *sorted((ROOT / "reference").glob("*.py")), *sorted(results)]
     sources = hashlib.sha256(text.encode())
-    for file in sorted(files):
+    for file in files:
         sources.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     outputs = hashlib.sha256(json.dumps([cell.outputs for cell in code], sort_keys=True).encode())
     return {"sources": sources.hexdigest(), "outputs": outputs.hexdigest()}
