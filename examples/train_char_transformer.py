@@ -293,7 +293,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("checkpoint_every", "validate_every"):
         parser.add_argument(f"--{name}", type=int, default=100, help="steps")
     parser.add_argument("--prompt", default="def ", help="ASCII, what the sample begins with")
-    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--temperature", type=float, default=0.9)
     args = parser.parse_args(arguments)
     for name, value in PRESETS[args.preset].items():
         setattr(args, name, getattr(args, name, value))

@@ -49,6 +49,11 @@ def _plain(*tensors: Tensor) -> bool:
     )
 
 
+def _batched(*gradients: Tensor | None) -> bool:
+    """Whether torch.autograd.grad(…, is_grads_batched=True) maps them: in a way older than functorch, which only the tensors show."""
+    return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in gradients)
+
+
 class Attention(Function):
     """(q, k, v) → (O, LSE)."""
 
@@ -74,9 +79,8 @@ class Attention(Function):
         if torch.is_grad_enabled():  # only create_graph=True, as torch.func always has it, leaves gradients enabled here
             backward = AttentionBackward.apply
         else:
-            # torch.autograd.grad(…, is_grads_batched=True) maps gradients in a way older than functorch, which only the tensors show.
-            mapped = any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in (dO, dLSE))
-            backward = _backward if _plain(dO, q, k, v) and not mapped else torch.ops.flash_attention.backward
+            plain = _plain(dO, q, k, v) and not _batched(dO, dLSE)
+            backward = _backward if plain else torch.ops.flash_attention.backward
         return (*backward(*arguments), *(None,) * 6)
 
 
