@@ -173,20 +173,12 @@ extern "C" int64_t workspace_floats(const AttentionParams* params) {
     return static_cast<int64_t>(params->B) * params->H * params->Nq;  // Delta
 }
 
-// One of the three kernels, unless its output is empty. All run on the same stream, so that each sees what the one before wrote.
-static cudaError_t launch(void (*kernel)(AttentionParams), int64_t blocks, const AttentionParams& p) {
-    if (blocks == 0) return cudaSuccess;
-    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    kernel<<<static_cast<unsigned>(blocks), THREADS, 0, p.stream>>>(p);
-    return cudaGetLastError();
-}
-
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
     DeviceGuard guard(p.device);
     const auto tiles = [](int64_t n, int size) { return (n + size - 1) / size; };
-    cudaError_t error = launch(delta_kernel, tiles(static_cast<int64_t>(p.B) * p.H * p.Nq, THREADS), p);
-    if (error == cudaSuccess) error = launch(dkv_kernel, tiles(p.Nk, OWNED) * p.Hkv * p.B, p);
-    if (error == cudaSuccess) error = launch(dq_kernel, tiles(p.Nq, OWNED) * p.H * p.B, p);
+    cudaError_t error = launch(delta_kernel, tiles(static_cast<int64_t>(p.B) * p.H * p.Nq, THREADS), THREADS, p);
+    if (error == cudaSuccess) error = launch(dkv_kernel, tiles(p.Nk, OWNED) * p.Hkv * p.B, THREADS, p);
+    if (error == cudaSuccess) error = launch(dq_kernel, tiles(p.Nq, OWNED) * p.H * p.B, THREADS, p);
     return error;
 }

@@ -99,5 +99,13 @@ struct DeviceGuard {
     }
 };
 
+// `blocks` blocks of a kernel on the call's stream, unless its output is empty. What a launch before it wrote, a kernel sees.
+inline cudaError_t launch(void (*kernel)(AttentionParams), int64_t blocks, int threads, const AttentionParams& p) {
+    if (blocks == 0) return cudaSuccess;
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    kernel<<<static_cast<unsigned>(blocks), threads, 0, p.stream>>>(p);
+    return cudaGetLastError();
+}
+
 extern "C" int64_t params_size(void) { return sizeof(AttentionParams); }
 extern "C" const char* error_name(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

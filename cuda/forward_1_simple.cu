@@ -134,9 +134,5 @@ extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
     DeviceGuard guard(p.device);
-    const int64_t blocks = static_cast<int64_t>((p.Nq + BLOCK_Q - 1) / BLOCK_Q) * p.H * p.B;
-    if (blocks == 0) return cudaSuccess;  // no rows: nothing to write
-    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    forward_kernel<<<static_cast<unsigned>(blocks), THREADS, 0, p.stream>>>(p);
-    return cudaGetLastError();
+    return launch(forward_kernel, static_cast<int64_t>((p.Nq + BLOCK_Q - 1) / BLOCK_Q) * p.H * p.B, THREADS, p);
 }

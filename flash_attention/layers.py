@@ -6,9 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from flash_attention import allocate, reference
-from flash_attention.backends import BACKENDS
-from flash_attention.backends import reference as reference_backend
+from flash_attention.backends import BACKENDS, reference
 from flash_attention.interface import flash_attention
 
 
@@ -188,8 +186,7 @@ def from_multihead_attention(mha: nn.MultiheadAttention) -> FlashAttention:
 
 @dataclass(frozen=True)
 class Chunks:
-    """The reference backend with tiles of `size` × `size`, all batches and heads at once. Registered beside the other backends, it has
-    their gradients and transforms."""
+    """The reference backend with tiles of `size` × `size`. Registered beside the other backends, it has their gradients and transforms."""
 
     size: int
 
@@ -202,29 +199,14 @@ class Chunks:
         if size is not None:
             BACKENDS.setdefault(cls(size).name, cls(size))
 
-    def why_not(self, *call) -> None:
-        """The reference serves every call."""
+    def forward(self, *call):
+        return reference.forward(*call, block=self.size)
 
-    def forward(self, q, k, v, mask, seed, causal, scale, dropout_p):
-        run = reference.flash_attention2_causal_forward if causal else reference.flash_attention2_forward
-        outputs = allocate.forward_outputs(q, v)
-        return _copy(outputs, run(q, k, v, mask, **self._options(q, seed, scale, dropout_p)))
+    def backward(self, *call):
+        return reference.backward(*call, block=self.size)
 
-    def backward(self, dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p):
-        run = reference.flash_attention2_causal_backward if causal else reference.flash_attention2_backward
-        gradients = allocate.backward_outputs(q, k, v)
-        return _copy(gradients, run(q, k, v, mask, O, LSE, dO, dLSE, **self._options(q, seed, scale, dropout_p)))
-
-    second_backward = staticmethod(reference_backend.second_backward)
-
-    def _options(self, q, seed, scale, dropout_p) -> dict:
-        dropout = None if seed is None else reference.Dropout(dropout_p, seed, range(q.shape[0]), range(q.shape[1]))
-        return {"scale": scale, "dropout": dropout, "block_q": self.size, "block_k": self.size}
-
-
-def _copy(into: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Every backend's results have the strides that `allocate` promises to torch.compile."""
-    return tuple(x.copy_(result) for x, result in zip(into, results, strict=True))
+    why_not = staticmethod(reference.why_not)
+    second_backward = staticmethod(reference.second_backward)
 
 
 def _half(device: torch.device) -> torch.dtype:
