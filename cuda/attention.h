@@ -7,6 +7,10 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+// MASK: 0 without one, else its form.
+#define MASK_OF_BITS 1
+#define MASK_OF_BYTES 2
+
 // DTYPE, the type of q, k, v, O and their gradients.
 #define FLOAT32 0
 #define FLOAT16 1
@@ -34,7 +38,7 @@ struct AttentionParams {
     Tensor4 d_o;           // [B, H, Nq, Dv], backward only
     Tensor4 dq, dk, dv;    // as q, k, v, backward only
     Mask mask;             // data = NULL without one
-    float* lse;            // [B, H, Nq] contiguous, natural log; −inf where a row may attend nothing
+    float* lse;            // [B, H, Nq] contiguous, natural log; −inf where a row may attend nothing. NULL: a forward need not write it
     const float* d_lse;    // [B, H, Nq] contiguous, or NULL; backward only
     float* workspace;      // backward only; its size is workspace_floats()
     const int64_t* seed;   // on the device; NULL without dropout

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         const int i = i0 + group() + r * GROUPS;
-        if (lane() == 0 && i < p.Nq) LSE_gmem[i] = m_rmem[r] + logf(l_rmem[r]);
+        if (p.lse && lane() == 0 && i < p.Nq) LSE_gmem[i] = m_rmem[r] + logf(l_rmem[r]);
     }
 }
 

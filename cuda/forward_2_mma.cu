@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         l += __shfl_xor_sync(0xffffffff, l, 2);
         factor[r] = l > 0 ? 1 / l : 0;
         const int lane = threadIdx.x % 32, i = i0 + warp_row + 8 * r + lane / 4;
-        if (lane % 4 == 0 && i < p.Nq) p.lse[(static_cast<int64_t>(b) * p.H + h) * p.Nq + i] = m_rmem[r] * p.scale + logf(l);
+        if (p.lse && lane % 4 == 0 && i < p.Nq) p.lse[(static_cast<int64_t>(b) * p.H + h) * p.Nq + i] = m_rmem[r] * p.scale + logf(l);
     }
     scale_rows(O_rmem, factor[0], factor[1]);
     store_rows(head_of(p.o, b, h), p.o.stride_n, i0 + warp_row, p.Nq, p.Dv, O_rmem);

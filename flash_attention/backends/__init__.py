@@ -38,7 +38,7 @@ def choose(name: str | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
         reason = BACKENDS[each].why_not(q, k, v, mask, causal, dropout_p)
         if reason is None:
             if reasons and name is None and each == "reference":
-                warnings.warn(f"flash_attention runs on the slow reference: {'; '.join(reasons)}", stacklevel=3)
+                warnings.warn(f"flash_attention runs on the slow reference: {'; '.join(reasons)}", stacklevel=4)
             return each
         reasons.append(f"{each}: {reason}")
     raise NotImplementedError(f"backend {name!r} cannot serve this call: {'; '.join(reasons)}")

@@ -7,26 +7,20 @@ device. Nothing synchronises, nothing is copied that the kernel can read where i
 import ctypes
 import functools
 import struct
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flash_attention import allocate, build
+from flash_attention.backends.launch import NO_MASK, PARAMS, Launch, failure
 from flash_attention.reference.dropout import threshold
 
 PACK_MASK = "pack_mask.cu"
 
-# struct AttentionParams: q, k, v, o, d_o, dq, dk, dv (address and three strides each), the mask (address and four), lse, d_lse, workspace,
-# seed, then B, H, Hkv, Nq, Nk, D, Dv, scale, drop_below, keep_scale, deterministic, device, sm_count, and the stream.
-PARAMS = struct.Struct("@32q 5q 4q 7i f i f 3i q")
-WORKSPACE = 8 * (32 + 5 + 2)  # byte offset of its address, which is known last
 PACK_PARAMS = struct.Struct("@q 4q q 4i i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-NO_TENSOR = (0, 0, 0, 0)
-NO_MASK = (0, 0, 0, 0, 0)
+FORWARD, BACKWARD = 0, 1  # which of a rung's files
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as the one object that it is: a call looks its library up by it
@@ -63,13 +57,18 @@ class Rung:
         """→ O (B, H, Nq, Dv), LSE (B, H, Nq)."""
         O, LSE = allocate.forward_outputs(q, v)
         sign, scale = _positive(scale)
-        q, k, v, out = self._readable(q if sign == 1 else q * sign), self._readable(k), self._readable(v), self._writable(O)
-        mask_fields, _alive = self._mask(mask)
-        library = self._library(0, q, v, causal, mask is not None, seed is not None)
-        tensors = (*_fields(q), *_fields(k), *_fields(v), *_fields(out), *NO_TENSOR * 4)
-        pointers = (LSE.data_ptr(), 0, 0, 0 if seed is None else seed.data_ptr())
-        _launch(library, library.attention, q, _pack(tensors, mask_fields, pointers, q, k, v, scale, dropout_p))
-        return (O if out is O else O.copy_(out)), LSE
+        q, k, v = (self._readable(x) for x in (q if sign == 1 else q * sign, k, v))
+        form, mask_fields, _alive = self._mask(FORWARD, mask, seed is not None)
+        tensors = q, k, v, O
+        self._launch(FORWARD, tensors, form, seed, causal, scale, dropout_p)(tensors, LSE, mask_fields, seed=seed)
+        return O, LSE
+
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, causal: bool, scale: float) -> Launch | None:
+        """The launch of a forward without mask and dropout for tensors like these, wherever they begin at a multiple of 16 bytes. None if
+        the kernel cannot read them as they are."""
+        if scale <= 0 or not all(self._is_readable(x) for x in (q, k, v)):
+            return None
+        return self._launch(FORWARD, (q, k, v, O), None, None, causal, scale, 0.0)
 
     def backward(
         self,
@@ -87,21 +86,15 @@ class Rung:
         dropout_p: float,
     ):
         """→ dQ, dK, dV, shaped as q, k, v."""
-        gradients = allocate.backward_outputs(q, k, v)
+        dQ, dK, dV = allocate.backward_outputs(q, k, v)
         sign, scale = _positive(scale)
         q, k, v, O, dO = (self._readable(x) for x in (q if sign == 1 else q * sign, k, v, O, dO))
-        dQ, dK, dV = (self._writable(x) for x in gradients)
         LSE, dLSE = LSE.contiguous(), None if dLSE is None else dLSE.contiguous()
-        mask_fields, _alive = self._mask(mask)
-        library = self._library(1, q, v, causal, mask is not None, seed is not None)
-        tensors = tuple(field for x in (q, k, v, O, dO, dQ, dK, dV) for field in _fields(x))
-        pointers = (LSE.data_ptr(), 0 if dLSE is None else dLSE.data_ptr(), 0, 0 if seed is None else seed.data_ptr())
-        params = _pack(tensors, mask_fields, pointers, q, k, v, scale, dropout_p)
-        workspace = torch.empty(library.workspace_floats(params), dtype=torch.float32, device=q.device)
-        _launch(
-            library, library.attention, q, params[:WORKSPACE] + workspace.data_ptr().to_bytes(8, sys.byteorder) + params[WORKSPACE + 8 :]
-        )
-        dQ, dK, dV = (given if given is ours else given.copy_(ours) for given, ours in zip(gradients, (dQ, dK, dV), strict=True))
+        form, mask_fields, _alive = self._mask(BACKWARD, mask, seed is not None)
+        tensors = q, k, v, O, dO, dQ, dK, dV
+        launch = self._launch(BACKWARD, tensors, form, seed, causal, scale, dropout_p)
+        workspace = torch.empty(launch.workspace_floats(), dtype=torch.float32, device=q.device)
+        launch(tensors, LSE, mask_fields, dLSE, workspace, seed)
         return (dQ if sign == 1 else dQ.mul_(sign)), dK, dV
 
     # ---- what the kernels can read in place
@@ -115,21 +108,45 @@ class Rung:
     def _readable(self, x: Tensor) -> Tensor:
         return x if self._is_readable(x) else x.clone(memory_format=torch.contiguous_format)
 
-    def _writable(self, x: Tensor) -> Tensor:
-        return x if self._is_readable(x) else x.new_empty(x.shape)
-
-    def _mask(self, mask: Tensor | None) -> tuple[tuple[int, ...], Tensor | None]:
-        """The mask's fields in the struct, and what must stay alive until the launch."""
-        if mask is None:
-            return NO_MASK, None
+    def mask_forms(self, which: int, dropout: bool) -> tuple[str, ...]:
+        """The forms in which this rung's forward or backward reads a mask."""
         if not self.packs_mask:
-            return (mask.data_ptr(), *mask.stride()), mask
+            return ("bytes",)
+        # A call of Philox covers columns that lie 8 apart, the bytes that a thread reads at once lie side by side.
+        return ("bits", "bytes") if which == FORWARD and not dropout else ("bits",)
+
+    def _mask(self, which: int, mask: Tensor | None, dropout: bool) -> tuple[str | None, tuple[int, ...], Tensor | None]:
+        """The mask's form, its fields in the struct, and what must stay alive until the launch."""
+        if mask is None:
+            return None, NO_MASK, None
+        forms = self.mask_forms(which, dropout)
+        if "bits" not in forms or ("bytes" in forms and _is_read_once(mask)):
+            return "bytes", (mask.data_ptr(), *mask.stride()), mask
         bits = pack_mask(mask)
         strides = [0 if n == 1 else s for n, s in zip(bits.shape, bits.stride(), strict=True)]
-        return (bits.data_ptr(), *strides[:3], 1), bits
+        return "bits", (bits.data_ptr(), *strides[:3], 1), bits
 
-    def _library(self, which: int, q: Tensor, v: Tensor, causal: bool, mask: bool, dropout: bool) -> ctypes.CDLL:
-        return _library(self, which, q.device.index, q.dtype, max(q.shape[3], v.shape[3]), causal, mask, dropout)
+    def _launch(
+        self,
+        which: int,
+        tensors: tuple[Tensor, ...],
+        mask: str | None,
+        seed: Tensor | None,
+        causal: bool,
+        scale: float,
+        dropout_p: float,
+    ) -> Launch:
+        q, _, v, *_ = tensors
+        (B, H, Nq, D), (_, Hkv, Nk, Dv) = q.shape, v.shape
+        drop = threshold(dropout_p)
+        device = q.device.index
+        return Launch(
+            library=_library(self, which, device, q.dtype, max(D, Dv), causal, mask, seed is not None),
+            tensors=tuple(field for x in tensors for field in (0, *x.stride()[:3])) + (0,) * (32 - 4 * len(tensors)),
+            settings=(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop)),
+            device=device,
+            sm_count=_sm_count(device),
+        )
 
 
 RUNGS = {
@@ -175,7 +192,7 @@ def _why_no_kernels(device: int, min_arch: int) -> str | None:
 
 
 @functools.cache
-def _library(rung: Rung, which: int, device: int, dtype: torch.dtype, D: int, causal: bool, mask: bool, dropout: bool) -> ctypes.CDLL:
+def _library(rung: Rung, which: int, device: int, dtype: torch.dtype, D: int, causal: bool, mask: str | None, dropout: bool) -> ctypes.CDLL:
     """The rung's forward (0) or backward (1) for one kind of call, compiled if it must be."""
     head_dim = next(size for size in rung.head_dims if size >= D)
     arch = build.arch_of(torch.cuda.get_device_capability(device))
@@ -195,47 +212,9 @@ def _positive(scale: float) -> tuple[int, float]:
     return (1, scale) if scale > 0 else (-1, -scale) if scale < 0 else (0, 1.0)
 
 
-def _fields(x: Tensor) -> tuple[int, int, int, int]:
-    """struct Tensor4."""
-    b, h, n, _ = x.stride()
-    return x.data_ptr(), b, h, n
-
-
-def _pack(tensors, mask, pointers, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> bytes:
-    """struct AttentionParams."""
-    B, H, Nq, D = q.shape
-    drop = threshold(dropout_p)
-    device = q.device.index
-    return PARAMS.pack(
-        *tensors,
-        *mask,
-        *pointers,
-        B,
-        H,
-        k.shape[1],
-        Nq,
-        k.shape[2],
-        D,
-        v.shape[3],
-        scale,
-        drop,
-        256 / (256 - drop),
-        torch.are_deterministic_algorithms_enabled(),
-        device,
-        _sm_count(device),
-        torch._C._cuda_getCurrentRawStream(device),
-    )
-
-
 @functools.cache
 def _sm_count(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _launch(library: ctypes.CDLL, entry: Callable[[bytes], int], x: Tensor, params: bytes) -> None:
-    error = entry(params)
-    if error:
-        raise RuntimeError(f"CUDA error {error} at launch on {x.device}, {tuple(x.shape)} {x.dtype}: {library.error_name(error).decode()}")
 
 
 @functools.cache
@@ -250,6 +229,13 @@ def _pack_mask_library(device: int) -> ctypes.CDLL:
     return library
 
 
+def _is_read_once(mask: Tensor) -> bool:
+    """Whether a forward reads each byte of the mask once, and may read 16 at a time. Then packing, which reads them too, saves nothing."""
+    b, h, i, j = mask.stride()
+    once = all(stride or n == 1 for n, stride in zip(mask.shape[:3], (b, h, i), strict=True))
+    return once and j == 1 and not (b | h | i | mask.data_ptr()) % 16
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """bool (B, H, Nq, Nk), any strides → int32 (B or 1, H or 1, Nq or 1, words): what is broadcast is packed once.
 
@@ -262,5 +248,7 @@ def pack_mask(mask: Tensor) -> Tensor:
         library = _pack_mask_library(mask.device.index)
         stream = torch._C._cuda_getCurrentRawStream(mask.device.index)
         params = PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), B, H, Nq, Nk, mask.device.index, stream)
-        _launch(library, library.pack_mask, mask, params)
+        error = library.pack_mask(params)
+        if error:
+            raise failure(library, error, mask)
     return bits

@@ -31,6 +31,7 @@ SPILL = re.compile(r"([1-9]\d*) bytes spill")
 WARNING = re.compile(r"C75(0[89]|1[0-7])")
 
 DTYPE_NUMBER = {"float32": 0, "float16": 1, "bfloat16": 2}  # as in attention.h
+MASK_NUMBER = {None: 0, "bits": 1, "bytes": 2}
 
 
 class BuildError(RuntimeError):
@@ -45,7 +46,7 @@ class Specialisation(NamedTuple):
     head_dim: int
     dtype: str
     causal: bool
-    mask: bool
+    mask: str | None  # its form, "bits" or "bytes"
     dropout: bool
 
     def defines(self) -> list[str]:
@@ -53,15 +54,15 @@ class Specialisation(NamedTuple):
             "HEAD_DIM": self.head_dim,
             "DTYPE": DTYPE_NUMBER[self.dtype],
             "CAUSAL": int(self.causal),
-            "MASK": int(self.mask),
+            "MASK": MASK_NUMBER[self.mask],
             "DROPOUT": int(self.dropout),
             "SMEM_KB": shared_memory_kb(self.arch),
         }
         return [f"-D{name}={value}" for name, value in values.items()]
 
     def __str__(self) -> str:
-        flags = [name for name in ("causal", "mask", "dropout") if getattr(self, name)]
-        return " ".join([self.file, f"sm_{self.arch}", f"D {self.head_dim}", self.dtype, *flags])
+        flags = {"causal": self.causal, f"mask of {self.mask}": self.mask, "dropout": self.dropout}
+        return " ".join([self.file, f"sm_{self.arch}", f"D {self.head_dim}", self.dtype, *(name for name, on in flags.items() if on)])
 
 
 def shared_memory_kb(arch: str) -> int:

@@ -24,7 +24,9 @@ def usual_set(archs: list[str], head_dims: list[int] | None = None) -> list[Spec
             for causal, mask, dropout in ((False, False, False), (True, False, False), (False, True, False), (True, True, True)):
                 if head_dim not in rung.head_dims or (rung.plain_only and (mask or dropout)):
                     continue
-                wanted += [Specialisation(file, arch, head_dim, dtype, causal, mask, dropout) for file in rung.files]
+                for which, file in enumerate(rung.files):
+                    forms = rung.mask_forms(which, dropout) if mask else (None,)
+                    wanted += [Specialisation(file, arch, head_dim, dtype, causal, form, dropout) for form in forms]
     return wanted
 
 

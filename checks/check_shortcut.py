@@ -1,0 +1,160 @@
+"""A plain call like one before it goes straight to its kernel, and only such a call does.
+
+python checks/check_shortcut.py [--backend tensor_core]
+"""
+
+import pytest
+import torch
+from harness import Case, dtype_served, run_alone
+
+from flash_attention import flash_attention, interface, shortcut
+
+
+@pytest.fixture
+def slow_calls(monkeypatch):
+    """The table is empty, and whatever is checked and prepared anew is listed here."""
+    monkeypatch.setattr(shortcut, "_launches", {})
+    calls, whole = [], interface._attention
+    monkeypatch.setattr(interface, "_attention", lambda *arguments: calls.append(arguments) or whole(*arguments))
+    return calls
+
+
+def inputs(target, *shape: int, dtype: torch.dtype | None = None):
+    if target.device != "cuda" or target.backend == "reference":
+        pytest.skip("launches are kept for kernels only")
+    B, H, N, D = shape or (2, 4, 130, 64)
+    return Case(B=B, H=H, Nq=N, Nk=N, D=D, dtype=dtype or dtype_served(target)).inputs(target.device)[:3]
+
+
+def check_a_second_call(target, slow_calls):
+    """The second call is the short one. It gives the same O and LSE, for other addresses and other numbers too."""
+    q, k, v = inputs(target)
+    for causal in (False, True):
+        for scale in (None, 0.3):
+            slow_calls.clear()
+            first = flash_attention(q, k, v, causal=causal, scale=scale, return_lse=True, backend=target.backend)
+            assert len(slow_calls) == 1, "the first call was not checked"
+            for arguments in ((q, k, v), (q.clone(), k.clone(), v.clone())):
+                again = flash_attention(*arguments, causal=causal, scale=scale, return_lse=True, backend=target.backend)
+                assert len(slow_calls) == 1, "the second call was not the short one"
+                assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+            other = flash_attention(v, q, k, causal=causal, scale=scale, backend=target.backend)
+            assert len(slow_calls) == 1
+            shortcut._launches.clear()
+            assert torch.equal(other, flash_attention(v, q, k, causal=causal, scale=scale, backend=target.backend))
+
+
+def check_no_two_calls_are_confused(target, slow_calls):
+    """Calls that differ in one shape, stride, dtype, address or setting, each made twice: every one computes what it would alone."""
+    q, k, v = inputs(target)
+    H, N = q.shape[1:3]
+    tall = torch.cat((q, q, q), -1)
+    half = torch.float16 if q.dtype != torch.float16 else torch.bfloat16
+    off = torch.empty(q.numel() + 1, dtype=q.dtype, device=q.device)[1:].view(q.shape).copy_(q)  # begins beside a multiple of 16 bytes
+    calls = [
+        ((q, k, v), {}),
+        ((q, k, v), {"causal": True}),
+        ((q, k, v), {"scale": 0.5}),
+        ((q, k, v), {"scale": -0.5}),
+        ((q[:, :, :-1], k, v), {}),
+        ((q, k[:, :, :-1], v[:, :, :-1]), {}),
+        ((q, k[:, :2], v[:, :2]), {}),
+        ((q.transpose(1, 2).contiguous().transpose(1, 2), k, v), {}),
+        ((q, k, v.transpose(1, 2).contiguous().transpose(1, 2)), {}),
+        ((tall[..., 64:128], k, v), {}),
+        ((q, k.mT.contiguous().mT, v), {}),
+        ((q[:1].expand_as(q), k, v), {}),
+        ((off, k, v), {}),
+        ((q, off, v), {}),
+        ((q, k, off), {}),
+        ((q.reshape(1, 2 * H, N, -1), k.reshape(1, 2 * H, N, -1), v.reshape(1, 2 * H, N, -1)), {}),
+        ((q.to(half), k.to(half), v.to(half)), {}),
+    ]
+    want = []
+    for arguments, settings in calls:
+        shortcut._launches.clear()
+        want.append(flash_attention(*arguments, **settings, return_lse=True, backend=target.backend))
+    shortcut._launches.clear()
+    for _ in range(2):
+        for n, ((arguments, settings), expected) in enumerate(zip(calls, want, strict=True)):
+            got = flash_attention(*arguments, **settings, return_lse=True, backend=target.backend)
+            assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(got, expected, strict=True)), f"call {n}"
+
+
+def check_what_is_not_plain_takes_the_long_way(target, slow_calls):
+    q, k, v = inputs(target, dtype=torch.float16)
+    name = {"backend": target.backend}
+
+    def long_way(call) -> bool:
+        slow_calls.clear()
+        call()
+        return len(slow_calls) > 0
+
+    plain = lambda: flash_attention(q, k, v, **name)  # noqa: E731
+    plain()
+    assert not long_way(plain)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert long_way(plain), "autocast"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert long_way(plain), "a profiler"
+    assert long_way(lambda: torch.func.vmap(lambda *x: flash_attention(*x, **name))(q[None], k[None], v[None])), "vmap"
+    for x in (q, k, v):
+        x.requires_grad_()
+        assert long_way(plain), "gradients"
+        assert flash_attention(q, k, v, **name).requires_grad
+        with torch.no_grad():
+            assert not long_way(plain), "no_grad"
+        x.requires_grad_(False)
+    parameter = torch.nn.Parameter(q, requires_grad=False)
+    assert long_way(lambda: flash_attention(parameter, k, v, **name)), "a subclass of Tensor"
+    assert not long_way(plain)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"causal": 0}, TypeError),
+        ({"causal": None}, TypeError),
+        ({"scale": True}, TypeError),
+        ({"scale": float("nan")}, ValueError),
+        ({"dropout_p": 1.0}, ValueError),
+        ({"dropout_p": "0"}, ValueError),
+        ({"backend": "no such"}, ValueError),
+        ({"backend": 1}, ValueError),
+    ],
+    ids=str,
+)
+def check_bad_settings_after_a_good_call(target, slow_calls, settings, error):
+    """What equals a good argument without being one is refused as before."""
+    q, k, v = inputs(target)
+    for scale in (None, 1.0):
+        flash_attention(q, k, v, scale=scale, backend=target.backend)
+    with pytest.raises(error):
+        flash_attention(q, k, v, **{"backend": target.backend, **settings})
+
+
+def check_bad_tensors_after_a_good_call(target, slow_calls):
+    q, k, v = inputs(target)
+    flash_attention(q, k, v, backend=target.backend)
+    for arguments, error in (
+        ((q, k, v.cpu()), ValueError),
+        ((q, k, v.double()), TypeError),
+        ((q, k.to_sparse(), v), TypeError),
+        ((q, k[..., :-8], v), ValueError),
+        ((q[0], k, v), ValueError),
+        ((q.tolist(), k, v), TypeError),
+    ):
+        with pytest.raises(error):
+            flash_attention(*arguments, backend=target.backend)
+
+
+def check_the_table_stays_small(target, slow_calls, monkeypatch):
+    monkeypatch.setattr(shortcut, "CAPACITY", 5)
+    q, k, v = inputs(target)
+    for n in range(1, 12):
+        flash_attention(q, k[:, :, :n], v[:, :, :n], backend=target.backend)
+        assert 1 <= len(shortcut._launches) <= 5
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

@@ -1,0 +1,73 @@
+"""A call like one before it: straight to its kernel.
+
+On the host, most of a small call's time goes into checking it, choosing a backend and preparing the launch. Shapes, strides, dtypes
+and settings determine all of that: for the plainest kind of call (no mask, no dropout, no gradients, nobody looking on) the launch is
+kept, and the next such call only fills in addresses.
+"""
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from flash_attention import allocate
+from flash_attention.backends import cuda
+from flash_attention.backends.launch import Launch
+
+CAPACITY = 1024  # of kept launches: where lengths grow without end, the table starts anew
+_launches: dict[Hashable, Launch] = {}
+
+
+def nobody_looks_on(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """No compiler, tracer or profiler, no functorch transform, no torch_dispatch mode, no subclass of Tensor. Then a backend may be called
+    without going through its op."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is type(k) is type(v) is Tensor
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def signature(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, dropout_p: float, backend: str | None) -> Hashable | None:
+    """What determines the launch of this call, or None if it is not of the plainest kind. Nothing has been checked yet."""
+    plain = (
+        nobody_looks_on(q, k, v)
+        and q.is_cuda
+        and q.layout == k.layout == v.layout == torch.strided
+        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cuda")
+        # By type, because True == 1 and 0.0 == False, of which only one is a valid argument.
+        and type(causal) is bool
+        and (scale is None or type(scale) is float)
+        and type(dropout_p) is float
+        and dropout_p == 0
+        and (backend is None or type(backend) is str)
+    )
+    if not plain:
+        return None
+    shapes, strides, dtypes = (q.shape, k.shape, v.shape), (q.stride(), k.stride(), v.stride()), (q.dtype, k.dtype, v.dtype)
+    return shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, backend
+
+
+def repeat(call: Hashable, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> tuple[Tensor, Tensor | None] | None:
+    """O and, if asked for, LSE of a call whose launch is kept, or None."""
+    launch = _launches.get(call)
+    if launch is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return None
+    O, LSE = allocate.forward_outputs(q, v) if lse else (allocate.output(q, v), None)
+    launch((q, k, v, O), LSE)
+    return O, LSE
+
+
+def keep(call: Hashable, q: Tensor, k: Tensor, v: Tensor, O: Tensor, causal: bool, scale: float, backend: str) -> None:
+    """Prepares the launch of the next call like this one, which has been checked and served by `backend`."""
+    launch = cuda.RUNGS[backend].prepare(q, k, v, O, causal, scale) if backend in cuda.RUNGS else None
+    if launch is not None:
+        if len(_launches) >= CAPACITY:
+            _launches.clear()
+        _launches[call] = launch
