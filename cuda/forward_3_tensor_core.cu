@@ -6,7 +6,7 @@
 //
 // Change from forward_2_mma.cu: the swizzle and the two stages; more rows a warp, so that a fragment of K or V serves two products; masks and
 // dropout. Serves everything in the interface for float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale.
-#include "tensor_core.cuh"
+#include "mask_tile.cuh"
 
 // ---- tile sizes. A warp owns ROWS_PER_WARP rows of Q, so softmax needs no other warp. Two or three blocks share a multiprocessor: one
 // block's softmax runs under another's matrix products.
@@ -42,12 +42,13 @@ constexpr bool TIGHT = BLOCK_K == 128 ? CAUSAL || MASK || DROPOUT : HEAD_DIM > 6
 __device__ inline int thread_anew() { return TIGHT ? ptx::tid_x() : threadIdx.x; }
 __device__ inline uint32_t copying_thread() { return BLOCK_K == 128 || (HEAD_DIM > 64 && !MASK) ? ptx::tid_x() : threadIdx.x; }
 
-constexpr int MASK_WORDS = BLOCK_K / 32;
-struct alignas(4 * MASK_WORDS) Words {  // of a row of a tile of the mask: a set bit hides
-    uint32_t word[MASK_WORDS];
-};
-constexpr int MASK_BYTES = MASK ? BLOCK_Q * static_cast<int>(sizeof(Words)) : 0;
-constexpr int SMEM_BYTES = Tile_Q::BYTES + STAGES * (2 * Tile_KV::BYTES + MASK_BYTES);
+#if MASK == MASK_OF_BYTES
+using MaskTile = MaskOfBytes<THREADS, ROWS_PER_WARP, BLOCK_K>;
+#else
+using MaskTile = MaskOfBits<THREADS, ROWS_PER_WARP, BLOCK_K>;
+#endif
+using Order = MaskTile::Order;  // of keys in a tile
+constexpr int SMEM_BYTES = Tile_Q::BYTES + STAGES * (2 * Tile_KV::BYTES + (MASK ? MaskTile::SIZE : 0));
 
 struct Rows {
     int i0, h, b;  // first row of the tile of Q, query head, batch
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     extern __shared__ __align__(1024) uint8_t smem[];
     const uint32_t Q_smem = ptx::smem_address(smem);            // [BLOCK_Q, HEAD_DIM]
     const uint32_t KV_smem = Q_smem + Tile_Q::BYTES;            // STAGES × (K [BLOCK_K, HEAD_DIM], V [BLOCK_K, HEAD_DIM])
-    [[maybe_unused]] Words* mask_smem = reinterpret_cast<Words*>(smem + Tile_Q::BYTES + STAGES * 2 * Tile_KV::BYTES);  // STAGES × [BLOCK_Q]
+    [[maybe_unused]] uint8_t* mask_smem = smem + Tile_Q::BYTES + STAGES * 2 * Tile_KV::BYTES;  // STAGES × a tile of the mask
 
     const Rows rows = rows_of_block(p);
     const int i0 = rows.i0, h = rows.h, b = rows.b;
@@ -73,22 +74,18 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 
     const uint32_t K_head = head_unit(p.k, b, kv_head(p, h)), V_head = head_unit(p.v, b, kv_head(p, h));
 
-    [[maybe_unused]] const uint32_t mask_row =  // the word at which the mask of the row that this thread copies begins
-        static_cast<uint32_t>(b * p.mask.stride_b + h * p.mask.stride_h + min(i0 + static_cast<int>(threadIdx.x) % BLOCK_Q, p.Nq - 1) * p.mask.stride_i);
+    [[maybe_unused]] const uint32_t mask_origin = MASK ? MaskTile::origin(p, b, h, i0, threadIdx.x) : 0;
 
     // Columns that the last row of this tile sees; tiles beyond are never visited.
     const int columns = CAUSAL ? max(0, min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + offset)) : p.Nk;
     const int k_tiles = (columns + BLOCK_K - 1) / BLOCK_K;
 
     auto load_K = [&](int j) {
-        load_tile<Tile_KV, THREADS>(KV_smem + stage(j) * 2 * Tile_KV::BYTES, p.k, K_head, j * BLOCK_K, p.Nk, p.D, copying_thread());
-#if MASK
-        ptx::cp_async_small<sizeof(Words)>(ptx::smem_address(mask_smem + stage(j) * BLOCK_Q + threadIdx.x % BLOCK_Q),
-                                           static_cast<const uint32_t*>(p.mask.data) + (mask_row + j * MASK_WORDS));
-#endif
+        load_tile<Tile_KV, THREADS, Order>(KV_smem + stage(j) * 2 * Tile_KV::BYTES, p.k, K_head, j * BLOCK_K, p.Nk, p.D, copying_thread());
+        if (MASK) MaskTile::copy(mask_smem + stage(j) * MaskTile::SIZE, p, mask_origin, i0, j * BLOCK_K, thread_anew());
     };
     auto load_V = [&](int j) {
-        load_tile<Tile_KV, THREADS>(KV_smem + (stage(j) * 2 + 1) * Tile_KV::BYTES, p.v, V_head, j * BLOCK_K, p.Nk, p.Dv, copying_thread());
+        load_tile<Tile_KV, THREADS, Order>(KV_smem + (stage(j) * 2 + 1) * Tile_KV::BYTES, p.v, V_head, j * BLOCK_K, p.Nk, p.Dv, copying_thread());
     };
 
     if (k_tiles > 0) {  // where no row sees anything, nothing is copied that could still arrive when O takes Q's place
@@ -120,31 +117,18 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         if (STAGES == 2 && j > 0) load_K(j - 1), load_V(j - 1);
         ptx::cp_async_commit_group();
 
-        // S = Q Kᵀ, summed from 0, or from about −2¹²⁷ where the mask hides: no score is large enough to show beside that.
-        float S_rmem[M_TILES][N_TILES][4] = {};
-#if MASK
-        const int thread = thread_anew();
+        float S_rmem[M_TILES][N_TILES][4] = {};  // S = Q Kᵀ, summed from 0 or from where the mask says
+        if (MASK) {
+            const int thread = thread_anew();
+            const int first_row_sees = i0 + thread / 32 * ROWS_PER_WARP + thread % 32 / 4 + offset + 1 - j0;  // columns of this tile, causally
 #pragma unroll
-        for (int m = 0; m < M_TILES; ++m)
+            for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int row = thread / 32 * ROWS_PER_WARP + 16 * m + 8 * r + thread % 32 / 4;
-                const Words words = mask_smem[stage(j) * BLOCK_Q + row];
-#pragma unroll
-                for (int w = 0; w < MASK_WORDS; ++w) {
-                    uint32_t hidden = words.word[w];
-                    if (CAUSAL && cut) hidden |= ~first_bits(min(p.Nk, i0 + row + offset + 1) - j0 - 32 * w);
-#pragma unroll
-                    for (int c = 0; c < 2; ++c) {
-                        // Byte n of a word is about columns 8n … 8n + 7, of which this lane has 2t and 2t + 1: that bit becomes the byte's
-                        // sign, and the sign, repeated, the high byte of a float.
-                        const uint32_t signs = hidden << (7 - thread % 4 * 2 - c);
-#pragma unroll
-                        for (int n = 0; n < 4; ++n) S_rmem[m][4 * w + n][2 * r + c] = __uint_as_float(ptx::prmt(signs, 0, (8 + n) << 12 | 0x444));
-                    }
+                for (int r = 0; r < 2; ++r) {
+                    const int visible = min(p.Nk - j0, first_row_sees + 16 * m + 8 * r);
+                    MaskTile::start<CAUSAL>(S_rmem[m], 2 * r, mask_smem + stage(j) * MaskTile::SIZE, 2 * m + r, cut, visible, thread);
                 }
-            }
-#endif
+        }
         const uint32_t K_lane = K_smem + Tile_KV::lane_b(0, lane);
 #pragma unroll
         for (int d = 0; d < D_STEPS; ++d) {
@@ -279,7 +263,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
             l += __shfl_xor_sync(0xffffffff, l, 1);
             l += __shfl_xor_sync(0xffffffff, l, 2);
             const int row = warp_row + 16 * m + 8 * r + g;
-            if (t == 0 && out.i0 + row < p.Nq) p.lse[(static_cast<int64_t>(out.b) * p.H + out.h) * p.Nq + out.i0 + row] = m_rmem[m][r] * p.scale + logf(l);
+            if (p.lse && t == 0 && out.i0 + row < p.Nq) p.lse[(static_cast<int64_t>(out.b) * p.H + out.h) * p.Nq + out.i0 + row] = m_rmem[m][r] * p.scale + logf(l);
             const float factor = l > 0 ? (DROPOUT ? p.keep_scale : 1.0f) / l : 0;  // l = 0: the row may attend nothing
 #pragma unroll
             for (int o = 0; o < O_TILES; ++o)
@@ -302,8 +286,8 @@ extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
 
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
-    const bool mask_fits = p.B * p.mask.stride_b + p.H * p.mask.stride_h + p.Nq * p.mask.stride_i < int64_t(1) << 32;
-    if (!mask_fits || !units_fit(p.q, p.B, p.H, p.Nq) || !units_fit(p.k, p.B, p.Hkv, p.Nk) || !units_fit(p.v, p.B, p.Hkv, p.Nk)) return cudaErrorInvalidValue;
+    const bool fits = units_fit(p.q, p.B, p.H, p.Nq) && units_fit(p.k, p.B, p.Hkv, p.Nk) && units_fit(p.v, p.B, p.Hkv, p.Nk);
+    if (!fits || (MASK && !MaskTile::fits(p))) return cudaErrorInvalidValue;
     if (p.B == 0 || p.Nq == 0) return cudaSuccess;
     DeviceGuard guard(p.device);
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);

@@ -30,6 +30,13 @@ __device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(valid ? 16 : 0) : "memory");
 }
 
+// The first `bytes` of N = 8 or 16, then zeros; nothing is read where `bytes` is 0.
+template <int N>
+__device__ inline void cp_async_first(uint32_t smem, const void* gmem, int bytes) {
+    if (N == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(bytes) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(smem), "l"(gmem), "n"(N), "r"(bytes) : "memory");
+}
+
 // N = 4 or 8 bytes, through L1.
 template <int N>
 __device__ inline void cp_async_small(uint32_t smem, const void* gmem) {

@@ -27,23 +27,40 @@ __device__ inline void load_tile(uint32_t smem, const element* gmem, int64_t str
                              first + row + r < rows && panel * 64 + chunk * 8 < D);
 }
 
+// Which row of K and V stands in row r of a tile of ROWS. A thread that copies rows r, r + 16, … finds the first at row(r), the others at steps
+// from it that the compiler knows.
+template <int ROWS>
+struct InOrder {
+    __device__ static int row(int r) { return r; }
+    __device__ static constexpr int step(int r) { return r; }
+};
+// In each GROUP of keys, rows 8n + 2t and 8n + 2t + 1 (n = 0, 1, …), which lane t of an accumulator's row has as columns, are keys RUN·t + 2n
+// and RUN·t + 2n + 1: RUN neighbours.
+template <int ROWS>
+struct Dealt {
+    static constexpr int GROUP = ROWS < 64 ? ROWS : 64, RUN = GROUP / 4;
+    __device__ static int row(int r) { return r % 8 / 2 * RUN + r / 8 * 2 + r % 2; }  // r < 16
+    __device__ static constexpr int step(int r) { return r / GROUP * GROUP + r % GROUP / 4; }  // r a multiple of 16
+};
+
 // The same, with offsets in 16-byte units: 32 bits of them reach 64 GB, and an address that the compiler keeps over a loop takes one register
 // instead of two. The launcher refuses larger tensors. `thread` is threadIdx.x, or tid_x(), with which nothing is kept.
-template <class Tile, int THREADS>
+template <class Tile, int THREADS, class Order = InOrder<Tile::ROWS>>
 __device__ inline void load_tile(uint32_t smem, const Tensor4& tensor, uint32_t head, int first, int rows, int D, uint32_t thread) {
     constexpr int ROWS_AT_ONCE = THREADS / 8;
     static_assert(Tile::ROWS % ROWS_AT_ONCE == 0 && ROWS_AT_ONCE % 8 == 0, "the swizzle must be the same for every row of a thread");
-    const int row = thread / 8, chunk = thread % 8;
+    const int row = Order::row(thread / 8), chunk = thread % 8;
     const uint32_t stride = static_cast<uint32_t>(tensor.stride_n / 8);
     uint32_t source = head + (first + row) * stride + chunk;
-    smem += Tile::offset(row, chunk);
+    smem += Tile::offset(thread / 8, chunk);
 #pragma unroll
-    for (int r = 0; r < Tile::ROWS; r += ROWS_AT_ONCE, source += ROWS_AT_ONCE * stride)
+    for (int r = 0; r < Tile::ROWS; source += (Order::step(r + ROWS_AT_ONCE) - Order::step(r)) * stride, r += ROWS_AT_ONCE)
 #pragma unroll
         for (int panel = 0; panel < Tile::PANELS; ++panel)
             // Where not valid, the address may lie outside the tensor; nothing is read there.
-            ptx::cp_async_16(smem + panel * Tile::PANEL_BYTES + r * ROW_BYTES, static_cast<const uint4*>(tensor.data) + (source + panel * 8),
-                             first + row + r < rows && panel * 64 + chunk * 8 < D);
+            ptx::cp_async_16(smem + panel * Tile::PANEL_BYTES + r * ROW_BYTES,
+                             static_cast<const uint4*>(tensor.data) + (source + panel * 8),
+                             first + row + Order::step(r) < rows && panel * 64 + chunk * 8 < D);
 }
 
 // Whether every row's unit fits in 32 bits.

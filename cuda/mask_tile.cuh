@@ -1,0 +1,103 @@
+// The mask in the tensor-core forward. A tile of it is copied to shared memory beside its tiles of K and V; then it becomes what S's sums start
+// from: 0, or about −2¹²⁷ where it hides, beside which no score is large enough to show. One struct for each form of attention.h:
+//
+// MaskOfBits   32 columns a word: what is broadcast has been packed once. Serves dropout too.
+// MaskOfBytes  as PyTorch has it, for a mask of which each byte is read once; packing would read it just as often. Among the accumulators a lane
+//              has columns 8n + 2t and 8n + 2t + 1, two bytes here and two there. But which key lies in which row of a tile is free, as long as
+//              K and V agree: dealt out as below, a lane's columns are neighbours, and its bytes arrive 16 at a time.
+#pragma once
+
+#include "tensor_core.cuh"
+
+// Where column n of four starts: the sign of byte n of `signs`, repeated, is the high byte of a float.
+__device__ inline float start_of_sum(uint32_t signs, int n) { return __uint_as_float(ptx::prmt(signs, 0, (8 + n) << 12 | 0x444)); }
+
+// THREADS threads, each warp with ROWS_PER_WARP rows; `thread` is threadIdx.x or tid_x(), whichever leaves more registers.
+template <int THREADS, int ROWS_PER_WARP, int BLOCK_K>
+struct MaskOfBits {
+    static constexpr int BLOCK_Q = THREADS / 32 * ROWS_PER_WARP;
+    static constexpr int WORDS = BLOCK_K / 32;
+    struct alignas(4 * WORDS) Row {
+        uint32_t word[WORDS];  // a set bit hides
+    };
+    static constexpr int SIZE = BLOCK_Q * static_cast<int>(sizeof(Row));
+    using Order = InOrder<BLOCK_K>;  // of the keys in a tile
+
+    // The word at which the row that this thread copies begins.
+    __device__ static uint32_t origin(const AttentionParams& p, int b, int h, int i0, int thread) {
+        return static_cast<uint32_t>(b * p.mask.stride_b + h * p.mask.stride_h + min(i0 + thread % BLOCK_Q, p.Nq - 1) * p.mask.stride_i);
+    }
+    static bool fits(const AttentionParams& p) {
+        return p.B * p.mask.stride_b + p.H * p.mask.stride_h + p.Nq * p.mask.stride_i < int64_t(1) << 32;
+    }
+    __device__ static void copy(uint8_t* smem, const AttentionParams& p, uint32_t origin, int, int j0, int thread) {
+        ptx::cp_async_small<sizeof(Row)>(ptx::smem_address(reinterpret_cast<Row*>(smem) + thread % BLOCK_Q),
+                                         static_cast<const uint32_t*>(p.mask.data) + (origin + static_cast<uint32_t>(j0) / 32));
+    }
+    // This lane's part of row r of the ROWS_PER_WARP / 8 that it shares: S[n][first] and S[n][first + 1]. Where `cut`, which only CAN_CUT
+    // allows, columns of the tile from `visible` on are hidden too.
+    template <bool CAN_CUT, int N_TILES>
+    __device__ static void start(float (&S)[N_TILES][4], int first, const uint8_t* smem, int r, bool cut, int visible, int thread) {
+        const Row row = reinterpret_cast<const Row*>(smem)[thread / 32 * ROWS_PER_WARP + 8 * r + thread % 32 / 4];
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) {
+            uint32_t hidden = row.word[w];
+            if (CAN_CUT && cut) hidden |= ~first_bits(visible - 32 * w);
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const uint32_t signs = hidden << (7 - thread % 4 * 2 - c);  // byte n is about columns 8n …, of which this lane has 2t + c
+#pragma unroll
+                for (int n = 0; n < 4; ++n) S[4 * w + n][first + c] = start_of_sum(signs, n);
+            }
+        }
+    }
+};
+
+template <int THREADS, int ROWS_PER_WARP, int BLOCK_K>
+struct MaskOfBytes {
+    using Order = Dealt<BLOCK_K>;
+    static constexpr int RUN = Order::RUN;                 // bytes that a lane copies at once
+    static constexpr int RUNS = BLOCK_K / Order::GROUP;    // of them in a lane's part of a row
+    static constexpr int ROWS = ROWS_PER_WARP / 8;         // that a lane has a part of
+    struct alignas(RUN) Run {
+        uint32_t word[RUN / 4];  // a byte is 1 where a key may be attended
+    };
+    static constexpr int SIZE = ROWS * RUNS * THREADS * RUN;  // [ROWS, RUNS, THREADS] runs: each thread copies and reads its own
+
+    // Where the head begins, in units of 16 bytes: 32 bits of them reach 64 GB.
+    __device__ static uint32_t origin(const AttentionParams& p, int b, int h, int, int) {
+        return static_cast<uint32_t>((b * p.mask.stride_b + h * p.mask.stride_h) / 16);
+    }
+    static bool fits(const AttentionParams& p) {
+        return p.B * p.mask.stride_b + p.H * p.mask.stride_h + p.Nq * p.mask.stride_i < int64_t(16) << 32;
+    }
+    __device__ static void copy(uint8_t* smem, const AttentionParams& p, uint32_t origin, int i0, int j0, int thread) {
+        const int i = i0 + thread / 32 * ROWS_PER_WARP + thread % 32 / 4;
+        const uint32_t stride = static_cast<uint32_t>(p.mask.stride_i / 16);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+            for (int n = 0; n < RUNS; ++n) {
+                const int j = j0 + n * Order::GROUP + thread % 4 * RUN;
+                const uint32_t row = origin + min(i + 8 * r, p.Nq - 1) * stride;
+                const uint8_t* source = static_cast<const uint8_t*>(p.mask.data) + static_cast<int64_t>(row) * 16 + j;
+                const int there = min(max(p.Nk - j, 0), RUN);  // the rest becomes 0, which hides
+                ptx::cp_async_first<RUN>(ptx::smem_address(reinterpret_cast<Run*>(smem) + (r * RUNS + n) * THREADS + thread), source, there);
+            }
+    }
+    template <bool CAN_CUT, int N_TILES>
+    __device__ static void start(float (&S)[N_TILES][4], int first, const uint8_t* smem, int r, bool cut, int visible, int thread) {
+#pragma unroll
+        for (int n = 0; n < RUNS; ++n) {
+            const Run run = reinterpret_cast<const Run*>(smem)[(r * RUNS + n) * THREADS + thread];
+#pragma unroll
+            for (int w = 0; w < RUN / 4; ++w) {
+                uint32_t may = run.word[w];
+                if (CAN_CUT && cut) may &= first_bits(8 * (visible - n * Order::GROUP - thread % 4 * RUN - 4 * w));
+                const uint32_t signs = 0x80808080u - may;
+#pragma unroll
+                for (int c = 0; c < 4; ++c) S[n * (Order::GROUP / 8) + 2 * w + c / 2][first + c % 2] = start_of_sum(signs, c);
+            }
+        }
+    }
+};
