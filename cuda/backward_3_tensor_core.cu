@@ -197,6 +197,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
     const int warp_k = warp / WARPS_Q, warp_q = warp % WARPS_Q;
     const int offset = p.Nk - p.Nq;                                       // causal: row i sees columns j ≤ i + offset
     const Workspace workspace(p);
+    // This block's turn to add to dQ, if deterministic. Large head sizes leave no register to keep it in.
+    auto turn = [&] { return HEAD_DIM > 192 ? keys_of_block(p).tile : keys.tile; };
 
     // line 8: the tiles of Q that see some of these keys, of every query head that shares them. Causal: from the last one down, so that the blocks
     // of a head are at the same tile at about the same time, which then stays in L2; taking turns (below), they must be.
@@ -221,8 +223,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         if (ahead.h < end_h) {
             const int i0 = ahead.tile * BLOCK_Q;
             const uint32_t stage = QdO_smem + ahead.stage * 2 * Tile_Q::BYTES;
-            load_tile<Tile_Q, THREADS>(stage, head_of(p.q, b, ahead.h), p.q.stride_n, i0, p.Nq, p.D);
-            load_tile<Tile_Q, THREADS>(stage + Tile_Q::BYTES, head_of(p.d_o, b, ahead.h), p.d_o.stride_n, i0, p.Nq, p.Dv);
+            load_tile<Tile_Q, THREADS>(stage, p.q, head_unit(p.q, b, ahead.h), i0, p.Nq, p.D, ptx::tid_x());
+            load_tile<Tile_Q, THREADS>(stage + Tile_Q::BYTES, p.d_o, head_unit(p.d_o, b, ahead.h), i0, p.Nq, p.Dv, ptx::tid_x());
             constexpr int CHUNKS = BLOCK_Q / 4;  // of 16 bytes in LSE, and as many in Delta
             if (threadIdx.x < 2 * CHUNKS) {
                 const float* source = threadIdx.x < CHUNKS ? workspace.LSE : workspace.Delta;
@@ -234,8 +236,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
     };
 
     // line 6
-    load_tile<Tile_K, THREADS>(K_smem, head_of(p.k, b, keys.h), p.k.stride_n, j0, p.Nk, p.D);
-    load_tile<Tile_K, THREADS>(V_smem, head_of(p.v, b, keys.h), p.v.stride_n, j0, p.Nk, p.Dv);
+    load_tile<Tile_K, THREADS>(K_smem, p.k, head_unit(p.k, b, keys.h), j0, p.Nk, p.D, ptx::tid_x());
+    load_tile<Tile_K, THREADS>(V_smem, p.v, head_unit(p.v, b, keys.h), j0, p.Nk, p.Dv, ptx::tid_x());
     load_q(0);
     if (STAGES > 1) load_q(1);
 
@@ -425,7 +427,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         if (p.deterministic) {
             // Blocks add to a tile in the order of their keys. They start in that order too, so the one waited for is running or done.
             if (threadIdx.x == 0)
-                while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != keys.tile) {}
+                while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn()) {}
             __syncthreads();  // our turn, for every thread
         }
         float* dQ_gmem = workspace.dQ + fragment_offset(row + dq_row, dq_warp_d * 16, lane);
@@ -440,7 +442,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         if (p.deterministic) {
             __threadfence();  // this thread's additions come before the next block's
             __syncthreads();  // everybody's additions are made
-            if (threadIdx.x == 0) ptx::st_release(workspace.turns + row / BLOCK_Q, keys.tile + 1);
+            if (threadIdx.x == 0) ptx::st_release(workspace.turns + row / BLOCK_Q, turn() + 1);
         }
 
         if (ONE_BARRIER) dS_stage ^= dS_smem ^ (dS_smem + Tile_S::BYTES);
@@ -479,6 +481,8 @@ extern "C" int64_t workspace_floats(const AttentionParams* params) { return Work
 
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
+    const bool q_fits = units_fit(p.q, p.B, p.H, p.Nq) && units_fit(p.d_o, p.B, p.H, p.Nq);
+    if (!q_fits || !units_fit(p.k, p.B, p.Hkv, p.Nk) || !units_fit(p.v, p.B, p.Hkv, p.Nk)) return cudaErrorInvalidValue;
     DeviceGuard guard(p.device);
     cudaError_t error = cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     if (error != cudaSuccess) return error;

@@ -21,14 +21,14 @@ struct MaskOfBits {
         uint32_t word[WORDS];  // a set bit hides
     };
     static constexpr int SIZE = BLOCK_Q * static_cast<int>(sizeof(Row));
-    using Order = InOrder<BLOCK_K>;  // of the keys in a tile
+    using Order = InOrder;  // of the keys in a tile
 
     // The word at which the row that this thread copies begins.
     __device__ static uint32_t origin(const AttentionParams& p, int b, int h, int i0, int thread) {
         return static_cast<uint32_t>(b * p.mask.stride_b + h * p.mask.stride_h + min(i0 + thread % BLOCK_Q, p.Nq - 1) * p.mask.stride_i);
     }
     static bool fits(const AttentionParams& p) {
-        return p.B * p.mask.stride_b + p.H * p.mask.stride_h + p.Nq * p.mask.stride_i < int64_t(1) << 32;
+        return (p.B - 1) * p.mask.stride_b + (p.H - 1) * p.mask.stride_h + p.Nq * p.mask.stride_i < int64_t(1) << 32;
     }
     __device__ static void copy(uint8_t* smem, const AttentionParams& p, uint32_t origin, int, int j0, int thread) {
         ptx::cp_async_small<sizeof(Row)>(ptx::smem_address(reinterpret_cast<Row*>(smem) + thread % BLOCK_Q),
@@ -53,6 +53,14 @@ struct MaskOfBits {
     }
 };
 
+// In each GROUP of keys, rows 8n + 2t and 8n + 2t + 1 of the tile (n = 0, 1, …), lane t's columns, are keys RUN·t + 2n and RUN·t + 2n + 1.
+template <int BLOCK_K>
+struct Dealt {
+    static constexpr int GROUP = BLOCK_K < 64 ? BLOCK_K : 64, RUN = GROUP / 4;
+    __device__ static int row(int r) { return r % 8 / 2 * RUN + r / 8 * 2 + r % 2; }                             // of the first 16
+    __device__ static constexpr int distance(int rows) { return rows / GROUP * GROUP + rows % GROUP / 4; }      // rows: a multiple of 16
+};
+
 template <int THREADS, int ROWS_PER_WARP, int BLOCK_K>
 struct MaskOfBytes {
     using Order = Dealt<BLOCK_K>;
@@ -69,7 +77,7 @@ struct MaskOfBytes {
         return static_cast<uint32_t>((b * p.mask.stride_b + h * p.mask.stride_h) / 16);
     }
     static bool fits(const AttentionParams& p) {
-        return p.B * p.mask.stride_b + p.H * p.mask.stride_h + p.Nq * p.mask.stride_i < int64_t(16) << 32;
+        return (p.B - 1) * p.mask.stride_b + (p.H - 1) * p.mask.stride_h + p.Nq * p.mask.stride_i < int64_t(16) << 32;
     }
     __device__ static void copy(uint8_t* smem, const AttentionParams& p, uint32_t origin, int i0, int j0, int thread) {
         const int i = i0 + thread / 32 * ROWS_PER_WARP + thread % 32 / 4;

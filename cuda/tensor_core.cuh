@@ -8,44 +8,18 @@
 // x, which all lanes of the warp have in common: now the compiler knows, and can keep it in a register that the warp shares.
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
-// Rows [first, first + ROWS) of one head into shared memory; what lies beyond `rows` or beyond D becomes 0. Eight threads copy 128 bytes of a
-// row. Commits nothing: the caller groups copies.
-template <class Tile, int THREADS>
-__device__ inline void load_tile(uint32_t smem, const element* gmem, int64_t stride, int first, int rows, int D) {
-    constexpr int ROWS_AT_ONCE = THREADS / 8;
-    static_assert(Tile::ROWS % ROWS_AT_ONCE == 0 && ROWS_AT_ONCE % 8 == 0, "the swizzle must be the same for every row of a thread");
-    const int thread = ptx::tid_x();
-    const int row = thread / 8, chunk = thread % 8;
-    const element* source = gmem + first * stride + (row * stride + chunk * 8);
-    smem += Tile::offset(row, chunk);
-#pragma unroll
-    for (int r = 0; r < Tile::ROWS; r += ROWS_AT_ONCE, source += ROWS_AT_ONCE * stride)
-#pragma unroll
-        for (int panel = 0; panel < Tile::PANELS; ++panel)
-            // Where not valid, the address may lie outside the tensor; nothing is read there.
-            ptx::cp_async_16(smem + panel * Tile::PANEL_BYTES + r * ROW_BYTES, source + panel * 64,
-                             first + row + r < rows && panel * 64 + chunk * 8 < D);
-}
-
-// Which row of K and V stands in row r of a tile of ROWS. A thread that copies rows r, r + 16, … finds the first at row(r), the others at steps
-// from it that the compiler knows.
-template <int ROWS>
+// Row r of a tile of keys is key r. Another order (mask_tile.cuh) has the same two functions: a thread that copies rows r, r + 16, … finds the
+// first at row(r) and the others at distances from it that the compiler knows.
 struct InOrder {
     __device__ static int row(int r) { return r; }
-    __device__ static constexpr int step(int r) { return r; }
-};
-// In each GROUP of keys, rows 8n + 2t and 8n + 2t + 1 (n = 0, 1, …), which lane t of an accumulator's row has as columns, are keys RUN·t + 2n
-// and RUN·t + 2n + 1: RUN neighbours.
-template <int ROWS>
-struct Dealt {
-    static constexpr int GROUP = ROWS < 64 ? ROWS : 64, RUN = GROUP / 4;
-    __device__ static int row(int r) { return r % 8 / 2 * RUN + r / 8 * 2 + r % 2; }  // r < 16
-    __device__ static constexpr int step(int r) { return r / GROUP * GROUP + r % GROUP / 4; }  // r a multiple of 16
+    __device__ static constexpr int distance(int rows) { return rows; }
 };
 
-// The same, with offsets in 16-byte units: 32 bits of them reach 64 GB, and an address that the compiler keeps over a loop takes one register
-// instead of two. The launcher refuses larger tensors. `thread` is threadIdx.x, or tid_x(), with which nothing is kept.
-template <class Tile, int THREADS, class Order = InOrder<Tile::ROWS>>
+// Rows [first, first + ROWS) of one head into shared memory; what lies beyond `rows` or beyond D becomes 0. Eight threads copy 128 bytes of a
+// row. Commits nothing: the caller groups copies. Offsets are in 16-byte units: 32 bits of them reach 64 GB, and an address that the compiler
+// keeps over a loop takes one register instead of two. The launcher refuses larger tensors (units_fit). `head` is head_unit(); `thread` is
+// threadIdx.x, or tid_x(), with which nothing is kept.
+template <class Tile, int THREADS, class Order = InOrder>
 __device__ inline void load_tile(uint32_t smem, const Tensor4& tensor, uint32_t head, int first, int rows, int D, uint32_t thread) {
     constexpr int ROWS_AT_ONCE = THREADS / 8;
     static_assert(Tile::ROWS % ROWS_AT_ONCE == 0 && ROWS_AT_ONCE % 8 == 0, "the swizzle must be the same for every row of a thread");
@@ -54,18 +28,17 @@ __device__ inline void load_tile(uint32_t smem, const Tensor4& tensor, uint32_t 
     uint32_t source = head + (first + row) * stride + chunk;
     smem += Tile::offset(thread / 8, chunk);
 #pragma unroll
-    for (int r = 0; r < Tile::ROWS; source += (Order::step(r + ROWS_AT_ONCE) - Order::step(r)) * stride, r += ROWS_AT_ONCE)
+    for (int r = 0; r < Tile::ROWS; source += (Order::distance(r + ROWS_AT_ONCE) - Order::distance(r)) * stride, r += ROWS_AT_ONCE)
 #pragma unroll
         for (int panel = 0; panel < Tile::PANELS; ++panel)
             // Where not valid, the address may lie outside the tensor; nothing is read there.
-            ptx::cp_async_16(smem + panel * Tile::PANEL_BYTES + r * ROW_BYTES,
-                             static_cast<const uint4*>(tensor.data) + (source + panel * 8),
-                             first + row + Order::step(r) < rows && panel * 64 + chunk * 8 < D);
+            ptx::cp_async_16(smem + panel * Tile::PANEL_BYTES + r * ROW_BYTES, static_cast<const uint4*>(tensor.data) + source + panel * 8,
+                             first + row + Order::distance(r) < rows && panel * 64 + chunk * 8 < D);
 }
 
 // Whether every row's unit fits in 32 bits.
 inline bool units_fit(const Tensor4& t, int B, int H, int N) {
-    return (B * t.stride_b + H * t.stride_h + N * t.stride_n) / 8 < (int64_t(1) << 32);
+    return ((B - 1) * t.stride_b + (H - 1) * t.stride_h + N * t.stride_n) / 8 < (int64_t(1) << 32);
 }
 
 // The 16-byte unit at which a head begins.
