@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import Case, Report, dtype_served, flash, run_alone
+from harness import Case, Report, dtype_served, flash, run_alone, skip_unless_masks, skip_unless_served
 
 from flash_attention import flash_attention
 
@@ -24,6 +24,7 @@ cases = pytest.mark.parametrize("case", CASES, ids=str)
 def inputs(case: Case, target):
     case = replace(case, dtype=dtype_served(target))
     q, k, v, mask = case.inputs(target.device)
+    skip_unless_served(target, q, k, v, mask, case.causal, case.dropout_p)
     dO, dLSE = case.gradient(target.device, *q.shape[:3], v.shape[3]), torch.ones(q.shape[:3], device=target.device)
     return case, (q, k, v, mask, dO, dLSE)
 
@@ -71,6 +72,7 @@ def check_deterministic(target, case, repeatable):
 
 def check_cuda_graph(target):
     """Captured and replayed on new inputs: the same as a plain call. Dropout draws new bits with every replay."""
+    skip_unless_masks(target)
     if target.device != "cuda":
         pytest.skip("CUDA graphs need a CUDA target")
     if target.backend == "reference":

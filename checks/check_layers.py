@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import HALF, Case, Problem, Report, Target, dtype_served, limit, run_alone, skip_unless_served
+from harness import HALF, Case, Problem, Report, Target, dtype_served, limit, run_alone, skip_unless_masks, skip_unless_served
 from torch import Tensor, nn
 
 from flash_attention import FlashAttention, ScaledDotProduct, flash_attention, from_multihead_attention, layers
@@ -125,6 +125,7 @@ def check_layer(target, dtype, causal):
 @CAUSAL
 def check_masks(target, causal):
     """A key mask, masks of two, three and four dimensions."""
+    skip_unless_masks(target)
     x, context = random(target, B, NQ, DIM), random(target, B, NK, DIM, seed=1)
     layer = layer_on(target, causal=causal, bias=True, kv_heads=2)
     report = Report(f"{target}: masks of a layer")
@@ -137,6 +138,7 @@ def check_masks(target, causal):
 
 def check_dead_row(target):
     """A row that may attend nothing gives to_out's bias, and its query no gradient; with and without tiles of one's own."""
+    skip_unless_masks(target)
     x = random(target, B, NQ, DIM).requires_grad_()
     mask = coins(target, B, 1, NQ, NK)
     mask[0, :, 3], mask[1] = False, False
@@ -377,6 +379,7 @@ def converted_mask(key_padding_mask: Tensor | None = None, attn_mask: Tensor | N
 @pytest.mark.parametrize("settings", ({}, {"bias": False}, {"kdim": 40}, {"kdim": 40, "vdim": 8, "bias": False}), ids=str)
 def check_conversion(target, batch_first, settings):
     """The converted layer has the module's outputs and gradients, with each of its masks inverted."""
+    skip_unless_masks(target)
     dim, dtype = HEADS * DIM_HEAD, dtype_served(target)
     probe = torch.empty(B, HEADS, NQ, DIM_HEAD, dtype=dtype, device=target.device)
     skip_unless_served(target, probe, probe, probe, None, False, 0.0)

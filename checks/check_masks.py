@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import HALF, MASKS, Case, Problem, Report, against_truth, dtype_served, flash, naive, run_alone
+from harness import HALF, MASKS, Case, Problem, Report, against_truth, dtype_served, flash, naive, run_alone, skip_unless_masks
 
 from flash_attention import flash_attention
 from flash_attention.reference import (
@@ -57,6 +57,7 @@ def views(B: int, H: int, Nq: int, Nk: int, device: str) -> dict[str, torch.Tens
 @CAUSAL
 def check_strides(target, causal, repeatable):
     """A mask is read through its strides: bitwise what its contiguous copy gives."""
+    skip_unless_masks(target)
     case = Case(Nq=290, Nk=530, D=16, causal=causal, dtype=dtype_served(target))
     problem = Problem.of(case, target)
     for what, mask in views(case.B, case.H, case.Nq, case.Nk, target.device).items():
@@ -72,6 +73,7 @@ def check_strides(target, causal, repeatable):
 @CAUSAL
 def check_shapes(target, causal, repeatable):
     """Every shape that a mask may be given in means the (B, H, Nq, Nk) mask that it broadcasts to: bitwise the same result."""
+    skip_unless_masks(target)
     B, H, Nq, Nk = 3, 2, 40, 70
     problem = Problem.of(Case(B=B, H=H, Nq=Nq, Nk=Nk, D=16, causal=causal, dtype=dtype_served(target)), target)
     shapes = [(Nk,), (1, Nk), (Nq, 1), (Nq, Nk), (H, 1, Nk), (H, Nq, Nk), (B, 1, 1, Nk), (B, 1, Nq, 1), (1, H, Nq, Nk), (1, 1, 1, 1), (1,)]
@@ -89,6 +91,7 @@ def check_shapes(target, causal, repeatable):
 
 def check_square_key_mask(target):
     """(B, Nk) is a key mask even where Nq = B and (Nq, Nk) would fit too."""
+    skip_unless_masks(target)
     case = Case(B=5, Nq=5, Nk=9, D=16, dtype=dtype_served(target))
     problem = Problem.of(case, target)
     mask = torch.rand(5, 9, generator=torch.Generator().manual_seed(7)).to(target.device) < 0.6
@@ -100,6 +103,7 @@ def check_square_key_mask(target):
 @CAUSAL
 def check_all_true(target, causal):
     """A mask that allows everything is no mask."""
+    skip_unless_masks(target)
     case = Case(Nq=290, Nk=530, D=16, causal=causal, dtype=dtype_served(target))
     problem = Problem.of(case, target)
     report = Report(f"{target}: all True, {case}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Case, Target, dtype_served, run_alone
+from harness import Case, Target, dtype_served, run_alone, skip_unless_masks
 
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS
@@ -107,8 +107,7 @@ def check_far_below_a_matrix(target, call):
 @pytest.mark.parametrize("shape", ("(1, 1, 1, Nk)", "(1, 1, Nq, Nk)"))
 def check_masks_are_not_expanded(target, shape):
     """A mask costs nothing that grows with Nq · Nk: not a copy per head, not even one copy."""
-    if f"backward, mask {shape}" not in needed(target):
-        pytest.skip(f"{target.backend} serves no mask")
+    skip_unless_masks(target)
     without, number = needed(target)["backward"], needed(target)[f"backward, mask {shape}"]
     copy = N * N  # bytes
     assert number < without + 0.8 * copy, (

@@ -15,7 +15,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import ALGORITHMS, CPU, Case, Problem, Report, Result, Target, dtype_served, flash, run_alone, skip_unless_served
+from harness import (
+    ALGORITHMS,
+    CPU,
+    Case,
+    Problem,
+    Report,
+    Result,
+    Target,
+    dtype_served,
+    flash,
+    run_alone,
+    skip_unless_masks,
+    skip_unless_served,
+)
 
 from flash_attention import flash_attention, reference
 from flash_attention.reference import normal_attention, normal_attention_causal
@@ -151,6 +164,7 @@ LARGE = "needs a GPU: more than 2³¹ scores take minutes on a CPU"
 def check_many_scores(target, causal):
     """Offsets beyond 2³¹: B·H·Nq·Nk = 2.1 · 2³¹ with small inputs; the last head of the last batch against a call of its own."""
     only_cuda(target, LARGE)
+    skip_unless_masks(target)
     case = Case(B=2, H=33, Nq=8192, Nk=8448, D=16, causal=causal, dtype=dtype_served(target))
     q, k, v, _ = case.inputs(target.device)
     mask = torch.rand(2, 8448, generator=torch.Generator().manual_seed(1)).to(target.device) < 0.8
@@ -166,6 +180,7 @@ def check_many_scores(target, causal):
 def check_large_mask(target):
     """Offsets beyond 2³¹ in a mask of Nq × Nk = 1.1 · 2³¹ bytes, all its own: the last rows, and gradients from them alone."""
     only_cuda(target, LARGE)
+    skip_unless_masks(target)
     Nq, Nk, rows = 48_000, 49_152, 64
     q, k, v, _ = Case(B=1, H=1, Nq=Nq, Nk=Nk, D=16, dtype=dtype_served(target)).inputs(target.device)
     if torch.cuda.mem_get_info()[0] < 16 << 30:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import Case, Problem, Report, Result, Target, dtype_served, limit, run_alone, skip_unless_served
+from harness import Case, Problem, Report, Result, Target, dtype_served, limit, run_alone, skip_unless_masks, skip_unless_served
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -71,6 +71,7 @@ def check_grad(target, causal):
 @CAUSAL
 def check_jacobian(target, causal):
     """jacrev of O itself, one backward for each of its elements, mapped: the Jacobian of naive attention."""
+    skip_unless_masks(target)
     case = served(target, **SMALL, causal=causal, mask="full")
     q, k, v, mask = case.inputs(target.device)
     flash, naive = both(target, case)
@@ -97,6 +98,7 @@ IN_DIMS = [
 @CAUSAL
 def check_vmap(target, causal, in_dims):
     """vmap over any of q, k, v and the mask, at any axis, is a loop; so is vmap of the gradient."""
+    skip_unless_masks(target)
     n = 3
     case = served(target, Nq=33, Nk=65, H=4, Hkv=2, D=16, causal=causal)
     q, k, v, _ = case.inputs(target.device)
@@ -126,6 +128,7 @@ def check_vmap(target, causal, in_dims):
 @pytest.mark.parametrize("shape", [(2, 17), (1, 1, 9, 17), (2, 1, 1, 17), (1, 2, 9, 1)], ids=str)
 def check_vmap_keeps_masks_small(target, shape, monkeypatch):
     """Under vmap, as everywhere, a mask that broadcasts reaches the backend as a view: at most one copy for each sample."""
+    skip_unless_masks(target)
     seen = []
     backend = BACKENDS[target.backend]
 

@@ -26,17 +26,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("target", [pytest.param(t, marks=m, id=str(t)) for t, m in zip(targets, marks, strict=True)])
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem):
-    """A check that asks a rung without masks and dropout for either is skipped, with the rung's own words."""
-    try:
-        return (yield)
-    except NotImplementedError as error:
-        if "it serves neither a mask nor dropout" in str(error):
-            pytest.skip(str(error))
-        raise
-
-
 @pytest.fixture
 def full(request) -> bool:
     return request.config.getoption("--full")
