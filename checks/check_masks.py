@@ -70,6 +70,24 @@ def check_strides(target, causal, repeatable):
         assert torch.equal(mask, before), f"mask with {what} was written to"
 
 
+@pytest.mark.parametrize("D", (16, 64, 96, 128, 256))
+@CAUSAL
+def check_aligned_rows(target, causal, D):
+    """A mask of its own for every head, whose rows begin at multiples of 16 bytes: a kernel may read 16 columns at a time, but not beyond."""
+    skip_unless_masks(target)
+    report = Report(f"{target}: rows of the mask at multiples of 16 bytes, D {D}")
+    dtype = torch.float16 if target.device == "cuda" else torch.float32
+    for Nq, Nk in ((1, 16), (130, 299), (200, 304), (333, 64), (129, 1025)):
+        case = Case(H=4, Hkv=2, Nq=Nq, Nk=Nk, D=D, causal=causal, dtype=dtype)
+        q, k, v, _ = case.inputs(target.device)
+        wide = torch.rand(case.B, case.H, Nq, 32 + (Nk + 15) // 16 * 16, generator=torch.Generator().manual_seed(8)).to(target.device) < 0.6
+        mask = wide[..., 16 : 16 + Nk]
+        dO = case.gradient(target.device, case.B, case.H, Nq, D)
+        want = Problem.solve(case, q, k, v, mask, dO, None)
+        report.expect(str(case), flash(case, target, q, k, v, mask, dO), want)
+    report.verdict()
+
+
 @CAUSAL
 def check_shapes(target, causal, repeatable):
     """Every shape that a mask may be given in means the (B, H, Nq, Nk) mask that it broadcasts to: bitwise the same result."""

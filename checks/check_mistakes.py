@@ -198,6 +198,26 @@ def check_large_mask(target):
     report.verdict()
 
 
+def check_strides_beyond_reach(target):
+    """tensor_core reaches 64 GB from a tensor's start and refuses what lies beyond, before anything is launched. A dimension of size 1 may
+    have any stride."""
+    only_cuda(target, "needs a GPU: limits of a kernel")
+    if target.backend != "tensor_core":
+        pytest.skip("other kernels have 64-bit offsets")
+    x = torch.randn(1, 1, 64, 64, dtype=torch.float16, device=target.device)
+    want = flash_attention(x, x, x, backend=target.backend)
+    harmless = x.as_strided(x.shape, (2**36, 2**36, 64, 1))
+    assert torch.equal(flash_attention(harmless, harmless, harmless, backend=target.backend), want)
+    far = x.as_strided((2, 1, 64, 64), (2**36, 64 * 64, 64, 1))  # its second batch lies nowhere, and must not be read
+    for q, k, v in (
+        (far, x.expand_as(far), x.expand_as(far)),
+        (x.expand_as(far), far, x.expand_as(far)),
+        (x.expand_as(far), x.expand_as(far), far),
+    ):
+        with pytest.raises(RuntimeError, match="invalid argument"):
+            flash_attention(q, k, v, backend=target.backend)
+
+
 def check_current_stream(target):
     """A kernel belongs on the current stream: on a side stream it waits for what that stream still has to write."""
     only_cuda(target, "needs a GPU: streams")
