@@ -73,7 +73,7 @@ def check_strides(target, causal, repeatable):
 @pytest.mark.parametrize("D", (16, 64, 96, 128, 256))
 @CAUSAL
 def check_aligned_rows(target, causal, D):
-    """A mask of its own for every head, whose rows begin at multiples of 16 bytes: a kernel may read 16 columns at a time, but not beyond."""
+    """A mask a head, whose rows begin at multiples of 16 bytes: a kernel may read 16 columns at a time, but not beyond."""
     skip_unless_masks(target)
     report = Report(f"{target}: rows of the mask at multiples of 16 bytes, D {D}")
     dtype = torch.float16 if target.device == "cuda" else torch.float32
