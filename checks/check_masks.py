@@ -37,7 +37,7 @@ def check_kinds_in_half_types(target, causal, kind, dtype):
 
 def views(B: int, H: int, Nq: int, Nk: int, device: str) -> dict[str, torch.Tensor]:
     """Masks with unusual strides."""
-    side = 2 * max(Nq, Nk) + 4
+    side = 2 * max(Nq, Nk) + 5  # odd: whether rows begin at multiples of 16 bytes is for check_aligned_rows
     full = (torch.rand(B, H, side, side, generator=torch.Generator().manual_seed(5)) < 0.6).to(device)
     return {
         "transposed": full[..., :Nk, :Nq].mT,
