@@ -37,8 +37,10 @@ def environment(device: str) -> dict[str, Any]:
 def describe(environment: dict[str, Any]) -> str:
     count = environment["cpu_threads"]
     threads = "" if environment["device_type"] == "cuda" else f", {count} thread{'s' if count > 1 else ''}"
+    load = environment.get("load_average", 0)
+    busy = f"; a busy machine, load average {load:.1f}" if load > count / 4 else ""
     versions = f"torch {environment['torch']}, CUDA {environment['cuda'] or 'none'}"
-    return f"{environment['device']}{threads}; {versions}, Python {environment['python']}, {environment['system']}"
+    return f"{environment['device']}{threads}; {versions}, Python {environment['python']}, {environment['system']}{busy}"
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
