@@ -287,7 +287,8 @@ extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
     const bool fits = units_fit(p.q, p.B, p.H, p.Nq) && units_fit(p.k, p.B, p.Hkv, p.Nk) && units_fit(p.v, p.B, p.Hkv, p.Nk);
-    if (!fits || (MASK && !MaskTile::fits(p))) return cudaErrorInvalidValue;
+    const bool mask_fits = !MASK || units_fit(p.mask.stride_b, p.mask.stride_h, p.mask.stride_i, p.B, p.H, p.Nq, MaskTile::UNIT);
+    if (!fits || !mask_fits) return cudaErrorInvalidValue;
     if (p.B == 0 || p.Nq == 0) return cudaSuccess;
     DeviceGuard guard(p.device);
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);

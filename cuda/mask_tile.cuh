@@ -16,6 +16,7 @@ __device__ inline float start_of_sum(uint32_t signs, int n) { return __uint_as_f
 template <int THREADS, int ROWS_PER_WARP, int BLOCK_K>
 struct MaskOfBits {
     static constexpr int BLOCK_Q = THREADS / 32 * ROWS_PER_WARP;
+    static constexpr int UNIT = 1;  // of offsets, in words
     static constexpr int WORDS = BLOCK_K / 32;
     struct alignas(4 * WORDS) Row {
         uint32_t word[WORDS];  // a set bit hides
@@ -26,9 +27,6 @@ struct MaskOfBits {
     // The word at which the row that this thread copies begins.
     __device__ static uint32_t origin(const AttentionParams& p, int b, int h, int i0, int thread) {
         return static_cast<uint32_t>(b * p.mask.stride_b + h * p.mask.stride_h + min(i0 + thread % BLOCK_Q, p.Nq - 1) * p.mask.stride_i);
-    }
-    static bool fits(const AttentionParams& p) {
-        return (p.B - 1) * p.mask.stride_b + (p.H - 1) * p.mask.stride_h + p.Nq * p.mask.stride_i < int64_t(1) << 32;
     }
     __device__ static void copy(uint8_t* smem, const AttentionParams& p, uint32_t origin, int, int j0, int thread) {
         ptx::cp_async_small<sizeof(Row)>(ptx::smem_address(reinterpret_cast<Row*>(smem) + thread % BLOCK_Q),
@@ -64,6 +62,7 @@ struct Dealt {
 template <int THREADS, int ROWS_PER_WARP, int BLOCK_K>
 struct MaskOfBytes {
     using Order = Dealt<BLOCK_K>;
+    static constexpr int UNIT = 16;                        // of offsets, in bytes: 32 bits of them reach 64 GB
     static constexpr int RUN = Order::RUN;                 // bytes that a lane copies at once
     static constexpr int RUNS = BLOCK_K / Order::GROUP;    // of them in a lane's part of a row
     static constexpr int ROWS = ROWS_PER_WARP / 8;         // that a lane has a part of
@@ -72,23 +71,20 @@ struct MaskOfBytes {
     };
     static constexpr int SIZE = ROWS * RUNS * THREADS * RUN;  // [ROWS, RUNS, THREADS] runs: each thread copies and reads its own
 
-    // Where the head begins, in units of 16 bytes: 32 bits of them reach 64 GB.
+    // The unit at which the head begins.
     __device__ static uint32_t origin(const AttentionParams& p, int b, int h, int, int) {
-        return static_cast<uint32_t>((b * p.mask.stride_b + h * p.mask.stride_h) / 16);
-    }
-    static bool fits(const AttentionParams& p) {
-        return (p.B - 1) * p.mask.stride_b + (p.H - 1) * p.mask.stride_h + p.Nq * p.mask.stride_i < int64_t(16) << 32;
+        return static_cast<uint32_t>((b * p.mask.stride_b + h * p.mask.stride_h) / UNIT);
     }
     __device__ static void copy(uint8_t* smem, const AttentionParams& p, uint32_t origin, int i0, int j0, int thread) {
         const int i = i0 + thread / 32 * ROWS_PER_WARP + thread % 32 / 4;
-        const uint32_t stride = static_cast<uint32_t>(p.mask.stride_i / 16);
+        const uint32_t stride = static_cast<uint32_t>(p.mask.stride_i / UNIT);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r)
 #pragma unroll
             for (int n = 0; n < RUNS; ++n) {
                 const int j = j0 + n * Order::GROUP + thread % 4 * RUN;
                 const uint32_t row = origin + min(i + 8 * r, p.Nq - 1) * stride;
-                const uint8_t* source = static_cast<const uint8_t*>(p.mask.data) + static_cast<int64_t>(row) * 16 + j;
+                const uint8_t* source = static_cast<const uint8_t*>(p.mask.data) + static_cast<int64_t>(row) * UNIT + j;
                 const int there = min(max(p.Nk - j, 0), RUN);  // the rest becomes 0, which hides
                 ptx::cp_async_first<RUN>(ptx::smem_address(reinterpret_cast<Run*>(smem) + (r * RUNS + n) * THREADS + thread), source, there);
             }

@@ -25,17 +25,16 @@ __device__ inline int ctaid_x() {
 
 // ---- asynchronous copies, sm_80 (9.7.9.25.3: cp.async)
 
-// 16 bytes from global to shared memory, past L1, without a register in between; zeros if `valid` is false. Both addresses 16-byte aligned.
-__device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(valid ? 16 : 0) : "memory");
-}
-
-// The first `bytes` of N = 8 or 16, then zeros; nothing is read where `bytes` is 0.
+// N = 8 or 16 bytes from global to shared memory, without a register in between, 16 past L1: the first `bytes` of them, then zeros. Nothing is
+// read where `bytes` is 0. Both addresses are multiples of N.
 template <int N>
 __device__ inline void cp_async_first(uint32_t smem, const void* gmem, int bytes) {
     if (N == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(bytes) : "memory");
     else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(smem), "l"(gmem), "n"(N), "r"(bytes) : "memory");
 }
+
+// 16 bytes, or zeros if `valid` is false.
+__device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) { cp_async_first<16>(smem, gmem, valid ? 16 : 0); }
 
 // N = 4 or 8 bytes, through L1.
 template <int N>

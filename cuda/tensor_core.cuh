@@ -36,10 +36,11 @@ __device__ inline void load_tile(uint32_t smem, const Tensor4& tensor, uint32_t 
                              first + row + Order::distance(r) < rows && panel * 64 + chunk * 8 < D);
 }
 
-// Whether every row's unit fits in 32 bits.
-inline bool units_fit(const Tensor4& t, int B, int H, int N) {
-    return ((B - 1) * t.stride_b + (H - 1) * t.stride_h + N * t.stride_n) / 8 < (int64_t(1) << 32);
+// Whether the offsets of all rows, counted in units of `unit` elements, fit in 32 bits.
+inline bool units_fit(int64_t stride_b, int64_t stride_h, int64_t stride_n, int B, int H, int N, int unit) {
+    return ((B - 1) * stride_b + (H - 1) * stride_h + N * stride_n) / unit < (int64_t(1) << 32);
 }
+inline bool units_fit(const Tensor4& t, int B, int H, int N) { return units_fit(t.stride_b, t.stride_h, t.stride_n, B, H, N, 8); }
 
 // The 16-byte unit at which a head begins.
 __device__ inline uint32_t head_unit(const Tensor4& t, int b, int h) { return static_cast<uint32_t>((b * t.stride_b + h * t.stride_h) / 8); }
