@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Case, Target, dtype_served, run_alone, skip_unless_masks
+from harness import Case, Target, dtype_served, run_alone, serves_masks, skip_unless_masks
 
 from flash_attention import flash_attention
-from flash_attention.backends import BACKENDS
 
 H, N, D = 4, 4096, 32
 MATRIX = H * N * N * 4  # bytes of an N × N matrix of float32 for each head: 256 MB
@@ -83,7 +82,7 @@ def needed(target: Target) -> dict[str, int]:
     """Bytes that each of CALLS needs above its inputs, but for masks where the backend serves none."""
     if target.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak resident memory is read from /proc/self, which this system does not have")
-    calls = {name: call for name, call in CALLS.items() if not (call[-1] and getattr(BACKENDS[target.backend], "plain_only", False))}
+    calls = {name: call for name, call in CALLS.items() if serves_masks(target) or not call[-1]}
     with ThreadPoolExecutor(2) as pool:
         numbers = dict(zip(calls, pool.map(lambda call: measure(target, call), calls.values()), strict=True))
     print(*(f"\n  {call:32} {number / MB:7.1f} MB" for call, number in numbers.items()), sep="")

@@ -3,6 +3,8 @@
 python checks/check_shortcut.py [--backend tensor_core]
 """
 
+from functools import partial
+
 import pytest
 import torch
 from harness import Case, dtype_served, run_alone
@@ -83,30 +85,30 @@ def check_no_two_calls_are_confused(target, slow_calls):
 
 def check_what_is_not_plain_takes_the_long_way(target, slow_calls):
     q, k, v = inputs(target, dtype=torch.float16)
-    name = {"backend": target.backend}
+    attend = partial(flash_attention, backend=target.backend)
 
     def long_way(call) -> bool:
         slow_calls.clear()
         call()
         return len(slow_calls) > 0
 
-    plain = lambda: flash_attention(q, k, v, **name)  # noqa: E731
+    plain = partial(attend, q, k, v)
     plain()
     assert not long_way(plain)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         assert long_way(plain), "autocast"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         assert long_way(plain), "a profiler"
-    assert long_way(lambda: torch.func.vmap(lambda *x: flash_attention(*x, **name))(q[None], k[None], v[None])), "vmap"
+    assert long_way(lambda: torch.func.vmap(attend)(q[None], k[None], v[None])), "vmap"
     for x in (q, k, v):
         x.requires_grad_()
         assert long_way(plain), "gradients"
-        assert flash_attention(q, k, v, **name).requires_grad
+        assert plain().requires_grad
         with torch.no_grad():
             assert not long_way(plain), "no_grad"
         x.requires_grad_(False)
     parameter = torch.nn.Parameter(q, requires_grad=False)
-    assert long_way(lambda: flash_attention(parameter, k, v, **name)), "a subclass of Tensor"
+    assert long_way(partial(attend, parameter, k, v)), "a subclass of Tensor"
     assert not long_way(plain)
 
 

@@ -57,9 +57,14 @@ def skip_unless_served(target: Target, *call) -> None:
         pytest.skip(f"{target.backend}: {reason}")
 
 
+def serves_masks(target: Target) -> bool:
+    """False for a rung that is there for its matrix products and serves neither masks nor dropout."""
+    return not getattr(BACKENDS[target.backend], "plain_only", False)
+
+
 def skip_unless_masks(target: Target) -> None:
-    """Skip what is about masks or dropout on a rung that is there for its matrix products and serves neither."""
-    if getattr(BACKENDS[target.backend], "plain_only", False):
+    """Skip what is about masks or dropout on a rung that serves neither."""
+    if not serves_masks(target):
         pytest.skip(f"{target.backend} serves neither a mask nor dropout")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_attention import allocate, build
-from flash_attention.backends.launch import NO_MASK, PARAMS, Launch, failure
+from flash_attention.backends.launch import NO_MASK, PARAMS, Launch, raise_on
 from flash_attention.reference.dropout import threshold
 
 PACK_MASK = "pack_mask.cu"
@@ -198,13 +198,15 @@ def _library(rung: Rung, which: int, device: int, dtype: torch.dtype, D: int, ca
     arch = build.arch_of(torch.cuda.get_device_capability(device))
     wanted = build.Specialisation(rung.files[which], arch, head_dim, DTYPE_NAMES[dtype], causal, mask, dropout)
     library = build.load(build.build(wanted.file, arch, wanted.defines(), str(wanted)))
-    if library.params_size() != PARAMS.size:
-        raise build.BuildError(
-            f"AttentionParams has {library.params_size()} bytes in C and {PARAMS.size} in Python: attention.h has changed"
-        )
+    _same_size(library, PARAMS, "AttentionParams", "attention.h")
     library.attention.argtypes = library.workspace_floats.argtypes = [ctypes.c_char_p]
     library.workspace_floats.restype = ctypes.c_int64
     return library
+
+
+def _same_size(library: ctypes.CDLL, params: struct.Struct, name: str, file: str) -> None:
+    if library.params_size() != params.size:
+        raise build.BuildError(f"{name} has {library.params_size()} bytes in C and {params.size} in Python: {file} has changed")
 
 
 def _positive(scale: float) -> tuple[int, float]:
@@ -221,10 +223,7 @@ def _sm_count(device: int) -> int:
 def _pack_mask_library(device: int) -> ctypes.CDLL:
     arch = build.arch_of(torch.cuda.get_device_capability(device))
     library = build.load(build.build(PACK_MASK, arch, [], f"{PACK_MASK} sm_{arch}"))
-    if library.params_size() != PACK_PARAMS.size:
-        raise build.BuildError(
-            f"PackParams has {library.params_size()} bytes in C and {PACK_PARAMS.size} in Python: pack_mask.cu has changed"
-        )
+    _same_size(library, PACK_PARAMS, "PackParams", PACK_MASK)
     library.pack_mask.argtypes = [ctypes.c_char_p]
     return library
 
@@ -248,7 +247,5 @@ def pack_mask(mask: Tensor) -> Tensor:
         library = _pack_mask_library(mask.device.index)
         stream = torch._C._cuda_getCurrentRawStream(mask.device.index)
         params = PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), B, H, Nq, Nk, mask.device.index, stream)
-        error = library.pack_mask(params)
-        if error:
-            raise failure(library, error, mask)
+        raise_on(library.pack_mask(params), library, mask)
     return bits

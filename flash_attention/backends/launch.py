@@ -35,9 +35,7 @@ class Launch(NamedTuple):
     ) -> None:
         """Enqueues the kernels on the current stream of the tensors' device."""
         pointers = [0 if x is None else x.data_ptr() for x in (lse, d_lse, workspace, seed)]
-        error = self.library.attention(self._params([x.data_ptr() for x in tensors], mask, pointers))
-        if error:
-            raise failure(self.library, error, tensors[0])
+        raise_on(self.library.attention(self._params([x.data_ptr() for x in tensors], mask, pointers)), self.library, tensors[0])
 
     def workspace_floats(self) -> int:
         return self.library.workspace_floats(self._params((), NO_MASK, NO_POINTERS))
@@ -50,5 +48,7 @@ class Launch(NamedTuple):
         return PARAMS.pack(*tensors, *mask, *pointers, *self.settings, deterministic, self.device, self.sm_count, stream)
 
 
-def failure(library: ctypes.CDLL, error: int, x: Tensor) -> RuntimeError:
-    return RuntimeError(f"CUDA error {error} at launch on {x.device}, {tuple(x.shape)} {x.dtype}: {library.error_name(error).decode()}")
+def raise_on(error: int, library: ctypes.CDLL, x: Tensor) -> None:
+    """Raises what the launch of a kernel that reads x returned, unless it is 0."""
+    if error:
+        raise RuntimeError(f"CUDA error {error} at launch on {x.device}, {tuple(x.shape)} {x.dtype}: {library.error_name(error).decode()}")
