@@ -81,6 +81,9 @@ __device__ inline void keep_pairs(uint32_t (&keep)[4], uint32_t first, uint32_t 
 
 // ---- the mask
 
+// What a score's sum starts from under a mask: about −2¹²⁷ if byte n of `signs` has its sign set, else 0. The sign, repeated, is a float's high byte.
+__device__ inline float start_of_sum(uint32_t signs, int n) { return __uint_as_float(ptx::prmt(signs, 0, (8 + n) << 12 | 0x444)); }
+
 // A word whose lowest `count` bits are set.
 __device__ inline uint32_t first_bits(int count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
 

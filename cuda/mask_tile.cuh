@@ -9,9 +9,6 @@
 
 #include "tensor_core.cuh"
 
-// Where column n of four starts: the sign of byte n of `signs`, repeated, is the high byte of a float.
-__device__ inline float start_of_sum(uint32_t signs, int n) { return __uint_as_float(ptx::prmt(signs, 0, (8 + n) << 12 | 0x444)); }
-
 // THREADS threads, each warp with ROWS_PER_WARP rows; `thread` is threadIdx.x or tid_x(), whichever leaves more registers.
 template <int THREADS, int ROWS_PER_WARP, int BLOCK_K>
 struct MaskOfBits {

@@ -1,0 +1,99 @@
+// What comes before and after the backward kernels that visit each pair of tiles once: Delta and LSE prepared, dQ summed in the order of the
+// accumulators and put in order at the end. Includers define BLOCK_Q and PADDED_TO, a multiple of it.
+#pragma once
+
+#include "tensor_core.cuh"
+
+// ---- workspace: dQ in fragment order, then LSE·log2 e and Delta of every row, then a counter for every tile of Q. Rows are padded to whole tiles.
+struct Workspace {
+    float *dQ, *LSE, *Delta;  // [B·H·rows, HEAD_DIM], [B·H·rows], [B·H·rows]
+    int* turns;               // [B·H·rows / BLOCK_Q]: how many key blocks have added to the tile, used if deterministic
+    int rows;                 // of one head
+
+    __host__ __device__ explicit Workspace(const AttentionParams& p) : rows((p.Nq + PADDED_TO - 1) / PADDED_TO * PADDED_TO) {
+        const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * rows;
+        dQ = p.workspace, LSE = dQ + all_rows * HEAD_DIM, Delta = LSE + all_rows;
+        turns = reinterpret_cast<int*>(Delta + all_rows);
+    }
+    static int64_t floats(const AttentionParams& p) {
+        const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * ((p.Nq + PADDED_TO - 1) / PADDED_TO * PADDED_TO);
+        return all_rows * (HEAD_DIM + 2) + all_rows / BLOCK_Q;
+    }
+};
+
+// Where a lane's four values of an accumulator tile lie in the workspace's dQ: tiles of 16 rows (from `row`) × 8 columns (from `column`) follow each
+// other along the columns, each 512 contiguous bytes.
+__device__ inline int64_t fragment_offset(int64_t row, int column, int lane) { return row * HEAD_DIM + column * 16 + lane * 4; }
+
+// ---- before: Delta = rowsum(dO∘O) − dLSE (line 4), LSE in base 2, and zeros for dQ (line 3)
+
+constexpr int ROW_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // threads that sum one row, 8 columns each
+constexpr int PREPARE_THREADS = 256;
+constexpr int PREPARE_ROWS = PREPARE_THREADS / ROW_LANES;
+
+__global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ AttentionParams p) {
+    const Workspace workspace(p);
+    const int blocks_per_head = workspace.rows / PREPARE_ROWS;
+    const int i = blockIdx.x % blocks_per_head * PREPARE_ROWS + threadIdx.x / ROW_LANES;
+    const int bh = blockIdx.x / blocks_per_head, b = bh / p.H, h = bh % p.H;
+    const int column = threadIdx.x % ROW_LANES * 8;
+
+    float Delta = 0;
+    if (i < p.Nq && column < p.Dv) {
+        const uint4 O_rmem = *reinterpret_cast<const uint4*>(head_of(p.o, b, h) + i * p.o.stride_n + column);
+        const uint4 dO_rmem = *reinterpret_cast<const uint4*>(head_of(p.d_o, b, h) + i * p.d_o.stride_n + column);
+        const element *O = reinterpret_cast<const element*>(&O_rmem), *dO = reinterpret_cast<const element*>(&dO_rmem);
+#pragma unroll
+        for (int d = 0; d < 8; ++d) Delta = fmaf(static_cast<float>(O[d]), static_cast<float>(dO[d]), Delta);
+    }
+#pragma unroll
+    for (int lanes = ROW_LANES / 2; lanes > 0; lanes /= 2) Delta += __shfl_xor_sync(0xffffffff, Delta, lanes);
+
+    const int64_t row = static_cast<int64_t>(bh) * workspace.rows + i;
+    if (column == 0) {
+        const int64_t row_gmem = static_cast<int64_t>(bh) * p.Nq + i;
+        const float LSE = i < p.Nq ? p.lse[row_gmem] : -CUDART_INF_F;
+        if (i < p.Nq && p.d_lse) Delta -= p.d_lse[row_gmem];
+        // A row that attends nothing, or lies beyond the end: P = 2^(S − ∞) = 0.
+        workspace.LSE[row] = LSE == -CUDART_INF_F ? CUDART_INF_F : LSE * LOG2_E;
+        workspace.Delta[row] = DROPOUT ? Delta / p.keep_scale : Delta;  // with dropout, the backward computes dS / keep_scale
+        if (i % BLOCK_Q == 0) workspace.turns[row / BLOCK_Q] = 0;
+    }
+    float4* dQ = reinterpret_cast<float4*>(workspace.dQ + static_cast<int64_t>(blockIdx.x) * PREPARE_ROWS * HEAD_DIM);
+#pragma unroll
+    for (int e = threadIdx.x; e < PREPARE_ROWS * HEAD_DIM / 4; e += PREPARE_THREADS) dQ[e] = make_float4(0, 0, 0, 0);
+}
+
+// ---- after: dQ out of fragment order, scaled and rounded. One warp takes 16 rows, through shared memory so that it writes 16 bytes a lane.
+
+constexpr int FINISH_WARPS = 4;
+using Tile_dQ = SwizzledTile<16, HEAD_DIM>;
+
+__global__ void __launch_bounds__(32 * FINISH_WARPS) finish_dq_kernel(const __grid_constant__ AttentionParams p) {
+    __shared__ __align__(128) uint8_t smem[FINISH_WARPS][Tile_dQ::BYTES];
+    const Workspace workspace(p);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int blocks_per_head = workspace.rows / (16 * FINISH_WARPS);
+    const int i0 = blockIdx.x % blocks_per_head * (16 * FINISH_WARPS) + warp * 16;
+    const int bh = blockIdx.x / blocks_per_head;
+    const int64_t row = static_cast<int64_t>(bh) * workspace.rows + i0;
+    const float scale = DROPOUT ? p.scale * p.keep_scale : p.scale;
+#pragma unroll 8
+    for (int column = 0; column < HEAD_DIM; column += 8) {
+        const float4 dQ_rmem = *reinterpret_cast<const float4*>(workspace.dQ + fragment_offset(row, column, lane));
+        *reinterpret_cast<uint32_t*>(smem[warp] + Tile_dQ::offset(g, column / 8) + 4 * t) =
+            ptx::cvt_pair<element>(dQ_rmem.x * scale, dQ_rmem.y * scale);
+        *reinterpret_cast<uint32_t*>(smem[warp] + Tile_dQ::offset(g + 8, column / 8) + 4 * t) =
+            ptx::cvt_pair<element>(dQ_rmem.z * scale, dQ_rmem.w * scale);
+    }
+    __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
+    element* dQ_gmem = head_of(p.dq, bh / p.H, bh % p.H);  // [Nq, D]
+    constexpr int CHUNKS = HEAD_DIM / 8;
+#pragma unroll
+    for (int chunk = lane; chunk < 16 * CHUNKS; chunk += 32) {
+        const int r = chunk / CHUNKS, column = chunk % CHUNKS * 8;
+        if (i0 + r < p.Nq && column < p.D)
+            *reinterpret_cast<uint4*>(dQ_gmem + (i0 + r) * p.dq.stride_n + column) =
+                *reinterpret_cast<const uint4*>(smem[warp] + Tile_dQ::offset(r, column / 8));
+    }
+}
