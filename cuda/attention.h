@@ -10,6 +10,7 @@
 // MASK: 0 without one, else its form.
 #define MASK_OF_BITS 1
 #define MASK_OF_BYTES 2
+#define MASK_OF_KEY_BITS 3
 
 // DTYPE, the type of q, k, v, O and their gradients.
 #define FLOAT32 0
@@ -22,9 +23,11 @@ struct Tensor4 {
     int64_t stride_b, stride_h, stride_n;
 };
 
-// The mask, in one of two forms. Bytes: element (b, h, i, j) is a bool at data[b·stride_b + h·stride_h + i·stride_i + j·stride_j].
-// Bits: bit j % 32 of the 32-bit word at data[b·stride_b + h·stride_h + i·stride_i + j / 32], strides in words, written by pack_mask.cu;
-// bits beyond Nk are set. A true byte means "may attend", a set bit "hidden". Broadcast dimensions have stride 0.
+// The mask, in one of three forms. Bytes: element (b, h, i, j) is a bool at data[b·stride_b + h·stride_h + i·stride_i + j·stride_j].
+// Bits: bit j % 32 of the 32-bit word at data[b·stride_b + h·stride_h + i·stride_i + j / 32], strides in words, written by pack_mask.cu.
+// Key bits: bit i % 32 of the word at data[b·stride_b + h·stride_h + j·stride_j + i / 32]; where stride_i is 0 all queries see the same keys, and
+// a row has the words of 128 only. A true byte means "may attend", a set bit "hidden"; what lies beyond a row's end is set. Broadcast dimensions
+// have stride 0.
 struct Mask {
     const void* data;
     int64_t stride_b, stride_h, stride_i, stride_j;

@@ -1,24 +1,21 @@
-// Packs a mask of bytes (true = may attend) into bits (set = hidden), for the kernels that read 32 columns at a time: 8 times less to read,
-// in a layout that fits fragments.
+// Packs a mask of bytes (true = may attend) into bits (set = hidden), for the kernels that read 32 of them at a time: 8 times less to read,
+// in a layout that fits fragments. Words follow a query's keys, or, by_keys, a key's queries (attention.h).
 //
-// A warp takes COLUMNS columns of a row. Where the mask's rows are contiguous and aligned, a lane reads 16 columns at once, and two lanes make
-// a word; the kernel then runs at the speed of memory. Broadcast dimensions are packed once: Python passes 1 for their size, and stride 0 to
-// the kernels that read the result.
+// Where the mask's rows are contiguous and aligned, a lane reads 16 columns at once; the kernels then run at the speed of memory. Broadcast
+// dimensions are packed once: Python passes 1 for their size, and stride 0 to the kernels that read the result.
 #include <cuda_runtime.h>
 #include <stdint.h>
 
 struct PackParams {
     const uint8_t* mask;                             // bool [B, H, Nq, Nk], any strides
     int64_t stride_b, stride_h, stride_i, stride_j;
-    uint32_t* bits;                                  // [B, H, Nq, words]: rows padded with ones to a multiple of 128 columns
+    uint32_t* bits;                                  // [B, H, Nq or Nk, words]: rows padded with ones to a multiple of 128 bits
     int32_t B, H, Nq, Nk;
-    int32_t device;
+    int32_t by_keys, device;
     cudaStream_t stream;
 };
 
 constexpr int WARPS = 8;
-constexpr int COLUMNS = 2048;
-constexpr int AT_ONCE = 32 * 16;  // columns that the lanes of a warp read together
 
 // Bit c: column c of these 16 may not be attended.
 __device__ inline uint32_t hidden_columns(const uint4& bytes) {
@@ -39,6 +36,11 @@ __device__ inline uint32_t hidden_columns(const uint8_t* mask_gmem, int64_t stri
     for (int c = 0; c < 16; ++c) hidden |= static_cast<uint32_t>(j + c >= Nk || !mask_gmem[(j + c) * stride_j]) << c;
     return hidden;
 }
+
+// ---- words of a query's keys: a warp takes COLUMNS columns of a row, and two lanes make a word
+
+constexpr int COLUMNS = 2048;
+constexpr int AT_ONCE = 32 * 16;  // columns that the lanes of a warp read together
 
 __global__ void __launch_bounds__(32 * WARPS) pack_mask_kernel(const __grid_constant__ PackParams p, bool aligned) {
     const int lane = threadIdx.x % 32;
@@ -65,6 +67,43 @@ __global__ void __launch_bounds__(32 * WARPS) pack_mask_kernel(const __grid_cons
     }
 }
 
+// ---- words of a key's queries: a block takes QUERIES rows, a lane each, and KEYS columns
+
+constexpr int QUERIES = 32 * WARPS, KEYS = 128;
+
+__global__ void __launch_bounds__(32 * WARPS) pack_by_keys_kernel(const __grid_constant__ PackParams p, bool aligned) {
+    __shared__ uint4 bits_smem[KEYS][QUERIES / 128];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int i_blocks = (p.Nq + QUERIES - 1) / QUERIES;
+    const int i0 = blockIdx.x % i_blocks * QUERIES, bh = blockIdx.x / i_blocks, j0 = blockIdx.y * KEYS;
+    const int i = i0 + threadIdx.x;
+    const uint8_t* mask_gmem = p.mask + bh / p.H * p.stride_b + bh % p.H * p.stride_h + min(i, p.Nq - 1) * p.stride_i;  // [Nk]
+
+    uint4 bytes[KEYS / 16];  // all loads are under way before the first is used
+#pragma unroll
+    for (int n = 0; n < KEYS / 16; ++n)
+        if (aligned && j0 + 16 * n + 16 <= p.Nk) bytes[n] = *reinterpret_cast<const uint4*>(mask_gmem + j0 + 16 * n);
+#pragma unroll
+    for (int n = 0; n < KEYS / 16; ++n) {
+        const int j = j0 + 16 * n;
+        uint32_t hidden = aligned && j + 16 <= p.Nk ? hidden_columns(bytes[n]) : hidden_columns(mask_gmem, p.stride_j, j, p.Nk);
+        if (i >= p.Nq) hidden = 0xffff;
+        // Lane c keeps bit c of every lane: a column becomes a word.
+        uint32_t word = 0;
+#pragma unroll
+        for (int c = 0; c < 16; ++c) {
+            const uint32_t column = __ballot_sync(0xffffffff, hidden >> c & 1);
+            if (lane == c) word = column;
+        }
+        if (lane < 16) reinterpret_cast<uint32_t*>(bits_smem[16 * n + lane])[warp] = word;
+    }
+    __syncthreads();
+
+    const int chunk = threadIdx.x % (QUERIES / 128), j = threadIdx.x / (QUERIES / 128);
+    const int chunks = (p.Nq + 127) / 128, first = i0 / 128 + chunk;  // of 128 queries
+    if (j0 + j < p.Nk && first < chunks) reinterpret_cast<uint4*>(p.bits)[(static_cast<int64_t>(bh) * p.Nk + j0 + j) * chunks + first] = bits_smem[j][chunk];
+}
+
 extern "C" int pack_mask(const PackParams* params) {
     const PackParams& p = *params;
     const int64_t rows = static_cast<int64_t>(p.B) * p.H * p.Nq;
@@ -74,8 +113,13 @@ extern "C" int pack_mask(const PackParams* params) {
     if (error == cudaSuccess && before != p.device) error = cudaSetDevice(p.device);
     if (error != cudaSuccess) return error;
     const bool aligned = p.stride_j == 1 && (reinterpret_cast<int64_t>(p.mask) | p.stride_b | p.stride_h | p.stride_i) % 16 == 0;
-    const dim3 blocks(static_cast<unsigned>((rows + WARPS - 1) / WARPS), (p.Nk + COLUMNS - 1) / COLUMNS);
-    pack_mask_kernel<<<blocks, 32 * WARPS, 0, p.stream>>>(p, aligned);
+    if (p.by_keys) {
+        const dim3 blocks((p.Nq + QUERIES - 1) / QUERIES * p.B * p.H, (p.Nk + KEYS - 1) / KEYS);
+        pack_by_keys_kernel<<<blocks, 32 * WARPS, 0, p.stream>>>(p, aligned);
+    } else {
+        const dim3 blocks(static_cast<unsigned>((rows + WARPS - 1) / WARPS), (p.Nk + COLUMNS - 1) / COLUMNS);
+        pack_mask_kernel<<<blocks, 32 * WARPS, 0, p.stream>>>(p, aligned);
+    }
     error = cudaGetLastError();
     if (before != p.device) cudaSetDevice(before);
     return error;

@@ -1,0 +1,299 @@
+// Backward with Hopper's own instructions: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), Algorithm 3.  sm_90a.
+//
+// The idea: as in forward_4_hopper.cu, one thread copies tiles of Q and dO while two warpgroups compute. A warpgroup owns 64 keys: Sᵀ = K Qᵀ and
+// dPᵀ = V dOᵀ leave it with 64 rows of Pᵀ and dSᵀ, which in registers are already the A operands of dV += Pᵀ dO and dK += dSᵀ Q. Only dSᵀ goes
+// through shared memory, for dQ = dS K, which sums over the keys of both groups. dQ is added up in global memory, as in backward_3_tensor_core.cu.
+//
+// Serves float16 and bfloat16, dense, causal and masked, without dropout; head sizes up to 128 that are multiples of 8.
+#include "common.cuh"
+
+constexpr int GROUP = 128;  // threads of a warpgroup
+constexpr int CONSUMERS = 2;
+constexpr int THREADS = GROUP * (1 + CONSUMERS);
+constexpr int BLOCK_K = 64 * CONSUMERS;
+constexpr int BLOCK_Q = HEAD_DIM <= 64 ? 128 : 64;  // the accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers
+constexpr int PADDED_TO = BLOCK_Q;
+#include "backward_workspace.cuh"
+#include "mask_start.cuh"
+#include "ptx_hopper.cuh"
+#include "tensor_map.cuh"
+
+#if DROPOUT || DTYPE == FLOAT32 || (MASK && MASK != MASK_OF_KEY_BITS)
+#error "this rung computes in 16-bit types, without dropout, under masks of bits by keys"
+#endif
+
+constexpr int STAGES = 2;  // pairs of Q and dO tiles in shared memory, each with its LSE and Delta
+constexpr int PANELS = HEAD_DIM / 64;
+constexpr int N_TILES = BLOCK_Q / 8;
+
+using Tile_K = SwizzledTile<BLOCK_K, HEAD_DIM>;
+using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
+using Tile_S = SwizzledTile<BLOCK_K, BLOCK_Q>;  // transposed: rows are keys
+constexpr int ROWS_BYTES = BLOCK_Q * 4;         // of LSE, and as many of Delta
+constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0;
+constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES + STAGES * (2 * ROWS_BYTES + MASK_BYTES);
+static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
+
+struct Maps {
+    CUtensorMap q, k, v, d_o, mask;
+};
+
+// "full": the bytes have arrived, with those of Q the mask's. "empty": every computing warp is done with them.
+struct Barriers {
+    uint64_t KV_full, Q_full[STAGES], dO_full[STAGES], empty[STAGES];
+};
+
+// The tiles of Q that see some of a block's keys, of every query head that shares them: head bh = b·H + h, tile, and the how-manieth it is. Causal:
+// from the last tile down, so that the blocks of a head are at the same tile at about the same time; taking turns, they must be.
+struct Visit {
+    int begin, end, end_bh;
+    int bh, tile, n = 0;
+
+    __device__ Visit(const AttentionParams& p, int j0, int b_kv_h) {
+        const int tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, group = p.H / p.Hkv;
+        begin = CAUSAL ? tiles - 1 : 0;
+        end = CAUSAL ? max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q - 1 : tiles;
+        end_bh = (b_kv_h + 1) * group;
+        bh = begin == end || (CAUSAL && begin < end) ? end_bh : b_kv_h * group;
+        tile = begin;
+    }
+    __device__ bool more() const { return bh < end_bh; }
+    __device__ void advance() {
+        tile += CAUSAL ? -1 : 1;
+        if (tile == end) tile = begin, ++bh;
+        ++n;
+    }
+    __device__ int stage() const { return n % STAGES; }
+    __device__ int parity() const { return n / STAGES & 1; }
+};
+
+__global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
+    extern __shared__ __align__(1024) uint8_t smem[];
+    __shared__ __align__(8) Barriers barriers;
+    const uint32_t K_smem = ptx::smem_address(smem);                 // [BLOCK_K, HEAD_DIM]
+    const uint32_t V_smem = K_smem + Tile_K::BYTES;                  // [BLOCK_K, HEAD_DIM]
+    const uint32_t QdO_smem = V_smem + Tile_K::BYTES;                // STAGES × (Q [BLOCK_Q, HEAD_DIM], dO [BLOCK_Q, HEAD_DIM])
+    const uint32_t dS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;  // 2 × dSᵀ [BLOCK_K, BLOCK_Q]
+    constexpr int ROWS_OFFSET = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES;
+    const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
+    uint8_t* mask_smem = smem + ROWS_OFFSET + STAGES * 2 * ROWS_BYTES;            // STAGES × [BLOCK_K] BitRow
+    const uint32_t KV_full = ptx::smem_address(&barriers.KV_full);
+    auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
+
+    // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
+    const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
+    const int k_tile = blockIdx.x % k_tiles, b_kv_h = blockIdx.x / k_tiles;  // b_kv_h = b·Hkv + kv_h
+    const int j0 = k_tile * BLOCK_K, offset = p.Nk - p.Nq;                   // causal: row i sees columns j ≤ i + offset
+
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(KV_full, 1);
+        for (int stage = 0; stage < STAGES; ++stage) {
+            ptx::mbarrier_init(barrier(barriers.Q_full, stage), 1);
+            ptx::mbarrier_init(barrier(barriers.dO_full, stage), 1);
+            ptx::mbarrier_init(barrier(barriers.empty, stage), 4 * CONSUMERS);
+        }
+        ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+
+    const int group = uniform(threadIdx.x / GROUP);
+    if (group == 0) {
+        // ---- the producer: one thread asks for every tile
+        ptx::setmaxnreg_dec<24>();  // all start with 168; what this group gives back, 144 · 128, is what two others can take
+        if (threadIdx.x == 0) {
+            const Workspace workspace(p);
+            ptx::mbarrier_arrive_expect_tx(KV_full, 2 * Tile_K::BYTES);
+#pragma unroll
+            for (int panel = 0; panel < PANELS; ++panel) {
+                ptx::cp_async_bulk_tensor_4d(K_smem + panel * Tile_K::PANEL_BYTES, &maps.k, panel * 64, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+                ptx::cp_async_bulk_tensor_4d(V_smem + panel * Tile_K::PANEL_BYTES, &maps.v, panel * 64, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+            }
+            for (Visit at(p, j0, b_kv_h); at.more(); at.advance()) {
+                const int stage = at.stage(), i0 = at.tile * BLOCK_Q;
+                const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
+                const uint32_t rows = K_smem + ROWS_OFFSET + stage * 2 * ROWS_BYTES;
+                auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t rows, const float* of_rows, uint32_t full, int more_bytes) {
+                    ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES + ROWS_BYTES + more_bytes);
+#pragma unroll
+                    for (int panel = 0; panel < PANELS; ++panel)
+                        ptx::cp_async_bulk_tensor_4d(tile + panel * Tile_Q::PANEL_BYTES, &map, panel * 64, i0, at.bh % p.H, at.bh / p.H, full);
+                    ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
+                };
+                ptx::mbarrier_wait(barrier(barriers.empty, stage), at.parity() ^ 1);  // passes at once in the first round
+                const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES;
+                load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES);
+                if (MASK)
+                    ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + stage * MASK_BYTES), &maps.mask, p.mask.stride_i ? i0 / BIT_COLUMNS * 4 : 0, j0,
+                                                 at.bh % p.H, at.bh / p.H, barrier(barriers.Q_full, stage));
+                load(Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage), 0);
+            }
+        }
+    } else {
+        // ---- the consumers: 64 keys each
+        ptx::setmaxnreg_inc<240>();
+        const int consumer = group - 1, warp = threadIdx.x % GROUP / 32, lane = threadIdx.x % 32, t = lane % 4;
+        const int first_row = consumer * 64 + warp * 16 + lane / 4;  // key of the tile; this thread has it and the one 8 further
+        const uint32_t group_rows = consumer * 64 * ROW_BYTES;       // the group's rows of K, V and dSᵀ
+        const float scale_log2 = p.scale * LOG2_E;                   // exp(scale · x) = 2^(scale_log2 · x)
+
+        float dK_rmem[HEAD_DIM / 2] = {}, dV_rmem[HEAD_DIM / 2] = {};
+        ptx::mbarrier_wait(KV_full, 0);
+        for (Visit now(p, j0, b_kv_h); now.more(); now.advance()) {
+            const int stage = now.stage(), i0 = now.tile * BLOCK_Q;
+            const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, dO_tile = Q_tile + Tile_Q::BYTES;
+            const uint32_t dS_tile = dS_smem + now.n % 2 * Tile_S::BYTES;
+            const float* LSE_smem = rows_smem + stage * 2 * BLOCK_Q + 2 * t;
+            const float* Delta_smem = LSE_smem + BLOCK_Q;
+
+            // Whether some key of the tile is not seen by all rows.
+            const bool cut = j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk);
+
+            // Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, under way
+            float S_rmem[BLOCK_Q / 2], dP_rmem[BLOCK_Q / 2];
+            auto multiply = [&](float(&C)[BLOCK_Q / 2], uint32_t A, uint32_t B, bool from_zero) {
+                ptx::wgmma_fence();
+#pragma unroll
+                for (int d = 0; d < HEAD_DIM / 16; ++d)
+                    ptx::wgmma_ss<element, BLOCK_Q>(C, ptx::descriptor(A + group_rows + d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32),
+                                                    ptx::descriptor(B + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), !from_zero || d > 0);
+                ptx::wgmma_commit_group();
+            };
+            ptx::mbarrier_wait(barrier(barriers.Q_full, stage), now.parity());
+#if MASK
+            // Key j is seen by the rows from j − offset on.
+            start_S<BLOCK_Q>(S_rmem, mask_smem + stage * MASK_BYTES, i0 % BIT_COLUMNS, first_row, t, [&](int r, int w) {
+                const int j = j0 + first_row + 8 * r;
+                return !cut ? 0 : j >= p.Nk ? ~0u : CAUSAL ? first_bits(j - offset - i0 - 32 * w) : 0;
+            });
+#endif
+            multiply(S_rmem, K_smem, Q_tile, !MASK);
+            ptx::mbarrier_wait(barrier(barriers.dO_full, stage), now.parity());
+            multiply(dP_rmem, V_smem, dO_tile, true);
+
+            ptx::wgmma_wait_group<1>();  // Sᵀ is there
+            // P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys. Beyond the end of the rows LSE is ∞.
+            uint32_t P_rmem[BLOCK_Q / 16][4], dS_rmem[BLOCK_Q / 16][4];  // A operands of the products over 16 rows of Q at a time
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+                const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + 8 * n);
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    float &P0 = S_rmem[4 * n + 2 * r], &P1 = S_rmem[4 * n + 2 * r + 1];
+                    P0 = ptx::ex2(fmaf(P0, scale_log2, -LSE.x));
+                    P1 = ptx::ex2(fmaf(P1, scale_log2, -LSE.y));
+                    if (!MASK && cut) {
+                        const int j = j0 + first_row + 8 * r, i = i0 + 8 * n + 2 * t;
+                        if (j >= p.Nk || (CAUSAL && j > i + offset)) P0 = 0;
+                        if (j >= p.Nk || (CAUSAL && j > i + 1 + offset)) P1 = 0;
+                    }
+                    P_rmem[n / 2][n % 2 * 2 + r] = ptx::cvt_pair<element>(P0, P1);
+                }
+            }
+            ptx::wgmma_wait_group<0>();  // so is dPᵀ
+            // dS = P∘(dP − Delta)
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+                const float2 Delta = *reinterpret_cast<const float2*>(Delta_smem + 8 * n);
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const uint32_t dS = ptx::cvt_pair<element>(S_rmem[4 * n + 2 * r] * (dP_rmem[4 * n + 2 * r] - Delta.x),
+                                                               S_rmem[4 * n + 2 * r + 1] * (dP_rmem[4 * n + 2 * r + 1] - Delta.y));
+                    dS_rmem[n / 2][n % 2 * 2 + r] = dS;
+                    ptx::st_shared(dS_tile + Tile_S::offset(first_row + 8 * r, n) + 4 * t, dS);
+                }
+            }
+
+            // dV += Pᵀ dO and dK += dSᵀ Q: the rows of dO and Q are the sum's index
+            auto add = [&](float(&C)[HEAD_DIM / 2], const uint32_t(&A)[BLOCK_Q / 16][4], uint32_t B) {
+#pragma unroll
+                for (int k = 0; k < BLOCK_Q / 16; ++k)
+                    ptx::wgmma_rs<element, HEAD_DIM>(C, A[k], ptx::descriptor(B + k * 16 * ROW_BYTES, Tile_Q::PANEL_BYTES));
+                ptx::wgmma_commit_group();
+            };
+            ptx::wgmma_fence();
+            add(dV_rmem, P_rmem, dO_tile);
+            ptx::fence_proxy_async();             // this thread's part of dSᵀ
+            ptx::bar_sync(1, CONSUMERS * GROUP);  // dSᵀ is whole, and both groups are done with the other one
+            // dQ = dS K: a group computes 64 rows, or, where there are no more, 64 columns of it
+            float dQ_rmem[32];
+            constexpr bool BY_ROWS = BLOCK_Q == 128;
+            const uint32_t dS_part = dS_tile + (BY_ROWS ? consumer * Tile_S::PANEL_BYTES : 0), K_part = K_smem + (BY_ROWS ? 0 : consumer * Tile_K::PANEL_BYTES);
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < BLOCK_K / 16; ++k)
+                ptx::wgmma_ss_transposed<element, 64>(dQ_rmem, ptx::descriptor(dS_part + k * 16 * ROW_BYTES), ptx::descriptor(K_part + k * 16 * ROW_BYTES), k > 0);
+            ptx::wgmma_commit_group();
+            add(dK_rmem, dS_rmem, Q_tile);
+
+            ptx::wgmma_wait_group<1>();  // dV and dQ are there
+            const Workspace workspace(p);
+            const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
+            if (p.deterministic) {
+                // Blocks add to a tile in the order of their keys. They start in that order too, so the one waited for is running or done.
+                if (threadIdx.x == GROUP)
+                    while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != k_tile) {}
+                ptx::bar_sync(1, CONSUMERS * GROUP);  // our turn, for every thread
+            }
+            const int thread = ptx::tid_x() % GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+            float* dQ_gmem = workspace.dQ + fragment_offset(row + (BY_ROWS ? consumer * 64 : 0) + thread / 32 * 16, BY_ROWS ? 0 : consumer * 64, thread % 32);
+#pragma unroll
+            for (int n = 0; n < 8; ++n)
+                ptx::red_add_4(dQ_gmem + fragment_offset(0, 8 * n, 0), dQ_rmem[4 * n], dQ_rmem[4 * n + 1], dQ_rmem[4 * n + 2], dQ_rmem[4 * n + 3]);
+            if (p.deterministic) {
+                __threadfence();                      // this thread's additions come before the next block's
+                ptx::bar_sync(1, CONSUMERS * GROUP);  // everybody's additions are made
+                if (threadIdx.x == GROUP) ptx::st_release(workspace.turns + row / BLOCK_Q, k_tile + 1);
+            }
+            ptx::wgmma_wait_group<0>();  // dK too: this warp is done with Q and dO
+            __syncwarp();                // and all its lanes with LSE and Delta
+            if (lane == 0) ptx::mbarrier_arrive(barrier(barriers.empty, stage));
+        }
+
+        // dK and dV out through the places of K and V, so that global stores are 16 bytes wide.
+        ptx::bar_sync(1, CONSUMERS * GROUP);  // both groups are done with K
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int n = 0; n < HEAD_DIM / 8; ++n) {
+                const uint32_t place = Tile_K::offset(first_row + 8 * r, n) + 4 * t;
+                ptx::st_shared(K_smem + place, ptx::cvt_pair<element>(dK_rmem[4 * n + 2 * r] * p.scale, dK_rmem[4 * n + 2 * r + 1] * p.scale));
+                ptx::st_shared(V_smem + place, ptx::cvt_pair<element>(dV_rmem[4 * n + 2 * r], dV_rmem[4 * n + 2 * r + 1]));
+            }
+        __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
+        element *dK_gmem = head_of(p.dk, b_kv_h / p.Hkv, b_kv_h % p.Hkv), *dV_gmem = head_of(p.dv, b_kv_h / p.Hkv, b_kv_h % p.Hkv);  // [Nk, D], [Nk, Dv]
+        constexpr int CHUNKS = HEAD_DIM / 8;
+#pragma unroll
+        for (int chunk = lane; chunk < 16 * CHUNKS; chunk += 32) {
+            const int row = consumer * 64 + warp * 16 + chunk / CHUNKS, column = chunk % CHUNKS * 8;
+            const uint8_t* place = smem + Tile_K::offset(row, column / 8);
+            if (j0 + row < p.Nk && column < p.D)
+                *reinterpret_cast<uint4*>(dK_gmem + (j0 + row) * p.dk.stride_n + column) = *reinterpret_cast<const uint4*>(place);
+            if (j0 + row < p.Nk && column < p.Dv)
+                *reinterpret_cast<uint4*>(dV_gmem + (j0 + row) * p.dv.stride_n + column) = *reinterpret_cast<const uint4*>(place + Tile_K::BYTES);
+        }
+    }
+}
+
+extern "C" int64_t workspace_floats(const AttentionParams* params) { return Workspace::floats(*params); }
+
+extern "C" int attention(const AttentionParams* params) {
+    const AttentionParams& p = *params;
+    DeviceGuard guard(p.device);
+    const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * Workspace(p).rows;
+    const int64_t k_blocks = static_cast<int64_t>((p.Nk + BLOCK_K - 1) / BLOCK_K) * p.Hkv * p.B;
+    if (all_rows > 0) prepare_kernel<<<static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream>>>(p);
+    if (k_blocks > 0) {
+        // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
+        cudaError_t error = cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+        Maps maps = {};
+        if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
+        if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
+        if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);
+        if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
+        if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);
+        if (error != cudaSuccess) return error;
+        backward_kernel<<<static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream>>>(p, maps);
+    }
+    if (all_rows > 0) finish_dq_kernel<<<static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream>>>(p);
+    return cudaGetLastError();
+}

@@ -1,0 +1,363 @@
+// Forward with Hopper's own instructions: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), Algorithms 1 and 2.  sm_90a.
+//
+// The idea: three things that wait for each other least. One warp does nothing but copy: it asks for whole tiles of K and V, which arrive in
+// shared memory without passing through a register. Groups of four warps ("warpgroups") compute; their matrix products (wgmma) read tiles
+// straight from shared memory and run on while the group's other instructions do. So a group has three kinds of work under way: S of this tile,
+// O of the tile before, and, while those run, its softmax; and while one group is at its exponentials, another has the tensor cores.
+//
+// Change from forward_3_tensor_core.cu: mma.sync and ldmatrix become wgmma, cp.async becomes tensor maps and byte-counting barriers, and the
+// thread that copies is no longer one that computes. Serves float16 and bfloat16, dense, causal and masked, without dropout; head sizes up to 256
+// that are multiples of 8.
+#include <algorithm>
+
+#include "mask_start.cuh"
+#include "ptx_hopper.cuh"
+#include "swizzle.cuh"
+#include "tensor_core.cuh"
+#include "tensor_map.cuh"
+
+#if DROPOUT || DTYPE == FLOAT32 || (MASK && MASK != MASK_OF_BITS)
+#error "this rung computes in 16-bit types, without dropout, under masks of bits"
+#endif
+
+// ---- tile sizes. A warpgroup owns 64 rows of Q, and has as many registers as the block leaves it.
+constexpr int GROUP = 128;  // threads
+constexpr int CONSUMERS = HEAD_DIM <= 64 ? 3 : 2;
+constexpr int THREADS = GROUP * (1 + CONSUMERS);
+// Registers of a thread: as many for all at the start; then the producer's group gives back what the others take.
+constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 24;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 240;
+static_assert(CONSUMERS * (CONSUMER_REGISTERS - REGISTERS) <= REGISTERS - PRODUCER_REGISTERS, "a group would wait for registers for ever");
+constexpr int BLOCK_Q = 64 * CONSUMERS;
+constexpr int BLOCK_K = HEAD_DIM <= 128 ? 128 : 64;
+constexpr int STAGES = 2;                          // pairs of K and V tiles in shared memory
+constexpr int Q_STAGES = HEAD_DIM <= 128 ? 2 : 1;  // tiles of Q, each the place of its O at the end
+constexpr int PANELS = HEAD_DIM / 64;
+
+using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
+using Tile_KV = SwizzledTile<BLOCK_K, HEAD_DIM>;
+constexpr int MASK_BYTES = MASK ? BLOCK_Q * static_cast<int>(sizeof(BitRow)) : 0;
+constexpr int SMEM_BYTES = Q_STAGES * Tile_Q::BYTES + STAGES * (2 * Tile_KV::BYTES + MASK_BYTES);
+static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
+
+struct Maps {
+    CUtensorMap q, k, v, mask;
+};
+
+// "full": the bytes have arrived, with those of K the mask's. "empty": every computing warp is done with them.
+struct Barriers {
+    uint64_t Q_full[Q_STAGES], Q_empty[Q_STAGES], K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
+};
+
+// ---- who computes what
+// With two places for Q, a block stays on its multiprocessor and takes one work after another: the next one's tiles arrive while the last one ends.
+constexpr bool STAYS = Q_STAGES > 1;
+// Causal, it then takes tiles of Q in pairs, one from the end of the sequence and its mirror image from the start. All pairs are equally long.
+constexpr bool PAIRS = STAYS && CAUSAL;
+
+// How the tiles of Q are dealt out: units (a tile or a pair), by sections of heads whose K and V fit the L2 cache together.
+struct Schedule {
+    int units, section;
+    int q_tiles, of_head;  // of one head: tiles, units
+};
+
+// The block's m-th tile of Q, against the tiles of keys that it sees, from the last to the first, since those that are cut come last.
+struct Work {
+    int i0, h, b;  // first row, query head, batch
+    int k_tiles;
+
+    __device__ static int unit(int m) { return (PAIRS ? m / 2 : m) * gridDim.x + blockIdx.x; }
+    __device__ static bool exists(const Schedule& schedule, int m) { return unit(m) < schedule.units; }
+
+    // In a section, causal, the longest come first.
+    __device__ Work(const AttentionParams& p, const Schedule& schedule, int m) {
+        const int heads = p.H * p.B;
+        const int first = unit(m) / (schedule.of_head * schedule.section) * schedule.section, in_section = min(schedule.section, heads - first);
+        const int rest = unit(m) - first * schedule.of_head, place = rest / in_section, bh = first + rest % in_section;
+        const bool from_end = CAUSAL && !(PAIRS && m % 2);
+        i0 = (from_end ? schedule.q_tiles - 1 - place : place) * BLOCK_Q, h = bh % p.H, b = bh / p.H;
+        // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
+        if (PAIRS && m % 2 && 2 * place + 1 == schedule.q_tiles) i0 = p.Nq;
+        // Columns that the last row sees; tiles beyond are never visited.
+        const int columns = i0 >= p.Nq ? 0 : CAUSAL ? max(0, min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq)) : p.Nk;
+        k_tiles = (columns + BLOCK_K - 1) / BLOCK_K;
+    }
+    // First key of the n-th tile.
+    __device__ int j0(int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
+};
+
+// Where the block's n-th tile is kept, and the parity of the barriers' phase that it fills and empties.
+template <int STAGES>
+struct Slot {
+    int stage, parity;
+    __device__ explicit Slot(int n) : stage(n % STAGES), parity(n / STAGES & 1) {}
+};
+using Slot_Q = Slot<Q_STAGES>;
+using Slot_KV = Slot<STAGES>;
+
+__global__ void __launch_bounds__(THREADS, 1)
+    forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, const __grid_constant__ Schedule schedule) {
+    extern __shared__ __align__(1024) uint8_t smem[];
+    __shared__ __align__(8) Barriers barriers;
+    const uint32_t Q_smem = ptx::smem_address(smem);            // Q_STAGES × [BLOCK_Q, HEAD_DIM]
+    const uint32_t K_smem = Q_smem + Q_STAGES * Tile_Q::BYTES;  // STAGES × [BLOCK_K, HEAD_DIM]
+    const uint32_t V_smem = K_smem + STAGES * Tile_KV::BYTES;   // STAGES × [BLOCK_K, HEAD_DIM]
+    uint8_t* mask_smem = smem + Q_STAGES * Tile_Q::BYTES + STAGES * 2 * Tile_KV::BYTES;  // STAGES × [BLOCK_Q] BitRow
+    auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
+
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < Q_STAGES; ++stage) {
+            ptx::mbarrier_init(barrier(barriers.Q_full, stage), 1);
+            ptx::mbarrier_init(barrier(barriers.Q_empty, stage), 4 * CONSUMERS);
+        }
+        for (int stage = 0; stage < STAGES; ++stage) {
+            ptx::mbarrier_init(barrier(barriers.K_full, stage), 1);
+            ptx::mbarrier_init(barrier(barriers.V_full, stage), 1);
+            ptx::mbarrier_init(barrier(barriers.K_empty, stage), 4 * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.V_empty, stage), 4 * CONSUMERS);
+        }
+        ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+
+    const int group = uniform(threadIdx.x / GROUP);
+    if (group == 0) {
+        // ---- the producer: one thread asks for every tile, of the next work while the last one ends
+        ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) {
+            int n = 0;  // of all tiles of keys
+            for (int m = 0; Work::exists(schedule, m); ++m) {
+                const Work work(p, schedule, m);
+                const int kv_h = kv_head(p, work.h);
+                const Slot_Q slot_Q(m);
+                ptx::mbarrier_wait(barrier(barriers.Q_empty, slot_Q.stage), slot_Q.parity ^ 1);  // passes at once in the first round, as below
+                ptx::mbarrier_arrive_expect_tx(barrier(barriers.Q_full, slot_Q.stage), Tile_Q::BYTES);
+#pragma unroll
+                for (int panel = 0; panel < PANELS; ++panel)
+                    ptx::cp_async_bulk_tensor_4d(Q_smem + slot_Q.stage * Tile_Q::BYTES + panel * Tile_Q::PANEL_BYTES, &maps.q, panel * 64, work.i0, work.h, work.b,
+                                                 barrier(barriers.Q_full, slot_Q.stage));
+                for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
+                    const Slot_KV slot(n);
+                    auto load = [&](uint32_t tiles, const CUtensorMap& map, uint64_t* full, uint64_t* empty, int more_bytes) {
+                        ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);
+                        ptx::mbarrier_arrive_expect_tx(barrier(full, slot.stage), Tile_KV::BYTES + more_bytes);
+#pragma unroll
+                        for (int panel = 0; panel < PANELS; ++panel)
+                            ptx::cp_async_bulk_tensor_4d(tiles + slot.stage * Tile_KV::BYTES + panel * Tile_KV::PANEL_BYTES, &map, panel * 64, work.j0(tile), kv_h,
+                                                         work.b, barrier(full, slot.stage));
+                    };
+                    load(K_smem, maps.k, barriers.K_full, barriers.K_empty, MASK_BYTES);
+                    if (MASK)
+                        ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + slot.stage * MASK_BYTES), &maps.mask, work.j0(tile) / BIT_COLUMNS * 4, work.i0,
+                                                     work.h, work.b, barrier(barriers.K_full, slot.stage));
+                    load(V_smem, maps.v, barriers.V_full, barriers.V_empty, 0);
+                }
+            }
+        }
+    } else {
+        // ---- the consumers: 64 rows each
+        ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
+        const int consumer = group - 1, lane = threadIdx.x % 32, t = lane % 4;
+        const int first_row = consumer * 64 + threadIdx.x % GROUP / 32 * 16 + lane / 4;  // of the tile; this thread has it and the one 8 below
+        const int offset = p.Nk - p.Nq;                                                  // causal: row i sees columns j ≤ i + offset
+        const float scale_log2 = p.scale * LOG2_E;                                       // exp(scale · x) = 2^(scale_log2 · x)
+
+        float O_rmem[HEAD_DIM / 2];  // not yet divided by l
+        float S_rmem[BLOCK_K / 2];
+        uint32_t P_rmem[BLOCK_K / 16][4];
+        float m_rmem[2], l_rmem[2], alpha[2];  // l is this lane's share of the sum
+
+        // One lane of every warp arrives at an "empty" barrier, once its products that read the tile are over.
+        auto release = [&](uint64_t* empty, int stage) {
+            if (lane == 0) ptx::mbarrier_arrive(barrier(empty, stage));
+        };
+        // How many of the tile's columns, from its first, a row sees: r as in first_row + 8·r.
+        auto visible = [&](int i0, int j0, int r) { return (CAUSAL ? min(p.Nk, i0 + first_row + 8 * r + offset + 1) : p.Nk) - j0; };
+        // Whether some row does not see the whole tile.
+        auto cut = [&](int i0, int j0) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk); };
+
+        // Waits for K, and for the mask, from which S's sums start.
+        auto await_K = [&](const Slot_KV& slot, int i0, int j0) {
+            ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
+#if MASK
+            const bool diagonal = CAUSAL && cut(i0, j0);
+            start_S<BLOCK_K>(S_rmem, mask_smem + slot.stage * MASK_BYTES, j0 % BIT_COLUMNS, first_row, t,
+                             [&](int r, int w) { return diagonal ? ~first_bits(visible(i0, j0, r) - 32 * w) : 0; });
+#endif
+        };
+        // S = Q Kᵀ, under way.
+        auto multiply_QK = [&](const Slot_Q& slot_Q, const Slot_KV& slot) {
+            // Uniform, because a descriptor belongs in registers that the warp shares.
+            const uint32_t Q_rows = uniform(Q_smem + slot_Q.stage * Tile_Q::BYTES + consumer * 64 * ROW_BYTES);
+            const uint32_t K_tile = uniform(K_smem + slot.stage * Tile_KV::BYTES);
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int d = 0; d < HEAD_DIM / 16; ++d)
+                ptx::wgmma_ss<element, BLOCK_K>(S_rmem, ptx::descriptor(Q_rows + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
+                                                ptx::descriptor(K_tile + d / 4 * Tile_KV::PANEL_BYTES + d % 4 * 32), MASK || d > 0);
+            ptx::wgmma_commit_group();
+        };
+        // O += P V, under way.
+        auto multiply_PV = [&](const Slot_KV& slot) {
+            const uint32_t V_tile = uniform(V_smem + slot.stage * Tile_KV::BYTES);
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < BLOCK_K / 16; ++k)
+                ptx::wgmma_rs<element, HEAD_DIM>(O_rmem, P_rmem[k], ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_KV::PANEL_BYTES));
+            ptx::wgmma_commit_group();
+        };
+        // S becomes 2^(scale_log2 · (S − m)); alpha is what O must be multiplied by.
+        auto softmax = [&](int i0, int j0) {
+            if (!MASK && cut(i0, j0)) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int columns = visible(i0, j0, r) - 2 * t;  // from this lane's first
+#pragma unroll
+                    for (int i = 0; i < BLOCK_K / 8; ++i)
+#pragma unroll
+                        for (int c = 0; c < 2; ++c)
+                            if (8 * i + c >= columns) S_rmem[4 * i + 2 * r + c] = -CUDART_INF_F;
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float m_new = m_rmem[r];
+#pragma unroll
+                for (int i = 0; i < BLOCK_K / 8; ++i) m_new = fmaxf(m_new, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
+                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
+                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
+                alpha[r] = ptx::ex2((m_rmem[r] - m_new) * scale_log2);
+                m_rmem[r] = m_new;
+                const float m_log2 = m_new * scale_log2;
+                float sum = 0;
+#pragma unroll
+                for (int i = 0; i < BLOCK_K / 8; ++i)
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        float& x = S_rmem[4 * i + 2 * r + c];
+                        x = ptx::ex2(fmaf(x, scale_log2, -m_log2));
+                        sum += x;
+                    }
+                l_rmem[r] = l_rmem[r] * alpha[r] + sum;
+            }
+        };
+        // The accumulators of S, in pairs, are the A operand of O += P V as they lie.
+        auto round_P = [&] {
+#pragma unroll
+            for (int k = 0; k < BLOCK_K / 16; ++k)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) P_rmem[k][e] = ptx::cvt_pair<element>(S_rmem[8 * k + 2 * e], S_rmem[8 * k + 2 * e + 1]);
+        };
+        // Groups issue products in turns, so that one is at its exponentials while another's products run.
+        auto my_turn = [&] { ptx::bar_sync(1 + consumer, 2 * GROUP); };
+        auto your_turn = [&](int next) { ptx::bar_arrive(1 + next, 2 * GROUP); };
+
+        if (consumer == CONSUMERS - 1) your_turn(0);
+        int n = 0;  // of all tiles of keys
+        for (int m = 0; Work::exists(schedule, m); ++m) {
+            const Work work(p, schedule, m);
+            const Slot_Q slot_Q(m);
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = 0;
+            m_rmem[0] = m_rmem[1] = LOWEST, l_rmem[0] = l_rmem[1] = 0;
+            ptx::mbarrier_wait(barrier(barriers.Q_full, slot_Q.stage), slot_Q.parity);  // without keys too: O takes Q's place
+            if (work.k_tiles > 0) {
+                // The first tile has no predecessor whose product could run under its softmax.
+                await_K(Slot_KV(n), work.i0, work.j0(0));
+                my_turn();
+                multiply_QK(slot_Q, Slot_KV(n));
+                your_turn((consumer + 1) % CONSUMERS);
+                ptx::wgmma_wait_group<0>();
+                release(barriers.K_empty, Slot_KV(n).stage);
+                softmax(work.i0, work.j0(0));
+                round_P();
+                ++n;
+                for (int tile = 1; tile < work.k_tiles; ++tile, ++n) {
+                    const Slot_KV now(n), before(n - 1);
+                    await_K(now, work.i0, work.j0(tile));
+                    my_turn();
+                    multiply_QK(slot_Q, now);
+                    ptx::mbarrier_wait(barrier(barriers.V_full, before.stage), before.parity);
+                    multiply_PV(before);
+                    your_turn((consumer + 1) % CONSUMERS);
+                    ptx::wgmma_wait_group<1>();  // S is there
+                    release(barriers.K_empty, now.stage);
+                    softmax(work.i0, work.j0(tile));
+                    // Few tiles raise a maximum. Also, the compiler does not move the wait for O over a branch, before the exponentials, where it
+                    // would be put otherwise: D 256 gains 15 %, D 128 2 %. (At D 64, where three groups fill each other's gaps, the test costs 2 %.)
+                    if (HEAD_DIM == 64 || __any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1)) {
+                        ptx::wgmma_wait_group<0>();
+#pragma unroll
+                        for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
+                    }
+                    ptx::wgmma_wait_group<0>();  // O is there
+                    release(barriers.V_empty, before.stage);
+                    round_P();
+                }
+                const Slot_KV last(n - 1);
+                ptx::mbarrier_wait(barrier(barriers.V_full, last.stage), last.parity);
+                multiply_PV(last);
+                ptx::wgmma_wait_group<0>();
+                release(barriers.V_empty, last.stage);
+            }
+
+            // O /= l, and out through shared memory, each warp in its own rows of Q's place, so that global stores are 16 bytes wide.
+            uint8_t* O_smem = smem + slot_Q.stage * Tile_Q::BYTES;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float l = l_rmem[r];
+                l += __shfl_xor_sync(0xffffffff, l, 1);
+                l += __shfl_xor_sync(0xffffffff, l, 2);
+                const int row = first_row + 8 * r;
+                if (p.lse && t == 0 && work.i0 + row < p.Nq)
+                    p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + work.i0 + row] = m_rmem[r] * p.scale + logf(l);
+                const float factor = l > 0 ? 1 / l : 0;  // l = 0: the row may attend nothing
+#pragma unroll
+                for (int o = 0; o < HEAD_DIM / 8; ++o)
+                    *reinterpret_cast<uint32_t*>(O_smem + Tile_Q::offset(row, o) + 4 * t) =
+                        ptx::cvt_pair<element>(O_rmem[4 * o + 2 * r] * factor, O_rmem[4 * o + 2 * r + 1] * factor);
+            }
+            __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
+            element* O_gmem = head_of(p.o, work.b, work.h);  // [Nq, Dv]
+            constexpr int CHUNKS = HEAD_DIM / 8;
+            const int warp_row = consumer * 64 + threadIdx.x % GROUP / 32 * 16;
+#pragma unroll
+            for (int chunk = lane; chunk < 16 * CHUNKS; chunk += 32) {
+                const int row = warp_row + chunk / CHUNKS, column = chunk % CHUNKS * 8;
+                if (work.i0 + row < p.Nq && column < p.Dv)
+                    *reinterpret_cast<uint4*>(O_gmem + (work.i0 + row) * p.o.stride_n + column) =
+                        *reinterpret_cast<const uint4*>(O_smem + Tile_Q::offset(row, column / 8));
+            }
+            ptx::fence_proxy_async();  // this lane's part of O comes before the next Q here, which the copy engine writes
+            __syncwarp();
+            release(barriers.Q_empty, slot_Q.stage);
+        }
+        if (consumer == 0) my_turn();  // meets the last group's last arrival, so that no barrier is left half full
+    }
+}
+
+extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
+
+extern "C" int attention(const AttentionParams* params) {
+    const AttentionParams& p = *params;
+    if (p.B == 0 || p.Nq == 0) return cudaSuccess;
+    DeviceGuard guard(p.device);
+    // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
+    cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+    Maps maps;
+    if (error == cudaSuccess) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);
+    if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
+    if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
+    if (error == cudaSuccess && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_Q);
+    if (error != cudaSuccess) return error;
+    const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, of_head = PAIRS ? (q_tiles + 1) / 2 : q_tiles;
+    const int64_t heads = static_cast<int64_t>(p.B) * p.H, units = heads * of_head;
+    if (units > INT32_MAX / 2) return cudaErrorInvalidConfiguration;  // a block's next one, too, must be an int
+    const int64_t head_bytes = static_cast<int64_t>(p.Nk) * (p.D + p.Dv) * sizeof(element);
+    const int64_t fit = (int64_t(32) << 20) * (p.H / p.Hkv) / std::max<int64_t>(head_bytes, 1);  // in 32 of the L2 cache's 50 MB
+    const Schedule schedule = {static_cast<int>(units), static_cast<int>(std::clamp<int64_t>(fit, 1, heads)), q_tiles, of_head};
+    const unsigned blocks = static_cast<unsigned>(STAYS ? std::min<int64_t>(units, p.sm_count) : units);
+    forward_kernel<<<blocks, THREADS, SMEM_BYTES, p.stream>>>(p, maps, schedule);
+    return cudaGetLastError();
+}

@@ -1,0 +1,42 @@
+// The mask in the hopper kernels: a tile of bits beside a tile of S. The copy engine brings it as it brings K or Q, from what pack_mask.cu has
+// written. S's sums start from it: from 0, or from about −2¹²⁷ where it hides, beside which no score is large enough to show.
+#pragma once
+
+#include "tensor_map.cuh"
+
+// The 128 bits that one row of the tile takes from memory, though it may need half of them: the engine copies no less. A set bit hides.
+struct alignas(16) BitRow {
+    uint32_t word[4];
+};
+constexpr int BIT_COLUMNS = 128;
+
+// Map of the mask's rows of words, of which a box has `rows`. A row belongs to a query (MASK_OF_BITS) or to a key (MASK_OF_KEY_BITS).
+inline cudaError_t make_mask_map(CUtensorMap* map, const AttentionParams& p, int rows) {
+    const bool by_keys = MASK == MASK_OF_KEY_BITS;
+    const int columns = by_keys ? p.Nq : p.Nk;
+    const Tensor4 words = {const_cast<void*>(p.mask.data), p.mask.stride_b, p.mask.stride_h, by_keys ? p.mask.stride_j : p.mask.stride_i};
+    const bool broadcast = by_keys && p.mask.stride_i == 0;
+    return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT32, CU_TENSOR_MAP_SWIZZLE_NONE, words, p.B, p.H, by_keys ? p.Nk : p.Nq,
+                             broadcast ? 4 : (columns + BIT_COLUMNS - 1) / BIT_COLUMNS * 4, rows, 4);
+}
+
+// This lane's part of the accumulators of rows `row` and row + 8: columns 8n + 2t and 8n + 2t + 1 of the tile, which begins `first` columns into the
+// bits. more(r, w): further hidden columns of row row + 8·r, from 32·w on.
+template <int COLUMNS, class More>
+__device__ inline void start_S(float (&S)[COLUMNS / 2], const uint8_t* tile, int first, int row, int t, More more) {
+    static_assert(BIT_COLUMNS % COLUMNS == 0, "a tile's bits lie in one row");
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const uint32_t* words = reinterpret_cast<const BitRow*>(tile)[row + 8 * r].word + first / 32;
+#pragma unroll
+        for (int w = 0; w < COLUMNS / 32; ++w) {
+            const uint32_t hidden = words[w] | more(r, w);
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const uint32_t signs = hidden << (7 - 2 * t - c);  // byte n is about columns 8n …, of which this lane has 2t + c
+#pragma unroll
+                for (int n = 0; n < 4; ++n) S[4 * (4 * w + n) + 2 * r + c] = start_of_sum(signs, n);
+            }
+        }
+    }
+}

@@ -1,0 +1,155 @@
+// The instructions of sm_90a that the `hopper` rung adds: barriers that count bytes, copies by tensor map, matrix products of four warps. Named
+// after the instruction, with its section of the PTX ISA, as in ptx.cuh.
+#pragma once
+
+#include <cuda.h>  // CUtensorMap
+
+#include "ptx.cuh"
+
+namespace ptx {
+
+// ---- mbarrier (9.7.13.15): a counter in shared memory of arrivals and of bytes still to come. A phase is over when both are 0; the next begins.
+
+__device__ inline void mbarrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// What was initialised is seen by the copy engine too.
+__device__ inline void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void mbarrier_arrive(uint32_t barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+
+// Arrives, and announces `bytes` that copies will deliver.
+__device__ inline void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Waits until the phase of this parity is over: 0 for the first, then 1, 0, …
+__device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred over;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
+        "@over bra done;\n"
+        "bra again;\n"
+        "done:\n"
+        "}" ::"r"(barrier), "r"(parity)
+        : "memory");
+}
+
+// ---- copies by tensor map (9.7.9.27.1.2: cp.async.bulk.tensor). One thread asks for a whole box; bytes beyond the tensor arrive as zeros.
+
+// The box that begins at column d, row n, head h, batch b, to shared memory. `barrier` counts its bytes.
+__device__ inline void cp_async_bulk_tensor_4d(uint32_t smem, const CUtensorMap* map, int d, int n, int h, int b, uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(smem), "l"(map),
+                 "r"(d), "r"(n), "r"(h), "r"(b), "r"(barrier)
+                 : "memory");
+}
+
+// `bytes` contiguous bytes, both addresses and the size multiples of 16 (9.7.9.25.4.1: cp.async.bulk).
+__device__ inline void cp_async_bulk(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem), "l"(gmem), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// What this thread stored in shared memory is seen by wgmma and the copy engine (9.7.13.4: fence.proxy).
+__device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- registers (9.7.19.5: setmaxnreg). A warpgroup gives registers back, or waits until it has more.
+template <int N>
+__device__ inline void setmaxnreg_dec() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+__device__ inline void setmaxnreg_inc() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// ---- named barriers (9.7.13.1: barrier): `threads` of the block meet at one of 16; bar_arrive does not wait for the others.
+__device__ inline void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ inline void bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// ---- wgmma (9.7.15): D (64×N, float32, registers) += A (64×16) · B (16×N), the 128 threads of a warpgroup together, asynchronously.
+// B lies in shared memory, A there or in registers. D: thread l of warp w has rows 16·w + l / 4 (d[4i], d[4i + 1]) and 8 further (d[4i + 2],
+// d[4i + 3]), columns 8·i + 2·(l % 4) and + 1; A in registers: as in mma_m16n8k16, each warp its 16 rows.
+
+// Registers written before are seen by the products that follow; needed before the first one that reads them.
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most N of the warpgroup's groups are under way.
+template <int N>
+__device__ inline void wgmma_wait_group() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// A tile in shared memory as wgmma addresses it (9.7.15.5.1): 128-byte rows, swizzled (mode 1), groups of 8 rows 1024 bytes apart. `leading`
+// counts only for an operand whose rows are the sum's index (V): the bytes from one panel of 64 columns to the next.
+__device__ inline uint64_t descriptor(uint32_t smem, uint32_t leading = 16) {
+    return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(leading / 16) << 16 | (smem & 0x3ffff) / 16;
+}
+
+#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
+#define D32 D16(0), D16(16)
+#define D64 D32, D16(32), D16(48)
+#define D128 D64, D16(64), D16(80), D16(96), D16(112)
+#define LIST32 \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define LIST64 \
+    LIST32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define LIST128                                                                                                                                   \
+    LIST64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96," \
+           "%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123," \
+           "%124,%125,%126,%127"
+
+// Both operands from shared memory, each row by row along the sum (Q and K). `accumulate` 0: D = A · B.
+template <typename T, int N>
+__device__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
+// The same with the sum's index along the rows of both (dSᵀ and K in dQ = dS K): tnspA = tnspB = 1.
+template <typename T, int N>
+__device__ void wgmma_ss_transposed(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
+// A from registers, B with the sum's index along its rows (V): tnspB = 1.
+template <typename T, int N>
+__device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
+
+#define WGMMA_SS(NAME, TRANSPOSED, T, TYPE, N, R, A, B, P)                                                                                                   \
+    template <>                                                                                                                           \
+    __device__ inline void NAME<T, N>(float (&d)[R], uint64_t a, uint64_t b, int accumulate) {                                        \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                                                          \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" LIST##R "}, " A ", " B ", p, 1, 1, " TRANSPOSED ";}"       \
+                     : D##R                                                                                                               \
+                     : "l"(a), "l"(b), "r"(accumulate)                                                                                    \
+                     : "memory");                                                                                                         \
+    }
+#define WGMMA_RS(T, TYPE, N, R, A0, A1, A2, A3, B)                                                                                         \
+    template <>                                                                                                                           \
+    __device__ inline void wgmma_rs<T, N>(float (&d)[R], const uint32_t (&a)[4], uint64_t b) {                                            \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" LIST##R "}, {" A0 "," A1 "," A2 "," A3 "}, " B  \
+                     ", 1, 1, 1, 1;"                                                                                                      \
+                     : D##R                                                                                                               \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                                                 \
+                     : "memory");                                                                                                         \
+    }
+#define WGMMA(T, TYPE)                                                        \
+    WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 64, 32, "%32", "%33", "%34")          \
+    WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 128, 64, "%64", "%65", "%66")         \
+    WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 64, 32, "%32", "%33", "%34") \
+    WGMMA_RS(T, TYPE, 64, 32, "%32", "%33", "%34", "%35", "%36")              \
+    WGMMA_RS(T, TYPE, 128, 64, "%64", "%65", "%66", "%67", "%68")             \
+    WGMMA_RS(T, TYPE, 256, 128, "%128", "%129", "%130", "%131", "%132")
+WGMMA(__half, "f16")
+WGMMA(__nv_bfloat16, "bf16")
+#undef WGMMA
+#undef WGMMA_SS
+#undef WGMMA_RS
+#undef LIST128
+#undef LIST64
+#undef LIST32
+#undef D128
+#undef D64
+#undef D32
+#undef D16
+#undef D4
+
+}  // namespace ptx
