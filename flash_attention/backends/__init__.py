@@ -16,7 +16,7 @@ from torch import Tensor
 from . import cuda, reference
 
 BACKENDS = {**cuda.RUNGS, "reference": reference}
-GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.plain_only)}  # a name that stands for the fastest of several
+GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.teaching)}  # a name that stands for the fastest of several
 DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
 
 

@@ -18,7 +18,7 @@ from flash_attention.reference.dropout import threshold
 
 PACK_MASK = "pack_mask.cu"
 
-PACK_PARAMS = struct.Struct("@q 4q q 4i i q")
+PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
 
@@ -33,8 +33,11 @@ class Rung:
     dtypes: tuple[str, ...]
     head_dims: tuple[int, ...]  # compiled sizes; a head size is padded to the next
     multiple_of: int = 1  # of which head sizes, and the alignment of rows in elements
-    packs_mask: bool = False
-    plain_only: bool = False  # neither mask nor dropout: a step of the ladder, taken only by name
+    masks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # forms (build.MASK_NUMBER) that its forward and its backward read
+    dropout: bool = False
+    teaching: bool = False  # a step of the ladder, taken only by name
+    only_arch: int | None = None  # instructions that no other compute capability has
+    backward_up_to: int = 512  # larger heads go backward by the tensor_core rung, which needs the same O and LSE
 
     def why_not(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
         """Why this rung cannot serve the call, or None."""
@@ -46,10 +49,11 @@ class Rung:
         if max(D, Dv) > self.head_dims[-1] or D % self.multiple_of or Dv % self.multiple_of:
             kind = f"multiples of {self.multiple_of} " if self.multiple_of > 1 else ""
             return f"it takes head sizes {kind}up to {self.head_dims[-1]}, got D = {D}, Dv = {Dv}"
-        if self.plain_only and (mask is not None or dropout_p):
-            got = f"dropout_p = {dropout_p}" if mask is None else f"a mask {tuple(mask.shape)}"
-            return f"it serves neither a mask nor dropout, got {got}"
-        return _why_no_kernels(q.device.index or 0, self.min_arch)
+        if dropout_p and not self.dropout:
+            return f"it serves no dropout, got dropout_p = {dropout_p}"
+        if mask is not None and not self.masks[FORWARD]:
+            return f"it serves no mask, got {tuple(mask.shape)}"
+        return _why_no_kernels(q.device.index or 0, self.min_arch, self.only_arch)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, causal: bool, scale: float, dropout_p: float
@@ -86,6 +90,8 @@ class Rung:
         dropout_p: float,
     ):
         """→ dQ, dK, dV, shaped as q, k, v."""
+        if max(q.shape[3], v.shape[3]) > self.backward_up_to:
+            return RUNGS["tensor_core"].backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p)
         dQ, dK, dV = allocate.backward_outputs(q, k, v)
         sign, scale = _positive(scale)
         q, k, v, O, dO = (self._readable(x) for x in (q if sign == 1 else q * sign, k, v, O, dO))
@@ -109,22 +115,23 @@ class Rung:
         return x if self._is_readable(x) else x.clone(memory_format=torch.contiguous_format)
 
     def mask_forms(self, which: int, dropout: bool) -> tuple[str, ...]:
-        """The forms in which this rung's forward or backward reads a mask."""
-        if not self.packs_mask:
-            return ("bytes",)
-        # A call of Philox covers columns that lie 8 apart, the bytes that a thread reads at once lie side by side.
-        return ("bits", "bytes") if which == FORWARD and not dropout else ("bits",)
+        """The forms in which this rung's forward or backward reads a mask, the usual one first."""
+        # Of two, dropout takes the first: a call of Philox covers columns that lie 8 apart, the bytes that a thread reads at once lie
+        # side by side.
+        return self.masks[which][:1] if dropout else self.masks[which]
 
     def _mask(self, which: int, mask: Tensor | None, dropout: bool) -> tuple[str | None, tuple[int, ...], Tensor | None]:
         """The mask's form, its fields in the struct, and what must stay alive until the launch."""
         if mask is None:
             return None, NO_MASK, None
         forms = self.mask_forms(which, dropout)
-        if "bits" not in forms or ("bytes" in forms and _is_read_once(mask)):
+        form = forms[0]
+        if form == "bytes" or ("bytes" in forms and _is_read_once(mask)):
             return "bytes", (mask.data_ptr(), *mask.stride()), mask
-        bits = pack_mask(mask)
-        strides = [0 if n == 1 else s for n, s in zip(bits.shape, bits.stride(), strict=True)]
-        return "bits", (bits.data_ptr(), *strides[:3], 1), bits
+        bits = pack_mask(mask, by_keys=form == "key bits")
+        b, h, row, _ = (0 if n == 1 else s for n, s in zip(bits.shape, bits.stride(), strict=True))
+        along_queries, along_keys = (row, 1) if form == "bits" else (int(mask.stride(2) != 0), row)
+        return form, (bits.data_ptr(), b, h, along_queries, along_keys), bits
 
     def _launch(
         self,
@@ -153,13 +160,25 @@ RUNGS = {
     rung.name: rung
     for rung in (
         Rung(
+            name="hopper",
+            files=("forward_4_hopper.cu", "backward_4_hopper.cu"),
+            min_arch=90,
+            only_arch=90,
+            dtypes=("float16", "bfloat16"),
+            head_dims=(64, 128, 256),
+            multiple_of=8,
+            masks=(("bits",), ("key bits",)),
+            backward_up_to=128,
+        ),
+        Rung(
             name="tensor_core",
             files=("forward_3_tensor_core.cu", "backward_3_tensor_core.cu"),
             min_arch=80,
             dtypes=("float16", "bfloat16"),
             head_dims=(32, 64, 96, 128, 192, 256),
             multiple_of=8,
-            packs_mask=True,
+            masks=(("bits", "bytes"), ("bits",)),
+            dropout=True,
         ),
         Rung(
             name="simple",
@@ -167,6 +186,8 @@ RUNGS = {
             min_arch=75,
             dtypes=("float32", "float16", "bfloat16"),
             head_dims=(32, 64, 96, 128, 192, 256, 512),
+            masks=(("bytes",), ("bytes",)),
+            dropout=True,
         ),
         Rung(
             name="mma",
@@ -175,17 +196,19 @@ RUNGS = {
             dtypes=("float16", "bfloat16"),
             head_dims=(32, 64, 96, 128),
             multiple_of=8,
-            plain_only=True,
+            teaching=True,
         ),
     )
 }
 
 
 @functools.cache
-def _why_no_kernels(device: int, min_arch: int) -> str | None:
+def _why_no_kernels(device: int, min_arch: int, only_arch: int | None) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    if major * 10 + minor < min_arch:
-        return f"it needs compute capability {min_arch // 10}.{min_arch % 10}, {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    arch = major * 10 + minor
+    if arch < min_arch or (only_arch and arch != only_arch):
+        needed = f"compute capability {min_arch // 10}.{min_arch % 10}{' and no other' if only_arch else ''}"
+        return f"it needs {needed}, {torch.cuda.get_device_name(device)} has {major}.{minor}"
     if build.find_nvcc() is None:
         return "nvcc was not found (pip install 'flash_attention[cuda]' brings one)"
     return None
@@ -235,17 +258,21 @@ def _is_read_once(mask: Tensor) -> bool:
     return once and j == 1 and not (b | h | i | mask.data_ptr()) % 16
 
 
-def pack_mask(mask: Tensor) -> Tensor:
+def pack_mask(mask: Tensor, by_keys: bool = False) -> Tensor:
     """bool (B, H, Nq, Nk), any strides → int32 (B or 1, H or 1, Nq or 1, words): what is broadcast is packed once.
 
-    Bit c % 32 of word c / 32 is set if column c is hidden; rows are padded with ones to a multiple of 128 columns.
+    Bit c % 32 of word c / 32 is set if column c is hidden; rows are padded with ones to a multiple of 128 columns. With by_keys, the rows
+    of the result are keys and its bits queries, (B or 1, H or 1, Nk, words); a mask that is the same for all queries gives words for 128.
     """
     B, H, Nq = (1 if stride == 0 else n for n, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True))
     Nk = mask.shape[3]
-    bits = torch.empty((B, H, Nq, (Nk + 127) // 128 * 4), dtype=torch.int32, device=mask.device)
+    if by_keys and mask.stride(2) == 0:
+        Nq = 128
+    rows, columns = (Nk, Nq) if by_keys else (Nq, Nk)
+    bits = torch.empty((B, H, rows, (columns + 127) // 128 * 4), dtype=torch.int32, device=mask.device)
     if bits.numel():
         library = _pack_mask_library(mask.device.index)
         stream = torch._C._cuda_getCurrentRawStream(mask.device.index)
-        params = PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), B, H, Nq, Nk, mask.device.index, stream)
+        params = PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), B, H, Nq, Nk, by_keys, mask.device.index, stream)
         raise_on(library.pack_mask(params), library, mask)
     return bits

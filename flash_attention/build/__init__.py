@@ -31,7 +31,7 @@ SPILL = re.compile(r"([1-9]\d*) bytes spill")
 WARNING = re.compile(r"C75(0[89]|1[0-7])")
 
 DTYPE_NUMBER = {"float32": 0, "float16": 1, "bfloat16": 2}  # as in attention.h
-MASK_NUMBER = {None: 0, "bits": 1, "bytes": 2}
+MASK_NUMBER = {None: 0, "bits": 1, "bytes": 2, "key bits": 3}  # as in attention.h
 
 
 class BuildError(RuntimeError):
@@ -46,7 +46,7 @@ class Specialisation(NamedTuple):
     head_dim: int
     dtype: str
     causal: bool
-    mask: str | None  # its form, "bits" or "bytes"
+    mask: str | None  # its form
     dropout: bool
 
     def defines(self) -> list[str]:

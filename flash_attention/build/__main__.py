@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from tqdm import tqdm
 
-from flash_attention.backends.cuda import PACK_MASK, RUNGS
+from flash_attention.backends.cuda import BACKWARD, PACK_MASK, RUNGS
 from flash_attention.build import BuildError, Specialisation, arch_of, build, cache_folder, load
 
 
@@ -18,13 +18,16 @@ def usual_set(archs: list[str], head_dims: list[int] | None = None) -> list[Spec
     """What most models use: each rung's common head sizes and dtypes, dense, causal, and with mask and dropout."""
     wanted = []
     for arch, rung in product(archs, RUNGS.values()):
-        if int(arch.rstrip("af")) < rung.min_arch:
+        number = int(arch.rstrip("af"))
+        if number < rung.min_arch or (rung.only_arch and number != rung.only_arch):
             continue
         for head_dim, dtype in product(head_dims or rung.head_dims, rung.dtypes):
-            for causal, mask, dropout in ((False, False, False), (True, False, False), (False, True, False), (True, True, True)):
-                if head_dim not in rung.head_dims or (rung.plain_only and (mask or dropout)):
+            for causal, mask, dropout in ((False, False, False), (True, False, False), (False, True, False), (True, True, rung.dropout)):
+                if head_dim not in rung.head_dims or (mask and not rung.masks[0]):
                     continue
                 for which, file in enumerate(rung.files):
+                    if which == BACKWARD and head_dim > rung.backward_up_to:
+                        continue
                     forms = rung.mask_forms(which, dropout) if mask else (None,)
                     wanted += [Specialisation(file, arch, head_dim, dtype, causal, form, dropout) for form in forms]
     return wanted
