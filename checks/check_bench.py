@@ -164,6 +164,7 @@ def check_tables_of_an_h200(tmp_path, monkeypatch):
         cell("grid", "forward", **{"over sdpa (flash)": 1.25, "over sdpa (cudnn)": 0.75}),
         cell("grid", "backward", **{"over sdpa (flash)": 1.125}),
         mean,
+        cell("grid", "forward", **{"over sdpa (flash)": 2.5, "name": "flash (second)", "backend": "second"}),
         cell("mask", "forward", ms=2.0, **{"over flex": 3.0}),
     ]
     rungs = [
@@ -179,7 +180,9 @@ def check_tables_of_an_h200(tmp_path, monkeypatch):
     for line in (
         "A GPU; torch 2, CUDA 13.0, Python 3, Linux, driver 580.1, ptxas unknown; medians. × is how many times the speed of that one: "
         "above 1 is faster.",
-        "| forward × FA2 / × cuDNN, N | D 64 |",
+        "| flash (first) forward × FA2 / × cuDNN, N | D 64 |",
+        "| flash (second) forward × FA2 / × cuDNN, N | D 64 |",
+        "| 512 | 2.50 / – |",
         "| 512 | 1.25 / 0.75 |",
         "Geometric mean of 1 cases: 1.50 / –.",
         "| 512 | 1.12 / – |",

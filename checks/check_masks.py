@@ -88,6 +88,20 @@ def check_aligned_rows(target, causal, D):
     report.verdict()
 
 
+@pytest.mark.parametrize("D", (64, 128))
+@CAUSAL
+def check_low_scores(target, causal, D):
+    """All scores far below 0: a column beyond the end of a tile, whose score would be 0, must not weigh exp(300) times as much."""
+    report = Report(f"{target}: scores about −300, D {D}")
+    for kind in ("full", "key", None):
+        case = Case(Nq=200, Nk=203, D=D, causal=causal, mask=kind, dtype=dtype_served(target))
+        q, k, v, mask = case.inputs(target.device)
+        q, k = (q / 64 - 6).abs(), (k / 64 - 6).abs() * -(D**-0.5) * 8
+        problem = Problem.of(case, target, inputs=(q, k, v, mask))
+        report.expect(str(case), problem.answer(target), problem)
+    report.verdict()
+
+
 @CAUSAL
 def check_shapes(target, causal, repeatable):
     """Every shape that a mask may be given in means the (B, H, Nq, Nk) mask that it broadcasts to: bitwise the same result."""

@@ -10,6 +10,7 @@ not synchronise or that measure autograd's bookkeeping (check_bench.py); quadrat
 import runpy
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from harness import (
     Report,
     Result,
     Target,
+    against_truth,
     dtype_served,
     flash,
     run_alone,
+    serves_dropout,
     skip_unless_masks,
     skip_unless_served,
 )
@@ -219,6 +222,39 @@ def check_strides_beyond_reach(target):
             launch._replace(tensors=tuple(fields), settings=two_batches)((x, x, x, want), None)
 
 
+@CAUSAL
+@pytest.mark.parametrize("D", (64, 128, 256))
+def check_many_tiles(target, causal, D):
+    """More tiles of rows than a GPU has multiprocessors, an odd number in each head: a block that takes one after another."""
+    only_cuda(target, "needs a GPU: thousands of tiles")
+    for Nq, Nk in ((333, 333), (150, 420), (500, 200)):
+        against_truth(Case(B=3, H=96, Hkv=48, Nq=Nq, Nk=Nk, D=D, causal=causal, dtype=dtype_served(target)), target)
+
+
+def check_fresh_thread(target):
+    """A thread whose first use of the GPU is a call, with memory that PyTorch has at hand: nothing has given it a context."""
+    only_cuda(target, "needs a GPU: contexts")
+    case = Case(Nq=113, Nk=203, D=64, dtype=dtype_served(target))
+    problem = Problem.of(case, target)
+    problem.answer(target)
+    backend, results = BACKENDS[target.backend], []
+
+    def call():
+        q, k, v, dO = (x.detach() for x in (problem.q, problem.k, problem.v, problem.dO))
+        O, LSE = backend.forward(q, k, v, None, None, False, 0.125, 0.0)
+        results.append((O, LSE, *backend.backward(dO, None, q, k, v, None, O, LSE, None, False, 0.125, 0.0)))
+        none = q[:, :, :0]
+        results.append(backend.backward(none, None, none, k, v, None, none, LSE[:, :, :0], None, False, 0.125, 0.0))
+
+    call()
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert len(results) == 4, "the call in a thread of its own failed"
+    for here, there in zip(results[0] + results[1], results[2] + results[3], strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-2, atol=1e-2)
+
+
 def check_current_stream(target):
     """A kernel belongs on the current stream: on a side stream it waits for what that stream still has to write."""
     only_cuda(target, "needs a GPU: streams")
@@ -244,7 +280,7 @@ def check_other_device(target):
     only_cuda(target, "needs two GPUs")
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    case = Case(Nq=113, Nk=203, D=64, mask="full", dropout_p=0.1, dtype=dtype_served(target))
+    case = Case(Nq=113, Nk=203, D=64, mask="full", dropout_p=0.1 if serves_dropout(target) else 0.0, dtype=dtype_served(target))
     problem = Problem.of(case, target)
     report = Report(f"{target}: on cuda:1 while cuda:0 is current, {case}")
     moved = [x.to("cuda:1") for x in (problem.q, problem.k, problem.v, problem.mask, problem.dO, problem.dLSE)]

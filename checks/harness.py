@@ -18,7 +18,7 @@ from flash_attention.backends import BACKENDS
 from flash_attention.reference import Dropout, normal_attention, normal_attention_causal
 from flash_attention.reference.tiles import sum_dtype
 
-ON_CUDA: tuple[str, ...] = ("simple", "mma", "tensor_core")  # backends that need a GPU
+ON_CUDA: tuple[str, ...] = ("simple", "mma", "tensor_core", "hopper")  # backends that need a GPU
 HALF = (torch.float16, torch.bfloat16)
 
 # Lengths that have broken kernels before: ragged, tiny, unequal, either longer.
@@ -58,14 +58,19 @@ def skip_unless_served(target: Target, *call) -> None:
 
 
 def serves_masks(target: Target) -> bool:
-    """False for a rung that is there for its matrix products and serves neither masks nor dropout."""
-    return not getattr(BACKENDS[target.backend], "plain_only", False)
+    """False for a rung that serves no masks."""
+    return bool(getattr(BACKENDS[target.backend], "masks", ("any",))[0])
+
+
+def serves_dropout(target: Target) -> bool:
+    """False for a rung that serves no dropout."""
+    return getattr(BACKENDS[target.backend], "dropout", True)
 
 
 def skip_unless_masks(target: Target) -> None:
-    """Skip what is about masks or dropout on a rung that serves neither."""
+    """Skip what is about masks on a rung that serves none."""
     if not serves_masks(target):
-        pytest.skip(f"{target.backend} serves neither a mask nor dropout")
+        pytest.skip(f"{target.backend} serves no mask")
 
 
 def dtype_served(target: Target) -> torch.dtype:
