@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import NamedTuple
@@ -42,7 +43,8 @@ from flash_attention.backends.cuda import RUNGS
 NORMAL, SDPA, FLEX = Contender("normal"), Contender("sdpa"), Contender("flex")
 FA2, CUDNN, EFFICIENT = Contender("sdpa", "flash"), Contender("sdpa", "cudnn"), Contender("sdpa", "efficient")
 NAMES = {FA2: "FA2", CUDNN: "cuDNN", FLEX: "Flex", EFFICIENT: "efficient", NORMAL: "normal", SDPA: "SDPA"}
-TENSOR_CORE, SIMPLE = "tensor_core", "simple"
+HOPPER, TENSOR_CORE, SIMPLE = "hopper", "tensor_core", "simple"
+CHOSEN = "cuda"  # the rung that flash_attention() chooses itself
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 
 AT_MOST = ("ms", "memory_mb", "host_us")  # of all other figures more is better
@@ -86,7 +88,7 @@ class Task(NamedTuple):
     case: Case
     rivals: tuple[Contender, ...]
     targets: tuple[Target, ...] = ()
-    flash: tuple[str, ...] = (TENSOR_CORE,)
+    flash: tuple[str, ...] = (CHOSEN,)
     parts: tuple[str, ...] = (FORWARD, BACKWARD)
     one_mask: bool = False  # all heads share it
 
@@ -126,16 +128,17 @@ def grid() -> list[Job]:
         for n in lengths:
             for causal in (False, True):
                 case = Case(16384 // n, 2048 // d, n, n, d, "bfloat16", causal=causal, backward=True)
-                jobs.append(partial(run, Task(case, (FA2, CUDNN), targets)))
+                jobs.append(partial(run, Task(case, (FA2, CUDNN), targets, (HOPPER, TENSOR_CORE))))
     return jobs
 
 
 def grid_means(rows: Sequence[Row], place: Place) -> list[Row]:
     """Of the grid's ratios, where every cell has one; D 256 has a target of its own and is left out."""
     means = []
-    for part in (FORWARD, BACKWARD):
-        cells = [row for row in rows if row["part"] == part and row["case"]["d"] <= 128]
-        mean = {"case": None, "label": f"geometric mean of {len(cells)} cases", "part": part, "name": cells[0]["name"] if cells else None}
+    for backend, part in product(dict.fromkeys(row["backend"] for row in rows), (FORWARD, BACKWARD)):
+        cells = [row for row in rows if row["backend"] == backend and row["part"] == part and row["case"]["d"] <= 128]
+        named = {key: cells[0][key] if cells else None for key in ("name", "backend")}
+        mean = {"case": None, "label": f"geometric mean of {len(cells)} cases", "part": part, **named}
         for figure in (f"over {FA2}", f"over {CUDNN}"):
             ratios = [row[figure] for row in cells if figure in row]
             if ratios and len(ratios) == len(cells):
@@ -250,7 +253,7 @@ def run(task: Task, place: Place) -> list[Row]:
 def run_compare(case: Case, targets: tuple[Target, ...], place: Place) -> list[Row]:
     """What bench.py measures at one length, of which flash attention's row is judged."""
     case = place.fit(case)
-    flash = place.flash(TENSOR_CORE)
+    flash = place.flash(TENSOR_CORE)  # dropout is beyond hopper
     # Tensor cores multiply float16 as fast as bfloat16.
     rows = compare(case, "all", flash.backend, place.repeats, matmul_tflops=place.matmul["bfloat16"], say=lambda line: None)
     row = next(row for row in rows if row["name"] == str(flash))
@@ -264,7 +267,7 @@ def run_compare(case: Case, targets: tuple[Target, ...], place: Place) -> list[R
 def run_host(case: Case, rival: Contender, place: Place) -> list[Row]:
     """The CPU's time for one call: with gradients the forward and the backward."""
     case = place.fit(case)
-    flash = place.flash(TENSOR_CORE)
+    flash = place.flash(CHOSEN)
     runners, found = ready([flash, rival], case, random_inputs(case))
     for contender, runner in runners.items():
         found[contender]["host_us"] = host_time(runner, calls=10 if place.quick else 300)

@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,16 @@ def sweep(content: dict[str, Any]) -> str:
 
 
 def h200_targets(content: dict[str, Any]) -> str:
-    """The grid as ratios, N downwards and D across, then a table for each other group."""
+    """The grid of each backend as ratios, N downwards and D across, then a table for each other group."""
     rows = content["results"]
     blocks = [_gpu(content["environment"]) + "; medians. × is how many times the speed of that one: above 1 is faster."]
-    for part in ("forward", "backward"):
-        cells = [row for row in rows if row["group"] == "grid" and row["part"] == part]
+    grid = [row for row in rows if row["group"] == "grid"]
+    for name, part in product(dict.fromkeys(row["name"] for row in grid), ("forward", "backward")):
+        cells = [row for row in grid if (row["name"], row["part"]) == (name, part)]
         if not cells:
             continue
         kinds = {(row["case"]["d"], row["case"]["causal"]) for row in cells if row["case"]}
-        columns = [("n", f"{part} × FA2 / × cuDNN, N", "")]
+        columns = [("n", f"{name} {part} × FA2 / × cuDNN, N", "")]
         columns += [(f"{d} {causal}", f"D {d}{' causal' if causal else ''}", "") for d, causal in sorted(kinds)]
         lines: dict[int, dict[str, str]] = {}
         for row in cells:
