@@ -11,7 +11,7 @@ import torch
 from harness import ALGORITHMS, run_alone
 
 from flash_attention import flash_attention
-from flash_attention.backends import BACKENDS
+from flash_attention.backends import BACKENDS, choose, cuda
 
 B, H, Nq, Nk, D = 2, 4, 5, 7, 16
 
@@ -139,6 +139,16 @@ def check_masks_of_the_algorithms(algorithm):
         algorithm.forward(q, k, v, torch.ones(B, Nk))
     with pytest.raises(ValueError, match=r"\(2, 8\)"):
         algorithm.forward(q, k, v, torch.ones(B, Nk + 1, dtype=torch.bool))
+
+
+def check_choice(monkeypatch):
+    """Of the kernels that could serve a call the highest rung that pays is chosen; one asked for by name is taken."""
+    monkeypatch.setattr(cuda.Rung, "why_not", lambda *call: None)
+    cases = (257, 64, "hopper"), (256, 64, "tensor_core"), (256, 72, "hopper"), (64, 128, "tensor_core"), (1, 136, "hopper")
+    for rows, head_dim, rung in cases:
+        x = torch.empty(1, 1, rows, head_dim)
+        assert choose("cuda", x, x, x, None, False, 0.0) == rung
+        assert choose("hopper", x, x, x, None, False, 0.0) == "hopper"
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5, 7), (2, 4, 0, 7), (2, 4, 5, 0), (2, 4, 0, 0), (0, 4, 0, 0)], ids=str)

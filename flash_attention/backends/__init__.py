@@ -21,7 +21,7 @@ DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
 
 
 def choose(name: str | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str:
-    """The name in BACKENDS that serves this call: the one asked for, or else the first that can.
+    """The name in BACKENDS that serves this call: the one asked for, or else the first that can and pays.
 
     None on a CUDA device falls back to the reference if no kernel serves the call, and warns once for each reason.
 
@@ -34,7 +34,10 @@ def choose(name: str | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
     if name is not None and not (isinstance(name, str) and (name in BACKENDS or name in GROUPS)):
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, (*BACKENDS, *GROUPS)))}, got {name!r}")
     reasons = []
-    for each in DEFAULT if name is None else GROUPS.get(name, (name,)):
+    names = DEFAULT if name is None else GROUPS.get(name, (name,))
+    for each in names:
+        if len(names) > 1 and each in cuda.RUNGS and not cuda.RUNGS[each].pays(q, v):
+            continue
         reason = BACKENDS[each].why_not(q, k, v, mask, causal, dropout_p)
         if reason is None:
             if reasons and name is None and each == "reference":

@@ -38,6 +38,7 @@ class Rung:
     teaching: bool = False  # a step of the ladder, taken only by name
     only_arch: int | None = None  # instructions that no other compute capability has
     backward_up_to: int = 512  # larger heads go backward by the tensor_core rung, which needs the same O and LSE
+    few_rows: tuple[tuple[int, int], ...] = ()  # up to a head size, up to how many rows a lower rung is faster
 
     def why_not(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
         """Why this rung cannot serve the call, or None."""
@@ -54,6 +55,10 @@ class Rung:
         if mask is not None and not self.masks[FORWARD]:
             return f"it serves no mask, got {tuple(mask.shape)}"
         return _why_no_kernels(q.device.index or 0, self.min_arch, self.only_arch)
+
+    def pays(self, q: Tensor, v: Tensor) -> bool:
+        """Whether this rung, of those that can serve a call, is the one to choose."""
+        return not any(max(q.shape[3], v.shape[3]) <= D and q.shape[2] <= rows for D, rows in self.few_rows)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, causal: bool, scale: float, dropout_p: float
@@ -169,6 +174,7 @@ RUNGS = {
             multiple_of=8,
             masks=(("bits",), ("key bits",)),
             backward_up_to=128,
+            few_rows=((64, 256), (128, 64)),
         ),
         Rung(
             name="tensor_core",
