@@ -1,5 +1,6 @@
 """Time: the contenders take turns in one process, so that whatever slows the machine down for a while slows all of them down."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
@@ -11,14 +12,15 @@ from benchmarks.contenders import Contender, Runner
 LONG = 10.0  # seconds; a call that takes longer is not repeated more often than needed for a median
 
 
-FLUSHES = 16  # keep an H200 busy for about half a millisecond
+FLUSHES = 16  # at least; they keep an H200 busy for about half a millisecond
+FLUSH_US = 25.0  # that one takes at least
 
 
 class Clock:
     """Time between marks, in ms: events on the current CUDA stream, the wall clock elsewhere.
 
     On CUDA the GPU is kept busy first, while the host queues the call that is timed. So these are the GPU's times, as in a model whose host
-    is ahead of it; only where the host takes longer than the GPU is it part of them. `host_time` measures the host alone.
+    is ahead of it. `host_time` measures the host alone.
     """
 
     def __init__(self, device: str):
@@ -29,10 +31,11 @@ class Clock:
             size = torch.cuda.get_device_properties(self.device).L2_cache_size
             self.flush = torch.empty(2 * size, dtype=torch.int8, device=self.device)
 
-    def start(self) -> None:
+    def start(self, host_us: float = 0.0) -> None:
+        """host_us: what the host needs to queue what is timed; the GPU is busy for at least twice as long."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
-            for _ in range(FLUSHES):
+            for _ in range(max(FLUSHES, math.ceil(2 * host_us / FLUSH_US))):
                 self.flush.zero_()
         self.marks = [self._now()]
 
@@ -55,11 +58,11 @@ class Clock:
         return event
 
 
-def time_once(runner: Runner, clock: Clock) -> dict[str, float]:
+def time_once(runner: Runner, clock: Clock, host_us: float = 0.0) -> dict[str, float]:
     """ms of each stage of one call, and of all together as "total"."""
     with runner.context():
         result = None
-        clock.start()
+        clock.start(host_us)
         for stage in runner.stages.values():
             result = stage(result)
             clock.mark()
@@ -79,10 +82,12 @@ def time_alternating(
     """
     clock = Clock(next(iter(runners.values())).case.device)
     times: dict[Contender, list[dict[str, float]]] = {}
-    first = {}
+    first, host_us = {}, {}
     for contender, runner in runners.items():
         progress(f"{contender}, warming up")
         first[contender] = time_once(runner, clock)
+        short = first[contender]["total"] < 1e3  # a host is ahead of a longer call anyway
+        host_us[contender] = (short and host_time(runner, calls=5)) or 0.0
         times[contender] = [first[contender]] if first[contender]["total"] > 1e3 * LONG else []
     if repeats is None:
         seconds = [stages["total"] / 1e3 for stages in first.values()]
@@ -96,7 +101,7 @@ def time_alternating(
                 continue
             if first[contender]["total"] > 1e3:  # of shorter calls nobody could read so many messages
                 progress(f"{contender}, round {n} of {rounds}")
-            times[contender].append(time_once(runner, clock))
+            times[contender].append(time_once(runner, clock, host_us[contender]))
     return {contender: {stage: [each[stage] for each in calls] for stage in calls[0]} for contender, calls in times.items()}
 
 

@@ -23,9 +23,10 @@ CLEAN = {"racecheck": "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warni
 NO_ERRORS = "ERROR SUMMARY: 0 errors"
 
 LENGTHS = ((130, 200), (200, 130), (1, 70))  # Nq, Nk; causal with Nq > Nk has rows that see nothing
-# causal, heads of the mask (each has its own: read as bytes; all share one: packed to bits), dropout_p
-FLAGS = ((False, 0, 0.0), (True, 0, 0.0), (False, 1, 0.0), (False, 2, 0.0), (True, 2, 0.0), (True, 1, 0.1))
+# causal, mask (each head has its own: some rungs read it as bytes; all share one: packed to bits), dropout_p
+FLAGS = ((False, None, 0.0), (True, None, 0.0), (False, "one", 0.0), (False, "each", 0.0), (True, "each", 0.0), (True, "one", 0.1))
 HEAD_DIMS = (40, 64, 128)
+HEADS = {"hopper": (2, 140)}  # a hopper block stays and takes several tiles where there are more than multiprocessors
 
 
 def run_grid(backend: str) -> None:
@@ -34,11 +35,11 @@ def run_grid(backend: str) -> None:
     rung = RUNGS[backend]
     dtype = getattr(torch, rung.dtypes[0])
     served = 0
-    for (Nq, Nk), (causal, masks, dropout_p), D in product(LENGTHS, FLAGS, HEAD_DIMS):
-        q = torch.randn(1, 2, Nq, D, device="cuda", dtype=dtype, requires_grad=True)
+    for (Nq, Nk), (causal, masks, dropout_p), D, H in product(LENGTHS, FLAGS, HEAD_DIMS, HEADS.get(backend, (2,))):
+        q = torch.randn(1, H, Nq, D, device="cuda", dtype=dtype, requires_grad=True)
         k, v = (torch.randn(1, 1, Nk, D, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
         # Rows begin at multiples of 16 bytes, and the last few columns belong to nobody.
-        mask = (torch.rand(1, masks, Nq, (Nk + 15) // 16 * 16, device="cuda") < 0.5)[..., :Nk] if masks else None
+        mask = (torch.rand(1, H if masks == "each" else 1, Nq, (Nk + 15) // 16 * 16, device="cuda") < 0.5)[..., :Nk] if masks else None
         if rung.why_not(q, k, v, mask, causal, dropout_p):
             continue
         O, LSE = flash_attention(q, k, v, mask, causal=causal, dropout_p=dropout_p, return_lse=True, backend=backend)
