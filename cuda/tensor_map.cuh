@@ -11,7 +11,11 @@ inline cudaError_t encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type,
     static const auto encode = [] {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
         const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+        const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
         return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function) : nullptr;
     }();
     if (encode == nullptr) return cudaErrorCallRequiresNewerDriver;
