@@ -260,17 +260,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 ptx::st_shared(V_smem + place, ptx::cvt_pair<element>(dV_rmem[4 * n + 2 * r], dV_rmem[4 * n + 2 * r + 1]));
             }
         __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
-        element *dK_gmem = head_of(p.dk, b_kv_h / p.Hkv, b_kv_h % p.Hkv), *dV_gmem = head_of(p.dv, b_kv_h / p.Hkv, b_kv_h % p.Hkv);  // [Nk, D], [Nk, Dv]
-        constexpr int CHUNKS = HEAD_DIM / 8;
-#pragma unroll
-        for (int chunk = lane; chunk < 16 * CHUNKS; chunk += 32) {
-            const int row = consumer * 64 + warp * 16 + chunk / CHUNKS, column = chunk % CHUNKS * 8;
-            const uint8_t* place = smem + Tile_K::offset(row, column / 8);
-            if (j0 + row < p.Nk && column < p.D)
-                *reinterpret_cast<uint4*>(dK_gmem + (j0 + row) * p.dk.stride_n + column) = *reinterpret_cast<const uint4*>(place);
-            if (j0 + row < p.Nk && column < p.Dv)
-                *reinterpret_cast<uint4*>(dV_gmem + (j0 + row) * p.dv.stride_n + column) = *reinterpret_cast<const uint4*>(place + Tile_K::BYTES);
-        }
+        const int b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv, warp_row = consumer * 64 + warp * 16;
+        store_16_rows<Tile_K>(head_of(p.dk, b, kv_h), smem, p.dk.stride_n, warp_row, lane, j0, p.Nk, p.D);
+        store_16_rows<Tile_K>(head_of(p.dv, b, kv_h), smem + Tile_K::BYTES, p.dv.stride_n, warp_row, lane, j0, p.Nk, p.Dv);
     }
 }
 

@@ -16,7 +16,7 @@ struct Workspace {
         turns = reinterpret_cast<int*>(Delta + all_rows);
     }
     static int64_t floats(const AttentionParams& p) {
-        const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * ((p.Nq + PADDED_TO - 1) / PADDED_TO * PADDED_TO);
+        const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * Workspace(p).rows;
         return all_rows * (HEAD_DIM + 2) + all_rows / BLOCK_Q;
     }
 };
@@ -87,13 +87,5 @@ __global__ void __launch_bounds__(32 * FINISH_WARPS) finish_dq_kernel(const __gr
             ptx::cvt_pair<element>(dQ_rmem.z * scale, dQ_rmem.w * scale);
     }
     __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
-    element* dQ_gmem = head_of(p.dq, bh / p.H, bh % p.H);  // [Nq, D]
-    constexpr int CHUNKS = HEAD_DIM / 8;
-#pragma unroll
-    for (int chunk = lane; chunk < 16 * CHUNKS; chunk += 32) {
-        const int r = chunk / CHUNKS, column = chunk % CHUNKS * 8;
-        if (i0 + r < p.Nq && column < p.D)
-            *reinterpret_cast<uint4*>(dQ_gmem + (i0 + r) * p.dq.stride_n + column) =
-                *reinterpret_cast<const uint4*>(smem[warp] + Tile_dQ::offset(r, column / 8));
-    }
+    store_16_rows<Tile_dQ>(head_of(p.dq, bh / p.H, bh % p.H), smem[warp], p.dq.stride_n, 0, lane, i0, p.Nq, p.D);
 }

@@ -84,6 +84,18 @@ __device__ inline void keep_pairs(uint32_t (&keep)[4], uint32_t first, uint32_t 
 // What a score's sum starts from under a mask: about −2¹²⁷ if byte n of `signs` has its sign set, else 0. The sign, repeated, is a float's high byte.
 __device__ inline float start_of_sum(uint32_t signs, int n) { return __uint_as_float(ptx::prmt(signs, 0, (8 + n) << 12 | 0x444)); }
 
+// The same for the 32 columns of a word of bits, of which lane t of a row's four has 8n + 2t and 8n + 2t + 1: place(n, c) is where the sum of
+// column 8n + 2t + c starts.
+template <class Place>
+__device__ inline void start_sums(uint32_t hidden, int t, Place place) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        const uint32_t signs = hidden << (7 - 2 * t - c);  // byte n is about columns 8n …
+#pragma unroll
+        for (int n = 0; n < 4; ++n) place(n, c) = start_of_sum(signs, n);
+    }
+}
+
 // A word whose lowest `count` bits are set.
 __device__ inline uint32_t first_bits(int count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
 

@@ -319,16 +319,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                         ptx::cvt_pair<element>(O_rmem[4 * o + 2 * r] * factor, O_rmem[4 * o + 2 * r + 1] * factor);
             }
             __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
-            element* O_gmem = head_of(p.o, work.b, work.h);  // [Nq, Dv]
-            constexpr int CHUNKS = HEAD_DIM / 8;
             const int warp_row = consumer * 64 + threadIdx.x % GROUP / 32 * 16;
-#pragma unroll
-            for (int chunk = lane; chunk < 16 * CHUNKS; chunk += 32) {
-                const int row = warp_row + chunk / CHUNKS, column = chunk % CHUNKS * 8;
-                if (work.i0 + row < p.Nq && column < p.Dv)
-                    *reinterpret_cast<uint4*>(O_gmem + (work.i0 + row) * p.o.stride_n + column) =
-                        *reinterpret_cast<const uint4*>(O_smem + Tile_Q::offset(row, column / 8));
-            }
+            store_16_rows<Tile_Q>(head_of(p.o, work.b, work.h), O_smem, p.o.stride_n, warp_row, lane, work.i0, p.Nq, p.Dv);
             ptx::fence_proxy_async();  // this lane's part of O comes before the next Q here, which the copy engine writes
             __syncwarp();
             release(barriers.Q_empty, slot_Q.stage);

@@ -30,13 +30,7 @@ __device__ inline void start_S(float (&S)[COLUMNS / 2], const uint8_t* tile, int
         const uint32_t* words = reinterpret_cast<const BitRow*>(tile)[row + 8 * r].word + first / 32;
 #pragma unroll
         for (int w = 0; w < COLUMNS / 32; ++w) {
-            const uint32_t hidden = words[w] | more(r, w);
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const uint32_t signs = hidden << (7 - 2 * t - c);  // byte n is about columns 8n …, of which this lane has 2t + c
-#pragma unroll
-                for (int n = 0; n < 4; ++n) S[4 * (4 * w + n) + 2 * r + c] = start_of_sum(signs, n);
-            }
+            start_sums(words[w] | more(r, w), t, [&](int n, int c) -> float& { return S[4 * (4 * w + n) + 2 * r + c]; });
         }
     }
 }

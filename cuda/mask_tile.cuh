@@ -38,12 +38,7 @@ struct MaskOfBits {
         for (int w = 0; w < WORDS; ++w) {
             uint32_t hidden = row.word[w];
             if (CAN_CUT && cut) hidden |= ~first_bits(visible - 32 * w);
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const uint32_t signs = hidden << (7 - thread % 4 * 2 - c);  // byte n is about columns 8n …, of which this lane has 2t + c
-#pragma unroll
-                for (int n = 0; n < 4; ++n) S[4 * w + n][first + c] = start_of_sum(signs, n);
-            }
+            start_sums(hidden, thread % 4, [&](int n, int c) -> float& { return S[4 * w + n][first + c]; });
         }
     }
 };

@@ -59,6 +59,18 @@ __device__ inline void store_tile(element* gmem, const uint8_t* smem, int64_t st
                     *reinterpret_cast<const uint4*>(smem + Tile::offset(row + r, panel * 8 + chunk));
 }
 
+// The same for one warp: 16 rows of the tile, from row `row` on. The tile's first row is the tensor's row `first`.
+template <class Tile>
+__device__ inline void store_16_rows(element* gmem, const uint8_t* smem, int64_t stride, int row, int lane, int first, int rows, int D) {
+    constexpr int CHUNKS = HEAD_DIM / 8;
+#pragma unroll
+    for (int n = lane; n < 16 * CHUNKS; n += 32) {
+        const int r = row + n / CHUNKS, chunk = n % CHUNKS;
+        if (first + r < rows && chunk * 8 < D)
+            *reinterpret_cast<uint4*>(gmem + (first + r) * stride + chunk * 8) = *reinterpret_cast<const uint4*>(smem + Tile::offset(r, chunk));
+    }
+}
+
 // C += A · B for one warp: C has 16·M rows and 16·N columns, the sum runs over 16·STEPS. load_a(a, k, m) fetches the 16 × 16 fragment of A at
 // step k, rows 16·m…; load_b(b, k, n) the one of B, columns 16·n….
 template <int STEPS, int M, int N2, class LoadA, class LoadB>
