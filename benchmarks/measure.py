@@ -86,8 +86,8 @@ def time_alternating(
     for contender, runner in runners.items():
         progress(f"{contender}, warming up")
         first[contender] = time_once(runner, clock)
-        short = first[contender]["total"] < 1e3  # a host is ahead of a longer call anyway
-        host_us[contender] = (short and host_time(runner, calls=5)) or 0.0
+        longer = first[contender]["total"] >= 1e3  # the host is ahead anyway
+        host_us[contender] = 0.0 if longer else host_time(runner, calls=5) or 0.0
         times[contender] = [first[contender]] if first[contender]["total"] > 1e3 * LONG else []
     if repeats is None:
         seconds = [stages["total"] / 1e3 for stages in first.values()]

@@ -36,7 +36,7 @@ class Rung:
     masks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # forms (build.MASK_NUMBER) that its forward and its backward read
     dropout: bool = False
     teaching: bool = False  # a step of the ladder, taken only by name
-    only_arch: int | None = None  # instructions that no other compute capability has
+    only_min_arch: bool = False  # instructions that no other compute capability has
     backward_up_to: int = 512  # larger heads go backward by the tensor_core rung, which needs the same O and LSE
     few_rows: tuple[tuple[int, int], ...] = ()  # up to a head size, up to how many rows a lower rung is faster
 
@@ -54,7 +54,11 @@ class Rung:
             return f"it serves no dropout, got dropout_p = {dropout_p}"
         if mask is not None and not self.masks[FORWARD]:
             return f"it serves no mask, got {tuple(mask.shape)}"
-        return _why_no_kernels(q.device.index or 0, self.min_arch, self.only_arch)
+        return _why_no_kernels(self, q.device.index or 0)
+
+    def runs_on(self, arch: int) -> bool:
+        """Whether its kernels can be compiled for this compute capability, times ten."""
+        return arch == self.min_arch if self.only_min_arch else arch >= self.min_arch
 
     def pays(self, q: Tensor, v: Tensor) -> bool:
         """Whether this rung, of those that can serve a call, is the one to choose."""
@@ -168,7 +172,7 @@ RUNGS = {
             name="hopper",
             files=("forward_4_hopper.cu", "backward_4_hopper.cu"),
             min_arch=90,
-            only_arch=90,
+            only_min_arch=True,
             dtypes=("float16", "bfloat16"),
             head_dims=(64, 128, 256),
             multiple_of=8,
@@ -209,11 +213,10 @@ RUNGS = {
 
 
 @functools.cache
-def _why_no_kernels(device: int, min_arch: int, only_arch: int | None) -> str | None:
+def _why_no_kernels(rung: Rung, device: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    arch = major * 10 + minor
-    if arch < min_arch or (only_arch and arch != only_arch):
-        needed = f"compute capability {min_arch // 10}.{min_arch % 10}{' and no other' if only_arch else ''}"
+    if not rung.runs_on(major * 10 + minor):
+        needed = f"compute capability {rung.min_arch // 10}.{rung.min_arch % 10}{' and no other' if rung.only_min_arch else ''}"
         return f"it needs {needed}, {torch.cuda.get_device_name(device)} has {major}.{minor}"
     if build.find_nvcc() is None:
         return "nvcc was not found (pip install 'flash_attention[cuda]' brings one)"

@@ -18,12 +18,11 @@ def usual_set(archs: list[str], head_dims: list[int] | None = None) -> list[Spec
     """What most models use: each rung's common head sizes and dtypes, dense, causal, and with mask and dropout."""
     wanted = []
     for arch, rung in product(archs, RUNGS.values()):
-        number = int(arch.rstrip("af"))
-        if number < rung.min_arch or (rung.only_arch and number != rung.only_arch):
+        if not rung.runs_on(int(arch.rstrip("af"))):
             continue
         for head_dim, dtype in product(head_dims or rung.head_dims, rung.dtypes):
             for causal, mask, dropout in ((False, False, False), (True, False, False), (False, True, False), (True, True, rung.dropout)):
-                if head_dim not in rung.head_dims or (mask and not rung.masks[0]):
+                if head_dim not in rung.head_dims:
                     continue
                 for which, file in enumerate(rung.files):
                     if which == BACKWARD and head_dim > rung.backward_up_to:
