@@ -90,12 +90,13 @@ __device__ inline uint64_t descriptor(uint32_t smem, uint32_t leading = 16) {
 }
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
-#define D32 D16(0), D16(16)
-#define D64 D32, D16(32), D16(48)
-#define D128 D64, D16(64), D16(80), D16(96), D16(112)
-#define LIST32 \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define FROM(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
+#define D16 FROM(0)
+#define D32 D16, FROM(16)
+#define D64 D32, FROM(32), FROM(48)
+#define D128 D64, FROM(64), FROM(80), FROM(96), FROM(112)
+#define LIST16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define LIST32 LIST16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define LIST64 \
     LIST32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define LIST128                                                                                                                                   \
@@ -109,6 +110,9 @@ __device__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumula
 // The same with the sum's index along the rows of both (dSᵀ and K in dQ = dS K): tnspA = tnspB = 1.
 template <typename T, int N>
 __device__ void wgmma_ss_transposed(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
+// The same with the sum's index along the rows of B only (Pᵀ and dO in dV += Pᵀ dO): tnspB = 1.
+template <typename T, int N>
+__device__ void wgmma_ss_transposed_b(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
 // A from registers, B with the sum's index along its rows (V): tnspB = 1.
 template <typename T, int N>
 __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
@@ -132,9 +136,11 @@ __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
                      : "memory");                                                                                                         \
     }
 #define WGMMA(T, TYPE)                                                        \
+    WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 32, 16, "%16", "%17", "%18")          \
     WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 64, 32, "%32", "%33", "%34")          \
     WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 128, 64, "%64", "%65", "%66")         \
     WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 64, 32, "%32", "%33", "%34") \
+    WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 128, 64, "%64", "%65", "%66") \
     WGMMA_RS(T, TYPE, 64, 32, "%32", "%33", "%34", "%35", "%36")              \
     WGMMA_RS(T, TYPE, 128, 64, "%64", "%65", "%66", "%67", "%68")             \
     WGMMA_RS(T, TYPE, 256, 128, "%128", "%129", "%130", "%131", "%132")
@@ -146,10 +152,12 @@ WGMMA(__nv_bfloat16, "bf16")
 #undef LIST128
 #undef LIST64
 #undef LIST32
+#undef LIST16
 #undef D128
 #undef D64
 #undef D32
 #undef D16
+#undef FROM
 #undef D4
 
 }  // namespace ptx

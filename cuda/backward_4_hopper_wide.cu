@@ -1,0 +1,378 @@
+// Backward with Hopper's own instructions for head sizes above 128: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), Algorithm 3.  sm_90a.
+//
+// The idea: as in backward_4_hopper.cu, one thread copies while two warpgroups compute; but dK and dV of 64 keys are as many numbers as one
+// group's registers hold. So the two groups share 64 keys instead of having 64 each: of Sᵀ = K Qᵀ and dPᵀ = V dOᵀ a group computes the columns
+// of half the rows of Q; of dV += Pᵀ dO, dK += dSᵀ Q and dQ = dS K it computes half the head's columns. Those products sum over all rows or all
+// keys of the tile, so Pᵀ and dSᵀ go through shared memory, which either group writes half of and reads whole.
+//
+// Products run one after another, in the order in which a group asks for them, and asking does not wait. So a group asks for S and dP of the next
+// tile before dQ and dV of this one, and computes the exponentials while those run:
+//
+//     products:   dK(n)   S(n+1)   dP(n+1)   dQ(n), first half   dV(n)                  dQ(n), second half   │ dK(n+1) …
+//     meanwhile:                   P(n+1)    dS(n+1)             adds dQ, first half                          │ adds dQ, second half
+//                                                                                             both groups meet ┘
+//
+// dK comes first, so that a tile of Q makes place for the next but one long before that is needed: shared memory holds no third.
+//
+// Serves float16 and bfloat16, dense, causal and masked, without dropout; head sizes up to 256 that are multiples of 8.
+#include "common.cuh"
+
+constexpr int GROUP = 128;  // threads of a warpgroup
+constexpr int CONSUMERS = 2;
+constexpr int THREADS = GROUP * (1 + CONSUMERS);
+constexpr int BLOCK_K = 64;
+constexpr int BLOCK_Q = 64;
+constexpr int PADDED_TO = BLOCK_Q;
+#include "backward_workspace.cuh"
+#include "mask_start.cuh"
+#include "ptx_hopper.cuh"
+#include "tensor_map.cuh"
+
+#if DROPOUT || DTYPE == FLOAT32 || (MASK && MASK != MASK_OF_KEY_BITS)
+#error "this rung computes in 16-bit types, without dropout, under masks of bits by keys"
+#endif
+
+constexpr int STAGES = 2;  // of Q and of dO in shared memory, with LSE and Delta
+constexpr int PANELS = HEAD_DIM / 64;
+constexpr int ROWS = BLOCK_Q / CONSUMERS;       // of Q: a group's columns of Sᵀ and dPᵀ
+constexpr int COLUMNS = HEAD_DIM / CONSUMERS;   // of the head: a group's columns of dK, dV and dQ
+constexpr int N_TILES = ROWS / 8;
+static_assert(HEAD_DIM == 256, "narrower heads: backward_4_hopper.cu");
+
+using Tile_K = SwizzledTile<BLOCK_K, HEAD_DIM>;
+using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
+using Tile_S = SwizzledTile<BLOCK_K, BLOCK_Q>;  // transposed: rows are keys
+constexpr int ROWS_BYTES = BLOCK_Q * 4;         // of LSE, and as many of Delta
+constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0;
+constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * 2 * Tile_S::BYTES + STAGES * 2 * ROWS_BYTES + MASK_BYTES;
+static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
+
+struct Maps {
+    CUtensorMap q, k, v, d_o, mask;
+};
+
+// "full": the bytes have arrived, with those of Q the mask's. "empty": every computing warp is done with them. There is place for one tile of the
+// mask only, read long before those of Q and dO are done with.
+struct Barriers {
+    uint64_t KV_full, Q_full[STAGES], Q_empty[STAGES], dO_full[STAGES], dO_empty[STAGES], mask_empty;
+};
+
+// The tiles of Q that see some of a block's keys, of every query head that shares them: head bh = b·H + h, tile, and the how-manieth it is. Causal:
+// from the last tile down, so that the blocks of a head are at the same tile at about the same time; taking turns, they must be.
+struct Visit {
+    int begin, end, end_bh;
+    int bh, tile, n = 0;
+
+    __device__ Visit(const AttentionParams& p, int j0, int b_kv_h) {
+        const int tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, group = p.H / p.Hkv;
+        begin = CAUSAL ? tiles - 1 : 0;
+        end = CAUSAL ? max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q - 1 : tiles;
+        end_bh = (b_kv_h + 1) * group;
+        bh = begin == end || (CAUSAL && begin < end) ? end_bh : b_kv_h * group;
+        tile = begin;
+    }
+    __device__ bool more() const { return bh < end_bh; }
+    __device__ void advance() {
+        tile += CAUSAL ? -1 : 1;
+        if (tile == end) tile = begin, ++bh;
+        ++n;
+    }
+    __device__ int stage() const { return n % STAGES; }
+    __device__ int parity() const { return n / STAGES & 1; }
+};
+
+__global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
+    extern __shared__ __align__(1024) uint8_t smem[];
+    __shared__ __align__(8) Barriers barriers;
+    const uint32_t K_smem = ptx::smem_address(smem);                  // [BLOCK_K, HEAD_DIM]
+    const uint32_t V_smem = K_smem + Tile_K::BYTES;                   // [BLOCK_K, HEAD_DIM]
+    const uint32_t QdO_smem = V_smem + Tile_K::BYTES;                 // STAGES × (Q [BLOCK_Q, HEAD_DIM], dO [BLOCK_Q, HEAD_DIM])
+    const uint32_t PdS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;  // 2 × (Pᵀ [BLOCK_K, BLOCK_Q], dSᵀ [BLOCK_K, BLOCK_Q])
+    constexpr int ROWS_OFFSET = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * 2 * Tile_S::BYTES;
+    const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
+    uint8_t* mask_smem = smem + ROWS_OFFSET + STAGES * 2 * ROWS_BYTES;            // [BLOCK_K] BitRow
+    const uint32_t KV_full = ptx::smem_address(&barriers.KV_full), mask_empty = ptx::smem_address(&barriers.mask_empty);
+    auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
+
+    // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
+    const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
+    const int k_tile = blockIdx.x % k_tiles, b_kv_h = blockIdx.x / k_tiles;  // b_kv_h = b·Hkv + kv_h
+    const int j0 = k_tile * BLOCK_K, offset = p.Nk - p.Nq;                   // causal: row i sees columns j ≤ i + offset
+
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(KV_full, 1);
+        ptx::mbarrier_init(mask_empty, 4 * CONSUMERS);
+        for (int stage = 0; stage < STAGES; ++stage) {
+            ptx::mbarrier_init(barrier(barriers.Q_full, stage), 1);
+            ptx::mbarrier_init(barrier(barriers.dO_full, stage), 1);
+            ptx::mbarrier_init(barrier(barriers.Q_empty, stage), 4 * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.dO_empty, stage), 4 * CONSUMERS);
+        }
+        ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+
+    const int group = uniform(threadIdx.x / GROUP);
+    if (group == 0) {
+        // ---- the producer: one thread asks for every tile
+        ptx::setmaxnreg_dec<24>();  // all start with 168; what this group gives back, 144 · 128, is what two others can take
+        if (threadIdx.x == 0) {
+            const Workspace workspace(p);
+            ptx::mbarrier_arrive_expect_tx(KV_full, 2 * Tile_K::BYTES);
+#pragma unroll
+            for (int panel = 0; panel < PANELS; ++panel) {
+                ptx::cp_async_bulk_tensor_4d(K_smem + panel * Tile_K::PANEL_BYTES, &maps.k, panel * 64, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+                ptx::cp_async_bulk_tensor_4d(V_smem + panel * Tile_K::PANEL_BYTES, &maps.v, panel * 64, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+            }
+            for (Visit at(p, j0, b_kv_h); at.more(); at.advance()) {
+                const int stage = at.stage(), i0 = at.tile * BLOCK_Q;
+                const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
+                const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, rows = K_smem + ROWS_OFFSET + stage * 2 * ROWS_BYTES;
+                auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t rows, const float* of_rows, uint32_t full, uint32_t empty, int more_bytes) {
+                    ptx::mbarrier_wait(empty, at.parity() ^ 1);  // passes at once in the first round
+                    ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES + ROWS_BYTES + more_bytes);
+#pragma unroll
+                    for (int panel = 0; panel < PANELS; ++panel)
+                        ptx::cp_async_bulk_tensor_4d(tile + panel * Tile_Q::PANEL_BYTES, &map, panel * 64, i0, at.bh % p.H, at.bh / p.H, full);
+                    ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
+                };
+                load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), barrier(barriers.Q_empty, stage), MASK_BYTES);
+                if (MASK) {
+                    ptx::mbarrier_wait(mask_empty, (at.n & 1) ^ 1);
+                    ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem), &maps.mask, p.mask.stride_i ? i0 / BIT_COLUMNS * 4 : 0, j0, at.bh % p.H,
+                                                 at.bh / p.H, barrier(barriers.Q_full, stage));
+                }
+                load(Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage),
+                     barrier(barriers.dO_empty, stage), 0);
+            }
+        }
+    } else {
+        // ---- the consumers
+        ptx::setmaxnreg_inc<240>();
+        const int consumer = group - 1, warp = threadIdx.x % GROUP / 32, lane = threadIdx.x % 32, t = lane % 4;
+        const int first_row = warp * 16 + lane / 4;  // key of the tile; this thread has it and the one 8 further
+        const float scale_log2 = p.scale * LOG2_E;   // exp(scale · x) = 2^(scale_log2 · x)
+
+        float dK_rmem[COLUMNS / 2], dV_rmem[COLUMNS / 2] = {};  // [BLOCK_K, COLUMNS]
+        float S_rmem[ROWS / 2], dP_rmem[ROWS / 2];              // [BLOCK_K, ROWS], transposed; of the tile that comes next
+        float dQ_rmem[32];                                      // [BLOCK_Q, 64]: half of the group's columns
+
+        // Tile number n of the visit: where it is in shared memory.
+        auto Q_of = [&](int n) { return QdO_smem + n % STAGES * 2 * Tile_Q::BYTES; };
+        auto dO_of = [&](int n) { return Q_of(n) + Tile_Q::BYTES; };
+        auto P_of = [&](int n) { return PdS_smem + n % 2 * 2 * Tile_S::BYTES; };
+        auto dS_of = [&](int n) { return P_of(n) + Tile_S::BYTES; };
+        // Both groups are there.
+        auto meet = [] { ptx::bar_sync(1, CONSUMERS * GROUP); };
+        // One lane of every warp arrives at an "empty" barrier.
+        auto release = [&](uint32_t empty) {
+            if (lane == 0) ptx::mbarrier_arrive(empty);
+        };
+
+        // A tile's first row in the workspace.
+        auto first_row_of = [&](const Visit& at) { return static_cast<int64_t>(at.bh) * Workspace(p).rows + at.tile * BLOCK_Q; };
+        // Whether some key of the block is not seen by all rows of a tile.
+        auto cut = [&](const Visit& at) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? at.tile * BLOCK_Q + offset + 1 : p.Nk); };
+
+        // The group's columns of K Qᵀ or V dOᵀ, under way.
+        auto multiply = [&](float(&C)[ROWS / 2], uint32_t A, uint32_t B, bool from_zero) {
+            A = uniform(A), B = uniform(B + consumer * ROWS * ROW_BYTES);
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int d = 0; d < HEAD_DIM / 16; ++d)
+                ptx::wgmma_ss<element, ROWS>(C, ptx::descriptor(A + d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32),
+                                             ptx::descriptor(B + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), !from_zero || d > 0);
+            ptx::wgmma_commit_group();
+        };
+        auto start_scores = [&](const Visit& at) {
+            ptx::mbarrier_wait(barrier(barriers.Q_full, at.stage()), at.parity());
+#if MASK
+            // Key j is seen by the rows from j − offset on.
+            const int i0 = at.tile * BLOCK_Q + consumer * ROWS;
+            start_S<ROWS>(S_rmem, mask_smem, i0 % BIT_COLUMNS, first_row, t, [&](int r, int) {
+                const int j = j0 + first_row + 8 * r;
+                return first_bits(j >= p.Nk ? ROWS : CAUSAL ? j - offset - i0 : 0);
+            });
+#endif
+            multiply(S_rmem, K_smem, Q_of(at.n), !MASK);
+            if (MASK) {
+                __syncwarp();  // all lanes have read the mask
+                release(mask_empty);
+            }
+            ptx::mbarrier_wait(barrier(barriers.dO_full, at.stage()), at.parity());
+            multiply(dP_rmem, V_smem, dO_of(at.n), true);
+        };
+        // S becomes P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys. Beyond the end of the rows LSE is ∞.
+        auto make_P = [&](const Visit& at) {
+            const float* LSE_smem = rows_smem + at.stage() * 2 * BLOCK_Q + consumer * ROWS + 2 * t;
+            const bool is_cut = !MASK && cut(at);
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+                const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + 8 * n);
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    float &P0 = S_rmem[4 * n + 2 * r], &P1 = S_rmem[4 * n + 2 * r + 1];
+                    P0 = ptx::ex2(fmaf(P0, scale_log2, -LSE.x));
+                    P1 = ptx::ex2(fmaf(P1, scale_log2, -LSE.y));
+                    if (is_cut) {
+                        const int j = j0 + first_row + 8 * r, i = at.tile * BLOCK_Q + consumer * ROWS + 8 * n + 2 * t;
+                        if (j >= p.Nk || (CAUSAL && j > i + offset)) P0 = 0;
+                        if (j >= p.Nk || (CAUSAL && j > i + 1 + offset)) P1 = 0;
+                    }
+                    ptx::st_shared(P_of(at.n) + Tile_S::offset(first_row + 8 * r, consumer * N_TILES + n) + 4 * t, ptx::cvt_pair<element>(P0, P1));
+                }
+            }
+        };
+        // dS = P∘(dP − Delta)
+        auto make_dS = [&](const Visit& at) {
+            const float* Delta_smem = rows_smem + at.stage() * 2 * BLOCK_Q + BLOCK_Q + consumer * ROWS + 2 * t;
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+                const float2 Delta = *reinterpret_cast<const float2*>(Delta_smem + 8 * n);
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+                    ptx::st_shared(dS_of(at.n) + Tile_S::offset(first_row + 8 * r, consumer * N_TILES + n) + 4 * t,
+                                   ptx::cvt_pair<element>(S_rmem[4 * n + 2 * r] * (dP_rmem[4 * n + 2 * r] - Delta.x),
+                                                          S_rmem[4 * n + 2 * r + 1] * (dP_rmem[4 * n + 2 * r + 1] - Delta.y)));
+            }
+            ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ
+        };
+
+        // dV += Pᵀ dO or dK += dSᵀ Q, under way: the rows of dO and Q are the sum's index
+        auto add = [&](float(&C)[COLUMNS / 2], uint32_t A, uint32_t B, bool from_zero) {
+            A = uniform(A), B = uniform(B + consumer * (PANELS / CONSUMERS) * Tile_Q::PANEL_BYTES);
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < BLOCK_Q / 16; ++k)
+                ptx::wgmma_ss_transposed_b<element, COLUMNS>(C, ptx::descriptor(A + k * 32), ptx::descriptor(B + k * 16 * ROW_BYTES, Tile_Q::PANEL_BYTES),
+                                                             !from_zero || k > 0);
+            ptx::wgmma_commit_group();
+        };
+        // 64 columns of dQ = dS K, under way
+        auto start_dQ = [&](int n, int half) {
+            const uint32_t dS_tile = uniform(dS_of(n)), K_part = uniform(K_smem + (consumer * (PANELS / CONSUMERS) + half) * Tile_K::PANEL_BYTES);
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < BLOCK_K / 16; ++k)
+                ptx::wgmma_ss_transposed<element, 64>(dQ_rmem, ptx::descriptor(dS_tile + k * 16 * ROW_BYTES), ptx::descriptor(K_part + k * 16 * ROW_BYTES), k > 0);
+            ptx::wgmma_commit_group();
+        };
+        // They are added to the tile's rows, `row` the first of them.
+        auto add_dQ = [&](int64_t row, int half) {
+            const int thread = ptx::tid_x() % GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+            float* dQ_gmem = Workspace(p).dQ + fragment_offset(row + thread / 32 * 16, consumer * COLUMNS + half * 64, thread % 32);
+#pragma unroll
+            for (int n = 0; n < 8; ++n)
+                ptx::red_add_4(dQ_gmem + fragment_offset(0, 8 * n, 0), dQ_rmem[4 * n], dQ_rmem[4 * n + 1], dQ_rmem[4 * n + 2], dQ_rmem[4 * n + 3]);
+        };
+        // Deterministic: blocks add to a tile in the order of their keys. They start in that order too, so the one waited for is running or done.
+        auto take_turn = [&](int64_t row) {
+            if (!p.deterministic) return;
+            if (threadIdx.x == GROUP)
+                while (ptx::ld_acquire(Workspace(p).turns + row / BLOCK_Q) != k_tile) {}
+            meet();  // our turn, for every thread
+        };
+        auto end_turn = [&](int64_t row) {
+            if (!p.deterministic) return;
+            __threadfence();  // this thread's additions come before the next block's
+            meet();           // everybody's additions are made
+            if (threadIdx.x == GROUP) ptx::st_release(Workspace(p).turns + row / BLOCK_Q, k_tile + 1);
+        };
+
+        ptx::mbarrier_wait(KV_full, 0);
+        Visit next(p, j0, b_kv_h);
+        if (next.more()) {
+            // The first tile has no predecessor whose products could run under its exponentials.
+            start_scores(next);
+            ptx::wgmma_wait_group<1>();
+            make_P(next);
+            ptx::wgmma_wait_group<0>();
+            make_dS(next);
+            meet();
+            add(dK_rmem, dS_of(0), Q_of(0), true);
+            int64_t row = first_row_of(next);
+            int n = 0;
+            for (next.advance(); next.more(); next.advance(), ++n) {
+                start_scores(next);
+                start_dQ(n, 0);
+                add(dV_rmem, P_of(n), dO_of(n), false);
+                ptx::wgmma_wait_group<3>();  // S is there, and dK: this warp is done with Q
+                release(barrier(barriers.Q_empty, n % STAGES));
+                make_P(next);
+                ptx::wgmma_wait_group<2>();  // dP is there
+                make_dS(next);
+                ptx::wgmma_wait_group<1>();  // the first half of dQ is there
+                take_turn(row);
+                add_dQ(row, 0);
+                start_dQ(n, 1);
+                ptx::wgmma_wait_group<1>();  // dV is there: this warp is done with dO
+                release(barrier(barriers.dO_empty, n % STAGES));
+                ptx::wgmma_wait_group<0>();  // so is the second half of dQ
+                meet();                      // Pᵀ and dSᵀ are whole, and both groups are done with the other ones
+                add(dK_rmem, dS_of(next.n), Q_of(next.n), false);
+                add_dQ(row, 1);
+                end_turn(row);
+                row = first_row_of(next);
+            }
+            start_dQ(n, 0);
+            add(dV_rmem, P_of(n), dO_of(n), false);
+            ptx::wgmma_wait_group<1>();
+            take_turn(row);
+            add_dQ(row, 0);
+            start_dQ(n, 1);
+            ptx::wgmma_wait_group<0>();
+            add_dQ(row, 1);
+            end_turn(row);
+        } else {
+#pragma unroll
+            for (int i = 0; i < COLUMNS / 2; ++i) dK_rmem[i] = 0;
+        }
+
+        // dK and dV out through the places of K and V, so that global stores are 16 bytes wide.
+        meet();  // both groups are done with K
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int n = 0; n < COLUMNS / 8; ++n) {
+                const uint32_t place = Tile_K::offset(first_row + 8 * r, consumer * (COLUMNS / 8) + n) + 4 * t;
+                ptx::st_shared(K_smem + place, ptx::cvt_pair<element>(dK_rmem[4 * n + 2 * r] * p.scale, dK_rmem[4 * n + 2 * r + 1] * p.scale));
+                ptx::st_shared(V_smem + place, ptx::cvt_pair<element>(dV_rmem[4 * n + 2 * r], dV_rmem[4 * n + 2 * r + 1]));
+            }
+        __syncwarp();  // the warp's part is written, by lanes other than those that read it next
+        element *dK_gmem = head_of(p.dk, b_kv_h / p.Hkv, b_kv_h % p.Hkv), *dV_gmem = head_of(p.dv, b_kv_h / p.Hkv, b_kv_h % p.Hkv);  // [Nk, D], [Nk, Dv]
+        constexpr int CHUNKS = COLUMNS / 8;
+#pragma unroll
+        for (int chunk = lane; chunk < 16 * CHUNKS; chunk += 32) {
+            const int row = warp * 16 + chunk / CHUNKS, column = consumer * COLUMNS + chunk % CHUNKS * 8;
+            const uint8_t* place = smem + Tile_K::offset(row, column / 8);
+            if (j0 + row < p.Nk && column < p.D)
+                *reinterpret_cast<uint4*>(dK_gmem + (j0 + row) * p.dk.stride_n + column) = *reinterpret_cast<const uint4*>(place);
+            if (j0 + row < p.Nk && column < p.Dv)
+                *reinterpret_cast<uint4*>(dV_gmem + (j0 + row) * p.dv.stride_n + column) = *reinterpret_cast<const uint4*>(place + Tile_K::BYTES);
+        }
+    }
+}
+
+extern "C" int64_t workspace_floats(const AttentionParams* params) { return Workspace::floats(*params); }
+
+extern "C" int attention(const AttentionParams* params) {
+    const AttentionParams& p = *params;
+    DeviceGuard guard(p.device);
+    const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * Workspace(p).rows;
+    const int64_t k_blocks = static_cast<int64_t>((p.Nk + BLOCK_K - 1) / BLOCK_K) * p.Hkv * p.B;
+    if (all_rows > 0) prepare_kernel<<<static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream>>>(p);
+    if (k_blocks > 0) {
+        // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
+        cudaError_t error = cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+        Maps maps = {};
+        if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
+        if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
+        if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);
+        if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
+        if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);
+        if (error != cudaSuccess) return error;
+        backward_kernel<<<static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream>>>(p, maps);
+    }
+    if (all_rows > 0) finish_dq_kernel<<<static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream>>>(p);
+    return cudaGetLastError();
+}
