@@ -176,12 +176,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
         // The group's columns of K Qᵀ or V dOᵀ, under way.
         auto multiply = [&](float(&C)[ROWS / 2], uint32_t A, uint32_t B, bool from_zero) {
-            A = uniform(A), B = uniform(B + consumer * ROWS * ROW_BYTES);
+            const uint64_t a = ptx::descriptor(uniform(A)), b = ptx::descriptor(uniform(B + consumer * ROWS * ROW_BYTES));
             ptx::wgmma_fence();
 #pragma unroll
             for (int d = 0; d < HEAD_DIM / 16; ++d)
-                ptx::wgmma_ss<element, ROWS>(C, ptx::descriptor(A + d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32),
-                                             ptx::descriptor(B + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), !from_zero || d > 0);
+                ptx::wgmma_ss<element, ROWS>(C, ptx::advance(a, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32),
+                                             ptx::advance(b, d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), !from_zero || d > 0);
             ptx::wgmma_commit_group();
         };
         auto start_scores = [&](const Visit& at) {
@@ -240,21 +240,22 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
         // dV += Pᵀ dO or dK += dSᵀ Q, under way: the rows of dO and Q are the sum's index
         auto add = [&](float(&C)[COLUMNS / 2], uint32_t A, uint32_t B, bool from_zero) {
-            A = uniform(A), B = uniform(B + consumer * (PANELS / CONSUMERS) * Tile_Q::PANEL_BYTES);
+            const uint64_t a = ptx::descriptor(uniform(A));
+            const uint64_t b = ptx::descriptor(uniform(B + consumer * (PANELS / CONSUMERS) * Tile_Q::PANEL_BYTES), Tile_Q::PANEL_BYTES);
             ptx::wgmma_fence();
 #pragma unroll
             for (int k = 0; k < BLOCK_Q / 16; ++k)
-                ptx::wgmma_ss_transposed_b<element, COLUMNS>(C, ptx::descriptor(A + k * 32), ptx::descriptor(B + k * 16 * ROW_BYTES, Tile_Q::PANEL_BYTES),
-                                                             !from_zero || k > 0);
+                ptx::wgmma_ss_transposed_b<element, COLUMNS>(C, ptx::advance(a, k * 32), ptx::advance(b, k * 16 * ROW_BYTES), !from_zero || k > 0);
             ptx::wgmma_commit_group();
         };
         // 64 columns of dQ = dS K, under way
         auto start_dQ = [&](int n, int half) {
-            const uint32_t dS_tile = uniform(dS_of(n)), K_part = uniform(K_smem + (consumer * (PANELS / CONSUMERS) + half) * Tile_K::PANEL_BYTES);
+            const uint64_t a = ptx::descriptor(uniform(dS_of(n)));
+            const uint64_t b = ptx::descriptor(uniform(K_smem + (consumer * (PANELS / CONSUMERS) + half) * Tile_K::PANEL_BYTES));
             ptx::wgmma_fence();
 #pragma unroll
             for (int k = 0; k < BLOCK_K / 16; ++k)
-                ptx::wgmma_ss_transposed<element, 64>(dQ_rmem, ptx::descriptor(dS_tile + k * 16 * ROW_BYTES), ptx::descriptor(K_part + k * 16 * ROW_BYTES), k > 0);
+                ptx::wgmma_ss_transposed<element, 64>(dQ_rmem, ptx::advance(a, k * 16 * ROW_BYTES), ptx::advance(b, k * 16 * ROW_BYTES), k > 0);
             ptx::wgmma_commit_group();
         };
         // They are added to the tile's rows, `row` the first of them.

@@ -89,6 +89,9 @@ __device__ inline uint64_t descriptor(uint32_t smem, uint32_t leading = 16) {
     return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(leading / 16) << 16 | (smem & 0x3ffff) / 16;
 }
 
+// The same tile, read from `bytes` further on: one addition, where a descriptor made anew takes several.
+__device__ inline uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + bytes / 16; }
+
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FROM(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
 #define D16 FROM(0)
