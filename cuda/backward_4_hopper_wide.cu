@@ -34,8 +34,8 @@ constexpr int PADDED_TO = BLOCK_Q;
 
 constexpr int STAGES = 2;  // of Q and of dO in shared memory, with LSE and Delta
 constexpr int PANELS = HEAD_DIM / 64;
-constexpr int ROWS = BLOCK_Q / CONSUMERS;       // of Q: a group's columns of Sᵀ and dPᵀ
-constexpr int COLUMNS = HEAD_DIM / CONSUMERS;   // of the head: a group's columns of dK, dV and dQ
+constexpr int ROWS = BLOCK_Q / CONSUMERS;      // of Q: a group's columns of Sᵀ and dPᵀ
+constexpr int COLUMNS = HEAD_DIM / CONSUMERS;  // of the head: a group's columns of dK, dV and dQ
 constexpr int N_TILES = ROWS / 8;
 static_assert(HEAD_DIM == 256, "narrower heads: backward_4_hopper.cu");
 
@@ -128,9 +128,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 const int stage = at.stage(), i0 = at.tile * BLOCK_Q;
                 const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
                 const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, rows = K_smem + ROWS_OFFSET + stage * 2 * ROWS_BYTES;
-                auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t rows, const float* of_rows, uint32_t full, uint32_t empty, int more_bytes) {
+                auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t rows, const float* of_rows, uint32_t full, uint32_t empty, int more) {
                     ptx::mbarrier_wait(empty, at.parity() ^ 1);  // passes at once in the first round
-                    ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES + ROWS_BYTES + more_bytes);
+                    ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES + ROWS_BYTES + more);
 #pragma unroll
                     for (int panel = 0; panel < PANELS; ++panel)
                         ptx::cp_async_bulk_tensor_4d(tile + panel * Tile_Q::PANEL_BYTES, &map, panel * 64, i0, at.bh % p.H, at.bh / p.H, full);
