@@ -13,16 +13,8 @@ constexpr int THREADS = GROUP * (1 + CONSUMERS);
 constexpr int BLOCK_K = 64 * CONSUMERS;
 constexpr int BLOCK_Q = HEAD_DIM <= 64 ? 128 : 64;  // the accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers
 constexpr int PADDED_TO = BLOCK_Q;
-#include "backward_workspace.cuh"
-#include "mask_start.cuh"
-#include "ptx_hopper.cuh"
-#include "tensor_map.cuh"
+#include "backward_hopper.cuh"
 
-#if DROPOUT || DTYPE == FLOAT32 || (MASK && MASK != MASK_OF_KEY_BITS)
-#error "this rung computes in 16-bit types, without dropout, under masks of bits by keys"
-#endif
-
-constexpr int STAGES = 2;  // pairs of Q and dO tiles in shared memory, each with its LSE and Delta
 constexpr int PANELS = HEAD_DIM / 64;
 constexpr int N_TILES = BLOCK_Q / 8;
 
@@ -34,37 +26,9 @@ constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0
 constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES + STAGES * (2 * ROWS_BYTES + MASK_BYTES);
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
-struct Maps {
-    CUtensorMap q, k, v, d_o, mask;
-};
-
 // "full": the bytes have arrived, with those of Q the mask's. "empty": every computing warp is done with them.
 struct Barriers {
     uint64_t KV_full, Q_full[STAGES], dO_full[STAGES], empty[STAGES];
-};
-
-// The tiles of Q that see some of a block's keys, of every query head that shares them: head bh = b·H + h, tile, and the how-manieth it is. Causal:
-// from the last tile down, so that the blocks of a head are at the same tile at about the same time; taking turns, they must be.
-struct Visit {
-    int begin, end, end_bh;
-    int bh, tile, n = 0;
-
-    __device__ Visit(const AttentionParams& p, int j0, int b_kv_h) {
-        const int tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, group = p.H / p.Hkv;
-        begin = CAUSAL ? tiles - 1 : 0;
-        end = CAUSAL ? max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q - 1 : tiles;
-        end_bh = (b_kv_h + 1) * group;
-        bh = begin == end || (CAUSAL && begin < end) ? end_bh : b_kv_h * group;
-        tile = begin;
-    }
-    __device__ bool more() const { return bh < end_bh; }
-    __device__ void advance() {
-        tile += CAUSAL ? -1 : 1;
-        if (tile == end) tile = begin, ++bh;
-        ++n;
-    }
-    __device__ int stage() const { return n % STAGES; }
-    __device__ int parity() const { return n / STAGES & 1; }
 };
 
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
@@ -268,24 +232,4 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
 extern "C" int64_t workspace_floats(const AttentionParams* params) { return Workspace::floats(*params); }
 
-extern "C" int attention(const AttentionParams* params) {
-    const AttentionParams& p = *params;
-    DeviceGuard guard(p.device);
-    const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * Workspace(p).rows;
-    const int64_t k_blocks = static_cast<int64_t>((p.Nk + BLOCK_K - 1) / BLOCK_K) * p.Hkv * p.B;
-    if (all_rows > 0) prepare_kernel<<<static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream>>>(p);
-    if (k_blocks > 0) {
-        // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
-        cudaError_t error = cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
-        Maps maps = {};
-        if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
-        if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
-        if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);
-        if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
-        if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);
-        if (error != cudaSuccess) return error;
-        backward_kernel<<<static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream>>>(p, maps);
-    }
-    if (all_rows > 0) finish_dq_kernel<<<static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream>>>(p);
-    return cudaGetLastError();
-}
+extern "C" int attention(const AttentionParams* params) { return launch_backward(backward_kernel, THREADS, SMEM_BYTES, *params); }
