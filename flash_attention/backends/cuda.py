@@ -37,7 +37,7 @@ class Rung:
     dropout: bool = False
     teaching: bool = False  # a step of the ladder, taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
-    backward_up_to: int = 512  # larger heads go backward by the tensor_core rung, which needs the same O and LSE
+    wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
     few_rows: tuple[tuple[int, int], ...] = ()  # up to a head size, up to how many rows a lower rung is faster
 
     def why_not(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
@@ -59,6 +59,12 @@ class Rung:
     def runs_on(self, arch: int) -> bool:
         """Whether its kernels can be compiled for this compute capability, times ten."""
         return arch == self.min_arch if self.only_min_arch else arch >= self.min_arch
+
+    def file(self, which: int, head_dim: int) -> str:
+        """The source of its forward or backward for a compiled head size."""
+        if which == BACKWARD and self.wide_backward and head_dim > self.wide_backward[0]:
+            return self.wide_backward[1]
+        return self.files[which]
 
     def pays(self, q: Tensor, v: Tensor) -> bool:
         """Whether this rung, of those that can serve a call, is the one to choose."""
@@ -99,8 +105,6 @@ class Rung:
         dropout_p: float,
     ):
         """→ dQ, dK, dV, shaped as q, k, v."""
-        if max(q.shape[3], v.shape[3]) > self.backward_up_to:
-            return RUNGS["tensor_core"].backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p)
         dQ, dK, dV = allocate.backward_outputs(q, k, v)
         sign, scale = _positive(scale)
         q, k, v, O, dO = (self._readable(x) for x in (q if sign == 1 else q * sign, k, v, O, dO))
@@ -177,7 +181,7 @@ RUNGS = {
             head_dims=(64, 128, 256),
             multiple_of=8,
             masks=(("bits",), ("key bits",)),
-            backward_up_to=128,
+            wide_backward=(128, "backward_4_hopper_wide.cu"),
             few_rows=((64, 256), (128, 64)),
         ),
         Rung(
@@ -228,7 +232,7 @@ def _library(rung: Rung, which: int, device: int, dtype: torch.dtype, D: int, ca
     """The rung's forward (0) or backward (1) for one kind of call, compiled if it must be."""
     head_dim = next(size for size in rung.head_dims if size >= D)
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    wanted = build.Specialisation(rung.files[which], arch, head_dim, DTYPE_NAMES[dtype], causal, mask, dropout)
+    wanted = build.Specialisation(rung.file(which, head_dim), arch, head_dim, DTYPE_NAMES[dtype], causal, mask, dropout)
     library = build.load(build.build(wanted.file, arch, wanted.defines(), str(wanted)))
     _same_size(library, PARAMS, "AttentionParams", "attention.h")
     library.attention.argtypes = library.workspace_floats.argtypes = [ctypes.c_char_p]

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from tqdm import tqdm
 
-from flash_attention.backends.cuda import BACKWARD, PACK_MASK, RUNGS
+from flash_attention.backends.cuda import BACKWARD, FORWARD, PACK_MASK, RUNGS
 from flash_attention.build import BuildError, Specialisation, arch_of, build, cache_folder, load
 
 
@@ -24,9 +24,8 @@ def usual_set(archs: list[str], head_dims: list[int] | None = None) -> list[Spec
             for causal, mask, dropout in ((False, False, False), (True, False, False), (False, True, False), (True, True, rung.dropout)):
                 if head_dim not in rung.head_dims:
                     continue
-                for which, file in enumerate(rung.files):
-                    if which == BACKWARD and head_dim > rung.backward_up_to:
-                        continue
+                for which in (FORWARD, BACKWARD):
+                    file = rung.file(which, head_dim)
                     forms = rung.mask_forms(which, dropout) if mask else (None,)
                     wanted += [Specialisation(file, arch, head_dim, dtype, causal, form, dropout) for form in forms]
     return wanted
