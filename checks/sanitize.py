@@ -25,8 +25,8 @@ NO_ERRORS = "ERROR SUMMARY: 0 errors"
 LENGTHS = ((130, 200), (200, 130), (1, 70))  # Nq, Nk; causal with Nq > Nk has rows that see nothing
 # causal, mask (each head has its own: some rungs read it as bytes; all share one: packed to bits), dropout_p
 FLAGS = ((False, None, 0.0), (True, None, 0.0), (False, "one", 0.0), (False, "each", 0.0), (True, "each", 0.0), (True, "one", 0.1))
-HEAD_DIMS = (40, 64, 128)
-HEADS = {"hopper": (2, 140)}  # a hopper block stays and takes several tiles where there are more than multiprocessors
+HEAD_DIMS = (40, 64, 128, 256)  # hopper has a backward of its own above 128
+MANY = 140  # heads: more tiles than multiprocessors. A hopper block then stays and takes several, for which one head size is enough.
 
 
 def run_grid(backend: str) -> None:
@@ -35,7 +35,8 @@ def run_grid(backend: str) -> None:
     rung = RUNGS[backend]
     dtype = getattr(torch, rung.dtypes[0])
     served = 0
-    for (Nq, Nk), (causal, masks, dropout_p), D, H in product(LENGTHS, FLAGS, HEAD_DIMS, HEADS.get(backend, (2,))):
+    sizes = [(D, 2) for D in HEAD_DIMS] + [(128, MANY)] * (backend == "hopper")
+    for (Nq, Nk), (causal, masks, dropout_p), (D, H) in product(LENGTHS, FLAGS, sizes):
         q = torch.randn(1, H, Nq, D, device="cuda", dtype=dtype, requires_grad=True)
         k, v = (torch.randn(1, 1, Nk, D, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
         # Rows begin at multiples of 16 bytes, and the last few columns belong to nobody.

@@ -4,7 +4,7 @@
 // dPᵀ = V dOᵀ leave it with 64 rows of Pᵀ and dSᵀ, which in registers are already the A operands of dV += Pᵀ dO and dK += dSᵀ Q. Only dSᵀ goes
 // through shared memory, for dQ = dS K, which sums over the keys of both groups. dQ is added up in global memory, as in backward_3_tensor_core.cu.
 //
-// Serves float16 and bfloat16, dense, causal and masked, without dropout; head sizes up to 128 that are multiples of 8.
+// Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 128 that are multiples of 8.
 #include "common.cuh"
 
 constexpr int GROUP = 128;  // threads of a warpgroup
@@ -67,11 +67,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         if (threadIdx.x == 0) {
             const Workspace workspace(p);
             ptx::mbarrier_arrive_expect_tx(KV_full, 2 * Tile_K::BYTES);
-#pragma unroll
-            for (int panel = 0; panel < PANELS; ++panel) {
-                ptx::cp_async_bulk_tensor_4d(K_smem + panel * Tile_K::PANEL_BYTES, &maps.k, panel * 64, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-                ptx::cp_async_bulk_tensor_4d(V_smem + panel * Tile_K::PANEL_BYTES, &maps.v, panel * 64, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-            }
+            load_rows<Tile_K>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+            load_rows<Tile_K>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             for (Visit at(p, j0, b_kv_h); at.more(); at.advance()) {
                 const int stage = at.stage(), i0 = at.tile * BLOCK_Q;
                 const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
@@ -96,7 +93,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         // ---- the consumers: 64 keys each
         ptx::setmaxnreg_inc<240>();
         const int consumer = group - 1, warp = threadIdx.x % GROUP / 32, lane = threadIdx.x % 32, t = lane % 4;
-        const int first_row = consumer * 64 + warp * 16 + lane / 4;  // key of the tile; this thread has it and the one 8 further
+        const int place = consumer * 64 + warp * 16 + lane / 4;  // in the tile of keys; this thread has it and the one 8 further,
+        const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
         const uint32_t group_rows = consumer * 64 * ROW_BYTES;       // the group's rows of K, V and dSᵀ
         const float scale_log2 = p.scale * LOG2_E;                   // exp(scale · x) = 2^(scale_log2 · x)
 
@@ -126,7 +124,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #if MASK
             // Key j is seen by the rows from j − offset on.
             start_S<BLOCK_Q>(S_rmem, mask_smem + stage * MASK_BYTES, i0 % BIT_COLUMNS, first_row, t, [&](int r, int w) {
-                const int j = j0 + first_row + 8 * r;
+                const int j = j0 + first_row + ROW_STEP * r;
                 return !cut ? 0 : j >= p.Nk ? ~0u : CAUSAL ? first_bits(j - offset - i0 - 32 * w) : 0;
             });
 #endif
@@ -134,11 +132,16 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::mbarrier_wait(barrier(barriers.dO_full, stage), now.parity());
             multiply(dP_rmem, V_smem, dO_tile, true);
 
-            ptx::wgmma_wait_group<1>();  // Sᵀ is there
-            // P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys. Beyond the end of the rows LSE is ∞.
+            // Dropout, while they are: what it keeps of the tile.
+            [[maybe_unused]] KeepBits<BLOCK_Q> keep;
+            if (DROPOUT) {
+                const int thread = ptx::tid_x() - GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+                keep.draw_keys(p, now.bh / p.H, now.bh % p.H, j0 + RowOrder::row(thread / 32 * 16 + thread % 32 / 4), i0, thread % 32);
+            }
+
             uint32_t P_rmem[BLOCK_Q / 16][4], dS_rmem[BLOCK_Q / 16][4];  // A operands of the products over 16 rows of Q at a time
-#pragma unroll
-            for (int n = 0; n < N_TILES; ++n) {
+            // P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys. Beyond the end of the rows LSE is ∞.
+            auto make_P = [&](int n) {
                 const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + 8 * n);
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
@@ -146,26 +149,35 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                     P0 = ptx::ex2(fmaf(P0, scale_log2, -LSE.x));
                     P1 = ptx::ex2(fmaf(P1, scale_log2, -LSE.y));
                     if (!MASK && cut) {
-                        const int j = j0 + first_row + 8 * r, i = i0 + 8 * n + 2 * t;
+                        const int j = j0 + first_row + ROW_STEP * r, i = i0 + 8 * n + 2 * t;
                         if (j >= p.Nk || (CAUSAL && j > i + offset)) P0 = 0;
                         if (j >= p.Nk || (CAUSAL && j > i + 1 + offset)) P1 = 0;
                     }
-                    P_rmem[n / 2][n % 2 * 2 + r] = ptx::cvt_pair<element>(P0, P1);
+                    P_rmem[n / 2][n % 2 * 2 + r] = ptx::cvt_pair<element>(P0, P1) & (DROPOUT ? keep.pair(r, n) : ~0u);
                 }
-            }
-            ptx::wgmma_wait_group<0>();  // so is dPᵀ
-            // dS = P∘(dP − Delta)
-#pragma unroll
-            for (int n = 0; n < N_TILES; ++n) {
+            };
+            // dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end, as it is in dV.
+            auto make_dS = [&](int n) {
                 const float2 Delta = *reinterpret_cast<const float2*>(Delta_smem + 8 * n);
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    const uint32_t dS = ptx::cvt_pair<element>(S_rmem[4 * n + 2 * r] * (dP_rmem[4 * n + 2 * r] - Delta.x),
-                                                               S_rmem[4 * n + 2 * r + 1] * (dP_rmem[4 * n + 2 * r + 1] - Delta.y));
+                    float dP0 = dP_rmem[4 * n + 2 * r], dP1 = dP_rmem[4 * n + 2 * r + 1];
+                    if (DROPOUT) dP0 = keep.kept(dP0, r, n, 0), dP1 = keep.kept(dP1, r, n, 1);
+                    const uint32_t dS = ptx::cvt_pair<element>(S_rmem[4 * n + 2 * r] * (dP0 - Delta.x), S_rmem[4 * n + 2 * r + 1] * (dP1 - Delta.y));
                     dS_rmem[n / 2][n % 2 * 2 + r] = dS;
-                    ptx::st_shared(dS_tile + Tile_S::offset(first_row + 8 * r, n) + 4 * t, dS);
+                    ptx::st_shared(dS_tile + Tile_S::offset(place + 8 * r, n) + 4 * t, dS);
                 }
+            };
+            ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();  // Sᵀ is there
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+                make_P(n);
+                if (DROPOUT) make_dS(n);
             }
+            ptx::wgmma_wait_group<0>();  // so is dPᵀ
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n)
+                if (!DROPOUT) make_dS(n);
 
             // dV += Pᵀ dO and dK += dSᵀ Q: the rows of dO and Q are the sum's index
             auto add = [&](float(&C)[HEAD_DIM / 2], const uint32_t(&A)[BLOCK_Q / 16][4], uint32_t B) {
@@ -215,21 +227,22 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
         // dK and dV out through the places of K and V, so that global stores are 16 bytes wide.
         ptx::bar_sync(1, CONSUMERS * GROUP);  // both groups are done with K
+        const float dV_scale = DROPOUT ? p.keep_scale : 1.0f, dK_scale = p.scale * dV_scale;
 #pragma unroll
         for (int r = 0; r < 2; ++r)
 #pragma unroll
             for (int n = 0; n < HEAD_DIM / 8; ++n) {
-                const uint32_t place = Tile_K::offset(first_row + 8 * r, n) + 4 * t;
-                ptx::st_shared(K_smem + place, ptx::cvt_pair<element>(dK_rmem[4 * n + 2 * r] * p.scale, dK_rmem[4 * n + 2 * r + 1] * p.scale));
-                ptx::st_shared(V_smem + place, ptx::cvt_pair<element>(dV_rmem[4 * n + 2 * r], dV_rmem[4 * n + 2 * r + 1]));
+                const uint32_t to = Tile_K::offset(place + 8 * r, n) + 4 * t;
+                ptx::st_shared(K_smem + to, ptx::cvt_pair<element>(dK_rmem[4 * n + 2 * r] * dK_scale, dK_rmem[4 * n + 2 * r + 1] * dK_scale));
+                ptx::st_shared(V_smem + to, ptx::cvt_pair<element>(dV_rmem[4 * n + 2 * r] * dV_scale, dV_rmem[4 * n + 2 * r + 1] * dV_scale));
             }
         __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
         const int b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv, warp_row = consumer * 64 + warp * 16;
-        store_16_rows<Tile_K>(head_of(p.dk, b, kv_h), smem, p.dk.stride_n, warp_row, lane, j0, p.Nk, p.D);
-        store_16_rows<Tile_K>(head_of(p.dv, b, kv_h), smem + Tile_K::BYTES, p.dv.stride_n, warp_row, lane, j0, p.Nk, p.Dv);
+        store_16_rows<Tile_K, RowOrder>(head_of(p.dk, b, kv_h), smem, p.dk.stride_n, warp_row, lane, j0, p.Nk, p.D);
+        store_16_rows<Tile_K, RowOrder>(head_of(p.dv, b, kv_h), smem + Tile_K::BYTES, p.dv.stride_n, warp_row, lane, j0, p.Nk, p.Dv);
     }
 }
 
 extern "C" int64_t workspace_floats(const AttentionParams* params) { return Workspace::floats(*params); }
 
-extern "C" int attention(const AttentionParams* params) { return launch_backward(backward_kernel, THREADS, SMEM_BYTES, *params); }
+extern "C" int attention(const AttentionParams* params) { return launch_backward<Tile_K>(backward_kernel, THREADS, SMEM_BYTES, *params); }

@@ -14,7 +14,7 @@
 //
 // dK comes first, so that a tile of Q makes place for the next but one long before that is needed: shared memory holds no third.
 //
-// Serves float16 and bfloat16, dense, causal and masked, without dropout; head sizes up to 256 that are multiples of 8.
+// Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 256 that are multiples of 8.
 #include "common.cuh"
 
 constexpr int GROUP = 128;  // threads of a warpgroup
@@ -83,11 +83,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         if (threadIdx.x == 0) {
             const Workspace workspace(p);
             ptx::mbarrier_arrive_expect_tx(KV_full, 2 * Tile_K::BYTES);
-#pragma unroll
-            for (int panel = 0; panel < PANELS; ++panel) {
-                ptx::cp_async_bulk_tensor_4d(K_smem + panel * Tile_K::PANEL_BYTES, &maps.k, panel * 64, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-                ptx::cp_async_bulk_tensor_4d(V_smem + panel * Tile_K::PANEL_BYTES, &maps.v, panel * 64, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-            }
+            load_rows<Tile_K>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+            load_rows<Tile_K>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             for (Visit at(p, j0, b_kv_h); at.more(); at.advance()) {
                 const int stage = at.stage(), i0 = at.tile * BLOCK_Q;
                 const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
@@ -114,12 +111,14 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         // ---- the consumers
         ptx::setmaxnreg_inc<240>();
         const int consumer = group - 1, warp = threadIdx.x % GROUP / 32, lane = threadIdx.x % 32, t = lane % 4;
-        const int first_row = warp * 16 + lane / 4;  // key of the tile; this thread has it and the one 8 further
+        const int place = warp * 16 + lane / 4;  // in the tile of keys; this thread has it and the one 8 further,
+        const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
         const float scale_log2 = p.scale * LOG2_E;   // exp(scale · x) = 2^(scale_log2 · x)
 
         float dK_rmem[COLUMNS / 2], dV_rmem[COLUMNS / 2] = {};  // [BLOCK_K, COLUMNS]
         float S_rmem[ROWS / 2], dP_rmem[ROWS / 2];              // [BLOCK_K, ROWS], transposed; of the tile that comes next
         float dQ_rmem[32];                                      // [BLOCK_Q, 64]: half of the group's columns
+        [[maybe_unused]] KeepBits<ROWS> keep;                   // of the tile that comes next
 
         // Tile number n of the visit: where it is in shared memory.
         auto Q_of = [&](int n) { return QdO_smem + n % STAGES * 2 * Tile_Q::BYTES; };
@@ -154,7 +153,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             // Key j is seen by the rows from j − offset on.
             const int i0 = at.tile * BLOCK_Q + consumer * ROWS;
             start_S<ROWS>(S_rmem, mask_smem, i0 % BIT_COLUMNS, first_row, t, [&](int r, int) {
-                const int j = j0 + first_row + 8 * r;
+                const int j = j0 + first_row + ROW_STEP * r;
                 return first_bits(j >= p.Nk ? ROWS : CAUSAL ? j - offset - i0 : 0);
             });
 #endif
@@ -165,6 +164,10 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             }
             ptx::mbarrier_wait(barrier(barriers.dO_full, at.stage()), at.parity());
             multiply(dP_rmem, V_smem, dO_of(at.n), true);
+        };
+        // Draws what dropout keeps of a tile.
+        auto draw = [&](const Visit& at) {
+            if (DROPOUT) keep.draw_keys(p, at.bh / p.H, at.bh % p.H, j0 + first_row, at.tile * BLOCK_Q + consumer * ROWS, lane);
         };
         // S becomes P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys. Beyond the end of the rows LSE is ∞.
         auto make_P = [&](const Visit& at) {
@@ -179,25 +182,28 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                     P0 = ptx::ex2(fmaf(P0, scale_log2, -LSE.x));
                     P1 = ptx::ex2(fmaf(P1, scale_log2, -LSE.y));
                     if (is_cut) {
-                        const int j = j0 + first_row + 8 * r, i = at.tile * BLOCK_Q + consumer * ROWS + 8 * n + 2 * t;
+                        const int j = j0 + first_row + ROW_STEP * r, i = at.tile * BLOCK_Q + consumer * ROWS + 8 * n + 2 * t;
                         if (j >= p.Nk || (CAUSAL && j > i + offset)) P0 = 0;
                         if (j >= p.Nk || (CAUSAL && j > i + 1 + offset)) P1 = 0;
                     }
-                    ptx::st_shared(P_of(at.n) + Tile_S::offset(first_row + 8 * r, consumer * N_TILES + n) + 4 * t, ptx::cvt_pair<element>(P0, P1));
+                    ptx::st_shared(P_of(at.n) + Tile_S::offset(place + 8 * r, consumer * N_TILES + n) + 4 * t,
+                                   ptx::cvt_pair<element>(P0, P1) & (DROPOUT ? keep.pair(r, n) : ~0u));
                 }
             }
         };
-        // dS = P∘(dP − Delta)
+        // dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end, as it is in dV.
         auto make_dS = [&](const Visit& at) {
             const float* Delta_smem = rows_smem + at.stage() * 2 * BLOCK_Q + BLOCK_Q + consumer * ROWS + 2 * t;
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
                 const float2 Delta = *reinterpret_cast<const float2*>(Delta_smem + 8 * n);
 #pragma unroll
-                for (int r = 0; r < 2; ++r)
-                    ptx::st_shared(dS_of(at.n) + Tile_S::offset(first_row + 8 * r, consumer * N_TILES + n) + 4 * t,
-                                   ptx::cvt_pair<element>(S_rmem[4 * n + 2 * r] * (dP_rmem[4 * n + 2 * r] - Delta.x),
-                                                          S_rmem[4 * n + 2 * r + 1] * (dP_rmem[4 * n + 2 * r + 1] - Delta.y)));
+                for (int r = 0; r < 2; ++r) {
+                    float dP0 = dP_rmem[4 * n + 2 * r], dP1 = dP_rmem[4 * n + 2 * r + 1];
+                    if (DROPOUT) dP0 = keep.kept(dP0, r, n, 0), dP1 = keep.kept(dP1, r, n, 1);
+                    ptx::st_shared(dS_of(at.n) + Tile_S::offset(place + 8 * r, consumer * N_TILES + n) + 4 * t,
+                                   ptx::cvt_pair<element>(S_rmem[4 * n + 2 * r] * (dP0 - Delta.x), S_rmem[4 * n + 2 * r + 1] * (dP1 - Delta.y)));
+                }
             }
             ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ
         };
@@ -249,6 +255,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         if (next.more()) {
             // The first tile has no predecessor whose products could run under its exponentials.
             start_scores(next);
+            draw(next);
             ptx::wgmma_wait_group<1>();
             make_P(next);
             ptx::wgmma_wait_group<0>();
@@ -261,6 +268,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 start_scores(next);
                 start_dQ(n, 0);
                 add(dV_rmem, P_of(n), dO_of(n), false);
+                draw(next);
                 ptx::wgmma_wait_group<3>();  // S is there, and dK: this warp is done with Q
                 release(barrier(barriers.Q_empty, n % STAGES));
                 make_P(next);
@@ -295,29 +303,30 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
         // dK and dV out through the places of K and V, so that global stores are 16 bytes wide.
         meet();  // both groups are done with K
+        const float dV_scale = DROPOUT ? p.keep_scale : 1.0f, dK_scale = p.scale * dV_scale;
 #pragma unroll
         for (int r = 0; r < 2; ++r)
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; ++n) {
-                const uint32_t place = Tile_K::offset(first_row + 8 * r, consumer * (COLUMNS / 8) + n) + 4 * t;
-                ptx::st_shared(K_smem + place, ptx::cvt_pair<element>(dK_rmem[4 * n + 2 * r] * p.scale, dK_rmem[4 * n + 2 * r + 1] * p.scale));
-                ptx::st_shared(V_smem + place, ptx::cvt_pair<element>(dV_rmem[4 * n + 2 * r], dV_rmem[4 * n + 2 * r + 1]));
+                const uint32_t to = Tile_K::offset(place + 8 * r, consumer * (COLUMNS / 8) + n) + 4 * t;
+                ptx::st_shared(K_smem + to, ptx::cvt_pair<element>(dK_rmem[4 * n + 2 * r] * dK_scale, dK_rmem[4 * n + 2 * r + 1] * dK_scale));
+                ptx::st_shared(V_smem + to, ptx::cvt_pair<element>(dV_rmem[4 * n + 2 * r] * dV_scale, dV_rmem[4 * n + 2 * r + 1] * dV_scale));
             }
         __syncwarp();  // the warp's part is written, by lanes other than those that read it next
         element *dK_gmem = head_of(p.dk, b_kv_h / p.Hkv, b_kv_h % p.Hkv), *dV_gmem = head_of(p.dv, b_kv_h / p.Hkv, b_kv_h % p.Hkv);  // [Nk, D], [Nk, Dv]
         constexpr int CHUNKS = COLUMNS / 8;
 #pragma unroll
         for (int chunk = lane; chunk < 16 * CHUNKS; chunk += 32) {
-            const int row = warp * 16 + chunk / CHUNKS, column = consumer * COLUMNS + chunk % CHUNKS * 8;
-            const uint8_t* place = smem + Tile_K::offset(row, column / 8);
-            if (j0 + row < p.Nk && column < p.D)
-                *reinterpret_cast<uint4*>(dK_gmem + (j0 + row) * p.dk.stride_n + column) = *reinterpret_cast<const uint4*>(place);
-            if (j0 + row < p.Nk && column < p.Dv)
-                *reinterpret_cast<uint4*>(dV_gmem + (j0 + row) * p.dv.stride_n + column) = *reinterpret_cast<const uint4*>(place + Tile_K::BYTES);
+            const int row = warp * 16 + chunk / CHUNKS, column = consumer * COLUMNS + chunk % CHUNKS * 8, j = j0 + RowOrder::row(row);
+            const uint8_t* from = smem + Tile_K::offset(row, column / 8);
+            if (j < p.Nk && column < p.D)
+                *reinterpret_cast<uint4*>(dK_gmem + j * p.dk.stride_n + column) = *reinterpret_cast<const uint4*>(from);
+            if (j < p.Nk && column < p.Dv)
+                *reinterpret_cast<uint4*>(dV_gmem + j * p.dv.stride_n + column) = *reinterpret_cast<const uint4*>(from + Tile_K::BYTES);
         }
     }
 }
 
 extern "C" int64_t workspace_floats(const AttentionParams* params) { return Workspace::floats(*params); }
 
-extern "C" int attention(const AttentionParams* params) { return launch_backward(backward_kernel, THREADS, SMEM_BYTES, *params); }
+extern "C" int attention(const AttentionParams* params) { return launch_backward<Tile_K>(backward_kernel, THREADS, SMEM_BYTES, *params); }

@@ -3,12 +3,13 @@
 #pragma once
 
 #include "backward_workspace.cuh"
+#include "keep_bits.cuh"
 #include "mask_start.cuh"
 #include "ptx_hopper.cuh"
 #include "tensor_map.cuh"
 
-#if DROPOUT || DTYPE == FLOAT32 || (MASK && MASK != MASK_OF_KEY_BITS)
-#error "this rung computes in 16-bit types, without dropout, under masks of bits by keys"
+#if DTYPE == FLOAT32 || (MASK && MASK != MASK_OF_KEY_BITS)
+#error "this rung computes in 16-bit types, under masks of bits by keys"
 #endif
 
 constexpr int STAGES = 2;  // pairs of Q and dO tiles in shared memory, each with its LSE and Delta
@@ -42,6 +43,7 @@ struct Visit {
 };
 
 // The kernel, and what comes before and after it.
+template <class Tile_K>
 inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int threads, int smem_bytes, const AttentionParams& p) {
     DeviceGuard guard(p.device);
     const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * Workspace(p).rows;
@@ -51,8 +53,8 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int th
         // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
         Maps maps = {};
-        if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
-        if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
+        if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BOX_ROWS<Tile_K>);
+        if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BOX_ROWS<Tile_K>);
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);

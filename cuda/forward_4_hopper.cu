@@ -6,18 +6,19 @@
 // O of the tile before, and, while those run, its softmax; and while one group is at its exponentials, another has the tensor cores.
 //
 // Change from forward_3_tensor_core.cu: mma.sync and ldmatrix become wgmma, cp.async becomes tensor maps and byte-counting barriers, and the
-// thread that copies is no longer one that computes. Serves float16 and bfloat16, dense, causal and masked, without dropout; head sizes up to 256
-// that are multiples of 8.
+// thread that copies is no longer one that computes. Serves everything in the interface for float16 and bfloat16, head sizes up to 256 that are
+// multiples of 8, positive scale.
 #include <algorithm>
 
+#include "keep_bits.cuh"
 #include "mask_start.cuh"
 #include "ptx_hopper.cuh"
 #include "swizzle.cuh"
 #include "tensor_core.cuh"
 #include "tensor_map.cuh"
 
-#if DROPOUT || DTYPE == FLOAT32 || (MASK && MASK != MASK_OF_BITS)
-#error "this rung computes in 16-bit types, without dropout, under masks of bits"
+#if DTYPE == FLOAT32 || (MASK && MASK != MASK_OF_BITS)
+#error "this rung computes in 16-bit types, under masks of bits"
 #endif
 
 // ---- tile sizes. A warpgroup owns 64 rows of Q, and has as many registers as the block leaves it.
@@ -133,10 +134,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const Slot_Q slot_Q(m);
                 ptx::mbarrier_wait(barrier(barriers.Q_empty, slot_Q.stage), slot_Q.parity ^ 1);  // passes at once in the first round, as below
                 ptx::mbarrier_arrive_expect_tx(barrier(barriers.Q_full, slot_Q.stage), Tile_Q::BYTES);
-#pragma unroll
-                for (int panel = 0; panel < PANELS; ++panel)
-                    ptx::cp_async_bulk_tensor_4d(Q_smem + slot_Q.stage * Tile_Q::BYTES + panel * Tile_Q::PANEL_BYTES, &maps.q, panel * 64, work.i0, work.h, work.b,
-                                                 barrier(barriers.Q_full, slot_Q.stage));
+                load_rows<Tile_Q>(Q_smem + slot_Q.stage * Tile_Q::BYTES, maps.q, work.i0, work.h, work.b, barrier(barriers.Q_full, slot_Q.stage));
                 for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
                     const Slot_KV slot(n);
                     auto load = [&](uint32_t tiles, const CUtensorMap& map, uint64_t* full, uint64_t* empty, int more_bytes) {
@@ -159,9 +157,10 @@ __global__ void __launch_bounds__(THREADS, 1)
         // ---- the consumers: 64 rows each
         ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
         const int consumer = group - 1, lane = threadIdx.x % 32, t = lane % 4;
-        const int first_row = consumer * 64 + threadIdx.x % GROUP / 32 * 16 + lane / 4;  // of the tile; this thread has it and the one 8 below
-        const int offset = p.Nk - p.Nq;                                                  // causal: row i sees columns j ≤ i + offset
-        const float scale_log2 = p.scale * LOG2_E;                                       // exp(scale · x) = 2^(scale_log2 · x)
+        const int place = (threadIdx.x - GROUP) / 32 * 16 + lane / 4;  // in the tile; this thread has it and the one 8 further,
+        const int first_row = RowOrder::row(place);                    // rows first_row and first_row + ROW_STEP
+        const int offset = p.Nk - p.Nq;                                // causal: row i sees columns j ≤ i + offset
+        const float scale_log2 = p.scale * LOG2_E;                     // exp(scale · x) = 2^(scale_log2 · x)
 
         float O_rmem[HEAD_DIM / 2];  // not yet divided by l
         float S_rmem[BLOCK_K / 2];
@@ -172,8 +171,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         auto release = [&](uint64_t* empty, int stage) {
             if (lane == 0) ptx::mbarrier_arrive(barrier(empty, stage));
         };
-        // How many of the tile's columns, from its first, a row sees: r as in first_row + 8·r.
-        auto visible = [&](int i0, int j0, int r) { return (CAUSAL ? min(p.Nk, i0 + first_row + 8 * r + offset + 1) : p.Nk) - j0; };
+        // How many of the tile's columns, from its first, a row sees: r as in first_row + ROW_STEP·r.
+        auto visible = [&](int i0, int j0, int r) { return (CAUSAL ? min(p.Nk, i0 + first_row + ROW_STEP * r + offset + 1) : p.Nk) - j0; };
         // Whether some row does not see the whole tile.
         auto cut = [&](int i0, int j0) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk); };
 
@@ -242,12 +241,23 @@ __global__ void __launch_bounds__(THREADS, 1)
                 l_rmem[r] = l_rmem[r] * alpha[r] + sum;
             }
         };
+        // Draws what dropout keeps of the tile.
+        [[maybe_unused]] KeepBits<BLOCK_K> keep;
+        auto draw = [&](const Work& work, int j0) {
+            if (!DROPOUT) return;
+            const int thread = ptx::tid_x() - GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+            const int row = RowOrder::row(thread / 32 * 16 + thread % 32 / 4);
+            keep.draw_rows(p, work.b, work.h, work.i0 + row, j0, thread % 32);
+        };
         // The accumulators of S, in pairs, are the A operand of O += P V as they lie.
         auto round_P = [&] {
 #pragma unroll
             for (int k = 0; k < BLOCK_K / 16; ++k)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) P_rmem[k][e] = ptx::cvt_pair<element>(S_rmem[8 * k + 2 * e], S_rmem[8 * k + 2 * e + 1]);
+                for (int e = 0; e < 4; ++e) {
+                    P_rmem[k][e] = ptx::cvt_pair<element>(S_rmem[8 * k + 2 * e], S_rmem[8 * k + 2 * e + 1]);
+                    if (DROPOUT) P_rmem[k][e] &= keep.pair(e % 2, 2 * k + e / 2);
+                }
         };
         // Groups issue products in turns, so that one is at its exponentials while another's products run.
         auto my_turn = [&] { ptx::bar_sync(1 + consumer, 2 * GROUP); };
@@ -268,6 +278,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 my_turn();
                 multiply_QK(slot_Q, Slot_KV(n));
                 your_turn((consumer + 1) % CONSUMERS);
+                draw(work, work.j0(0));
                 ptx::wgmma_wait_group<0>();
                 release(barriers.K_empty, Slot_KV(n).stage);
                 softmax(work.i0, work.j0(0));
@@ -281,15 +292,19 @@ __global__ void __launch_bounds__(THREADS, 1)
                     ptx::mbarrier_wait(barrier(barriers.V_full, before.stage), before.parity);
                     multiply_PV(before);
                     your_turn((consumer + 1) % CONSUMERS);
+                    draw(work, work.j0(tile));
                     ptx::wgmma_wait_group<1>();  // S is there
                     release(barriers.K_empty, now.stage);
                     softmax(work.i0, work.j0(tile));
-                    // Few tiles raise a maximum. Also, the compiler does not move the wait for O over a branch, before the exponentials, where it
-                    // would be put otherwise: D 256 gains 15 %, D 128 2 %. (At D 64, where three groups fill each other's gaps, the test costs 2 %.)
-                    if (HEAD_DIM == 64 || __any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1)) {
+                    // The compiler would put the wait for O before the exponentials that O's product should run under, but moves it over no branch:
+                    // the condition, which always holds, gives D 256 15 % and D 128 2 %. (At D 64 three groups fill each other's gaps already.)
+                    if (HEAD_DIM == 64 || scale_log2 > 0) {
                         ptx::wgmma_wait_group<0>();
+                        // Few tiles raise a maximum.
+                        if (HEAD_DIM == 64 || __any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1)) {
 #pragma unroll
-                        for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
+                            for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
+                        }
                     }
                     ptx::wgmma_wait_group<0>();  // O is there
                     release(barriers.V_empty, before.stage);
@@ -309,18 +324,18 @@ __global__ void __launch_bounds__(THREADS, 1)
                 float l = l_rmem[r];
                 l += __shfl_xor_sync(0xffffffff, l, 1);
                 l += __shfl_xor_sync(0xffffffff, l, 2);
-                const int row = first_row + 8 * r;
-                if (p.lse && t == 0 && work.i0 + row < p.Nq)
-                    p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + work.i0 + row] = m_rmem[r] * p.scale + logf(l);
-                const float factor = l > 0 ? 1 / l : 0;  // l = 0: the row may attend nothing
+                const int i = work.i0 + first_row + ROW_STEP * r;
+                if (p.lse && t == 0 && i < p.Nq)
+                    p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + i] = m_rmem[r] * p.scale + logf(l);
+                const float factor = l > 0 ? (DROPOUT ? p.keep_scale : 1.0f) / l : 0;  // l = 0: the row may attend nothing
 #pragma unroll
                 for (int o = 0; o < HEAD_DIM / 8; ++o)
-                    *reinterpret_cast<uint32_t*>(O_smem + Tile_Q::offset(row, o) + 4 * t) =
+                    *reinterpret_cast<uint32_t*>(O_smem + Tile_Q::offset(place + 8 * r, o) + 4 * t) =
                         ptx::cvt_pair<element>(O_rmem[4 * o + 2 * r] * factor, O_rmem[4 * o + 2 * r + 1] * factor);
             }
             __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
-            const int warp_row = consumer * 64 + threadIdx.x % GROUP / 32 * 16;
-            store_16_rows<Tile_Q>(head_of(p.o, work.b, work.h), O_smem, p.o.stride_n, warp_row, lane, work.i0, p.Nq, p.Dv);
+            const int thread = ptx::tid_x() - GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+            store_16_rows<Tile_Q, RowOrder>(head_of(p.o, work.b, work.h), O_smem, p.o.stride_n, thread / 32 * 16, thread % 32, work.i0, p.Nq, p.Dv);
             ptx::fence_proxy_async();  // this lane's part of O comes before the next Q here, which the copy engine writes
             __syncwarp();
             release(barriers.Q_empty, slot_Q.stage);
@@ -338,7 +353,7 @@ extern "C" int attention(const AttentionParams* params) {
     // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     Maps maps;
-    if (error == cudaSuccess) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);
+    if (error == cudaSuccess) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BOX_ROWS<Tile_Q>);
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_Q);

@@ -2,6 +2,7 @@
 // written. S's sums start from it: from 0, or from about −2¹²⁷ where it hides, beside which no score is large enough to show.
 #pragma once
 
+#include "keep_bits.cuh"
 #include "tensor_map.cuh"
 
 // The 128 bits that one row of the tile takes from memory, though it may need half of them: the engine copies no less. A set bit hides.
@@ -20,14 +21,14 @@ inline cudaError_t make_mask_map(CUtensorMap* map, const AttentionParams& p, int
                              broadcast ? 4 : (columns + BIT_COLUMNS - 1) / BIT_COLUMNS * 4, rows, 4);
 }
 
-// This lane's part of the accumulators of rows `row` and row + 8: columns 8n + 2t and 8n + 2t + 1 of the tile, which begins `first` columns into the
-// bits. more(r, w): further hidden columns of row row + 8·r, from 32·w on.
+// This lane's part of the accumulators of rows `row` and row + ROW_STEP: columns 8n + 2t and 8n + 2t + 1 of the tile, which begins `first` columns into the
+// bits. more(r, w): further hidden columns of row row + ROW_STEP·r, from 32·w on.
 template <int COLUMNS, class More>
 __device__ inline void start_S(float (&S)[COLUMNS / 2], const uint8_t* tile, int first, int row, int t, More more) {
     static_assert(BIT_COLUMNS % COLUMNS == 0, "a tile's bits lie in one row");
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const uint32_t* words = reinterpret_cast<const BitRow*>(tile)[row + 8 * r].word + first / 32;
+        const uint32_t* words = reinterpret_cast<const BitRow*>(tile)[row + ROW_STEP * r].word + first / 32;
 #pragma unroll
         for (int w = 0; w < COLUMNS / 32; ++w) {
             start_sums(words[w] | more(r, w), t, [&](int n, int c) -> float& { return S[4 * (4 * w + n) + 2 * r + c]; });

@@ -60,14 +60,15 @@ __device__ inline void store_tile(element* gmem, const uint8_t* smem, int64_t st
 }
 
 // The same for one warp: 16 rows of the tile, from row `row` on. The tile's first row is the tensor's row `first`.
-template <class Tile>
+template <class Tile, class Order = InOrder>
 __device__ inline void store_16_rows(element* gmem, const uint8_t* smem, int64_t stride, int row, int lane, int first, int rows, int D) {
     constexpr int CHUNKS = HEAD_DIM / 8;
 #pragma unroll
     for (int n = lane; n < 16 * CHUNKS; n += 32) {
         const int r = row + n / CHUNKS, chunk = n % CHUNKS;
-        if (first + r < rows && chunk * 8 < D)
-            *reinterpret_cast<uint4*>(gmem + (first + r) * stride + chunk * 8) = *reinterpret_cast<const uint4*>(smem + Tile::offset(r, chunk));
+        const int i = first + Order::row(r);
+        if (i < rows && chunk * 8 < D)
+            *reinterpret_cast<uint4*>(gmem + i * stride + chunk * 8) = *reinterpret_cast<const uint4*>(smem + Tile::offset(r, chunk));
     }
 }
 

@@ -181,6 +181,7 @@ RUNGS = {
             head_dims=(64, 128, 256),
             multiple_of=8,
             masks=(("bits",), ("key bits",)),
+            dropout=True,
             wide_backward=(128, "backward_4_hopper_wide.cu"),
             few_rows=((64, 256), (128, 64)),
         ),
