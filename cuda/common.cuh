@@ -42,10 +42,8 @@ __device__ inline int kv_head(const AttentionParams& p, int h) { return h / (p.H
 __device__ inline uint4 philox_4x32_10(uint4 counter, uint2 key) {
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
-        const uint64_t product0 = static_cast<uint64_t>(counter.x) * 0xD2511F53u;
-        const uint64_t product1 = static_cast<uint64_t>(counter.z) * 0xCD9E8D57u;
-        counter = make_uint4(static_cast<uint32_t>(product1 >> 32) ^ counter.y ^ key.x, static_cast<uint32_t>(product1),
-                             static_cast<uint32_t>(product0 >> 32) ^ counter.w ^ key.y, static_cast<uint32_t>(product0));
+        const uint2 product0 = ptx::mul_wide(counter.x, 0xD2511F53u), product1 = ptx::mul_wide(counter.z, 0xCD9E8D57u);  // x low, y high
+        counter = make_uint4(product1.y ^ counter.y ^ key.x, product1.x, product0.y ^ counter.w ^ key.y, product0.x);
         key.x += 0x9E3779B9u;
         key.y += 0xBB67AE85u;
     }

@@ -96,7 +96,7 @@ private:
         constexpr uint32_t SIGNS = 0x80808080;
         // The sign of a byte: whether its low seven bits are at least those of drop_below. No byte borrows from the next.
         const uint32_t low = (word | SIGNS) - (p.drop_below & 0x7f) * 0x01010101u;
-        const uint32_t either = p.drop_below < 0x80 ? ~0u : 0;  // of this sign and the byte's own, one suffices; else it takes both
+        const uint32_t either = (p.drop_below >> 7) - 1;  // all ones if of this sign and the byte's own, one suffices; else it takes both
         const uint32_t kept = (low & word) | (either & (low | word));
         bits[r] = (bits[r] >> 1 & ~SIGNS) | (kept & SIGNS);
     }

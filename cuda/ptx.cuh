@@ -134,6 +134,13 @@ __device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
     return d;
 }
 
+// The product of two 32-bit numbers: x its low half, y its high one (9.7.1.3: mul). From a 64-bit product in C++ the compiler makes one addition more.
+__device__ inline uint2 mul_wide(uint32_t a, uint32_t b) {
+    uint2 d;
+    asm("{.reg .b64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product;}" : "=r"(d.x), "=r"(d.y) : "r"(a), "r"(b));
+    return d;
+}
+
 // ---- reductions in global memory (9.7.13.14: red)
 
 // *p += x four times, each float atomically, with no value returned. One instruction from sm_90 on. p is 16-byte aligned.
