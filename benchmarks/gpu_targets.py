@@ -253,14 +253,14 @@ def run(task: Task, place: Place) -> list[Row]:
 def run_compare(case: Case, targets: tuple[Target, ...], place: Place) -> list[Row]:
     """What bench.py measures at one length, of which flash attention's row is judged."""
     case = place.fit(case)
-    flash = place.flash(TENSOR_CORE)  # dropout is beyond hopper
+    flash = place.flash(CHOSEN)
     # Tensor cores multiply float16 as fast as bfloat16.
     rows = compare(case, "all", flash.backend, place.repeats, matmul_tflops=place.matmul["bfloat16"], say=lambda line: None)
-    row = next(row for row in rows if row["name"] == str(flash))
+    row = next(row for row in rows if row["name"].startswith(flash.type))
     figures = {key: row[key] for key in ("ms", "tflops", "percent_of_matmul", "host_us", "memory_mb", "memory_saving") if row.get(key)}
     figures |= {f"over {each}": other["ms"] / row["ms"] for each in NAMES for other in rows if other["name"] == str(each) and "ms" in other}
     kept = {other["name"]: {key: other[key] for key in other if key not in {*asdict(case), "all_ms", "name"}} for other in rows}
-    found = {"label": _label(case), "part": BOTH, "name": str(flash), "case": asdict(case), **figures, "measured": kept}
+    found = {"label": _label(case), "part": BOTH, "name": row["name"], "case": asdict(case), **figures, "measured": kept}
     return [_judged(found, targets, place)]
 
 

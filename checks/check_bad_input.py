@@ -144,11 +144,13 @@ def check_masks_of_the_algorithms(algorithm):
 def check_choice(monkeypatch):
     """Of the kernels that could serve a call the highest rung that pays is chosen; one asked for by name is taken."""
     monkeypatch.setattr(cuda.Rung, "why_not", lambda *call: None)
-    cases = (257, 64, "hopper"), (256, 64, "tensor_core"), (256, 72, "hopper"), (64, 128, "tensor_core"), (1, 136, "hopper")
-    for rows, head_dim, rung in cases:
-        x = torch.empty(1, 1, rows, head_dim)
-        assert choose("cuda", x, x, x, None, False, 0.0) == rung
-        assert choose("hopper", x, x, x, None, False, 0.0) == "hopper"
+    few = {64: (256, 1024), 72: (64, 128), 128: (64, 128), 136: (64, 256), 256: (64, 256)}  # rows by head size: without and with dropout
+    for head_dim, limits in few.items():
+        for dropout_p, limit in zip((0.0, 0.1), limits, strict=True):
+            for rows, rung in ((1, "tensor_core"), (limit, "tensor_core"), (limit + 1, "hopper")):
+                x = torch.empty(1, 1, rows, head_dim)
+                assert choose("cuda", x, x, x, None, False, dropout_p) == rung
+                assert choose("hopper", x, x, x, None, False, dropout_p) == "hopper"
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5, 7), (2, 4, 0, 7), (2, 4, 5, 0), (2, 4, 0, 0), (0, 4, 0, 0)], ids=str)

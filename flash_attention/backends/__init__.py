@@ -36,7 +36,7 @@ def choose(name: str | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
     reasons = []
     names = DEFAULT if name is None else GROUPS.get(name, (name,))
     for each in names:
-        if len(names) > 1 and each in cuda.RUNGS and not cuda.RUNGS[each].pays(q, v):
+        if len(names) > 1 and each in cuda.RUNGS and not cuda.RUNGS[each].pays(q, v, dropout_p):
             continue
         reason = BACKENDS[each].why_not(q, k, v, mask, causal, dropout_p)
         if reason is None:

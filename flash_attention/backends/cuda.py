@@ -38,7 +38,7 @@ class Rung:
     teaching: bool = False  # a step of the ladder, taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
-    few_rows: tuple[tuple[int, int], ...] = ()  # up to a head size, up to how many rows a lower rung is faster
+    few_rows: tuple[tuple[int, int, int], ...] = ()  # up to a head size, up to how many rows a lower rung is faster; with dropout
 
     def why_not(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
         """Why this rung cannot serve the call, or None."""
@@ -66,9 +66,11 @@ class Rung:
             return self.wide_backward[1]
         return self.files[which]
 
-    def pays(self, q: Tensor, v: Tensor) -> bool:
+    def pays(self, q: Tensor, v: Tensor, dropout_p: float) -> bool:
         """Whether this rung, of those that can serve a call, is the one to choose."""
-        return not any(max(q.shape[3], v.shape[3]) <= D and q.shape[2] <= rows for D, rows in self.few_rows)
+        head_dim, rows = max(q.shape[3], v.shape[3]), q.shape[2]
+        few = next((kinds for up_to, *kinds in self.few_rows if head_dim <= up_to), (0, 0))
+        return rows > few[dropout_p > 0]
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, causal: bool, scale: float, dropout_p: float
@@ -183,7 +185,7 @@ RUNGS = {
             masks=(("bits",), ("key bits",)),
             dropout=True,
             wide_backward=(128, "backward_4_hopper_wide.cu"),
-            few_rows=((64, 256), (128, 64)),
+            few_rows=((64, 256, 1024), (128, 64, 128), (256, 64, 256)),
         ),
         Rung(
             name="tensor_core",
