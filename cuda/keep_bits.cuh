@@ -79,7 +79,7 @@ private:
         const uint2 key = dropout_key(p);
         const bool upper = lane >= 16;
         bits[0] = bits[1] = 0;
-#pragma unroll 1  // a branch, over which the compiler does not move the wait for a product
+#pragma unroll 2  // two chains of ten rounds at a time; in a loop, over which the compiler does not move the wait for a product
         for (int w = 0; w < COLUMNS / 32; ++w) {
             uint32_t mine[2], theirs[2];
             draw(key, 32 * w + lane % 4 * 2 + upper, mine, theirs);
