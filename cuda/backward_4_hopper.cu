@@ -26,7 +26,7 @@ constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0
 constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES + STAGES * (2 * ROWS_BYTES + MASK_BYTES);
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
-// "full": the bytes have arrived, with those of Q the mask's. "empty": every computing warp is done with them.
+// "full": the bytes have arrived, with those of Q the mask's. "empty": every computing thread is done with them.
 struct Barriers {
     uint64_t KV_full, Q_full[STAGES], dO_full[STAGES], empty[STAGES];
 };
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         for (int stage = 0; stage < STAGES; ++stage) {
             ptx::mbarrier_init(barrier(barriers.Q_full, stage), 1);
             ptx::mbarrier_init(barrier(barriers.dO_full, stage), 1);
-            ptx::mbarrier_init(barrier(barriers.empty, stage), 4 * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.empty, stage), GROUP * CONSUMERS);
         }
         ptx::fence_mbarrier_init();
     }
@@ -220,9 +220,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 ptx::bar_sync(1, CONSUMERS * GROUP);  // everybody's additions are made
                 if (threadIdx.x == GROUP) ptx::st_release(workspace.turns + row / BLOCK_Q, k_tile + 1);
             }
-            ptx::wgmma_wait_group<0>();  // dK too: this warp is done with Q and dO
-            __syncwarp();                // and all its lanes with LSE and Delta
-            if (lane == 0) ptx::mbarrier_arrive(barrier(barriers.empty, stage));
+            ptx::wgmma_wait_group<0>();  // dK too: done with Q and dO
+            ptx::mbarrier_arrive(barrier(barriers.empty, stage));
         }
 
         // dK and dV out through the places of K and V, so that global stores are 16 bytes wide.

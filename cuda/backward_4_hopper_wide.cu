@@ -39,7 +39,7 @@ constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0
 constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * 2 * Tile_S::BYTES + STAGES * 2 * ROWS_BYTES + MASK_BYTES;
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
-// "full": the bytes have arrived, with those of Q the mask's. "empty": every computing warp is done with them. There is place for one tile of the
+// "full": the bytes have arrived, with those of Q the mask's. "empty": every computing thread is done with them. There is place for one tile of the
 // mask only, read long before those of Q and dO are done with.
 struct Barriers {
     uint64_t KV_full, Q_full[STAGES], Q_empty[STAGES], dO_full[STAGES], dO_empty[STAGES], mask_empty;
@@ -65,12 +65,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
     if (threadIdx.x == 0) {
         ptx::mbarrier_init(KV_full, 1);
-        ptx::mbarrier_init(mask_empty, 4 * CONSUMERS);
+        ptx::mbarrier_init(mask_empty, GROUP * CONSUMERS);
         for (int stage = 0; stage < STAGES; ++stage) {
             ptx::mbarrier_init(barrier(barriers.Q_full, stage), 1);
             ptx::mbarrier_init(barrier(barriers.dO_full, stage), 1);
-            ptx::mbarrier_init(barrier(barriers.Q_empty, stage), 4 * CONSUMERS);
-            ptx::mbarrier_init(barrier(barriers.dO_empty, stage), 4 * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.Q_empty, stage), GROUP * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.dO_empty, stage), GROUP * CONSUMERS);
         }
         ptx::fence_mbarrier_init();
     }
@@ -127,10 +127,6 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         auto dS_of = [&](int n) { return P_of(n) + Tile_S::BYTES; };
         // Both groups are there.
         auto meet = [] { ptx::bar_sync(1, CONSUMERS * GROUP); };
-        // One lane of every warp arrives at an "empty" barrier.
-        auto release = [&](uint32_t empty) {
-            if (lane == 0) ptx::mbarrier_arrive(empty);
-        };
 
         // A tile's first row in the workspace.
         auto first_row_of = [&](const Visit& at) { return static_cast<int64_t>(at.bh) * Workspace(p).rows + at.tile * BLOCK_Q; };
@@ -158,10 +154,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             });
 #endif
             multiply(S_rmem, K_smem, Q_of(at.n), !MASK);
-            if (MASK) {
-                __syncwarp();  // all lanes have read the mask
-                release(mask_empty);
-            }
+            if (MASK) ptx::mbarrier_arrive(mask_empty);
             ptx::mbarrier_wait(barrier(barriers.dO_full, at.stage()), at.parity());
             multiply(dP_rmem, V_smem, dO_of(at.n), true);
         };
@@ -269,8 +262,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 start_dQ(n, 0);
                 add(dV_rmem, P_of(n), dO_of(n), false);
                 draw(next);
-                ptx::wgmma_wait_group<3>();  // S is there, and dK: this warp is done with Q
-                release(barrier(barriers.Q_empty, n % STAGES));
+                ptx::wgmma_wait_group<3>();  // S is there, and dK: done with Q
+                ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
                 make_P(next);
                 ptx::wgmma_wait_group<2>();  // dP is there
                 make_dS(next);
@@ -278,8 +271,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 take_turn(row);
                 add_dQ(row, 0);
                 start_dQ(n, 1);
-                ptx::wgmma_wait_group<1>();  // dV is there: this warp is done with dO
-                release(barrier(barriers.dO_empty, n % STAGES));
+                ptx::wgmma_wait_group<1>();  // dV is there: done with dO
+                ptx::mbarrier_arrive(barrier(barriers.dO_empty, n % STAGES));
                 ptx::wgmma_wait_group<0>();  // so is the second half of dQ
                 meet();                      // Pᵀ and dSᵀ are whole, and both groups are done with the other ones
                 add(dK_rmem, dS_of(next.n), Q_of(next.n), false);
