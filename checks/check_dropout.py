@@ -149,9 +149,10 @@ def check_against_naive(target, causal, p, kind):
 
 
 @pytest.mark.parametrize("dtype", (*HALF, torch.float64), ids=str)
+@pytest.mark.parametrize("D", (64, 128, 256))  # kernels have other tiles for each
 @CAUSAL
-def check_dtypes(target, causal, dtype):
-    against_truth(Case(Nq=113, Nk=203, D=64, causal=causal, dropout_p=0.1, dtype=dtype), target)
+def check_dtypes_and_head_sizes(target, causal, D, dtype):
+    against_truth(Case(Nq=113, Nk=203, D=D, causal=causal, dropout_p=0.1, dtype=dtype), target)
 
 
 @CAUSAL
