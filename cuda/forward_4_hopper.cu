@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         // ---- the consumers: 64 rows each
         ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
         const int consumer = group - 1, lane = threadIdx.x % 32, t = lane % 4;
-        const int place = (ptx::tid_x() - GROUP) / 32 * 16 + lane / 4;  // in the tile; this thread has it and the one 8 further,
+        const int place = (threadIdx.x - GROUP) / 32 * 16 + lane / 4;  // in the tile; this thread has it and the one 8 further,
         const int first_row = RowOrder::row(place);                    // rows first_row and first_row + ROW_STEP
         const int offset = p.Nk - p.Nq;                                // causal: row i sees columns j ≤ i + offset
         const float scale_log2 = p.scale * LOG2_E;                     // exp(scale · x) = 2^(scale_log2 · x)
