@@ -38,7 +38,7 @@ class Rung:
     teaching: bool = False  # a step of the ladder, taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
-    few_rows: tuple[tuple[int, int, int], ...] = ()  # up to a head size: up to how many rows a lower rung is faster, without and with dropout
+    few_rows: tuple[tuple[int, int, int], ...] = ()  # up to a head size: rows up to which a lower rung is faster, without and with dropout
 
     def why_not(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
         """Why this rung cannot serve the call, or None."""
