@@ -90,7 +90,8 @@ def time_alternating(
         host_us[contender] = 0.0 if longer else host_time(runner, calls=5) or 0.0
         times[contender] = [first[contender]] if first[contender]["total"] > 1e3 * LONG else []
     if repeats is None:
-        seconds = [stages["total"] / 1e3 for stages in first.values()]
+        # A repeat takes the call and, before it, twice the host's time of flushing.
+        seconds = [1e-3 * first[each]["total"] + 2e-6 * host_us[each] for each in first]
         repeats = 3 if max(seconds) > LONG else min(max(5, round(2 / max(sum(seconds), 1e-6))), 50)
     wanted = dict.fromkeys(runners, repeats) if isinstance(repeats, int) else repeats
     rounds = max(wanted.values())
