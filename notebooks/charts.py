@@ -229,6 +229,26 @@ def draw_banks(ax: Axes, place: Callable[[int, int], int], chosen: int, title: s
     ax.set_ylabel("row", fontsize=8)
 
 
+def draw_schedule(ax: Axes, pieces: Iterable[tuple[str, int, str, int, int]], until: int, title: str) -> None:
+    """Which unit works on what, and when: (unit, group, name, first cycle, last cycle) of every piece of work, up to cycle `until`."""
+    units: dict[str, int] = {}
+    for unit, group, name, start, end in pieces:
+        y = units.setdefault(unit, len(units))
+        if start < until:
+            face = to_rgba(colour(LANE_COLOURS[group % len(LANE_COLOURS)]), 0.55)
+            ax.add_patch(Rectangle((start, y + 0.1), min(end, until) - start, 0.8, facecolor=face, edgecolor="white", linewidth=1.2))
+            if end <= until:
+                ax.text((start + end) / 2, y + 0.5, name, ha="center", va="center", fontsize=7)
+    ax.set_xlim(0, until)
+    ax.set_ylim(len(units), 0)
+    ax.set_yticks([y + 0.5 for y in units.values()], list(units))
+    ax.set_xlabel("cycles")
+    ax.set_title(title, fontsize=10)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+
+
 def draw_labels(ax: Axes, labels: Any, title: str = "", marked: Iterable[tuple[int, int]] = (), fontsize: float = 6) -> None:
     """A grid of whole numbers, each with a colour of its own class (number modulo 8); cells in `marked` are outlined."""
     names = ("Q", "K", "V", "S", "P", "O", "m", "in fast memory")

@@ -59,7 +59,7 @@ def header(file: str, beginning: str) -> str:
 
 def _python(expression: str) -> str:
     """A C expression on integers that are not negative, as Python."""
-    expression = expression.replace("/", "//").replace("&&", " and ").replace("||", " or ")
+    expression = re.sub("!(?!=)", " not ", expression.replace("/", "//").replace("&&", " and ").replace("||", " or "))
     choice = re.fullmatch(r"(.+?) \? (.+?) : (.+)", expression)
     return f"({choice[2]} if {choice[1]} else {choice[3]})" if choice else expression
 
