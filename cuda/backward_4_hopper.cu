@@ -7,22 +7,11 @@
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 128 that are multiples of 8.
 #include "common.cuh"
 
-constexpr int GROUP = 128;  // threads of a warpgroup
-constexpr int CONSUMERS = 2;
-constexpr int THREADS = GROUP * (1 + CONSUMERS);
-constexpr int BLOCK_K = 64 * CONSUMERS;
+constexpr int BLOCK_K = 128;                        // 64 for each of two groups
 constexpr int BLOCK_Q = HEAD_DIM <= 64 ? 128 : 64;  // the accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers
-constexpr int PADDED_TO = BLOCK_Q;
 #include "backward_hopper.cuh"
 
-constexpr int PANELS = HEAD_DIM / 64;
 constexpr int N_TILES = BLOCK_Q / 8;
-
-using Tile_K = SwizzledTile<BLOCK_K, HEAD_DIM>;
-using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
-using Tile_S = SwizzledTile<BLOCK_K, BLOCK_Q>;  // transposed: rows are keys
-constexpr int ROWS_BYTES = BLOCK_Q * 4;         // of LSE, and as many of Delta
-constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0;
 constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES + STAGES * (2 * ROWS_BYTES + MASK_BYTES);
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
@@ -67,20 +56,19 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         if (threadIdx.x == 0) {
             const Workspace workspace(p);
             ptx::mbarrier_arrive_expect_tx(KV_full, 2 * Tile_K::BYTES);
-            load_rows<Tile_K>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-            load_rows<Tile_K>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+            load_boxes<Tile_K, RowOrder>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+            load_boxes<Tile_K, RowOrder>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             for (Visit at(p, j0, b_kv_h); at.more(); at.advance()) {
-                const int stage = at.stage(), i0 = at.tile * BLOCK_Q;
+                const Slot<STAGES> slot = at.slot();
+                const int stage = slot.stage, i0 = at.tile * BLOCK_Q;
                 const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
                 const uint32_t rows = K_smem + ROWS_OFFSET + stage * 2 * ROWS_BYTES;
                 auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t rows, const float* of_rows, uint32_t full, int more_bytes) {
                     ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES + ROWS_BYTES + more_bytes);
-#pragma unroll
-                    for (int panel = 0; panel < PANELS; ++panel)
-                        ptx::cp_async_bulk_tensor_4d(tile + panel * Tile_Q::PANEL_BYTES, &map, panel * 64, i0, at.bh % p.H, at.bh / p.H, full);
+                    load_boxes<Tile_Q>(tile, map, i0, at.bh % p.H, at.bh / p.H, full);
                     ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
                 };
-                ptx::mbarrier_wait(barrier(barriers.empty, stage), at.parity() ^ 1);  // passes at once in the first round
+                ptx::mbarrier_wait(barrier(barriers.empty, stage), slot.parity ^ 1);  // passes at once in the first round
                 const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES;
                 load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES);
                 if (MASK)
@@ -101,7 +89,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         float dK_rmem[HEAD_DIM / 2] = {}, dV_rmem[HEAD_DIM / 2] = {};
         ptx::mbarrier_wait(KV_full, 0);
         for (Visit now(p, j0, b_kv_h); now.more(); now.advance()) {
-            const int stage = now.stage(), i0 = now.tile * BLOCK_Q;
+            const Slot<STAGES> slot = now.slot();
+            const int stage = slot.stage, i0 = now.tile * BLOCK_Q;
             const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, dO_tile = Q_tile + Tile_Q::BYTES;
             const uint32_t dS_tile = dS_smem + now.n % 2 * Tile_S::BYTES;
             const float* LSE_smem = rows_smem + stage * 2 * BLOCK_Q + 2 * t;
@@ -120,7 +109,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                                                     ptx::descriptor(B + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), !from_zero || d > 0);
                 ptx::wgmma_commit_group();
             };
-            ptx::mbarrier_wait(barrier(barriers.Q_full, stage), now.parity());
+            ptx::mbarrier_wait(barrier(barriers.Q_full, stage), slot.parity);
 #if MASK
             // Key j is seen by the rows from j − offset on.
             start_S<BLOCK_Q>(S_rmem, mask_smem + stage * MASK_BYTES, i0 % BIT_COLUMNS, first_row, t, [&](int r, int w) {
@@ -129,7 +118,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             });
 #endif
             multiply(S_rmem, K_smem, Q_tile, !MASK);
-            ptx::mbarrier_wait(barrier(barriers.dO_full, stage), now.parity());
+            ptx::mbarrier_wait(barrier(barriers.dO_full, stage), slot.parity);
             multiply(dP_rmem, V_smem, dO_tile, true);
 
             // Dropout, while they are: what it keeps of the tile.
@@ -188,8 +177,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             };
             ptx::wgmma_fence();
             add(dV_rmem, P_rmem, dO_tile);
-            ptx::fence_proxy_async();             // this thread's part of dSᵀ
-            ptx::bar_sync(1, CONSUMERS * GROUP);  // dSᵀ is whole, and both groups are done with the other one
+            ptx::fence_proxy_async();  // this thread's part of dSᵀ
+            meet();                    // dSᵀ is whole, and both groups are done with the other one
             // dQ = dS K: a group computes 64 rows, or, where there are no more, 64 columns of it
             float dQ_rmem[32];
             constexpr bool BY_ROWS = BLOCK_Q == 128;
@@ -204,28 +193,15 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::wgmma_wait_group<1>();  // dV and dQ are there
             const Workspace workspace(p);
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
-            if (p.deterministic) {
-                // Blocks add to a tile in the order of their keys. They start in that order too, so the one waited for is running or done.
-                if (threadIdx.x == GROUP)
-                    while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != k_tile) {}
-                ptx::bar_sync(1, CONSUMERS * GROUP);  // our turn, for every thread
-            }
-            const int thread = ptx::tid_x() % GROUP;  // read anew, so that what follows from it takes no registers meanwhile
-            float* dQ_gmem = workspace.dQ + fragment_offset(row + (BY_ROWS ? consumer * 64 : 0) + thread / 32 * 16, BY_ROWS ? 0 : consumer * 64, thread % 32);
-#pragma unroll
-            for (int n = 0; n < 8; ++n)
-                ptx::red_add_4(dQ_gmem + fragment_offset(0, 8 * n, 0), dQ_rmem[4 * n], dQ_rmem[4 * n + 1], dQ_rmem[4 * n + 2], dQ_rmem[4 * n + 3]);
-            if (p.deterministic) {
-                __threadfence();                      // this thread's additions come before the next block's
-                ptx::bar_sync(1, CONSUMERS * GROUP);  // everybody's additions are made
-                if (threadIdx.x == GROUP) ptx::st_release(workspace.turns + row / BLOCK_Q, k_tile + 1);
-            }
+            take_turn(p, workspace, row, k_tile);
+            add_dQ(workspace, row + (BY_ROWS ? consumer * 64 : 0), BY_ROWS ? 0 : consumer * 64, dQ_rmem);
+            end_turn(p, workspace, row, k_tile);
             ptx::wgmma_wait_group<0>();  // dK too: done with Q and dO
             ptx::mbarrier_arrive(barrier(barriers.empty, stage));
         }
 
         // dK and dV out through the places of K and V, so that global stores are 16 bytes wide.
-        ptx::bar_sync(1, CONSUMERS * GROUP);  // both groups are done with K
+        meet();  // both groups are done with K
         const float dV_scale = DROPOUT ? p.keep_scale : 1.0f, dK_scale = p.scale * dV_scale;
 #pragma unroll
         for (int r = 0; r < 2; ++r)
@@ -244,4 +220,4 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
 extern "C" int64_t workspace_floats(const AttentionParams* params) { return Workspace::floats(*params); }
 
-extern "C" int attention(const AttentionParams* params) { return launch_backward<Tile_K>(backward_kernel, THREADS, SMEM_BYTES, *params); }
+extern "C" int attention(const AttentionParams* params) { return launch_backward(backward_kernel, SMEM_BYTES, *params); }

@@ -17,25 +17,14 @@
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 256 that are multiples of 8.
 #include "common.cuh"
 
-constexpr int GROUP = 128;  // threads of a warpgroup
-constexpr int CONSUMERS = 2;
-constexpr int THREADS = GROUP * (1 + CONSUMERS);
 constexpr int BLOCK_K = 64;
 constexpr int BLOCK_Q = 64;
-constexpr int PADDED_TO = BLOCK_Q;
 #include "backward_hopper.cuh"
 
-constexpr int PANELS = HEAD_DIM / 64;
 constexpr int ROWS = BLOCK_Q / CONSUMERS;      // of Q: a group's columns of Sᵀ and dPᵀ
 constexpr int COLUMNS = HEAD_DIM / CONSUMERS;  // of the head: a group's columns of dK, dV and dQ
 constexpr int N_TILES = ROWS / 8;
 static_assert(HEAD_DIM == 256, "narrower heads: backward_4_hopper.cu");
-
-using Tile_K = SwizzledTile<BLOCK_K, HEAD_DIM>;
-using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
-using Tile_S = SwizzledTile<BLOCK_K, BLOCK_Q>;  // transposed: rows are keys
-constexpr int ROWS_BYTES = BLOCK_Q * 4;         // of LSE, and as many of Delta
-constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0;
 constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * 2 * Tile_S::BYTES + STAGES * 2 * ROWS_BYTES + MASK_BYTES;
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
@@ -83,18 +72,17 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         if (threadIdx.x == 0) {
             const Workspace workspace(p);
             ptx::mbarrier_arrive_expect_tx(KV_full, 2 * Tile_K::BYTES);
-            load_rows<Tile_K>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-            load_rows<Tile_K>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+            load_boxes<Tile_K, RowOrder>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+            load_boxes<Tile_K, RowOrder>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             for (Visit at(p, j0, b_kv_h); at.more(); at.advance()) {
-                const int stage = at.stage(), i0 = at.tile * BLOCK_Q;
+                const Slot<STAGES> slot = at.slot();
+                const int stage = slot.stage, i0 = at.tile * BLOCK_Q;
                 const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
                 const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, rows = K_smem + ROWS_OFFSET + stage * 2 * ROWS_BYTES;
                 auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t rows, const float* of_rows, uint32_t full, uint32_t empty, int more) {
-                    ptx::mbarrier_wait(empty, at.parity() ^ 1);  // passes at once in the first round
+                    ptx::mbarrier_wait(empty, slot.parity ^ 1);  // passes at once in the first round
                     ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES + ROWS_BYTES + more);
-#pragma unroll
-                    for (int panel = 0; panel < PANELS; ++panel)
-                        ptx::cp_async_bulk_tensor_4d(tile + panel * Tile_Q::PANEL_BYTES, &map, panel * 64, i0, at.bh % p.H, at.bh / p.H, full);
+                    load_boxes<Tile_Q>(tile, map, i0, at.bh % p.H, at.bh / p.H, full);
                     ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
                 };
                 load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), barrier(barriers.Q_empty, stage), MASK_BYTES);
@@ -125,8 +113,6 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         auto dO_of = [&](int n) { return Q_of(n) + Tile_Q::BYTES; };
         auto P_of = [&](int n) { return PdS_smem + n % 2 * 2 * Tile_S::BYTES; };
         auto dS_of = [&](int n) { return P_of(n) + Tile_S::BYTES; };
-        // Both groups are there.
-        auto meet = [] { ptx::bar_sync(1, CONSUMERS * GROUP); };
 
         // A tile's first row in the workspace.
         auto first_row_of = [&](const Visit& at) { return static_cast<int64_t>(at.bh) * Workspace(p).rows + at.tile * BLOCK_Q; };
@@ -144,7 +130,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::wgmma_commit_group();
         };
         auto start_scores = [&](const Visit& at) {
-            ptx::mbarrier_wait(barrier(barriers.Q_full, at.stage()), at.parity());
+            ptx::mbarrier_wait(barrier(barriers.Q_full, at.slot().stage), at.slot().parity);
 #if MASK
             // Key j is seen by the rows from j − offset on.
             const int i0 = at.tile * BLOCK_Q + consumer * ROWS;
@@ -155,7 +141,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #endif
             multiply(S_rmem, K_smem, Q_of(at.n), !MASK);
             if (MASK) ptx::mbarrier_arrive(mask_empty);
-            ptx::mbarrier_wait(barrier(barriers.dO_full, at.stage()), at.parity());
+            ptx::mbarrier_wait(barrier(barriers.dO_full, at.slot().stage), at.slot().parity);
             multiply(dP_rmem, V_smem, dO_of(at.n), true);
         };
         // Draws what dropout keeps of a tile.
@@ -164,7 +150,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         };
         // S becomes P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys. Beyond the end of the rows LSE is ∞.
         auto make_P = [&](const Visit& at) {
-            const float* LSE_smem = rows_smem + at.stage() * 2 * BLOCK_Q + consumer * ROWS + 2 * t;
+            const float* LSE_smem = rows_smem + at.slot().stage * 2 * BLOCK_Q + consumer * ROWS + 2 * t;
             const bool is_cut = !MASK && cut(at);
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
@@ -186,7 +172,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         };
         // dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end, as it is in dV.
         auto make_dS = [&](const Visit& at) {
-            const float* Delta_smem = rows_smem + at.stage() * 2 * BLOCK_Q + BLOCK_Q + consumer * ROWS + 2 * t;
+            const float* Delta_smem = rows_smem + at.slot().stage * 2 * BLOCK_Q + BLOCK_Q + consumer * ROWS + 2 * t;
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
                 const float2 Delta = *reinterpret_cast<const float2*>(Delta_smem + 8 * n);
@@ -204,7 +190,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         // dV += Pᵀ dO or dK += dSᵀ Q, under way: the rows of dO and Q are the sum's index
         auto add = [&](float(&C)[COLUMNS / 2], uint32_t A, uint32_t B, bool from_zero) {
             const uint64_t a = ptx::descriptor(uniform(A));
-            const uint64_t b = ptx::descriptor(uniform(B + consumer * (PANELS / CONSUMERS) * Tile_Q::PANEL_BYTES), Tile_Q::PANEL_BYTES);
+            const uint64_t b = ptx::descriptor(uniform(B + consumer * (Tile_K::PANELS / CONSUMERS) * Tile_Q::PANEL_BYTES), Tile_Q::PANEL_BYTES);
             ptx::wgmma_fence();
 #pragma unroll
             for (int k = 0; k < BLOCK_Q / 16; ++k)
@@ -214,7 +200,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         // 64 columns of dQ = dS K, under way
         auto start_dQ = [&](int n, int half) {
             const uint64_t a = ptx::descriptor(uniform(dS_of(n)));
-            const uint64_t b = ptx::descriptor(uniform(K_smem + (consumer * (PANELS / CONSUMERS) + half) * Tile_K::PANEL_BYTES));
+            const uint64_t b = ptx::descriptor(uniform(K_smem + (consumer * (Tile_K::PANELS / CONSUMERS) + half) * Tile_K::PANEL_BYTES));
             ptx::wgmma_fence();
 #pragma unroll
             for (int k = 0; k < BLOCK_K / 16; ++k)
@@ -222,26 +208,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::wgmma_commit_group();
         };
         // They are added to the tile's rows, `row` the first of them.
-        auto add_dQ = [&](int64_t row, int half) {
-            const int thread = ptx::tid_x() % GROUP;  // read anew, so that what follows from it takes no registers meanwhile
-            float* dQ_gmem = Workspace(p).dQ + fragment_offset(row + thread / 32 * 16, consumer * COLUMNS + half * 64, thread % 32);
-#pragma unroll
-            for (int n = 0; n < 8; ++n)
-                ptx::red_add_4(dQ_gmem + fragment_offset(0, 8 * n, 0), dQ_rmem[4 * n], dQ_rmem[4 * n + 1], dQ_rmem[4 * n + 2], dQ_rmem[4 * n + 3]);
-        };
-        // Deterministic: blocks add to a tile in the order of their keys. They start in that order too, so the one waited for is running or done.
-        auto take_turn = [&](int64_t row) {
-            if (!p.deterministic) return;
-            if (threadIdx.x == GROUP)
-                while (ptx::ld_acquire(Workspace(p).turns + row / BLOCK_Q) != k_tile) {}
-            meet();  // our turn, for every thread
-        };
-        auto end_turn = [&](int64_t row) {
-            if (!p.deterministic) return;
-            __threadfence();  // this thread's additions come before the next block's
-            meet();           // everybody's additions are made
-            if (threadIdx.x == GROUP) ptx::st_release(Workspace(p).turns + row / BLOCK_Q, k_tile + 1);
-        };
+        auto add_half = [&](int64_t row, int half) { add_dQ(Workspace(p), row, consumer * COLUMNS + half * 64, dQ_rmem); };
 
         ptx::mbarrier_wait(KV_full, 0);
         Visit next(p, j0, b_kv_h);
@@ -268,27 +235,27 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 ptx::wgmma_wait_group<2>();  // dP is there
                 make_dS(next);
                 ptx::wgmma_wait_group<1>();  // the first half of dQ is there
-                take_turn(row);
-                add_dQ(row, 0);
+                take_turn(p, Workspace(p), row, k_tile);
+                add_half(row, 0);
                 start_dQ(n, 1);
                 ptx::wgmma_wait_group<1>();  // dV is there: done with dO
                 ptx::mbarrier_arrive(barrier(barriers.dO_empty, n % STAGES));
                 ptx::wgmma_wait_group<0>();  // so is the second half of dQ
                 meet();                      // Pᵀ and dSᵀ are whole, and both groups are done with the other ones
                 add(dK_rmem, dS_of(next.n), Q_of(next.n), false);
-                add_dQ(row, 1);
-                end_turn(row);
+                add_half(row, 1);
+                end_turn(p, Workspace(p), row, k_tile);
                 row = first_row_of(next);
             }
             start_dQ(n, 0);
             add(dV_rmem, P_of(n), dO_of(n), false);
             ptx::wgmma_wait_group<1>();
-            take_turn(row);
-            add_dQ(row, 0);
+            take_turn(p, Workspace(p), row, k_tile);
+            add_half(row, 0);
             start_dQ(n, 1);
             ptx::wgmma_wait_group<0>();
-            add_dQ(row, 1);
-            end_turn(row);
+            add_half(row, 1);
+            end_turn(p, Workspace(p), row, k_tile);
         } else {
 #pragma unroll
             for (int i = 0; i < COLUMNS / 2; ++i) dK_rmem[i] = 0;
@@ -306,20 +273,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 ptx::st_shared(V_smem + to, ptx::cvt_pair<element>(dV_rmem[4 * n + 2 * r] * dV_scale, dV_rmem[4 * n + 2 * r + 1] * dV_scale));
             }
         __syncwarp();  // the warp's part is written, by lanes other than those that read it next
-        element *dK_gmem = head_of(p.dk, b_kv_h / p.Hkv, b_kv_h % p.Hkv), *dV_gmem = head_of(p.dv, b_kv_h / p.Hkv, b_kv_h % p.Hkv);  // [Nk, D], [Nk, Dv]
-        constexpr int CHUNKS = COLUMNS / 8;
-#pragma unroll
-        for (int chunk = lane; chunk < 16 * CHUNKS; chunk += 32) {
-            const int row = warp * 16 + chunk / CHUNKS, column = consumer * COLUMNS + chunk % CHUNKS * 8, j = j0 + RowOrder::row(row);
-            const uint8_t* from = smem + Tile_K::offset(row, column / 8);
-            if (j < p.Nk && column < p.D)
-                *reinterpret_cast<uint4*>(dK_gmem + j * p.dk.stride_n + column) = *reinterpret_cast<const uint4*>(from);
-            if (j < p.Nk && column < p.Dv)
-                *reinterpret_cast<uint4*>(dV_gmem + j * p.dv.stride_n + column) = *reinterpret_cast<const uint4*>(from + Tile_K::BYTES);
-        }
+        const int b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv, column = consumer * COLUMNS;
+        store_16_rows<Tile_K, RowOrder, COLUMNS>(head_of(p.dk, b, kv_h), smem, p.dk.stride_n, warp * 16, lane, j0, p.Nk, p.D, column);
+        store_16_rows<Tile_K, RowOrder, COLUMNS>(head_of(p.dv, b, kv_h), smem + Tile_K::BYTES, p.dv.stride_n, warp * 16, lane, j0, p.Nk, p.Dv, column);
     }
 }
 
 extern "C" int64_t workspace_floats(const AttentionParams* params) { return Workspace::floats(*params); }
 
-extern "C" int attention(const AttentionParams* params) { return launch_backward<Tile_K>(backward_kernel, THREADS, SMEM_BYTES, *params); }
+extern "C" int attention(const AttentionParams* params) { return launch_backward(backward_kernel, SMEM_BYTES, *params); }

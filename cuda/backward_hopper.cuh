@@ -1,7 +1,13 @@
-// What the two hopper backwards share: the tensor maps, the order in which a block visits tiles of Q, and the launch. Includers define BLOCK_K, and
-// what backward_workspace.cuh wants.
+// What the two hopper backwards share: tiles and tensor maps, the order in which a block visits tiles of Q, the way of dQ to global memory, and the
+// launch. Includers define BLOCK_K and BLOCK_Q.
 #pragma once
 
+#include "common.cuh"
+
+constexpr int GROUP = 128;  // threads of a warpgroup
+constexpr int CONSUMERS = 2;
+constexpr int THREADS = GROUP * (1 + CONSUMERS);
+constexpr int PADDED_TO = BLOCK_Q;
 #include "backward_workspace.cuh"
 #include "keep_bits.cuh"
 #include "mask_start.cuh"
@@ -13,6 +19,12 @@
 #endif
 
 constexpr int STAGES = 2;  // pairs of Q and dO tiles in shared memory, each with its LSE and Delta
+
+using Tile_K = SwizzledTile<BLOCK_K, HEAD_DIM>;
+using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
+using Tile_S = SwizzledTile<BLOCK_K, BLOCK_Q>;  // transposed: rows are keys
+constexpr int ROWS_BYTES = BLOCK_Q * 4;         // of LSE, and as many of Delta
+constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0;
 
 struct Maps {
     CUtensorMap q, k, v, d_o, mask;
@@ -38,13 +50,38 @@ struct Visit {
         if (tile == end) tile = begin, ++bh;
         ++n;
     }
-    __device__ int stage() const { return n % STAGES; }
-    __device__ int parity() const { return n / STAGES & 1; }
+    __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
 };
 
+// Both groups are there.
+__device__ inline void meet() { ptx::bar_sync(1, CONSUMERS * GROUP); }
+
+// Deterministic: blocks add to a tile in the order of their keys, `row` the tile's first in the workspace. They start in that order too, so the one
+// waited for is running or done.
+__device__ inline void take_turn(const AttentionParams& p, const Workspace& workspace, int64_t row, int k_tile) {
+    if (!p.deterministic) return;
+    if (threadIdx.x == GROUP)
+        while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != k_tile) {}
+    meet();  // our turn, for every thread
+}
+__device__ inline void end_turn(const AttentionParams& p, const Workspace& workspace, int64_t row, int k_tile) {
+    if (!p.deterministic) return;
+    __threadfence();  // this thread's additions come before the next block's
+    meet();           // everybody's additions are made
+    if (threadIdx.x == GROUP) ptx::st_release(workspace.turns + row / BLOCK_Q, k_tile + 1);
+}
+
+// Adds a group's 64 rows × 64 columns to dQ, from row `row` of the workspace and this column of the head on.
+__device__ inline void add_dQ(const Workspace& workspace, int64_t row, int column, const float (&dQ_rmem)[32]) {
+    const int thread = ptx::tid_x() % GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+    float* dQ_gmem = workspace.dQ + fragment_offset(row + thread / 32 * 16, column, thread % 32);
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+        ptx::red_add_4(dQ_gmem + fragment_offset(0, 8 * n, 0), dQ_rmem[4 * n], dQ_rmem[4 * n + 1], dQ_rmem[4 * n + 2], dQ_rmem[4 * n + 3]);
+}
+
 // The kernel, and what comes before and after it.
-template <class Tile_K>
-inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int threads, int smem_bytes, const AttentionParams& p) {
+inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int smem_bytes, const AttentionParams& p) {
     DeviceGuard guard(p.device);
     const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * Workspace(p).rows;
     const int64_t k_blocks = static_cast<int64_t>((p.Nk + BLOCK_K - 1) / BLOCK_K) * p.Hkv * p.B;
@@ -53,13 +90,13 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int th
         // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
         Maps maps = {};
-        if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BOX_ROWS<Tile_K>);
-        if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BOX_ROWS<Tile_K>);
+        if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BOX_ROWS<Tile_K, RowOrder>);
+        if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BOX_ROWS<Tile_K, RowOrder>);
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);
         if (error != cudaSuccess) return error;
-        kernel<<<static_cast<unsigned>(k_blocks), threads, smem_bytes, p.stream>>>(p, maps);
+        kernel<<<static_cast<unsigned>(k_blocks), THREADS, smem_bytes, p.stream>>>(p, maps);
     }
     if (all_rows > 0) finish_dq_kernel<<<static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream>>>(p);
     return cudaGetLastError();

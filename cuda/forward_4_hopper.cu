@@ -34,7 +34,6 @@ constexpr int BLOCK_Q = 64 * CONSUMERS;
 constexpr int BLOCK_K = HEAD_DIM <= 128 ? 128 : 64;
 constexpr int STAGES = 2;                          // pairs of K and V tiles in shared memory
 constexpr int Q_STAGES = HEAD_DIM <= 128 ? 2 : 1;  // tiles of Q, each the place of its O at the end
-constexpr int PANELS = HEAD_DIM / 64;
 
 using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
 using Tile_KV = SwizzledTile<BLOCK_K, HEAD_DIM>;
@@ -88,12 +87,6 @@ struct Work {
     __device__ int j0(int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
 };
 
-// Where the block's n-th tile is kept, and the parity of the barriers' phase that it fills and empties.
-template <int STAGES>
-struct Slot {
-    int stage, parity;
-    __device__ explicit Slot(int n) : stage(n % STAGES), parity(n / STAGES & 1) {}
-};
 using Slot_Q = Slot<Q_STAGES>;
 using Slot_KV = Slot<STAGES>;
 
@@ -134,14 +127,14 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const Slot_Q slot_Q(m);
                 ptx::mbarrier_wait(barrier(barriers.Q_empty, slot_Q.stage), slot_Q.parity ^ 1);  // passes at once in the first round, as below
                 ptx::mbarrier_arrive_expect_tx(barrier(barriers.Q_full, slot_Q.stage), Tile_Q::BYTES);
-                load_rows<Tile_Q>(Q_smem + slot_Q.stage * Tile_Q::BYTES, maps.q, work.i0, work.h, work.b, barrier(barriers.Q_full, slot_Q.stage));
+                load_boxes<Tile_Q, RowOrder>(Q_smem + slot_Q.stage * Tile_Q::BYTES, maps.q, work.i0, work.h, work.b, barrier(barriers.Q_full, slot_Q.stage));
                 for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
                     const Slot_KV slot(n);
                     auto load = [&](uint32_t tiles, const CUtensorMap& map, uint64_t* full, uint64_t* empty, int more_bytes) {
                         ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);
                         ptx::mbarrier_arrive_expect_tx(barrier(full, slot.stage), Tile_KV::BYTES + more_bytes);
 #pragma unroll
-                        for (int panel = 0; panel < PANELS; ++panel)
+                        for (int panel = 0; panel < Tile_KV::PANELS; ++panel)
                             ptx::cp_async_bulk_tensor_4d(tiles + slot.stage * Tile_KV::BYTES + panel * Tile_KV::PANEL_BYTES, &map, panel * 64, work.j0(tile), kv_h,
                                                          work.b, barrier(full, slot.stage));
                     };
@@ -353,7 +346,7 @@ extern "C" int attention(const AttentionParams* params) {
     // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     Maps maps;
-    if (error == cudaSuccess) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BOX_ROWS<Tile_Q>);
+    if (error == cudaSuccess) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BOX_ROWS<Tile_Q, RowOrder>);
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_Q);

@@ -19,17 +19,17 @@ struct DealtRows {
 };
 using RowOrder = std::conditional_t<DROPOUT, DealtRows, InOrder>;
 constexpr int ROW_STEP = RowOrder::distance(8);  // between a lane's two rows of an accumulator
-template <class Tile>
-constexpr int BOX_ROWS = DROPOUT ? DealtRows::AT_ONCE : Tile::ROWS;  // of the tensor map from which a tile in this order comes
+template <class Tile, class Order>
+constexpr int BOX_ROWS = std::is_same_v<Order, DealtRows> ? DealtRows::AT_ONCE : Tile::ROWS;  // of the tensor map from which a tile comes
 
-// Asks for a tile of rows in this order; its first is row `first` of head h of batch b.
-template <class Tile>
-__device__ inline void load_rows(uint32_t smem, const CUtensorMap& map, int first, int h, int b, uint32_t full) {
+// Asks for a tile; its first row is row `first` of head h of batch b.
+template <class Tile, class Order = InOrder>
+__device__ inline void load_boxes(uint32_t smem, const CUtensorMap& map, int first, int h, int b, uint32_t full) {
 #pragma unroll
     for (int panel = 0; panel < Tile::PANELS; ++panel)
 #pragma unroll 1
-        for (int position = 0; position < Tile::ROWS; position += BOX_ROWS<Tile>)
-            ptx::cp_async_bulk_tensor_4d(smem + panel * Tile::PANEL_BYTES + position * ROW_BYTES, &map, panel * 64, first + RowOrder::row(position), h, b, full);
+        for (int position = 0; position < Tile::ROWS; position += BOX_ROWS<Tile, Order>)
+            ptx::cp_async_bulk_tensor_4d(smem + panel * Tile::PANEL_BYTES + position * ROW_BYTES, &map, panel * 64, first + Order::row(position), h, b, full);
 }
 
 // Which elements of an accumulator of COLUMNS columns are kept. Bit k of byte n of bits[r], counted from the last one drawn, is about row
@@ -42,18 +42,17 @@ struct KeepBits {
 
     // Of query rows `row` and row + ROW_STEP, keys from j0 on.
     __device__ void draw_rows(const AttentionParams& p, int b, int h, int row, int j0, int lane) {
-        draw(p, lane, [&](uint2 key, int column, uint32_t(&mine)[2], uint32_t(&theirs)[2]) {
+        draw(p, lane, [&](uint2 key, int column, bool upper, uint32_t(&mine)[2], uint32_t(&theirs)[2]) {
             const uint4 words = dropout_bytes(key, b, h, row, j0 + column);
-            const bool upper = lane >= 16;
             mine[0] = upper ? words.y : words.x, mine[1] = upper ? words.w : words.z;
             theirs[0] = upper ? words.x : words.y, theirs[1] = upper ? words.z : words.w;
         });
     }
     // Of keys `row` and row + ROW_STEP, queries from i0 on: byte y of a word is about key 8·y, so the lanes' bytes change places with the words.
     __device__ void draw_keys(const AttentionParams& p, int b, int h, int row, int i0, int lane) {
-        draw(p, lane, [&](uint2 key, int column, uint32_t(&mine)[2], uint32_t(&theirs)[2]) {
+        draw(p, lane, [&](uint2 key, int column, bool upper, uint32_t(&mine)[2], uint32_t(&theirs)[2]) {
             const uint4 words = dropout_bytes(key, b, h, i0 + column, row);
-            const uint32_t my_bytes = lane >= 16 ? 0x7351 : 0x6240, their_bytes = lane >= 16 ? 0x6240 : 0x7351;
+            const uint32_t my_bytes = upper ? 0x7351 : 0x6240, their_bytes = upper ? 0x6240 : 0x7351;
             auto gather = [&](uint32_t(&to)[2], uint32_t bytes) {
                 const uint32_t xy = ptx::prmt(words.x, words.y, bytes), zw = ptx::prmt(words.z, words.w, bytes);
                 to[0] = ptx::prmt(xy, zw, 0x5410), to[1] = ptx::prmt(xy, zw, 0x7632);
@@ -82,7 +81,7 @@ private:
 #pragma unroll 2  // two chains of ten rounds at a time; in a loop, over which the compiler does not move the wait for a product
         for (int w = 0; w < COLUMNS / 32; ++w) {
             uint32_t mine[2], theirs[2];
-            draw(key, 32 * w + lane % 4 * 2 + upper, mine, theirs);
+            draw(key, 32 * w + lane % 4 * 2 + upper, upper, mine, theirs);
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const uint32_t from_other = __shfl_xor_sync(0xffffffff, theirs[r], 16);

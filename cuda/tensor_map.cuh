@@ -5,6 +5,13 @@
 
 #include "common.cuh"
 
+// Of STAGES places that copies fill in turn: that of the n-th tile, and the parity of the barriers' phase that it fills and empties.
+template <int STAGES>
+struct Slot {
+    int stage, parity;
+    __device__ explicit Slot(int n) : stage(n % STAGES), parity(n / STAGES & 1) {}
+};
+
 // Boxes of `rows` rows and `columns` columns. What lies beyond N or D arrives as zeros. Broadcast dimensions have stride 0.
 inline cudaError_t encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, CUtensorMapSwizzle swizzle, const Tensor4& t, int B, int H, int N, int D,
                                      int rows, int columns) {
