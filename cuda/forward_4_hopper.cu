@@ -27,22 +27,26 @@ constexpr int CONSUMERS = HEAD_DIM <= 64 && !DROPOUT ? 3 : 2;  // drawing two wo
 constexpr int THREADS = GROUP * (1 + CONSUMERS);
 // Registers of a thread: as many for all at the start; then the producer's group gives back what the others take.
 constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 24;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 240;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 static_assert(CONSUMERS * (CONSUMER_REGISTERS - REGISTERS) <= REGISTERS - PRODUCER_REGISTERS, "a group would wait for registers for ever");
 constexpr int BLOCK_Q = 64 * CONSUMERS;
 constexpr int BLOCK_K = HEAD_DIM <= 128 ? 128 : 64;
 constexpr int STAGES = 2;                          // pairs of K and V tiles in shared memory
-constexpr int Q_STAGES = HEAD_DIM <= 128 ? 2 : 1;  // tiles of Q, each the place of its O at the end
+constexpr int Q_STAGES = HEAD_DIM <= 128 ? 2 : 1;  // tiles of Q
+constexpr bool AHEAD = Q_STAGES > 1;               // the next work's Q is there before the last one has ended
+constexpr int O_PANELS = HEAD_DIM > 64 && !MASK ? 2 : 1;  // of 64 columns of O, which leave together
 
 using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
 using Tile_KV = SwizzledTile<BLOCK_K, HEAD_DIM>;
+using Tile_O = SwizzledTile<BLOCK_Q, 64 * O_PANELS>;
+constexpr int O_ROWS = std::min(16, BOX_ROWS<Tile_O, RowOrder>);  // of a box: a warp's at most
 constexpr int MASK_BYTES = MASK ? BLOCK_Q * static_cast<int>(sizeof(BitRow)) : 0;
-constexpr int SMEM_BYTES = Q_STAGES * Tile_Q::BYTES + STAGES * (2 * Tile_KV::BYTES + MASK_BYTES);
+constexpr int SMEM_BYTES = Q_STAGES * Tile_Q::BYTES + STAGES * (2 * Tile_KV::BYTES + MASK_BYTES) + Tile_O::BYTES;
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 struct Maps {
-    CUtensorMap q, k, v, mask;
+    CUtensorMap q, k, v, o, mask;
 };
 
 // "full": the bytes have arrived, with those of K the mask's. "empty": every computing warp is done with them.
@@ -50,41 +54,39 @@ struct Barriers {
     uint64_t Q_full[Q_STAGES], Q_empty[Q_STAGES], K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
 };
 
-// ---- who computes what
-// With two places for Q, a block stays on its multiprocessor and takes one work after another: the next one's tiles arrive while the last one ends.
-constexpr bool STAYS = Q_STAGES > 1;
-// Causal, it then takes tiles of Q in pairs, one from the end of the sequence and its mirror image from the start. All pairs are equally long.
-constexpr bool PAIRS = STAYS && CAUSAL;
+// ---- who computes what. A block stays on its multiprocessor and takes one work after another: the next one's tiles arrive while the last one ends.
 
-// How the tiles of Q are dealt out: units (a tile or a pair), by sections of heads whose K and V fit the L2 cache together.
-struct Schedule {
-    int units, section;
-    int q_tiles, of_head;  // of one head: tiles, units
-};
-
-// The block's m-th tile of Q, against the tiles of keys that it sees, from the last to the first, since those that are cut come last.
+// A tile of Q, against the tiles of keys that it sees, from the last to the first, since those that are cut come last.
 struct Work {
     int i0, h, b;  // first row, query head, batch
     int k_tiles;
 
-    __device__ static int unit(int m) { return (PAIRS ? m / 2 : m) * gridDim.x + blockIdx.x; }
-    __device__ static bool exists(const Schedule& schedule, int m) { return unit(m) < schedule.units; }
-
-    // In a section, causal, the longest come first.
-    __device__ Work(const AttentionParams& p, const Schedule& schedule, int m) {
-        const int heads = p.H * p.B;
-        const int first = unit(m) / (schedule.of_head * schedule.section) * schedule.section, in_section = min(schedule.section, heads - first);
-        const int rest = unit(m) - first * schedule.of_head, place = rest / in_section, bh = first + rest % in_section;
-        const bool from_end = CAUSAL && !(PAIRS && m % 2);
-        i0 = (from_end ? schedule.q_tiles - 1 - place : place) * BLOCK_Q, h = bh % p.H, b = bh / p.H;
-        // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
-        if (PAIRS && m % 2 && 2 * place + 1 == schedule.q_tiles) i0 = p.Nq;
-        // Columns that the last row sees; tiles beyond are never visited.
-        const int columns = i0 >= p.Nq ? 0 : CAUSAL ? max(0, min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq)) : p.Nk;
-        k_tiles = (columns + BLOCK_K - 1) / BLOCK_K;
-    }
     // First key of the n-th tile.
     __device__ int j0(int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
+};
+
+// How the tiles of Q are dealt out to blocks: units, by sections of heads whose K and V fit the L2 cache together. A unit is a tile, or causal a pair,
+// one from the end of the sequence and its mirror image from the start: all pairs are equally long.
+struct Schedule {
+    int units, section;
+    int q_tiles, of_head;  // of one head: tiles, units
+
+    // The block's m-th work. False if there are not so many.
+    __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
+        const int unit = (CAUSAL ? m / 2 : m) * gridDim.x + blockIdx.x;
+        if (unit >= units) return false;
+        const int heads = p.H * p.B;
+        const int first = unit / (of_head * section) * section, in_section = min(section, heads - first);
+        const int rest = unit - first * of_head, place = rest / in_section, bh = first + rest % in_section;  // in a section, causal, the longest first
+        const bool from_end = CAUSAL && m % 2 == 0;
+        const int i0 = (from_end ? q_tiles - 1 - place : place) * BLOCK_Q;
+        // Columns that the last row sees; tiles beyond are never visited.
+        int columns = CAUSAL ? max(0, min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq)) : p.Nk;
+        // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
+        const bool again = CAUSAL && m % 2 && 2 * place + 1 == q_tiles;
+        work = {again ? p.Nq : i0, bh % p.H, bh / p.H, again ? 0 : (columns + BLOCK_K - 1) / BLOCK_K};
+        return true;
+    }
 };
 
 using Slot_Q = Slot<Q_STAGES>;
@@ -94,10 +96,12 @@ __global__ void __launch_bounds__(THREADS, 1)
     forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, const __grid_constant__ Schedule schedule) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
+    __shared__ Work works[Q_STAGES];  // that each Q is for. Without keys: there is no more.
     const uint32_t Q_smem = ptx::smem_address(smem);            // Q_STAGES × [BLOCK_Q, HEAD_DIM]
     const uint32_t K_smem = Q_smem + Q_STAGES * Tile_Q::BYTES;  // STAGES × [BLOCK_K, HEAD_DIM]
     const uint32_t V_smem = K_smem + STAGES * Tile_KV::BYTES;   // STAGES × [BLOCK_K, HEAD_DIM]
-    uint8_t* mask_smem = smem + Q_STAGES * Tile_Q::BYTES + STAGES * 2 * Tile_KV::BYTES;  // STAGES × [BLOCK_Q] BitRow
+    const uint32_t O_smem = V_smem + STAGES * Tile_KV::BYTES;   // [BLOCK_Q, 64 · O_PANELS]
+    uint8_t* mask_smem = smem + SMEM_BYTES - STAGES * MASK_BYTES;  // STAGES × [BLOCK_Q] BitRow
     auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
 
     if (threadIdx.x == 0) {
@@ -117,34 +121,67 @@ __global__ void __launch_bounds__(THREADS, 1)
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        // ---- the producer: one thread asks for every tile, of the next work while the last one ends
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
-            int n = 0;  // of all tiles of keys
-            for (int m = 0; Work::exists(schedule, m); ++m) {
-                const Work work(p, schedule, m);
+            // ---- the producer: one thread deals the works out and asks for every tile, as soon as its place is empty
+            int m = 0, q = 0, n = 0;  // of all works, tiles of Q, tiles of keys
+            auto next_with_keys = [&] {
+                Work work;
+                while (schedule.deal(p, m++, work))
+                    if (work.k_tiles > 0) return work;
+                return Work{};
+            };
+            // A wait for "empty" passes at once in a place's first round.
+            auto hand_out = [&](const Work& work) {
+                const Slot_Q slot(q++);
+                const uint32_t full = barrier(barriers.Q_full, slot.stage);
+                ptx::mbarrier_wait(barrier(barriers.Q_empty, slot.stage), slot.parity ^ 1);
+                works[slot.stage] = work;  // seen by who waits for "full"
+                if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);
+                ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES);
+                load_boxes<Tile_Q, RowOrder>(Q_smem + slot.stage * Tile_Q::BYTES, maps.q, work.i0, work.h, work.b, full);
+            };
+            auto load = [&](const Slot_KV& slot, uint32_t tiles, const CUtensorMap& map, uint64_t* full, uint64_t* empty, int j0, int kv_h, int b, int more_bytes) {
+                ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);
+                ptx::mbarrier_arrive_expect_tx(barrier(full, slot.stage), Tile_KV::BYTES + more_bytes);
+#pragma unroll
+                for (int panel = 0; panel < Tile_KV::PANELS; ++panel)
+                    ptx::cp_async_bulk_tensor_4d(tiles + slot.stage * Tile_KV::BYTES + panel * Tile_KV::PANEL_BYTES, &map, panel * 64, j0, kv_h, b,
+                                                 barrier(full, slot.stage));
+            };
+            struct {
+                int j0, kv_h, b;
+            } V{};  // the tile of V to ask for next: K is needed, and its place empty, a tile earlier
+            auto load_V = [&] { load(Slot_KV(n - 1), V_smem, maps.v, barriers.V_full, barriers.V_empty, V.j0, V.kv_h, V.b, 0); };
+            Work work = next_with_keys();
+            if (AHEAD) hand_out(work);
+            while (work.k_tiles > 0) {
+                const Work next = next_with_keys();
                 const int kv_h = kv_head(p, work.h);
-                const Slot_Q slot_Q(m);
-                ptx::mbarrier_wait(barrier(barriers.Q_empty, slot_Q.stage), slot_Q.parity ^ 1);  // passes at once in the first round, as below
-                ptx::mbarrier_arrive_expect_tx(barrier(barriers.Q_full, slot_Q.stage), Tile_Q::BYTES);
-                load_boxes<Tile_Q, RowOrder>(Q_smem + slot_Q.stage * Tile_Q::BYTES, maps.q, work.i0, work.h, work.b, barrier(barriers.Q_full, slot_Q.stage));
                 for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
                     const Slot_KV slot(n);
-                    auto load = [&](uint32_t tiles, const CUtensorMap& map, uint64_t* full, uint64_t* empty, int more_bytes) {
-                        ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);
-                        ptx::mbarrier_arrive_expect_tx(barrier(full, slot.stage), Tile_KV::BYTES + more_bytes);
-#pragma unroll
-                        for (int panel = 0; panel < Tile_KV::PANELS; ++panel)
-                            ptx::cp_async_bulk_tensor_4d(tiles + slot.stage * Tile_KV::BYTES + panel * Tile_KV::PANEL_BYTES, &map, panel * 64, work.j0(tile), kv_h,
-                                                         work.b, barrier(full, slot.stage));
-                    };
-                    load(K_smem, maps.k, barriers.K_full, barriers.K_empty, MASK_BYTES);
+                    load(slot, K_smem, maps.k, barriers.K_full, barriers.K_empty, work.j0(tile), kv_h, work.b, MASK_BYTES);
                     if (MASK)
                         ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + slot.stage * MASK_BYTES), &maps.mask, work.j0(tile) / BIT_COLUMNS * 4, work.i0,
                                                      work.h, work.b, barrier(barriers.K_full, slot.stage));
-                    load(V_smem, maps.v, barriers.V_full, barriers.V_empty, 0);
+                    if (n > 0) load_V();
+                    V = {work.j0(tile), kv_h, work.b};
+                    if (AHEAD && tile + 1 == work.k_tiles) hand_out(next);
+                    if (!AHEAD && tile == 0) hand_out(work);
                 }
+                work = next;
             }
+            if (n > 0) load_V();
+            if (!AHEAD) hand_out(work);
+        } else if (threadIdx.x / 32 == 1) {
+            // ---- an idle warp: O of rows in works without keys
+            Work work;
+            for (int m = 0; schedule.deal(p, m, work); ++m)
+                for (int i = work.i0; work.k_tiles == 0 && i < min(p.Nq, work.i0 + BLOCK_Q); ++i) {
+                    element* O = head_of(p.o, work.b, work.h) + i * p.o.stride_n;
+                    for (int d = threadIdx.x % 32; d < p.Dv; d += 32) O[d] = element(0.0f);
+                    if (p.lse && threadIdx.x % 32 == 0) p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + i] = -CUDART_INF_F;
+                }
         }
     } else {
         // ---- the consumers: 64 rows each
@@ -258,22 +295,34 @@ __global__ void __launch_bounds__(THREADS, 1)
 
         if (consumer == CONSUMERS - 1) your_turn(0);
         int n = 0;  // of all tiles of keys
-        for (int m = 0; Work::exists(schedule, m); ++m) {
-            const Work work(p, schedule, m);
-            const Slot_Q slot_Q(m);
-#pragma unroll
-            for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = 0;
-            m_rmem[0] = m_rmem[1] = LOWEST, l_rmem[0] = l_rmem[1] = 0;
-            ptx::mbarrier_wait(barrier(barriers.Q_full, slot_Q.stage), slot_Q.parity);  // without keys too: O takes Q's place
-            if (work.k_tiles > 0) {
-                // The first tile has no predecessor whose product could run under its softmax.
-                await_K(Slot_KV(n), work.i0, work.j0(0));
-                my_turn();
-                multiply_QK(slot_Q, Slot_KV(n));
-                your_turn((consumer + 1) % CONSUMERS);
+        int q = 0;  // of all tiles of Q
+        // The next work, and its first K.
+        auto take = [&] {
+            const Slot_Q slot(q);
+            ptx::mbarrier_wait(barrier(barriers.Q_full, slot.stage), slot.parity);
+            const Work& dealt = works[slot.stage];
+            const Work work = {uniform(dealt.i0), uniform(dealt.h), uniform(dealt.b), uniform(dealt.k_tiles)};
+            if (work.k_tiles > 0) await_K(Slot_KV(n), work.i0, work.j0(0));
+            return work;
+        };
+        auto multiply_first = [&] {
+            my_turn();
+            multiply_QK(Slot_Q(q), Slot_KV(n));
+            your_turn((consumer + 1) % CONSUMERS);
+        };
+        Work work = take();
+        if (work.k_tiles > 0) {
+            multiply_first();
+            while (true) {
+                const Slot_Q slot_Q(q);
                 draw(work, work.j0(0));
                 ptx::wgmma_wait_group<0>();
+#pragma unroll
+                for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = 0;
+                m_rmem[0] = m_rmem[1] = LOWEST, l_rmem[0] = l_rmem[1] = 0;
+                // The first tile has no predecessor whose product could run under its softmax.
                 release(barriers.K_empty, Slot_KV(n).stage);
+                if (work.k_tiles == 1) release(barriers.Q_empty, slot_Q.stage);
                 softmax(work.i0, work.j0(0));
                 round_P();
                 ++n;
@@ -288,6 +337,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     draw(work, work.j0(tile));
                     ptx::wgmma_wait_group<1>();  // S is there
                     release(barriers.K_empty, now.stage);
+                    if (tile + 1 == work.k_tiles) release(barriers.Q_empty, slot_Q.stage);
                     softmax(work.i0, work.j0(tile));
                     // The compiler would put the wait for O before the exponentials that O's product should run under, but moves it over no branch:
                     // the condition, which always holds, gives D 256 15 % and D 128 2 %. At D 64 it costs 2 to 4 %.
@@ -303,35 +353,66 @@ __global__ void __launch_bounds__(THREADS, 1)
                     release(barriers.V_empty, before.stage);
                     round_P();
                 }
+                // The next work's first product runs while this one's O leaves. If there is none, it multiplies what lies there, for nobody.
+                ++q;
+                Work next;
+                if (AHEAD) next = take();
                 const Slot_KV last(n - 1);
                 ptx::mbarrier_wait(barrier(barriers.V_full, last.stage), last.parity);
                 multiply_PV(last);
-                ptx::wgmma_wait_group<0>();
+                if (AHEAD) multiply_first();
+                ptx::wgmma_wait_group<AHEAD ? 1 : 0>();
                 release(barriers.V_empty, last.stage);
-            }
 
-            // O /= l, and out through shared memory, each warp in its own rows of Q's place, so that global stores are 16 bytes wide.
-            uint8_t* O_smem = smem + slot_Q.stage * Tile_Q::BYTES;
+                // O /= l, and out through shared memory, each warp its own rows.
+                float LSE[2], factor[2];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                float l = l_rmem[r];
-                l += __shfl_xor_sync(0xffffffff, l, 1);
-                l += __shfl_xor_sync(0xffffffff, l, 2);
-                const int i = work.i0 + first_row + ROW_STEP * r;
-                if (p.lse && t == 0 && i < p.Nq)
-                    p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + i] = m_rmem[r] * p.scale + logf(l);
-                const float factor = l > 0 ? (DROPOUT ? p.keep_scale : 1.0f) / l : 0;  // l = 0: the row may attend nothing
+                for (int r = 0; r < 2; ++r) {
+                    float l = l_rmem[r];
+                    l += __shfl_xor_sync(0xffffffff, l, 1);
+                    l += __shfl_xor_sync(0xffffffff, l, 2);
+                    LSE[r] = m_rmem[r] * p.scale + ptx::lg2(l) * LN_2;
+                    factor[r] = l > 0 ? (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l) : 0;  // l = 0: the row may attend nothing
+                }
+                const int warp = uniform(ptx::tid_x() / 32) - 4;  // read anew, so that what follows from it takes no registers meanwhile
+                const uint32_t O_rows = O_smem + warp * 16 * ROW_BYTES, O_lane = O_smem + Tile_O::lane_a(warp * 16, lane);
 #pragma unroll
-                for (int o = 0; o < HEAD_DIM / 8; ++o)
-                    *reinterpret_cast<uint32_t*>(O_smem + Tile_Q::offset(place + 8 * r, o) + 4 * t) =
-                        ptx::cvt_pair<element>(O_rmem[4 * o + 2 * r] * factor, O_rmem[4 * o + 2 * r + 1] * factor);
+                for (int panel = 0; panel < HEAD_DIM / 64; panel += O_PANELS) {
+                    if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there has left
+                    __syncwarp();
+#pragma unroll
+                    for (int k = 0; k < O_PANELS * 4; ++k) {
+                        const float* O = O_rmem + 32 * panel + 8 * k;
+                        uint32_t pairs[4];
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) pairs[e] = ptx::cvt_pair<element>(O[2 * e] * factor[e % 2], O[2 * e + 1] * factor[e % 2]);
+                        ptx::stmatrix_x4(Tile_O::step(O_lane, k), pairs);
+                    }
+                    ptx::fence_proxy_async();
+                    __syncwarp();
+                    if (lane == 0) {
+#pragma unroll
+                        for (int more = 0; more < O_PANELS; ++more)
+#pragma unroll
+                            for (int row = 0; row < 16; row += O_ROWS)
+                                ptx::cp_async_bulk_tensor_4d_store(&maps.o, (panel + more) * 64, work.i0 + RowOrder::row(warp * 16 + row), work.h, work.b,
+                                                                   O_rows + more * Tile_O::PANEL_BYTES + row * ROW_BYTES);
+                        ptx::cp_async_bulk_commit_group();
+                    }
+                }
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int i = work.i0 + first_row + ROW_STEP * r;
+                    if (p.lse && t == 0 && i < p.Nq) p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + i] = LSE[r];
+                }
+
+                if (!AHEAD) next = take();
+                if (next.k_tiles == 0) break;
+                if (!AHEAD) multiply_first();
+                work = next;
             }
-            __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
-            const int thread = ptx::tid_x() - GROUP;  // read anew, so that what follows from it takes no registers meanwhile
-            store_16_rows<Tile_Q, RowOrder>(head_of(p.o, work.b, work.h), O_smem, p.o.stride_n, thread / 32 * 16, thread % 32, work.i0, p.Nq, p.Dv);
-            ptx::fence_proxy_async();  // this lane's part of O comes before the next Q here, which the copy engine writes
-            __syncwarp();
-            release(barriers.Q_empty, slot_Q.stage);
+            ptx::wgmma_wait_group<0>();
+            if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // shared memory is the block's until then
         }
         if (consumer == 0) my_turn();  // meets the last group's last arrival, so that no barrier is left half full
     }
@@ -347,17 +428,18 @@ extern "C" int attention(const AttentionParams* params) {
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     Maps maps;
     if (error == cudaSuccess) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BOX_ROWS<Tile_Q, RowOrder>);
+    if (error == cudaSuccess) error = make_tensor_map(&maps.o, p.o, p.B, p.H, p.Nq, p.Dv, O_ROWS);
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_Q);
     if (error != cudaSuccess) return error;
-    const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, of_head = PAIRS ? (q_tiles + 1) / 2 : q_tiles;
+    const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, of_head = CAUSAL ? (q_tiles + 1) / 2 : q_tiles;
     const int64_t heads = static_cast<int64_t>(p.B) * p.H, units = heads * of_head;
     if (units > INT32_MAX / 2) return cudaErrorInvalidConfiguration;  // a block's next one, too, must be an int
     const int64_t head_bytes = static_cast<int64_t>(p.Nk) * (p.D + p.Dv) * sizeof(element);
     const int64_t fit = (int64_t(32) << 20) * (p.H / p.Hkv) / std::max<int64_t>(head_bytes, 1);  // in 32 of the L2 cache's 50 MB
     const Schedule schedule = {static_cast<int>(units), static_cast<int>(std::clamp<int64_t>(fit, 1, heads)), q_tiles, of_head};
-    const unsigned blocks = static_cast<unsigned>(STAYS ? std::min<int64_t>(units, p.sm_count) : units);
+    const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));
     forward_kernel<<<blocks, THREADS, SMEM_BYTES, p.stream>>>(p, maps, schedule);
     return cudaGetLastError();
 }

@@ -107,6 +107,17 @@ __device__ inline float ex2(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// log2 x and 1 / x, about 1 unit in the last place (9.7.3.20: lg2, 9.7.3.14: rcp).
+__device__ inline float lg2(float x) {
+    float y;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float rcp(float x) {
+    float y;
+    asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // Two floats rounded to a pair of 16-bit ones, the first in the low half (9.7.9.22: cvt).
 template <typename T>

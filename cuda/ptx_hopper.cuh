@@ -47,6 +47,18 @@ __device__ inline void cp_async_bulk_tensor_4d(uint32_t smem, const CUtensorMap*
                  : "memory");
 }
 
+// The way back: the box that begins there, from shared memory. What lies beyond the tensor is not written.
+__device__ inline void cp_async_bulk_tensor_4d_store(const CUtensorMap* map, int d, int n, int h, int b, uint32_t smem) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(map), "r"(d), "r"(n), "r"(h), "r"(b), "r"(smem)
+                 : "memory");
+}
+__device__ inline void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until at most N of this thread's groups still read shared memory.
+template <int N>
+__device__ inline void cp_async_bulk_wait_group_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+
 // `bytes` contiguous bytes, both addresses and the size multiples of 16 (9.7.9.25.4.1: cp.async.bulk).
 __device__ inline void cp_async_bulk(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem), "l"(gmem), "r"(bytes), "r"(barrier)
@@ -55,6 +67,11 @@ __device__ inline void cp_async_bulk(uint32_t smem, const void* gmem, int bytes,
 
 // What this thread stored in shared memory is seen by wgmma and the copy engine (9.7.13.4: fence.proxy).
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- matrix fragments (9.7.14.5.16: stmatrix): as ldmatrix_x4, the other way. Lane l gives the row l % 8 of the matrix l / 8.
+__device__ inline void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
 
 // ---- registers (9.7.19.5: setmaxnreg). A warpgroup gives registers back, or waits until it has more.
 template <int N>
