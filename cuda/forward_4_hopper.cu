@@ -3,7 +3,8 @@
 // The idea: three things that wait for each other least. One warp does nothing but copy: it asks for whole tiles of K and V, which arrive in
 // shared memory without passing through a register. Groups of four warps ("warpgroups") compute; their matrix products (wgmma) read tiles
 // straight from shared memory and run on while the group's other instructions do. So a group has three kinds of work under way: S of this tile,
-// O of the tile before, and, while those run, its softmax; and while one group is at its exponentials, another has the tensor cores.
+// O of the tile before, and, while those run, its softmax; and while one group is at its exponentials, another has the tensor cores. A block takes
+// one tile of Q after another, and the next one's S is under way while the last one's O leaves, which the copy engine does too.
 //
 // Change from forward_3_tensor_core.cu: mma.sync and ldmatrix become wgmma, cp.async becomes tensor maps and byte-counting barriers, and the
 // thread that copies is no longer one that computes. Serves everything in the interface for float16 and bfloat16, head sizes up to 256 that are
@@ -32,15 +33,17 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 static_assert(CONSUMERS * (CONSUMER_REGISTERS - REGISTERS) <= REGISTERS - PRODUCER_REGISTERS, "a group would wait for registers for ever");
 constexpr int BLOCK_Q = 64 * CONSUMERS;
 constexpr int BLOCK_K = HEAD_DIM <= 128 ? 128 : 64;
-constexpr int STAGES = 2;                          // pairs of K and V tiles in shared memory
-constexpr int Q_STAGES = HEAD_DIM <= 128 ? 2 : 1;  // tiles of Q
-constexpr bool AHEAD = Q_STAGES > 1;               // the next work's Q is there before the last one has ended
+constexpr int STAGES = 2;                                 // pairs of K and V tiles in shared memory
+constexpr int Q_STAGES = HEAD_DIM <= 128 ? 2 : 1;         // tiles of Q
+constexpr bool AHEAD = Q_STAGES > 1;                      // the next Q arrives while this one is still in use
 constexpr int O_PANELS = HEAD_DIM > 64 && !MASK ? 2 : 1;  // of 64 columns of O, which leave together
+// A group skips tiles of keys that only rows of other groups see. Two groups have next to none, and under a mask registers do not suffice.
+constexpr bool SKIPS = CONSUMERS > 2 && !MASK;
 
 using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
 using Tile_KV = SwizzledTile<BLOCK_K, HEAD_DIM>;
 using Tile_O = SwizzledTile<BLOCK_Q, 64 * O_PANELS>;
-constexpr int O_ROWS = std::min(16, BOX_ROWS<Tile_O, RowOrder>);  // of a box: a warp's at most
+constexpr int O_ROWS = std::min(16, BOX_ROWS<Tile_O, RowOrder>);  // of a box of O: a warp's at most
 constexpr int MASK_BYTES = MASK ? BLOCK_Q * static_cast<int>(sizeof(BitRow)) : 0;
 constexpr int SMEM_BYTES = Q_STAGES * Tile_Q::BYTES + STAGES * (2 * Tile_KV::BYTES + MASK_BYTES) + Tile_O::BYTES;
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
@@ -54,7 +57,7 @@ struct Barriers {
     uint64_t Q_full[Q_STAGES], Q_empty[Q_STAGES], K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
 };
 
-// ---- who computes what. A block stays on its multiprocessor and takes one work after another: the next one's tiles arrive while the last one ends.
+// ---- who computes what. A block stays on its multiprocessor and takes one work after another.
 
 // A tile of Q, against the tiles of keys that it sees, from the last to the first, since those that are cut come last.
 struct Work {
@@ -64,6 +67,12 @@ struct Work {
     // First key of the n-th tile.
     __device__ int j0(int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
 };
+
+// Of the tiles of keys, from the first, those that some of `rows` rows from i0 on see. Tiles beyond are never visited.
+__device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
+    const int columns = i0 >= p.Nq ? 0 : CAUSAL ? max(0, min(p.Nk, min(i0 + rows, p.Nq) + p.Nk - p.Nq)) : p.Nk;
+    return (columns + BLOCK_K - 1) / BLOCK_K;
+}
 
 // How the tiles of Q are dealt out to blocks: units, by sections of heads whose K and V fit the L2 cache together. A unit is a tile, or causal a pair,
 // one from the end of the sequence and its mirror image from the start: all pairs are equally long.
@@ -79,12 +88,10 @@ struct Schedule {
         const int first = unit / (of_head * section) * section, in_section = min(section, heads - first);
         const int rest = unit - first * of_head, place = rest / in_section, bh = first + rest % in_section;  // in a section, causal, the longest first
         const bool from_end = CAUSAL && m % 2 == 0;
-        const int i0 = (from_end ? q_tiles - 1 - place : place) * BLOCK_Q;
-        // Columns that the last row sees; tiles beyond are never visited.
-        int columns = CAUSAL ? max(0, min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq)) : p.Nk;
         // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
         const bool again = CAUSAL && m % 2 && 2 * place + 1 == q_tiles;
-        work = {again ? p.Nq : i0, bh % p.H, bh / p.H, again ? 0 : (columns + BLOCK_K - 1) / BLOCK_K};
+        const int i0 = again ? p.Nq : (from_end ? q_tiles - 1 - place : place) * BLOCK_Q;
+        work = {i0, bh % p.H, bh / p.H, tiles_seen(p, i0, BLOCK_Q)};
         return true;
     }
 };
@@ -96,11 +103,11 @@ __global__ void __launch_bounds__(THREADS, 1)
     forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, const __grid_constant__ Schedule schedule) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
-    __shared__ Work works[Q_STAGES];  // that each Q is for. Without keys: there is no more.
-    const uint32_t Q_smem = ptx::smem_address(smem);            // Q_STAGES × [BLOCK_Q, HEAD_DIM]
-    const uint32_t K_smem = Q_smem + Q_STAGES * Tile_Q::BYTES;  // STAGES × [BLOCK_K, HEAD_DIM]
-    const uint32_t V_smem = K_smem + STAGES * Tile_KV::BYTES;   // STAGES × [BLOCK_K, HEAD_DIM]
-    const uint32_t O_smem = V_smem + STAGES * Tile_KV::BYTES;   // [BLOCK_Q, 64 · O_PANELS]
+    __shared__ Work works[Q_STAGES];  // what each Q is for. One without keys says that there is no more.
+    const uint32_t Q_smem = ptx::smem_address(smem);               // Q_STAGES × [BLOCK_Q, HEAD_DIM]
+    const uint32_t K_smem = Q_smem + Q_STAGES * Tile_Q::BYTES;     // STAGES × [BLOCK_K, HEAD_DIM]
+    const uint32_t V_smem = K_smem + STAGES * Tile_KV::BYTES;      // STAGES × [BLOCK_K, HEAD_DIM]
+    const uint32_t O_smem = V_smem + STAGES * Tile_KV::BYTES;      // [BLOCK_Q, 64 · O_PANELS]
     uint8_t* mask_smem = smem + SMEM_BYTES - STAGES * MASK_BYTES;  // STAGES × [BLOCK_Q] BitRow
     auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
 
@@ -123,7 +130,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (group == 0) {
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
-            // ---- the producer: one thread deals the works out and asks for every tile, as soon as its place is empty
+            // ---- the producer: one thread hands out works and asks for every tile, in the order in which their places become empty
             int m = 0, q = 0, n = 0;  // of all works, tiles of Q, tiles of keys
             auto next_with_keys = [&] {
                 Work work;
@@ -136,45 +143,46 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const Slot_Q slot(q++);
                 const uint32_t full = barrier(barriers.Q_full, slot.stage);
                 ptx::mbarrier_wait(barrier(barriers.Q_empty, slot.stage), slot.parity ^ 1);
-                works[slot.stage] = work;  // seen by who waits for "full"
+                works[slot.stage] = work;  // seen by those who have waited for "full"
                 if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);
                 ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES);
                 load_boxes<Tile_Q, RowOrder>(Q_smem + slot.stage * Tile_Q::BYTES, maps.q, work.i0, work.h, work.b, full);
             };
-            auto load = [&](const Slot_KV& slot, uint32_t tiles, const CUtensorMap& map, uint64_t* full, uint64_t* empty, int j0, int kv_h, int b, int more_bytes) {
+            struct Keys {
+                int j0, kv_h, b;
+            };
+            auto load = [&](const Slot_KV& slot, uint32_t tiles, const CUtensorMap& map, uint64_t* full, uint64_t* empty, const Keys& keys, int more_bytes) {
                 ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);
                 ptx::mbarrier_arrive_expect_tx(barrier(full, slot.stage), Tile_KV::BYTES + more_bytes);
 #pragma unroll
                 for (int panel = 0; panel < Tile_KV::PANELS; ++panel)
-                    ptx::cp_async_bulk_tensor_4d(tiles + slot.stage * Tile_KV::BYTES + panel * Tile_KV::PANEL_BYTES, &map, panel * 64, j0, kv_h, b,
+                    ptx::cp_async_bulk_tensor_4d(tiles + slot.stage * Tile_KV::BYTES + panel * Tile_KV::PANEL_BYTES, &map, panel * 64, keys.j0, keys.kv_h, keys.b,
                                                  barrier(full, slot.stage));
             };
-            struct {
-                int j0, kv_h, b;
-            } V{};  // the tile of V to ask for next: K is needed, and its place empty, a tile earlier
-            auto load_V = [&] { load(Slot_KV(n - 1), V_smem, maps.v, barriers.V_full, barriers.V_empty, V.j0, V.kv_h, V.b, 0); };
+            Keys keys{}, before;  // V is asked for a tile later than K: it is needed later, and its place is in use for longer
+            auto load_V = [&] { load(Slot_KV(n - 1), V_smem, maps.v, barriers.V_full, barriers.V_empty, before, 0); };
             Work work = next_with_keys();
             if (AHEAD) hand_out(work);
             while (work.k_tiles > 0) {
                 const Work next = next_with_keys();
-                const int kv_h = kv_head(p, work.h);
                 for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
                     const Slot_KV slot(n);
-                    load(slot, K_smem, maps.k, barriers.K_full, barriers.K_empty, work.j0(tile), kv_h, work.b, MASK_BYTES);
+                    before = keys, keys = {work.j0(tile), kv_head(p, work.h), work.b};
+                    load(slot, K_smem, maps.k, barriers.K_full, barriers.K_empty, keys, MASK_BYTES);
                     if (MASK)
-                        ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + slot.stage * MASK_BYTES), &maps.mask, work.j0(tile) / BIT_COLUMNS * 4, work.i0,
-                                                     work.h, work.b, barrier(barriers.K_full, slot.stage));
+                        ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + slot.stage * MASK_BYTES), &maps.mask, keys.j0 / BIT_COLUMNS * 4, work.i0, work.h,
+                                                     work.b, barrier(barriers.K_full, slot.stage));
                     if (n > 0) load_V();
-                    V = {work.j0(tile), kv_h, work.b};
                     if (AHEAD && tile + 1 == work.k_tiles) hand_out(next);
                     if (!AHEAD && tile == 0) hand_out(work);
                 }
                 work = next;
             }
+            before = keys;
             if (n > 0) load_V();
             if (!AHEAD) hand_out(work);
         } else if (threadIdx.x / 32 == 1) {
-            // ---- an idle warp: O of rows in works without keys
+            // ---- another warp, otherwise idle: works without keys, whose O is 0
             Work work;
             for (int m = 0; schedule.deal(p, m, work); ++m)
                 for (int i = work.i0; work.k_tiles == 0 && i < min(p.Nq, work.i0 + BLOCK_Q); ++i) {
@@ -187,10 +195,10 @@ __global__ void __launch_bounds__(THREADS, 1)
         // ---- the consumers: 64 rows each
         ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
         const int consumer = group - 1, lane = threadIdx.x % 32, t = lane % 4;
-        const int place = (threadIdx.x - GROUP) / 32 * 16 + lane / 4;  // in the tile; this thread has it and the one 8 further,
-        const int first_row = RowOrder::row(place);                    // rows first_row and first_row + ROW_STEP
-        const int offset = p.Nk - p.Nq;                                // causal: row i sees columns j ≤ i + offset
-        const float scale_log2 = p.scale * LOG2_E;                     // exp(scale · x) = 2^(scale_log2 · x)
+        // Of the tile, this thread has the rows at two places 8 apart: first_row and first_row + ROW_STEP.
+        const int first_row = RowOrder::row((threadIdx.x - GROUP) / 32 * 16 + lane / 4);
+        const int offset = p.Nk - p.Nq;             // causal: row i sees columns j ≤ i + offset
+        const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
 
         float O_rmem[HEAD_DIM / 2];  // not yet divided by l
         float S_rmem[BLOCK_K / 2];
@@ -293,40 +301,59 @@ __global__ void __launch_bounds__(THREADS, 1)
         auto my_turn = [&] { ptx::bar_sync(1 + consumer, 2 * GROUP); };
         auto your_turn = [&](int next) { ptx::bar_arrive(1 + next, 2 * GROUP); };
 
-        if (consumer == CONSUMERS - 1) your_turn(0);
-        int n = 0;  // of all tiles of keys
-        int q = 0;  // of all tiles of Q
-        // The next work, and its first K.
+        int q = 0, n = 0;  // of all tiles of Q, of keys
+        // The next work, once its Q is there.
         auto take = [&] {
             const Slot_Q slot(q);
             ptx::mbarrier_wait(barrier(barriers.Q_full, slot.stage), slot.parity);
-            const Work& dealt = works[slot.stage];
-            const Work work = {uniform(dealt.i0), uniform(dealt.h), uniform(dealt.b), uniform(dealt.k_tiles)};
-            if (work.k_tiles > 0) await_K(Slot_KV(n), work.i0, work.j0(0));
-            return work;
+            const Work& work = works[slot.stage];
+            return Work{uniform(work.i0), uniform(work.h), uniform(work.b), uniform(work.k_tiles)};
         };
+        // How many tiles of keys this group skips. One at least it computes, so that every work goes the same way.
+        auto skipped = [&](const Work& work) {
+            return SKIPS ? max(0, min(work.k_tiles - 1, work.k_tiles - tiles_seen(p, work.i0 + consumer * 64, 64))) : 0;
+        };
+        auto skip = [&](int tiles) {
+            for (const int end = n + tiles; n < end; ++n) {
+                const Slot_KV slot(n);
+                ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
+                __syncwarp();  // all lanes have seen that it came, before it may be replaced
+                release(barriers.K_empty, slot.stage);
+                my_turn();
+                your_turn((consumer + 1) % CONSUMERS);
+                ptx::mbarrier_wait(barrier(barriers.V_full, slot.stage), slot.parity);
+                __syncwarp();
+                release(barriers.V_empty, slot.stage);
+            }
+        };
+        // A work's first S, under way.
         auto multiply_first = [&] {
             my_turn();
             multiply_QK(Slot_Q(q), Slot_KV(n));
             your_turn((consumer + 1) % CONSUMERS);
         };
+
+        if (consumer == CONSUMERS - 1) your_turn(0);
         Work work = take();
         if (work.k_tiles > 0) {
+            int tile = skipped(work);
+            skip(tile);
+            await_K(Slot_KV(n), work.i0, work.j0(tile));
             multiply_first();
             while (true) {
                 const Slot_Q slot_Q(q);
-                draw(work, work.j0(0));
+                // The first tile has no predecessor whose product could run under its softmax.
+                draw(work, work.j0(tile));
                 ptx::wgmma_wait_group<0>();
 #pragma unroll
                 for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = 0;
                 m_rmem[0] = m_rmem[1] = LOWEST, l_rmem[0] = l_rmem[1] = 0;
-                // The first tile has no predecessor whose product could run under its softmax.
                 release(barriers.K_empty, Slot_KV(n).stage);
-                if (work.k_tiles == 1) release(barriers.Q_empty, slot_Q.stage);
-                softmax(work.i0, work.j0(0));
+                if (tile + 1 == work.k_tiles) release(barriers.Q_empty, slot_Q.stage);
+                softmax(work.i0, work.j0(tile));
                 round_P();
-                ++n;
-                for (int tile = 1; tile < work.k_tiles; ++tile, ++n) {
+                ++tile, ++n;
+                for (; tile < work.k_tiles; ++tile, ++n) {
                     const Slot_KV now(n), before(n - 1);
                     await_K(now, work.i0, work.j0(tile));
                     my_turn();
@@ -353,18 +380,31 @@ __global__ void __launch_bounds__(THREADS, 1)
                     release(barriers.V_empty, before.stage);
                     round_P();
                 }
-                // The next work's first product runs while this one's O leaves. If there is none, it multiplies what lies there, for nobody.
+                // The last product, and behind it the next work's first, which runs while O leaves. If there is no more work, it multiplies what lies
+                // there, for nobody: the compiler would not let a product be under way on one of two branches.
                 ++q;
-                Work next;
-                if (AHEAD) next = take();
                 const Slot_KV last(n - 1);
+                Work next;
+                if (AHEAD) {
+                    next = take();
+                    tile = skipped(next);
+                    if (tile == 0 && next.k_tiles > 0) await_K(Slot_KV(n), next.i0, next.j0(0));
+                }
                 ptx::mbarrier_wait(barrier(barriers.V_full, last.stage), last.parity);
                 multiply_PV(last);
-                if (AHEAD) multiply_first();
+                if (AHEAD) {
+                    if (tile > 0) {
+                        ptx::wgmma_wait_group<0>();
+                        release(barriers.V_empty, last.stage);
+                        skip(tile);
+                        await_K(Slot_KV(n), next.i0, next.j0(tile));
+                    }
+                    multiply_first();
+                }
                 ptx::wgmma_wait_group<AHEAD ? 1 : 0>();
-                release(barriers.V_empty, last.stage);
+                if (!AHEAD || tile == 0) release(barriers.V_empty, last.stage);
 
-                // O /= l, and out through shared memory, each warp its own rows.
+                // O /= l, and out through shared memory, each warp its own rows, which the copy engine takes from there.
                 float LSE[2], factor[2];
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
@@ -388,7 +428,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                         for (int e = 0; e < 4; ++e) pairs[e] = ptx::cvt_pair<element>(O[2 * e] * factor[e % 2], O[2 * e + 1] * factor[e % 2]);
                         ptx::stmatrix_x4(Tile_O::step(O_lane, k), pairs);
                     }
-                    ptx::fence_proxy_async();
+                    ptx::fence_proxy_async();  // of what this lane has stored
                     __syncwarp();
                     if (lane == 0) {
 #pragma unroll
@@ -408,7 +448,11 @@ __global__ void __launch_bounds__(THREADS, 1)
 
                 if (!AHEAD) next = take();
                 if (next.k_tiles == 0) break;
-                if (!AHEAD) multiply_first();
+                if (!AHEAD) {
+                    tile = 0;
+                    await_K(Slot_KV(n), next.i0, next.j0(0));
+                    multiply_first();
+                }
                 work = next;
             }
             ptx::wgmma_wait_group<0>();
