@@ -52,7 +52,7 @@ struct Maps {
     CUtensorMap q, k, v, o, mask;
 };
 
-// "full": the bytes have arrived, with those of K the mask's. "empty": every computing warp is done with them.
+// "full": the bytes have arrived, with those of K the mask's. "empty": the computing warps are done with them.
 struct Barriers {
     uint64_t Q_full[Q_STAGES], Q_empty[Q_STAGES], K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
 };
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < Q_STAGES; ++stage) {
             ptx::mbarrier_init(barrier(barriers.Q_full, stage), 1);
-            ptx::mbarrier_init(barrier(barriers.Q_empty, stage), 4 * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.Q_empty, stage), GROUP * CONSUMERS);
         }
         for (int stage = 0; stage < STAGES; ++stage) {
             ptx::mbarrier_init(barrier(barriers.K_full, stage), 1);
@@ -209,6 +209,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         auto release = [&](uint64_t* empty, int stage) {
             if (lane == 0) ptx::mbarrier_arrive(barrier(empty, stage));
         };
+        // Q's by every thread, since every one has read which work it is for.
+        auto release_Q = [&](const Slot_Q& slot) { ptx::mbarrier_arrive(barrier(barriers.Q_empty, slot.stage)); };
         // How many of the tile's columns, from its first, a row sees: r as in first_row + ROW_STEP·r.
         auto visible = [&](int i0, int j0, int r) { return (CAUSAL ? min(p.Nk, i0 + first_row + ROW_STEP * r + offset + 1) : p.Nk) - j0; };
         // Whether some row does not see the whole tile.
@@ -349,7 +351,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = 0;
                 m_rmem[0] = m_rmem[1] = LOWEST, l_rmem[0] = l_rmem[1] = 0;
                 release(barriers.K_empty, Slot_KV(n).stage);
-                if (tile + 1 == work.k_tiles) release(barriers.Q_empty, slot_Q.stage);
+                if (tile + 1 == work.k_tiles) release_Q(slot_Q);
                 softmax(work.i0, work.j0(tile));
                 round_P();
                 ++tile, ++n;
@@ -364,7 +366,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     draw(work, work.j0(tile));
                     ptx::wgmma_wait_group<1>();  // S is there
                     release(barriers.K_empty, now.stage);
-                    if (tile + 1 == work.k_tiles) release(barriers.Q_empty, slot_Q.stage);
+                    if (tile + 1 == work.k_tiles) release_Q(slot_Q);
                     softmax(work.i0, work.j0(tile));
                     // The compiler would put the wait for O before the exponentials that O's product should run under, but moves it over no branch:
                     // the condition, which always holds, gives D 256 15 % and D 128 2 %. At D 64 it costs 2 to 4 %.
