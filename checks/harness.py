@@ -371,12 +371,13 @@ def script_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--kv_heads", type=int, help="key/value heads (default: --h)")
     parser.add_argument("--q_len", type=int, default=2048)
     parser.add_argument("--kv_len", type=int, default=2048)
-    parser.add_argument("--d", type=int, default=512, help="head size")
+    parser.add_argument("--d", type=int, help="head size (default: 512, or the largest that the backend takes)")
     parser.add_argument("--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32")
     parser.add_argument("--backend", choices=tuple(BACKENDS), help="default: the fastest that serves the call")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     arguments = parser.parse_args()
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.d = arguments.d or min(512, *getattr(BACKENDS.get(arguments.backend), "head_dims", (512,))[-1:])
     return arguments
 
 
