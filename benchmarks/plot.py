@@ -13,14 +13,14 @@ import matplotlib.pyplot as plt
 
 # Okabe and Ito's palette, told apart with any kind of colour vision; markers and labels say the same again.
 STYLES = {"normal": ("#D55E00", "s"), "flash": ("#0072B2", "o"), "sdpa": ("#009E73", "^")}
-MORE_COLOURS = ("#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MORE_MARKERS = ("D", "v", "P", "X")
+MORE_COLOURS = ("#CC79A7", "#56B4E9", "#E69F00", "#000000", "0.5")
+MORE_MARKERS = ("D", "v", "P", "X", "<")
 
 
 def plot_sweep(results: Sequence[dict[str, Any]], case: Case, machine: str, file: Path) -> None:
     """One line for each contender. `results` are rows of `benchmarks.compare`; `case` is the longest of them, `machine` goes below the
     title."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.2), layout="constrained")
     figure.get_layout_engine().set(wspace=0.05)
     panels = (
         ("ms", "time of one call (ms)"),
@@ -47,19 +47,19 @@ def plot_sweep(results: Sequence[dict[str, Any]], case: Case, machine: str, file
         else:
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter("{x:g}")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=max(1, len(styles)), frameon=False)
     figure.suptitle(f"{case.describe(lengths=False)}\n", fontsize=13)
-    figure.text(0.5, 0.925, machine, ha="center", fontsize=9, color="0.4")
+    figure.text(0.5, 0.93, machine, ha="center", fontsize=9, color="0.4")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
 
 def _styles(results: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    """name → colour, marker: a type's own for its first contender, a further one for every other."""
+    """name → colour, marker, of what was measured: a type's own for its first contender, a further one for every other."""
     styles, taken, more = {}, set(), zip(MORE_COLOURS, MORE_MARKERS, strict=True)
     for row in results:
-        if row["name"] not in styles:
+        if row["name"] not in styles and row.get("ms"):
             styles[row["name"]] = next(more, ("0.5", ".")) if row["type"] in taken else STYLES[row["type"]]
             taken.add(row["type"])
     return styles
