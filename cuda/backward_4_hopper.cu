@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::mbarrier_wait(barrier(barriers.Q_full, stage), slot.parity);
 #if MASK
             // Key j is seen by the rows from j − offset on.
-            start_S<BLOCK_Q>(S_rmem, mask_smem + stage * MASK_BYTES, i0 % BIT_COLUMNS, first_row, t, [&](int r, int w) {
+            start_S<BLOCK_Q>(S_rmem, mask_smem + stage * MASK_BYTES, i0 % BIT_COLUMNS, first_row, ROW_STEP, t, [&](int r, int w) {
                 const int j = j0 + first_row + ROW_STEP * r;
                 return !cut ? 0 : j >= p.Nk ? ~0u : CAUSAL ? first_bits(j - offset - i0 - 32 * w) : 0;
             });

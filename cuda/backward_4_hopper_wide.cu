@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #if MASK
             // Key j is seen by the rows from j − offset on.
             const int i0 = at.tile * BLOCK_Q + consumer * ROWS;
-            start_S<ROWS>(S_rmem, mask_smem, i0 % BIT_COLUMNS, first_row, t, [&](int r, int) {
+            start_S<ROWS>(S_rmem, mask_smem, i0 % BIT_COLUMNS, first_row, ROW_STEP, t, [&](int r, int) {
                 const int j = j0 + first_row + ROW_STEP * r;
                 return first_bits(j >= p.Nk ? ROWS : CAUSAL ? j - offset - i0 : 0);
             });

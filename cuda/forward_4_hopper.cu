@@ -79,6 +79,7 @@ __device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
 struct Schedule {
     int units, section;
     int q_tiles, of_head;  // of one head: tiles, units
+    int mask_bytes;        // that come with a tile of K
 
     // The block's m-th work. False if there are not so many.
     __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
                     const Slot_KV slot(n);
                     before = keys, keys = {work.j0(tile), kv_head(p, work.h), work.b};
-                    load(slot, K_smem, maps.k, barriers.K_full, barriers.K_empty, keys, MASK_BYTES);
+                    load(slot, K_smem, maps.k, barriers.K_full, barriers.K_empty, keys, MASK ? schedule.mask_bytes : 0);
                     if (MASK)
                         ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + slot.stage * MASK_BYTES), &maps.mask, keys.j0 / BIT_COLUMNS * 4, work.i0, work.h,
                                                      work.b, barrier(barriers.K_full, slot.stage));
@@ -221,7 +222,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
 #if MASK
             const bool diagonal = CAUSAL && cut(i0, j0);
-            start_S<BLOCK_K>(S_rmem, mask_smem + slot.stage * MASK_BYTES, j0 % BIT_COLUMNS, first_row, t,
+            const bool one_row = p.mask.stride_i == 0;  // for all queries
+            start_S<BLOCK_K>(S_rmem, mask_smem + slot.stage * MASK_BYTES, j0 % BIT_COLUMNS, one_row ? 0 : first_row, one_row ? 0 : ROW_STEP, t,
                              [&](int r, int w) { return diagonal ? ~first_bits(visible(i0, j0, r) - 32 * w) : 0; });
 #endif
         };
@@ -484,7 +486,8 @@ extern "C" int attention(const AttentionParams* params) {
     if (units > INT32_MAX / 2) return cudaErrorInvalidConfiguration;  // a block's next one, too, must be an int
     const int64_t head_bytes = static_cast<int64_t>(p.Nk) * (p.D + p.Dv) * sizeof(element);
     const int64_t fit = (int64_t(32) << 20) * (p.H / p.Hkv) / std::max<int64_t>(head_bytes, 1);  // in 32 of the L2 cache's 50 MB
-    const Schedule schedule = {static_cast<int>(units), static_cast<int>(std::clamp<int64_t>(fit, 1, heads)), q_tiles, of_head};
+    const Schedule schedule = {static_cast<int>(units), static_cast<int>(std::clamp<int64_t>(fit, 1, heads)), q_tiles, of_head,
+                               !MASK ? 0 : p.mask.stride_i ? MASK_BYTES : static_cast<int>(sizeof(BitRow))};
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));
     forward_kernel<<<blocks, THREADS, SMEM_BYTES, p.stream>>>(p, maps, schedule);
     return cudaGetLastError();

@@ -11,24 +11,25 @@ struct alignas(16) BitRow {
 };
 constexpr int BIT_COLUMNS = 128;
 
-// Map of the mask's rows of words, of which a box has `rows`. A row belongs to a query (MASK_OF_BITS) or to a key (MASK_OF_KEY_BITS).
+// Map of the mask's rows of words, of which a box has `rows`. A row belongs to a query (MASK_OF_BITS) or to a key (MASK_OF_KEY_BITS). One row for
+// all queries is copied once: were it copied once for each, every multiprocessor would ask for the same 16 bytes over and over.
 inline cudaError_t make_mask_map(CUtensorMap* map, const AttentionParams& p, int rows) {
     const bool by_keys = MASK == MASK_OF_KEY_BITS;
     const int columns = by_keys ? p.Nq : p.Nk;
     const Tensor4 words = {const_cast<void*>(p.mask.data), p.mask.stride_b, p.mask.stride_h, by_keys ? p.mask.stride_j : p.mask.stride_i};
-    const bool broadcast = by_keys && p.mask.stride_i == 0;
+    const bool broadcast = p.mask.stride_i == 0;
     return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT32, CU_TENSOR_MAP_SWIZZLE_NONE, words, p.B, p.H, by_keys ? p.Nk : p.Nq,
-                             broadcast ? 4 : (columns + BIT_COLUMNS - 1) / BIT_COLUMNS * 4, rows, 4);
+                             by_keys && broadcast ? 4 : (columns + BIT_COLUMNS - 1) / BIT_COLUMNS * 4, !by_keys && broadcast ? 1 : rows, 4);
 }
 
-// This lane's part of the accumulators of rows `row` and row + ROW_STEP: columns 8n + 2t and 8n + 2t + 1 of the tile, which begins `first` columns into the
-// bits. more(r, w): further hidden columns of row row + ROW_STEP·r, from 32·w on.
+// This lane's part of two rows of accumulators, whose bits are rows `row` and row + step: columns 8n + 2t and 8n + 2t + 1 of the tile, which begins `first`
+// columns into the bits. more(r, w): further hidden columns of the r-th row, from 32·w on.
 template <int COLUMNS, class More>
-__device__ inline void start_S(float (&S)[COLUMNS / 2], const uint8_t* tile, int first, int row, int t, More more) {
+__device__ inline void start_S(float (&S)[COLUMNS / 2], const uint8_t* tile, int first, int row, int step, int t, More more) {
     static_assert(BIT_COLUMNS % COLUMNS == 0, "a tile's bits lie in one row");
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const uint32_t* words = reinterpret_cast<const BitRow*>(tile)[row + ROW_STEP * r].word + first / 32;
+        const uint32_t* words = reinterpret_cast<const BitRow*>(tile)[row + step * r].word + first / 32;
 #pragma unroll
         for (int w = 0; w < COLUMNS / 32; ++w) {
             start_sums(words[w] | more(r, w), t, [&](int n, int c) -> float& { return S[4 * (4 * w + n) + 2 * r + c]; });
