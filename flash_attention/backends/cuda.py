@@ -185,7 +185,7 @@ RUNGS = {
             masks=(("bits",), ("key bits",)),
             dropout=True,
             wide_backward=(128, "backward_4_hopper_wide.cu"),
-            few_rows=((64, 128, 512), (128, 64, 192), (256, 64, 256)),
+            few_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
         ),
         Rung(
             name="tensor_core",
