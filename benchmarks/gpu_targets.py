@@ -7,7 +7,7 @@ Every contender is checked, then they take turns in one process; the median coun
 alone. Kernels that are not compiled yet are compiled before the clock starts; `python -m flash_attention.build` does that in parallel.
 
     grid     bfloat16, 16384 tokens, H·D = 2048, causal and not: FlashAttention-2 and cuDNN, as PyTorch has them
-    mask     bfloat16 under a dense random mask: FlexAttention, cuDNN, memory-efficient and normal attention
+    mask     bfloat16 under a dense random mask, and a key mask: FlexAttention, cuDNN, memory-efficient and normal attention
     dropout  bfloat16: FlashAttention-2
     bert     float16, key mask and dropout, against length: normal attention, time and memory
     float32  the kernel that computes in float32, with head sizes up to 512
@@ -151,7 +151,8 @@ def mask() -> list[Job]:
     targets = Target(FORWARD, f"over {FLEX}", 1.2), Target(BACKWARD, f"over {FLEX}", 1.1), Target(FORWARD, f"over {CUDNN}", 3)
     rivals = FLEX, CUDNN, EFFICIENT, NORMAL
     cases = [Case(b, h, 4096, 4096, d, "bfloat16", mask="full", backward=True) for b, h, d in ((8, 12, 64), (4, 16, 128))]
-    return [partial(run, Task(case, rivals, targets, one_mask=one_mask)) for case in cases for one_mask in (False, True)]
+    dense = [partial(run, Task(case, rivals, targets, one_mask=one_mask)) for case in cases for one_mask in (False, True)]
+    return dense + [partial(run, Task(replace(case, mask="key"), rivals)) for case in cases]
 
 
 def dropout() -> list[Job]:

@@ -26,7 +26,7 @@ LENGTHS = ((130, 200), (200, 130), (1, 70))  # Nq, Nk; causal with Nq > Nk has r
 # causal, mask (each head has its own: some rungs read it as bytes; all share one: packed to bits), dropout_p
 FLAGS = ((False, None, 0.0), (True, None, 0.0), (False, "one", 0.0), (False, "each", 0.0), (True, "each", 0.0), (True, "one", 0.1))
 HEAD_DIMS = (40, 64, 128, 256)  # hopper has a backward of its own above 128
-MANY = 140  # heads: more tiles than multiprocessors. A hopper block then stays and takes several, for which one head size is enough.
+MANY = 140  # heads: more tiles than multiprocessors. A hopper block then takes several, with one or two places for Q.
 
 
 def run_grid(backend: str) -> None:
@@ -35,7 +35,7 @@ def run_grid(backend: str) -> None:
     rung = RUNGS[backend]
     dtype = getattr(torch, rung.dtypes[0])
     served = 0
-    sizes = [(D, 2) for D in HEAD_DIMS] + [(128, MANY)] * (backend == "hopper")
+    sizes = [(D, 2) for D in HEAD_DIMS] + [(D, MANY) for D in (128, 256)] * (backend == "hopper")
     for (Nq, Nk), (causal, masks, dropout_p), (D, H) in product(LENGTHS, FLAGS, sizes):
         q = torch.randn(1, H, Nq, D, device="cuda", dtype=dtype, requires_grad=True)
         k, v = (torch.randn(1, 1, Nk, D, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
