@@ -144,7 +144,7 @@ def check_masks_of_the_algorithms(algorithm):
 def check_choice(monkeypatch):
     """Of the kernels that could serve a call the highest rung that pays is chosen; one asked for by name is taken."""
     monkeypatch.setattr(cuda.Rung, "why_not", lambda *call: None)
-    few = {64: (256, 512), 72: (64, 128), 128: (64, 128), 136: (64, 256), 256: (64, 256)}  # rows by head size: without and with dropout
+    few = {64: (128, 384), 72: (64, 192), 128: (64, 192), 136: (64, 256), 256: (64, 256)}  # rows by head size: without and with dropout
     for head_dim, limits in few.items():
         for dropout_p, limit in zip((0.0, 0.1), limits, strict=True):
             for rows, rung in ((1, "tensor_core"), (limit, "tensor_core"), (limit + 1, "hopper")):
