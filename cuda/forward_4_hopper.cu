@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 ptx::mbarrier_arrive_expect_tx(barrier(full, slot.stage), Tile_KV::BYTES + more_bytes);
 #pragma unroll
                 for (int panel = 0; panel < Tile_KV::PANELS; ++panel)
-                    ptx::cp_async_bulk_tensor_4d(tiles + slot.stage * Tile_KV::BYTES + panel * Tile_KV::PANEL_BYTES, &map, panel * 64, keys.j0, keys.kv_h, keys.b,
-                                                 barrier(full, slot.stage));
+                    ptx::cp_async_bulk_tensor_4d(tiles + slot.stage * Tile_KV::BYTES + panel * Tile_KV::PANEL_BYTES, &map, panel * 64, keys.j0, keys.kv_h,
+                                                 keys.b, barrier(full, slot.stage));
             };
             Keys keys{}, before;  // V is asked for a tile later than K: it is needed later, and its place is in use for longer
             auto load_V = [&] { load(Slot_KV(n - 1), V_smem, maps.v, barriers.V_full, barriers.V_empty, before, 0); };
@@ -171,8 +171,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                     before = keys, keys = {work.j0(tile), kv_head(p, work.h), work.b};
                     load(slot, K_smem, maps.k, barriers.K_full, barriers.K_empty, keys, MASK ? schedule.mask_bytes : 0);
                     if (MASK)
-                        ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + slot.stage * MASK_BYTES), &maps.mask, keys.j0 / BIT_COLUMNS * 4, work.i0, work.h,
-                                                     work.b, barrier(barriers.K_full, slot.stage));
+                        ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + slot.stage * MASK_BYTES), &maps.mask, keys.j0 / BIT_COLUMNS * 4, work.i0,
+                                                     work.h, work.b, barrier(barriers.K_full, slot.stage));
                     if (n > 0) load_V();
                     if (AHEAD && tile + 1 == work.k_tiles) hand_out(next);
                     if (!AHEAD && tile == 0) hand_out(work);
