@@ -377,7 +377,8 @@ def script_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     arguments = parser.parse_args()
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    arguments.d = arguments.d or min(512, *getattr(BACKENDS.get(arguments.backend), "head_dims", (512,))[-1:])
+    if arguments.d is None:
+        arguments.d = min(512, getattr(BACKENDS.get(arguments.backend), "head_dims", (512,))[-1])
     return arguments
 
 

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES;
                 load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES);
                 if (MASK)
-                    ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + stage * MASK_BYTES), &maps.mask, p.mask.stride_i ? i0 / BIT_COLUMNS * 4 : 0, j0,
+                    ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + stage * MASK_BYTES), &maps.mask, one_row(p) ? 0 : i0 / BIT_COLUMNS * 4, j0,
                                                  at.bh % p.H, at.bh / p.H, barrier(barriers.Q_full, stage));
                 load(Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage), 0);
             }

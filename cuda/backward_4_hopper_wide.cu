@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), barrier(barriers.Q_empty, stage), MASK_BYTES);
                 if (MASK) {
                     ptx::mbarrier_wait(mask_empty, (at.n & 1) ^ 1);
-                    ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem), &maps.mask, p.mask.stride_i ? i0 / BIT_COLUMNS * 4 : 0, j0, at.bh % p.H,
+                    ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem), &maps.mask, one_row(p) ? 0 : i0 / BIT_COLUMNS * 4, j0, at.bh % p.H,
                                                  at.bh / p.H, barrier(barriers.Q_full, stage));
                 }
                 load(Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage),

@@ -68,6 +68,11 @@ struct Work {
     __device__ int j0(int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
 };
 
+// Where the LSE of row i of the work's head is kept.
+__device__ inline float& LSE_of(const AttentionParams& p, const Work& work, int i) {
+    return p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + i];
+}
+
 // Of the tiles of keys, from the first, those that some of `rows` rows from i0 on see. Tiles beyond are never visited.
 __device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
     const int columns = i0 >= p.Nq ? 0 : CAUSAL ? max(0, min(p.Nk, min(i0 + rows, p.Nq) + p.Nk - p.Nq)) : p.Nk;
@@ -79,7 +84,7 @@ __device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
 struct Schedule {
     int units, section;
     int q_tiles, of_head;  // of one head: tiles, units
-    int mask_bytes;        // that come with a tile of K
+    int mask_bytes;        // that come with a tile of K; the producer has no registers left to find it out
 
     // The block's m-th work. False if there are not so many.
     __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
@@ -189,7 +194,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 for (int i = work.i0; work.k_tiles == 0 && i < min(p.Nq, work.i0 + BLOCK_Q); ++i) {
                     element* O = head_of(p.o, work.b, work.h) + i * p.o.stride_n;
                     for (int d = threadIdx.x % 32; d < p.Dv; d += 32) O[d] = element(0.0f);
-                    if (p.lse && threadIdx.x % 32 == 0) p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + i] = -CUDART_INF_F;
+                    if (p.lse && threadIdx.x % 32 == 0) LSE_of(p, work, i) = -CUDART_INF_F;
                 }
         }
     } else {
@@ -222,8 +227,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
 #if MASK
             const bool diagonal = CAUSAL && cut(i0, j0);
-            const bool one_row = p.mask.stride_i == 0;  // for all queries
-            start_S<BLOCK_K>(S_rmem, mask_smem + slot.stage * MASK_BYTES, j0 % BIT_COLUMNS, one_row ? 0 : first_row, one_row ? 0 : ROW_STEP, t,
+            const bool shared = one_row(p);
+            start_S<BLOCK_K>(S_rmem, mask_smem + slot.stage * MASK_BYTES, j0 % BIT_COLUMNS, shared ? 0 : first_row, shared ? 0 : ROW_STEP, t,
                              [&](int r, int w) { return diagonal ? ~first_bits(visible(i0, j0, r) - 32 * w) : 0; });
 #endif
         };
@@ -447,7 +452,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     const int i = work.i0 + first_row + ROW_STEP * r;
-                    if (p.lse && t == 0 && i < p.Nq) p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + i] = LSE[r];
+                    if (p.lse && t == 0 && i < p.Nq) LSE_of(p, work, i) = LSE[r];
                 }
 
                 if (!AHEAD) next = take();
@@ -487,7 +492,7 @@ extern "C" int attention(const AttentionParams* params) {
     const int64_t head_bytes = static_cast<int64_t>(p.Nk) * (p.D + p.Dv) * sizeof(element);
     const int64_t fit = (int64_t(32) << 20) * (p.H / p.Hkv) / std::max<int64_t>(head_bytes, 1);  // in 32 of the L2 cache's 50 MB
     const Schedule schedule = {static_cast<int>(units), static_cast<int>(std::clamp<int64_t>(fit, 1, heads)), q_tiles, of_head,
-                               !MASK ? 0 : p.mask.stride_i ? MASK_BYTES : static_cast<int>(sizeof(BitRow))};
+                               !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES};
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));
     forward_kernel<<<blocks, THREADS, SMEM_BYTES, p.stream>>>(p, maps, schedule);
     return cudaGetLastError();

@@ -11,15 +11,17 @@ struct alignas(16) BitRow {
 };
 constexpr int BIT_COLUMNS = 128;
 
+// Whether one row of the mask, over the keys, is for all queries.
+__host__ __device__ inline bool one_row(const AttentionParams& p) { return p.mask.stride_i == 0; }
+
 // Map of the mask's rows of words, of which a box has `rows`. A row belongs to a query (MASK_OF_BITS) or to a key (MASK_OF_KEY_BITS). One row for
 // all queries is copied once: were it copied once for each, every multiprocessor would ask for the same 16 bytes over and over.
 inline cudaError_t make_mask_map(CUtensorMap* map, const AttentionParams& p, int rows) {
     const bool by_keys = MASK == MASK_OF_KEY_BITS;
     const int columns = by_keys ? p.Nq : p.Nk;
     const Tensor4 words = {const_cast<void*>(p.mask.data), p.mask.stride_b, p.mask.stride_h, by_keys ? p.mask.stride_j : p.mask.stride_i};
-    const bool broadcast = p.mask.stride_i == 0;
     return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT32, CU_TENSOR_MAP_SWIZZLE_NONE, words, p.B, p.H, by_keys ? p.Nk : p.Nq,
-                             by_keys && broadcast ? 4 : (columns + BIT_COLUMNS - 1) / BIT_COLUMNS * 4, !by_keys && broadcast ? 1 : rows, 4);
+                             by_keys && one_row(p) ? 4 : (columns + BIT_COLUMNS - 1) / BIT_COLUMNS * 4, !by_keys && one_row(p) ? 1 : rows, 4);
 }
 
 // This lane's part of two rows of accumulators, whose bits are rows `row` and row + step: columns 8n + 2t and 8n + 2t + 1 of the tile, which begins `first`

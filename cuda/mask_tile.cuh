@@ -26,7 +26,7 @@ struct MaskOfBits {
         return static_cast<uint32_t>(b * p.mask.stride_b + h * p.mask.stride_h + min(i0 + thread % BLOCK_Q, p.Nq - 1) * p.mask.stride_i);
     }
     __device__ static void copy(uint8_t* smem, const AttentionParams& p, uint32_t origin, int, int j0, int thread) {
-        if (THREADS > BLOCK_Q && thread >= BLOCK_Q) return;
+        if (THREADS > BLOCK_Q && thread >= BLOCK_Q) return;  // a row has one copier
         ptx::cp_async_small<sizeof(Row)>(ptx::smem_address(reinterpret_cast<Row*>(smem) + thread % BLOCK_Q),
                                          static_cast<const uint32_t*>(p.mask.data) + (origin + static_cast<uint32_t>(j0) / 32));
     }
