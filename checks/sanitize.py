@@ -44,6 +44,10 @@ def run_grid(backend: str) -> None:
         if rung.why_not(q, k, v, mask, causal, dropout_p):
             continue
         O, LSE = flash_attention(q, k, v, mask, causal=causal, dropout_p=dropout_p, return_lse=True, backend=backend)
+        if backend == "hopper":
+            # initcheck (2025.3) does not see what the copy engine stores; of a trip over the host it does. Whether all of O was written,
+            # the checks with poisoned outputs say.
+            O.data.copy_(O.data.cpu())
         alive = ~LSE.isneginf()
         torch.autograd.backward((O, LSE), (torch.randn_like(O), torch.randn_like(LSE).where(alive, 0)))
         torch.cuda.synchronize()
@@ -53,7 +57,8 @@ def run_grid(backend: str) -> None:
 
 
 def sanitize(tool: str, backend: str) -> bool:
-    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=1", sys.executable, __file__, "--grid", backend]
+    options = ["--error-exitcode=1"] + ["--check-api-memory-access=no"] * (tool == "initcheck")  # it would report the trip over the host above
+    command = ["compute-sanitizer", f"--tool={tool}", *options, sys.executable, __file__, "--grid", backend]
     # Every tensor an allocation of its own: an access beyond its end is then one beyond an allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -79,20 +79,20 @@ __device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
     return (columns + BLOCK_K - 1) / BLOCK_K;
 }
 
-// How the tiles of Q are dealt out to blocks: units, by sections of heads whose K and V fit the L2 cache together. A unit is a tile, or causal a pair,
-// one from the end of the sequence and its mirror image from the start: all pairs are equally long.
+// How the tiles of Q are dealt out to blocks: units, head by head, so that at any time few heads' K and V are read. A unit is a tile, or causal a pair,
+// one from the end of the sequence and its mirror image from the start: nearly all pairs are equally long.
 struct Schedule {
-    int units, section;
+    int units;
     int q_tiles, of_head;  // of one head: tiles, units
     int mask_bytes;        // that come with a tile of K; the producer has no registers left to find it out
 
     // The block's m-th work. False if there are not so many.
     __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
-        const int unit = (CAUSAL ? m / 2 : m) * gridDim.x + blockIdx.x;
+        const int blocks = gridDim.x, unit = (CAUSAL ? m / 2 : m) * blocks + blockIdx.x;
         if (unit >= units) return false;
-        const int heads = p.H * p.B;
-        const int first = unit / (of_head * section) * section, in_section = min(section, heads - first);
-        const int rest = unit - first * of_head, place = rest / in_section, bh = first + rest % in_section;  // in a section, causal, the longest first
+        const int bh = unit / of_head, first = bh * of_head;
+        // Turned by one place a round: where a head has 2, 3 or 4, a block would otherwise have the same one of every head, and some are shorter.
+        const int place = (unit - first + first / blocks) % of_head;
         const bool from_end = CAUSAL && m % 2 == 0;
         // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
         const bool again = CAUSAL && m % 2 && 2 * place + 1 == q_tiles;
@@ -487,12 +487,9 @@ extern "C" int attention(const AttentionParams* params) {
     if (error == cudaSuccess && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_Q);
     if (error != cudaSuccess) return error;
     const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, of_head = CAUSAL ? (q_tiles + 1) / 2 : q_tiles;
-    const int64_t heads = static_cast<int64_t>(p.B) * p.H, units = heads * of_head;
+    const int64_t units = static_cast<int64_t>(p.B) * p.H * of_head;
     if (units > INT32_MAX / 2) return cudaErrorInvalidConfiguration;  // a block's next one, too, must be an int
-    const int64_t head_bytes = static_cast<int64_t>(p.Nk) * (p.D + p.Dv) * sizeof(element);
-    const int64_t fit = (int64_t(32) << 20) * (p.H / p.Hkv) / std::max<int64_t>(head_bytes, 1);  // in 32 of the L2 cache's 50 MB
-    const Schedule schedule = {static_cast<int>(units), static_cast<int>(std::clamp<int64_t>(fit, 1, heads)), q_tiles, of_head,
-                               !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES};
+    const Schedule schedule = {static_cast<int>(units), q_tiles, of_head, !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES};
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));
     forward_kernel<<<blocks, THREADS, SMEM_BYTES, p.stream>>>(p, maps, schedule);
     return cudaGetLastError();
