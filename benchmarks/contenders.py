@@ -169,14 +169,15 @@ def _sdpa(backend: str, case: Case, inputs: Inputs) -> Callable:
 
 
 def _flex(backend: str, case: Case, inputs: Inputs) -> Callable:
-    """FlexAttention under a mask (b, h or 1, q_len, kv_len) that it reads entry by entry; which blocks are empty is found here, before the
-    clock starts."""
-    if inputs.mask is None or inputs.mask.dim() != 4 or case.causal or case.dropout_p:
-        raise NotImplementedError(f"flex is compared under a dense mask alone, not in the case: {case.describe()}")
-    batches, heads = inputs.mask.shape[:2]
+    """FlexAttention under a mask, (b, h or 1, q_len, kv_len) or of keys (b, kv_len), that it reads entry by entry; which blocks are empty
+    is found here, before the clock starts."""
+    if inputs.mask is None or case.causal or case.dropout_p:
+        raise NotImplementedError(f"flex is compared under a mask alone, not in the case: {case.describe()}")
+    mask = inputs.mask[:, None, None, :] if case.mask == "key" else inputs.mask
+    batches, heads, rows, _ = mask.shape
 
     def allowed(b, h, i, j):
-        return inputs.mask[b, h if heads > 1 else 0, i, j]
+        return mask[b, h if heads > 1 else 0, i if rows > 1 else 0, j]
 
     blocks = create_block_mask(allowed, batches, heads, case.q_len, case.kv_len, device=case.device)
     # For this shape alone, and never silently uncompiled.

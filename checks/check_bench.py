@@ -8,11 +8,14 @@ from pathlib import Path
 from statistics import geometric_mean
 
 import pytest
+import torch
 from harness import run_alone
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are not installed
 
 from benchmarks import gpu_targets, report, tables
+from benchmarks.case import Case, random_inputs
+from benchmarks.verify import verify
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--q_len", "70", "--kv_len", "90", "--d", "16", "--repeats", "2", "--device", "cpu"]
@@ -109,6 +112,14 @@ def check_gpu_targets_on_a_cpu(tmp_path):
         cells = [row for row in rows if row["group"] == "grid" and row["part"] == part]
         ratios = [row["over sdpa (flash)"] for row in cells if row["case"] and row["case"]["d"] <= 128]
         assert len(ratios) == 5 and cells[-1]["over sdpa (flash)"] == pytest.approx(geometric_mean(ratios)), cells[-1]
+
+
+@pytest.mark.parametrize("mask", ("full", "key"))
+def check_flex(mask, monkeypatch):
+    """The rival that no CPU run of the benches calls is given the same mask. Not compiled: that takes half a minute."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = Case(2, 3, 130, 200, 16, "float32", mask=mask)
+    assert verify(gpu_targets.FLEX, case, random_inputs(case)).passed
 
 
 def check_gpu_targets_reject_a_wrong_result():

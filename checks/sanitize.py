@@ -57,8 +57,10 @@ def run_grid(backend: str) -> None:
 
 
 def sanitize(tool: str, backend: str) -> bool:
-    options = ["--error-exitcode=1"] + ["--check-api-memory-access=no"] * (tool == "initcheck")  # it would report the trip over the host above
-    command = ["compute-sanitizer", f"--tool={tool}", *options, sys.executable, __file__, "--grid", backend]
+    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=1"]
+    if tool == "initcheck":
+        command += ["--check-api-memory-access=no"]  # it would report the trip over the host above
+    command += [sys.executable, __file__, "--grid", backend]
     # Every tensor an allocation of its own: an access beyond its end is then one beyond an allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
