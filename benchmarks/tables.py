@@ -52,13 +52,12 @@ def sweep(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def h200_targets(content: dict[str, Any]) -> str:
-    """The grid of each backend as ratios, N downwards and D across, then a table for each other group."""
+def h200_grid(content: dict[str, Any]) -> str:
+    """The grid of each backend as ratios, N downwards and D across."""
     rows = content["results"]
     blocks = [_gpu(content["environment"]) + "; medians. × is how many times the speed of that one: above 1 is faster."]
-    grid = [row for row in rows if row["group"] == "grid"]
-    for name, part in product(dict.fromkeys(row["name"] for row in grid), ("forward", "backward")):
-        cells = [row for row in grid if (row["name"], row["part"]) == (name, part)]
+    for name, part in product(dict.fromkeys(row["name"] for row in rows), ("forward", "backward")):
+        cells = [row for row in rows if (row["name"], row["part"]) == (name, part)]
         if not cells:
             continue
         kinds = {(row["case"]["d"], row["case"]["causal"]) for row in cells if row["case"]}
@@ -70,9 +69,15 @@ def h200_targets(content: dict[str, Any]) -> str:
                 lines.setdefault(case["q_len"], {"n": str(case["q_len"])})[f"{case['d']} {case['causal']}"] = _ratios(row)
         means = [f"{row['label'].capitalize()}: {_ratios(row)}." for row in cells if not row["case"]]
         blocks.append("\n\n".join([report.markdown([lines[n] for n in sorted(lines)], columns), *means]))
+    return "\n\n".join(blocks)
+
+
+def h200_targets(content: dict[str, Any]) -> str:
+    """A table for each group but the grid."""
+    blocks = [_gpu(content["environment"]) + "; medians."]
     figures = [column for column in FIGURES if column[0] != "percent_of_matmul"]
     for group in ("mask", "dropout", "bert", "float32", "host"):
-        if chosen := [row for row in rows if row["group"] == group]:
+        if chosen := [row for row in content["results"] if row["group"] == group]:
             blocks.append(report.markdown(chosen, [("label", group, ""), ("part", "", ""), *figures]))
     return "\n\n".join(blocks)
 
@@ -104,7 +109,14 @@ def _ratios(row: dict[str, Any]) -> str:
     return " / ".join(f"{row[key]:.2f}" if row.get(key) else "–" for key in (f"over {FA2}", f"over {CUDNN}"))
 
 
-TABLES = {"cpu_targets": cpu_targets, "h200_bert": sweep, "h200_bert_causal": sweep, "h200_targets": h200_targets, "h200_rungs": h200_rungs}
+TABLES = {
+    "cpu_targets": cpu_targets,
+    "h200_bert": sweep,
+    "h200_bert_causal": sweep,
+    "h200_grid": h200_grid,
+    "h200_targets": h200_targets,
+    "h200_rungs": h200_rungs,
+}
 
 
 def filled(text: str) -> str:
