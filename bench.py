@@ -66,6 +66,8 @@ def main(causal: bool = False) -> int:
                     say=lambda line: tqdm.write(line, file=sys.stdout),
                     progress=lambda doing, bar=bar, case=case: bar.set_postfix_str(f"{case.q_len}: {doing}"),
                 )
+                if args.json:  # after each length: whatever ends the run, what was measured is kept
+                    report.write_json(args.json, environment, vars(args) | {"causal": causal}, rows)
     except WrongResult as wrong:
         print(wrong, file=sys.stderr)
         return 1
@@ -78,7 +80,6 @@ def main(causal: bool = False) -> int:
     measured = any("ms" in row for row in rows)
     print("\n" + (legend(todo[-1], rows, environment) if measured else "nothing could be measured"))
     if args.json:
-        report.write_json(args.json, environment, vars(args) | {"causal": causal}, rows)
         print(f"written: {args.json}")
     if args.plot:
         from benchmarks.plot import plot_sweep  # matplotlib is slow to load
