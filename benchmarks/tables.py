@@ -54,7 +54,7 @@ def sweep(content: dict[str, Any]) -> str:
 
 def h200_grid(content: dict[str, Any]) -> str:
     """The grid of each backend as ratios, N downwards and D across."""
-    rows = content["results"]
+    rows = [row for row in content["results"] if row["group"] == "grid"]
     blocks = [_gpu(content["environment"]) + "; medians. × is how many times the speed of that one: above 1 is faster."]
     for name, part in product(dict.fromkeys(row["name"] for row in rows), ("forward", "backward")):
         cells = [row for row in rows if (row["name"], row["part"]) == (name, part)]
