@@ -102,11 +102,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             // Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, under way
             float S_rmem[BLOCK_Q / 2], dP_rmem[BLOCK_Q / 2];
             auto multiply = [&](float(&C)[BLOCK_Q / 2], uint32_t A, uint32_t B, bool from_zero) {
+                const uint64_t a = ptx::descriptor(uniform(A + group_rows)), b = ptx::descriptor(uniform(B));
                 ptx::wgmma_fence();
 #pragma unroll
                 for (int d = 0; d < HEAD_DIM / 16; ++d)
-                    ptx::wgmma_ss<element, BLOCK_Q>(C, ptx::descriptor(A + group_rows + d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32),
-                                                    ptx::descriptor(B + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), !from_zero || d > 0);
+                    ptx::wgmma_ss<element, BLOCK_Q>(C, ptx::advance(a, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32),
+                                                    ptx::advance(b, d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), !from_zero || d > 0);
                 ptx::wgmma_commit_group();
             };
             ptx::mbarrier_wait(barrier(barriers.Q_full, stage), slot.parity);
@@ -170,9 +171,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
             // dV += Pᵀ dO and dK += dSᵀ Q: the rows of dO and Q are the sum's index
             auto add = [&](float(&C)[HEAD_DIM / 2], const uint32_t(&A)[BLOCK_Q / 16][4], uint32_t B) {
+                const uint64_t b = ptx::descriptor(uniform(B), Tile_Q::PANEL_BYTES);
 #pragma unroll
-                for (int k = 0; k < BLOCK_Q / 16; ++k)
-                    ptx::wgmma_rs<element, HEAD_DIM>(C, A[k], ptx::descriptor(B + k * 16 * ROW_BYTES, Tile_Q::PANEL_BYTES));
+                for (int k = 0; k < BLOCK_Q / 16; ++k) ptx::wgmma_rs<element, HEAD_DIM>(C, A[k], ptx::advance(b, k * 16 * ROW_BYTES));
                 ptx::wgmma_commit_group();
             };
             ptx::wgmma_fence();
@@ -182,11 +183,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             // dQ = dS K: a group computes 64 rows, or, where there are no more, 64 columns of it
             float dQ_rmem[32];
             constexpr bool BY_ROWS = BLOCK_Q == 128;
-            const uint32_t dS_part = dS_tile + (BY_ROWS ? consumer * Tile_S::PANEL_BYTES : 0), K_part = K_smem + (BY_ROWS ? 0 : consumer * Tile_K::PANEL_BYTES);
+            const uint64_t dS_part = ptx::descriptor(uniform(dS_tile + (BY_ROWS ? consumer * Tile_S::PANEL_BYTES : 0)));
+            const uint64_t K_part = ptx::descriptor(uniform(K_smem + (BY_ROWS ? 0 : consumer * Tile_K::PANEL_BYTES)));
             ptx::wgmma_fence();
 #pragma unroll
             for (int k = 0; k < BLOCK_K / 16; ++k)
-                ptx::wgmma_ss_transposed<element, 64>(dQ_rmem, ptx::descriptor(dS_part + k * 16 * ROW_BYTES), ptx::descriptor(K_part + k * 16 * ROW_BYTES), k > 0);
+                ptx::wgmma_ss_transposed<element, 64>(dQ_rmem, ptx::advance(dS_part, k * 16 * ROW_BYTES), ptx::advance(K_part, k * 16 * ROW_BYTES), k > 0);
             ptx::wgmma_commit_group();
             add(dK_rmem, dS_rmem, Q_tile);
 
