@@ -15,7 +15,7 @@ from flash_attention import flash_attention, interface, shortcut
 @pytest.fixture
 def slow_calls(monkeypatch):
     """The table is empty, and whatever is checked and prepared anew is listed here."""
-    monkeypatch.setattr(shortcut, "_launches", {})
+    monkeypatch.setattr(shortcut, "_kept", {})
     calls, whole = [], interface._attention
     monkeypatch.setattr(interface, "_attention", lambda *arguments: calls.append(arguments) or whole(*arguments))
     return calls
@@ -42,7 +42,7 @@ def check_a_second_call(target, slow_calls):
                 assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
             other = flash_attention(v, q, k, causal=causal, scale=scale, backend=target.backend)
             assert len(slow_calls) == 1
-            shortcut._launches.clear()
+            shortcut._kept.clear()
             assert torch.equal(other, flash_attention(v, q, k, causal=causal, scale=scale, backend=target.backend))
 
 
@@ -74,9 +74,9 @@ def check_no_two_calls_are_confused(target, slow_calls):
     ]
     want = []
     for arguments, settings in calls:
-        shortcut._launches.clear()
+        shortcut._kept.clear()
         want.append(flash_attention(*arguments, **settings, return_lse=True, backend=target.backend))
-    shortcut._launches.clear()
+    shortcut._kept.clear()
     for _ in range(2):
         for n, ((arguments, settings), expected) in enumerate(zip(calls, want, strict=True)):
             got = flash_attention(*arguments, **settings, return_lse=True, backend=target.backend)
@@ -155,7 +155,7 @@ def check_the_table_stays_small(target, slow_calls, monkeypatch):
     q, k, v = inputs(target)
     for n in range(1, 12):
         flash_attention(q, k[:, :, :n], v[:, :, :n], backend=target.backend)
-        assert 1 <= len(shortcut._launches) <= 5
+        assert 1 <= len(shortcut._kept) <= 5
 
 
 if __name__ == "__main__":

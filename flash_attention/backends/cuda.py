@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_attention import allocate, build
-from flash_attention.backends.launch import NO_MASK, PARAMS, Launch, raise_on
+from flash_attention.backends.launch import MASK, NO_MASK, NO_TENSOR, PARAMS, SETTINGS, STRIDES, Launch, raise_on
 from flash_attention.reference.dropout import threshold
 
 PACK_MASK = "pack_mask.cu"
@@ -81,7 +81,8 @@ class Rung:
         q, k, v = (self._readable(x) for x in (q if sign == 1 else q * sign, k, v))
         form, mask_fields, _alive = self._mask(FORWARD, mask, seed is not None)
         tensors = q, k, v, O
-        self._launch(FORWARD, tensors, form, seed, causal, scale, dropout_p)(tensors, LSE, mask_fields, seed=seed)
+        launch = self._launch(FORWARD, tensors, form, seed, causal, scale, dropout_p)
+        launch(q, [x.data_ptr() for x in tensors], (LSE.data_ptr(), 0, 0, _address(seed)), mask_fields)
         return O, LSE
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, causal: bool, scale: float) -> Launch | None:
@@ -115,7 +116,8 @@ class Rung:
         tensors = q, k, v, O, dO, dQ, dK, dV
         launch = self._launch(BACKWARD, tensors, form, seed, causal, scale, dropout_p)
         workspace = torch.empty(launch.workspace_floats(), dtype=torch.float32, device=q.device)
-        launch(tensors, LSE, mask_fields, dLSE, workspace, seed)
+        pointers = LSE.data_ptr(), _address(dLSE), workspace.data_ptr(), _address(seed)
+        launch(q, [x.data_ptr() for x in tensors], pointers, mask_fields)
         return (dQ if sign == 1 else dQ.mul_(sign)), dK, dV
 
     # ---- what the kernels can read in place
@@ -135,18 +137,18 @@ class Rung:
         # side by side.
         return self.masks[which][:1] if dropout else self.masks[which]
 
-    def _mask(self, which: int, mask: Tensor | None, dropout: bool) -> tuple[str | None, tuple[int, ...], Tensor | None]:
+    def _mask(self, which: int, mask: Tensor | None, dropout: bool) -> tuple[str | None, bytes, Tensor | None]:
         """The mask's form, its fields in the struct, and what must stay alive until the launch."""
         if mask is None:
             return None, NO_MASK, None
         forms = self.mask_forms(which, dropout)
         form = forms[0]
         if form == "bytes" or ("bytes" in forms and _is_read_once(mask)):
-            return "bytes", (mask.data_ptr(), *mask.stride()), mask
+            return "bytes", MASK.pack(mask.data_ptr(), *mask.stride()), mask
         bits = pack_mask(mask, by_keys=form == "key bits")
         b, h, row, _ = (0 if n == 1 else s for n, s in zip(bits.shape, bits.stride(), strict=True))
         along_queries, along_keys = (row, 1) if form == "bits" else (int(mask.stride(2) != 0), row)
-        return form, (bits.data_ptr(), b, h, along_queries, along_keys), bits
+        return form, MASK.pack(bits.data_ptr(), b, h, along_queries, along_keys), bits
 
     def _launch(
         self,
@@ -164,8 +166,8 @@ class Rung:
         device = q.device.index
         return Launch(
             library=_library(self, which, device, q.dtype, max(D, Dv), causal, mask, seed is not None),
-            tensors=tuple(field for x in tensors for field in (0, *x.stride()[:3])) + (0,) * (32 - 4 * len(tensors)),
-            settings=(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop)),
+            tensors=tuple(field for x in tensors for field in (0, STRIDES.pack(*x.stride()[:3]))) + (8 - len(tensors)) * NO_TENSOR,
+            settings=SETTINGS.pack(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop)),
             device=device,
             sm_count=_sm_count(device),
         )
@@ -251,6 +253,10 @@ def _same_size(library: ctypes.CDLL, params: struct.Struct, name: str, file: str
 def _positive(scale: float) -> tuple[int, float]:
     """scale as sign · positive scale: kernels take the maximum of unscaled scores, which a negative scale would turn into the minimum."""
     return (1, scale) if scale > 0 else (-1, -scale) if scale < 0 else (0, 1.0)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 @functools.cache

@@ -1,4 +1,7 @@
-"""From tensors to a kernel's launch: `struct AttentionParams` of cuda/attention.h, filled in."""
+"""From tensors to a kernel's launch: `struct AttentionParams` of cuda/attention.h, filled in.
+
+What shapes and settings determine is packed into bytes once; a call puts its addresses between them.
+"""
 
 import ctypes
 import struct
@@ -8,10 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# q, k, v, O, dO, dQ, dK, dV (address and three strides each), the mask (address and four), lse, d_lse, workspace, seed,
-# then B, H, Hkv, Nq, Nk, D, Dv, scale, drop_below, keep_scale, deterministic, device, sm_count, and the stream.
-PARAMS = struct.Struct("@32q 5q 4q 7i f i f 3i q")
-NO_MASK = (0, 0, 0, 0, 0)
+STRIDES = struct.Struct("@3q")  # of a tensor's first three dimensions
+MASK = struct.Struct("@5q")  # address, strides
+SETTINGS = struct.Struct("@7i f i f")  # B, H, Hkv, Nq, Nk, D, Dv, scale, drop_below, keep_scale
+# q, k, v, O, dO, dQ, dK, dV (address, strides), mask, addresses of lse, d_lse, workspace and seed, settings, deterministic, device, sm_count,
+# stream.
+PARAMS = struct.Struct("@" + 8 * "q 24s" + "40s 4q 40s 3i q")
+NO_TENSOR = (0, bytes(STRIDES.size))
+NO_MASK = bytes(MASK.size)
 NO_POINTERS = (0, 0, 0, 0)
 
 
@@ -19,33 +26,28 @@ class Launch(NamedTuple):
     """A launch but for the addresses: what the shapes, strides and settings of a call determine."""
 
     library: ctypes.CDLL
-    tensors: tuple[int, ...]  # the first 32 fields of the struct, without the addresses
-    settings: tuple[int | float, ...]  # from B to keep_scale
+    tensors: tuple[int | bytes, ...]  # the first 16 fields of the struct, with 0 for each address
+    settings: bytes
     device: int
     sm_count: int
 
-    def __call__(
-        self,
-        tensors: Sequence[Tensor],
-        lse: Tensor | None,
-        mask: tuple[int, ...] = NO_MASK,
-        d_lse: Tensor | None = None,
-        workspace: Tensor | None = None,
-        seed: Tensor | None = None,
-    ) -> None:
-        """Enqueues the kernels on the current stream of the tensors' device."""
-        pointers = [0 if x is None else x.data_ptr() for x in (lse, d_lse, workspace, seed)]
-        raise_on(self.library.attention(self._params([x.data_ptr() for x in tensors], mask, pointers)), self.library, tensors[0])
+    def __call__(self, q: Tensor, addresses: Sequence[int], pointers: Sequence[int], mask: bytes = NO_MASK) -> None:
+        """Enqueues the kernels on the current stream of q's device.
+
+        addresses are those of q, k, v, O and, of a backward, dO, dQ, dK, dV; pointers those of LSE, dLSE, the workspace and the seed, 0 for
+        what there is not.
+        """
+        raise_on(self.library.attention(self._params(addresses, pointers, mask)), self.library, q)
 
     def workspace_floats(self) -> int:
-        return self.library.workspace_floats(self._params((), NO_MASK, NO_POINTERS))
+        return self.library.workspace_floats(self._params((), NO_POINTERS, NO_MASK))
 
-    def _params(self, addresses: Sequence[int], mask: Sequence[int], pointers: Sequence[int]) -> bytes:
+    def _params(self, addresses: Sequence[int], pointers: Sequence[int], mask: bytes) -> bytes:
         tensors = list(self.tensors)
-        tensors[: 4 * len(addresses) : 4] = addresses
+        tensors[: 2 * len(addresses) : 2] = addresses
         deterministic = torch.are_deterministic_algorithms_enabled()
         stream = torch._C._cuda_getCurrentRawStream(self.device)
-        return PARAMS.pack(*tensors, *mask, *pointers, *self.settings, deterministic, self.device, self.sm_count, stream)
+        return PARAMS.pack(*tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, stream)
 
 
 def raise_on(error: int, library: ctypes.CDLL, x: Tensor) -> None:
