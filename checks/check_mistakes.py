@@ -35,6 +35,7 @@ from harness import (
 
 from flash_attention import flash_attention, reference
 from flash_attention.backends import BACKENDS
+from flash_attention.backends.launch import NO_POINTERS, SETTINGS, STRIDES
 from flash_attention.reference import normal_attention, normal_attention_causal
 
 CHECKS = Path(__file__).parent
@@ -214,12 +215,13 @@ def check_strides_beyond_reach(target):
     assert torch.equal(flash_attention(anywhere, anywhere, anywhere, backend=target.backend), want)
     # No GPU holds a second batch that far away, so the launch of one is made up.
     launch = BACKENDS[target.backend].prepare(x, x, x, want, False, 0.125)
-    two_batches = (2, *launch.settings[1:])
-    for stride_b in (1, 5, 9):  # of q, k and v among the fields
+    two_batches = SETTINGS.pack(2, *SETTINGS.unpack(launch.settings)[1:])
+    addresses = [each.data_ptr() for each in (x, x, x, want)]
+    for strides in (1, 3, 5):  # of q, k and v among the fields
         fields = list(launch.tensors)
-        fields[stride_b] = 2**36
+        fields[strides] = STRIDES.pack(2**36, *STRIDES.unpack(fields[strides])[1:])
         with pytest.raises(RuntimeError, match="invalid argument"):
-            launch._replace(tensors=tuple(fields), settings=two_batches)((x, x, x, want), None)
+            launch._replace(tensors=tuple(fields), settings=two_batches)(x, addresses, NO_POINTERS)
 
 
 @CAUSAL
