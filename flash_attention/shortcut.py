@@ -21,7 +21,7 @@ CAPACITY = 1024  # of kept launches: where lengths grow without end, the table s
 
 class Kept(NamedTuple):
     launch: Launch
-    O_is_like_q: bool  # in shape and strides, so that nothing has to be worked out to allocate it
+    O_is_like_q: bool  # allocate.is_like, not to be worked out again
 
 
 _kept: dict[Hashable, Kept] = {}
@@ -68,10 +68,8 @@ def repeat(call: Hashable, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> tuple[
     addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
     if kept is None or (addresses[0] | addresses[1] | addresses[2]) % 16:
         return None
-    if lse:
-        O, LSE = allocate.forward_outputs(q, v)
-    else:
-        O, LSE = torch.empty_like(q) if kept.O_is_like_q else allocate.output(q, v), None
+    O = torch.empty_like(q) if kept.O_is_like_q else allocate.output(q, v)
+    LSE = allocate.lse(q) if lse else None
     kept.launch(q, (*addresses, O.data_ptr()), (LSE.data_ptr() if lse else 0, 0, 0, 0))
     return O, LSE
 
@@ -82,4 +80,4 @@ def keep(call: Hashable, q: Tensor, k: Tensor, v: Tensor, O: Tensor, causal: boo
     if launch is not None:
         if len(_kept) >= CAPACITY:
             _kept.clear()
-        _kept[call] = Kept(launch, O.shape == q.shape and O.stride() == torch.empty_like(q).stride())
+        _kept[call] = Kept(launch, allocate.is_like(q, q.shape[2], v.shape[3]))
