@@ -25,7 +25,7 @@ from harness import (
 )
 
 from flash_attention import flash_attention
-from flash_attention.reference import normal_attention, online_softmax
+from flash_attention.reference import flash2, flash2_causal, normal_attention, online_softmax, second_derivative
 
 ALGORITHM = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 CAUSAL = pytest.mark.parametrize("causal", (False, True), ids=("general", "causal"))
@@ -310,6 +310,38 @@ def check_default_scale(target):
     got, want = (Problem.of(replace(case, scale=scale), target).answer(target) for scale in (None, 0.125))
     assert torch.equal(got.O, want.O)
     assert torch.equal(got.dQ, want.dQ)
+
+
+@CAUSAL
+def check_block_size(causal, monkeypatch):
+    """flash_attention(block_size=…): the same O, LSE and first and second derivatives in tiles of any size, and tiles are that size."""
+    asked = {}
+    for module in (flash2_causal if causal else flash2, second_derivative):
+        sizes = asked[module.__name__] = set()
+        monkeypatch.setattr(
+            module, "blocks", lambda start, stop, size, sizes=sizes, blocks=module.blocks: sizes.add(size) or blocks(start, stop, size)
+        )
+    case = Case(B=1, H=4, Hkv=2, Nq=33, Nk=41, D=8, Dv=5, dtype=torch.float64, causal=causal, mask="full", dropout_p=0.3, scale=0.5)
+    leaves = [x.requires_grad_() for x in case.inputs("cpu")[:3]]
+    mask = case.inputs("cpu")[3]
+
+    def everything(block_size):
+        torch.manual_seed(0)
+        O, LSE = flash_attention(
+            *leaves, mask, causal=causal, scale=0.5, dropout_p=0.3, return_lse=True, backend=None, block_size=block_size
+        )
+        first = torch.autograd.grad(O.square().sum() + LSE.square().sum(), leaves, create_graph=True)
+        return O, LSE, *first, *torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+
+    want = everything(None)
+    for size in (1, 5, 16, 33, 10**9):
+        for sizes in asked.values():
+            sizes.clear()
+        for n, (x, y) in enumerate(zip(everything(size), want, strict=True)):
+            torch.testing.assert_close(
+                x, y, rtol=1e-10, atol=1e-11, msg=lambda text, n=n, size=size: f"output {n} of blocks of {size}: {text}"
+            )
+        assert all(sizes == {size} for sizes in asked.values()), f"tiles of {asked}, not {size}"
 
 
 @pytest.mark.parametrize(("D", "Dv"), [(64, 24), (16, 128), (8, 512), (256, 8)])

@@ -14,7 +14,7 @@ from flash_attention.backends import BACKENDS, choose
 from flash_attention.shortcut import nobody_looks_on
 
 library = torch.library.Library("flash_attention", "DEF")
-SETTINGS = "Tensor? seed, bool causal, float scale, float dropout_p, str backend"
+SETTINGS = "Tensor? seed, bool causal, float scale, float dropout_p, str backend, int? block_size=None"
 library.define(f"forward(Tensor q, Tensor k, Tensor v, Tensor? mask, {SETTINGS}) -> (Tensor, Tensor)")
 library.define(
     "backward(Tensor dO, Tensor? dLSE, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor O, Tensor LSE, "
@@ -26,9 +26,11 @@ library.define(
 )
 
 
-def attention(q, k, v, mask, seed, causal: bool, scale: float, dropout_p: float, backend: str) -> tuple[Tensor, Tensor]:
+def attention(
+    q, k, v, mask, seed, causal: bool, scale: float, dropout_p: float, backend: str, block_size: int | None
+) -> tuple[Tensor, Tensor]:
     """O and LSE, differentiable, from checked arguments (`flash_attention.interface` checks them)."""
-    arguments = q, k, v, mask, seed, causal, scale, dropout_p, backend
+    arguments = q, k, v, mask, seed, causal, scale, dropout_p, backend, block_size
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     plain = nobody_looks_on(q, k, v)
     if differentiated or forward_ad._current_level >= 0:  # forward mode: the Function raises, where a bare op would give zeros
@@ -60,7 +62,7 @@ class Attention(Function):
     def backward(ctx, dO, dLSE):
         q, k, v, mask, seed, O, LSE = ctx.saved_tensors
         if dO is None and dLSE is None:
-            return (None,) * 9
+            return (None,) * 10
         dO = torch.zeros_like(O) if dO is None else dO
         arguments = dO, dLSE, q, k, v, mask, O, LSE, seed, *ctx.settings
         if torch.is_grad_enabled():  # only create_graph=True, as torch.func always has it, leaves gradients enabled here
@@ -68,7 +70,7 @@ class Attention(Function):
         else:
             plain = nobody_looks_on(q, k, v) and type(dO) is Tensor and not _batched(dO, dLSE)
             backward = _backward if plain else torch.ops.flash_attention.backward
-        return (*backward(*arguments), *(None,) * 6)
+        return (*backward(*arguments), *(None,) * 7)
 
 
 class PlainAttention(Function):
@@ -105,33 +107,41 @@ class AttentionBackward(Function):
     @staticmethod
     def backward(ctx, gQ, gK, gV):
         to_dO, to_dLSE, to_q, to_k, to_v = torch.ops.flash_attention.second_backward(gQ, gK, gV, *ctx.saved_tensors, *ctx.settings)
-        return to_dO, to_dLSE if ctx.has_dLSE else None, to_q, to_k, to_v, *(None,) * 8
+        return to_dO, to_dLSE if ctx.has_dLSE else None, to_q, to_k, to_v, *(None,) * 9
 
 
 # ---- the ops: real, shape-only, vmapped
 
 
-def _backend(name, q, k, v, mask, causal, dropout_p):
+def _backend(name, q, k, v, mask, causal, dropout_p, block_size):
     """A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda" the fastest kernel."""
-    return BACKENDS[name] if name in BACKENDS else BACKENDS[choose(name or None, q, k, v, mask, causal, dropout_p)]
+    if name in BACKENDS and block_size is None:
+        return BACKENDS[name]
+    return BACKENDS[choose(name or None, q, k, v, mask, causal, dropout_p, block_size)]
 
 
-def _forward(q, k, v, mask, seed, causal, scale, dropout_p, backend):
-    return _backend(backend, q, k, v, mask, causal, dropout_p).forward(q, k, v, mask, seed, causal, scale, dropout_p)
+def _forward(q, k, v, mask, seed, causal, scale, dropout_p, backend, block_size=None):
+    chosen = _backend(backend, q, k, v, mask, causal, dropout_p, block_size)
+    return chosen.forward(q, k, v, mask, seed, causal, scale, dropout_p, *_given(block_size))
 
 
-def _backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p, backend):
-    chosen = _backend(backend, q, k, v, mask, causal, dropout_p)
-    return chosen.backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p)
+def _backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p, backend, block_size=None):
+    chosen = _backend(backend, q, k, v, mask, causal, dropout_p, block_size)
+    return chosen.backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p, *_given(block_size))
 
 
-def _second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, seed, causal, scale, dropout_p, backend):
-    chosen = _backend(backend, q, k, v, mask, causal, dropout_p)
+def _second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, seed, causal, scale, dropout_p, backend, block_size=None):
+    chosen = _backend(backend, q, k, v, mask, causal, dropout_p, block_size)
     if not hasattr(chosen, "second_backward"):
         raise NotImplementedError(
             "the backward of a CUDA kernel cannot be differentiated again; pass backend='reference' for second derivatives"
         )
-    return chosen.second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, seed, causal, scale, dropout_p)
+    return chosen.second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, seed, causal, scale, dropout_p, *_given(block_size))
+
+
+def _given(block_size: int | None) -> tuple[int, ...]:
+    """What a call that sets its tiles hands to the backend beyond the other arguments."""
+    return () if block_size is None else (block_size,)
 
 
 def _fake_forward(q, k, v, *_):

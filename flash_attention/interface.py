@@ -24,6 +24,7 @@ def flash_attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
+    block_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v, exactly, without ever holding the Nq × Nk matrix.
 
@@ -40,6 +41,7 @@ def flash_attention(
             by the exact keep probability. Active whenever it is not 0. `torch.manual_seed` governs it.
         return_lse: return LSE = log Σ exp(scores) too. It is differentiable.
         backend: None takes the fastest that serves this call; a name from `flash_attention.backends.BACKENDS` asks for one.
+        block_size: rows and columns of a tile of scores. It makes the call run on the reference, on any device: a kernel's tiles are fixed.
 
     Returns:
         O (B, H, Nq, Dv) in q's dtype, and LSE (B, H, Nq) in float32 (float64 for float64) if asked for. A row that may attend nothing has
@@ -55,16 +57,16 @@ def flash_attention(
     >>> flash_attention(q, k, v, causal=True).shape
     torch.Size([2, 8, 100, 64])
     """
-    call = shortcut.signature(q, k, v, causal, scale, dropout_p, backend) if mask is None else None
+    call = shortcut.signature(q, k, v, causal, scale, dropout_p, backend) if mask is None and block_size is None else None
     result = None if call is None else shortcut.repeat(call, q, k, v, return_lse)
     if result is None:
-        result = _attention(q, k, v, mask, causal, scale, dropout_p, backend, call)
+        result = _attention(q, k, v, mask, causal, scale, dropout_p, backend, block_size, call)
     return result if return_lse else result[0]
 
 
-def _attention(q, k, v, mask, causal, scale, dropout_p, backend, call) -> tuple[Tensor, Tensor]:
+def _attention(q, k, v, mask, causal, scale, dropout_p, backend, block_size, call) -> tuple[Tensor, Tensor]:
     """O and LSE of any call, from arguments as they came; its launch is kept if it is one that can be repeated."""
-    _check(q, k, v, causal, scale, dropout_p)
+    _check(q, k, v, causal, scale, dropout_p, block_size)
     if _autocasts(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -75,8 +77,8 @@ def _attention(q, k, v, mask, causal, scale, dropout_p, backend, call) -> tuple[
     seed = torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=q.device) if dropout_p else None
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     # Choosing looks at the machine, which a compiled graph cannot: there the op chooses when it runs.
-    name = backend or "" if torch.compiler.is_compiling() else choose(backend, q, k, v, mask, causal, dropout_p)
-    result = attention(q, k, v, mask, seed, causal, scale, float(dropout_p), name)
+    name = backend or "" if torch.compiler.is_compiling() else choose(backend, q, k, v, mask, causal, dropout_p, block_size)
+    result = attention(q, k, v, mask, seed, causal, scale, float(dropout_p), name, block_size)
     if call is not None:
         shortcut.keep(call, q, k, v, result[0], causal, scale, name)
     return result
@@ -86,7 +88,7 @@ def _autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _check(q, k, v, causal, scale, dropout_p) -> None:
+def _check(q, k, v, causal, scale, dropout_p, block_size) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -120,3 +122,7 @@ def _check(q, k, v, causal, scale, dropout_p) -> None:
         raise ValueError(f"scale must be finite, got {scale}")
     if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be a probability in [0, 1), got {dropout_p!r}")
+    if block_size is not None and (not isinstance(block_size, int) or isinstance(block_size, bool)):
+        raise TypeError(f"block_size must be an integer or None, got {block_size!r}")
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")

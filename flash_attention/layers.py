@@ -200,10 +200,10 @@ class Chunks:
             BACKENDS.setdefault(cls(size).name, cls(size))
 
     def forward(self, *call):
-        return reference.forward(*call, block=self.size)
+        return reference.forward(*call, block_size=self.size)
 
     def backward(self, *call):
-        return reference.backward(*call, block=self.size)
+        return reference.backward(*call, block_size=self.size)
 
     why_not = staticmethod(reference.why_not)
     second_backward = staticmethod(reference.second_backward)

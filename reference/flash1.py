@@ -59,7 +59,7 @@ def flash_attention_forward(
     block_q, block_k = block_size(block_q, BLOCK_Q), block_size(block_k, BLOCK_K)
     scale = D**-0.5 if scale is None else scale
     mask = broadcast_mask(mask, B, H, Nq, Nk)
-    S_memory = fast_memory(Q, block_q, block_k)
+    S_memory = fast_memory(Q, K, block_q, block_k)
     P_memory = S_memory if observe is None else torch.empty_like(S_memory)  # P overwrites S unless somebody is watching
     O = Q.new_zeros(B, H, Nq, Dv, dtype=dtype)  # line 2
     l = Q.new_zeros(B, H, Nq, 1, dtype=dtype)
@@ -117,7 +117,7 @@ def flash_attention_backward(
     block_q, block_k = block_size(block_q, BLOCK_Q), block_size(block_k, BLOCK_K)
     scale = D**-0.5 if scale is None else scale
     mask = broadcast_mask(mask, B, H, Nq, Nk)
-    S_memory, dP_memory = fast_memory(Q, block_q, block_k), fast_memory(Q, block_q, block_k)
+    S_memory, dP_memory = fast_memory(Q, K, block_q, block_k), fast_memory(Q, K, block_q, block_k)
     P_memory, dS_memory = (S_memory, dP_memory) if observe is None else (torch.empty_like(S_memory), torch.empty_like(dP_memory))
     dQ = Q.new_zeros(Q.shape, dtype=dtype)  # line 5
     dK, dV = K.new_empty(K.shape), V.new_empty(V.shape)

@@ -55,7 +55,7 @@ def flash_attention2_causal_forward(
     block_q, block_k = block_size(block_q, BLOCK_Q), block_size(block_k, BLOCK_K)
     scale = D**-0.5 if scale is None else scale
     mask = broadcast_mask(mask, B, H, Nq, Nk)
-    S_memory = fast_memory(Q, block_q, block_k)
+    S_memory = fast_memory(Q, K, block_q, block_k)
     P_memory = S_memory if observe is None else torch.empty_like(S_memory)  # P overwrites S unless somebody is watching
     O = Q.new_empty(B, H, Nq, Dv)
     LSE = Q.new_empty(B, H, Nq, dtype=dtype)
@@ -112,7 +112,7 @@ def flash_attention2_causal_backward(
     block_q, block_k = block_size(block_q, BLOCK_Q), block_size(block_k, BLOCK_K)
     scale = D**-0.5 if scale is None else scale
     mask = broadcast_mask(mask, B, H, Nq, Nk)
-    S_memory, dP_memory = fast_memory(Q, block_q, block_k), fast_memory(Q, block_q, block_k)
+    S_memory, dP_memory = fast_memory(Q, K, block_q, block_k), fast_memory(Q, K, block_q, block_k)
     P_memory, dS_memory = (S_memory, dP_memory) if observe is None else (torch.empty_like(S_memory), torch.empty_like(dP_memory))
     dQ = Q.new_zeros(Q.shape, dtype=dtype)  # line 3
     dK, dV = K.new_empty(K.shape), V.new_empty(V.shape)

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from .dropout import Dropout
-from .tiles import blocks, broadcast_mask, hide_, hide_future_, sum_dtype, sum_groups, tile
+from .tiles import block_size, blocks, broadcast_mask, hide_, hide_future_, sum_dtype, sum_groups, tile
+
+BLOCK_Q = 128
 
 
 @torch.no_grad()
@@ -34,7 +36,7 @@ def flash_attention_second_backward(
     causal: bool = False,
     scale: float | None = None,
     dropout: Dropout | None = None,
-    block_q: int = 128,
+    block_q: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Cotangents of dO (B, H, Nq, Dv), dLSE (B, H, Nq), Q, K and V, from gQ, gK, gV shaped as Q, K, V."""
     B, H, Nq, D = Q.shape
@@ -42,6 +44,7 @@ def flash_attention_second_backward(
     dtype = sum_dtype(Q)
     scale = D**-0.5 if scale is None else scale
     mask = broadcast_mask(mask, B, H, Nq, Nk)
+    block_q = block_size(block_q, BLOCK_Q)
     LSE = LSE.masked_fill(LSE.isneginf(), math.inf)
     columns = slice(0, Nk)
     K_all, V_all, gK_all, gV_all = (tile(X, columns, H) for X in (K, V, gK, gV))

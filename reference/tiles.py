@@ -46,10 +46,11 @@ def sum_groups(dX: Tensor, Hkv: int) -> Tensor:
     return dX if dX.shape[1] == Hkv else dX.unflatten(1, (Hkv, -1)).sum(2)
 
 
-def fast_memory(Q: Tensor, block_q: int, block_k: int) -> Tensor:
+def fast_memory(Q: Tensor, K: Tensor, block_q: int, block_k: int) -> Tensor:
     """Room for one (B, H, block_q, block_k) tile of scores, set aside once and used for every tile: so it stays in cache, a CPU's fast
     memory."""
-    return Q.new_empty(Q.shape[0] * Q.shape[1] * min(block_q, Q.shape[2]) * block_k, dtype=sum_dtype(Q))
+    rows, columns = min(block_q, Q.shape[2]), min(block_k, K.shape[2])
+    return Q.new_empty(Q.shape[0] * Q.shape[1] * rows * columns, dtype=sum_dtype(Q))
 
 
 def matmul_into(memory: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -28,15 +28,17 @@ def forward(
     causal: bool,
     scale: float,
     dropout_p: float,
-    block: int | None = None,
+    block_size: int | None = None,
 ):
-    """→ O (B, H, Nq, Dv), LSE (B, H, Nq). block: rows and columns of a tile; the algorithm's own unless given."""
+    """→ O (B, H, Nq, Dv), LSE (B, H, Nq). block_size: rows and columns of a tile; the algorithm's own unless given."""
     run = flash2_causal.flash_attention2_causal_forward if causal else flash2.flash_attention2_forward
     O, LSE = allocate.forward_outputs(q, v)
-    for b, h, h_kv in _parts(q, k, causal, block):
+    for b, h, h_kv in _parts(q, k, causal, block_size):
         part_mask = None if mask is None else mask[b, h]
         dropout = _dropout(seed, dropout_p, b, h)
-        O[b, h], LSE[b, h] = run(q[b, h], k[b, h_kv], v[b, h_kv], part_mask, scale=scale, dropout=dropout, block_q=block, block_k=block)
+        O[b, h], LSE[b, h] = run(
+            q[b, h], k[b, h_kv], v[b, h_kv], part_mask, scale=scale, dropout=dropout, block_q=block_size, block_k=block_size
+        )
     return O, LSE
 
 
@@ -53,12 +55,12 @@ def backward(
     causal: bool,
     scale: float,
     dropout_p: float,
-    block: int | None = None,
+    block_size: int | None = None,
 ):
     """→ dQ, dK, dV, shaped as q, k, v."""
     run = flash2_causal.flash_attention2_causal_backward if causal else flash2.flash_attention2_backward
     dQ, dK, dV = allocate.backward_outputs(q, k, v)
-    for b, h, h_kv in _parts(q, k, causal, block):
+    for b, h, h_kv in _parts(q, k, causal, block_size):
         part_mask = None if mask is None else mask[b, h]
         part_dLSE = None if dLSE is None else dLSE[b, h]
         dQ[b, h], dK[b, h_kv], dV[b, h_kv] = run(
@@ -72,8 +74,8 @@ def backward(
             part_dLSE,
             scale=scale,
             dropout=_dropout(seed, dropout_p, b, h),
-            block_q=block,
-            block_k=block,
+            block_q=block_size,
+            block_k=block_size,
         )
     return dQ, dK, dV
 
@@ -93,25 +95,25 @@ def second_backward(
     causal: bool,
     scale: float,
     dropout_p: float,
+    block_size: int | None = None,
 ):
-    """Cotangents of dO, dLSE, q, k, v."""
+    """Cotangents of dO, dLSE, q, k, v. block_size: rows of a block."""
     everything = slice(0, q.shape[0]), slice(0, q.shape[1])
-    return flash_attention_second_backward(
-        gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, causal=causal, scale=scale, dropout=_dropout(seed, dropout_p, *everything)
-    )
+    options = {"causal": causal, "scale": scale, "dropout": _dropout(seed, dropout_p, *everything), "block_q": block_size}
+    return flash_attention_second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, **options)
 
 
 def _dropout(seed: Tensor | None, p: float, b: slice, h: slice) -> Dropout | None:
     return None if seed is None else Dropout(p, seed, range(b.start, b.stop), range(h.start, h.stop))
 
 
-def _parts(q: Tensor, k: Tensor, causal: bool, block: int | None) -> Iterator[tuple[slice, slice, slice]]:
+def _parts(q: Tensor, k: Tensor, causal: bool, block_size: int | None) -> Iterator[tuple[slice, slice, slice]]:
     """Batches, query heads and the key/value heads they read, for one run of the tile loop after another."""
     B, H, Nq, D = q.shape
     Hkv, Nk = k.shape[1:3]
     group = H // Hkv
     module = flash2_causal if causal else flash2
-    rows, columns = min(block or module.BLOCK_Q, max(Nq, 1)), min(block or module.BLOCK_K, max(Nk, 1))
+    rows, columns = min(block_size or module.BLOCK_Q, max(Nq, 1)), min(block_size or module.BLOCK_K, max(Nk, 1))
     per_head = rows * (columns + 2 * D)  # a tile of S, and the rows of Q and O beside it
     heads_kv = min(Hkv, max(1, WORKING_SET // (per_head * group)))
     batches = max(1, WORKING_SET // (per_head * H)) if heads_kv == Hkv else 1
