@@ -397,8 +397,8 @@ extern "C" int attention(const AttentionParams* params) {
     if (error != cudaSuccess) return error;
     const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * Workspace(p).rows;
     const int64_t k_blocks = static_cast<int64_t>((p.Nk + BLOCK_K - 1) / BLOCK_K) * p.Hkv * p.B;
-    if (all_rows > 0) prepare_kernel<<<static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream>>>(p);
-    if (k_blocks > 0) backward_kernel<<<static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream>>>(p, p.scale * LOG2_E);
-    if (all_rows > 0) finish_dq_kernel<<<static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream>>>(p);
+    if (all_rows > 0) launch_kernel(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);
+    if (k_blocks > 0) launch_kernel(backward_kernel, static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream, p, p.scale * LOG2_E);
+    if (all_rows > 0) launch_kernel(finish_dq_kernel, static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p);
     return cudaGetLastError();
 }

@@ -7,6 +7,7 @@
 #include <math_constants.h>
 
 #include "attention.h"
+#include "launch.cuh"
 #include "ptx.cuh"
 
 #ifndef HEAD_DIM
@@ -116,7 +117,7 @@ struct DeviceGuard {
 inline cudaError_t launch(void (*kernel)(AttentionParams), int64_t blocks, int threads, const AttentionParams& p) {
     if (blocks == 0) return cudaSuccess;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, p.stream>>>(p);
+    launch_kernel(kernel, static_cast<unsigned>(blocks), threads, 0, p.stream, p);
     return cudaGetLastError();
 }
 

@@ -294,6 +294,6 @@ extern "C" int attention(const AttentionParams* params) {
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     if (error != cudaSuccess) return error;
     const int64_t blocks = static_cast<int64_t>((p.Nq + BLOCK_Q - 1) / BLOCK_Q) * p.H * p.B;
-    forward_kernel<<<static_cast<unsigned>(blocks), THREADS, SMEM_BYTES, p.stream>>>(p);
+    launch_kernel(forward_kernel, static_cast<unsigned>(blocks), THREADS, SMEM_BYTES, p.stream, p);
     return cudaGetLastError();
 }

@@ -491,6 +491,6 @@ extern "C" int attention(const AttentionParams* params) {
     if (units > INT32_MAX / 2) return cudaErrorInvalidConfiguration;  // a block's next one, too, must be an int
     const Schedule schedule = {static_cast<int>(units), q_tiles, of_head, !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES};
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));
-    forward_kernel<<<blocks, THREADS, SMEM_BYTES, p.stream>>>(p, maps, schedule);
+    launch_kernel(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
     return cudaGetLastError();
 }

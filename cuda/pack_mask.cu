@@ -3,8 +3,9 @@
 //
 // Where the mask's rows are contiguous and aligned, a lane reads 16 columns at once; the kernels then run at the speed of memory. Broadcast
 // dimensions are packed once: Python passes 1 for their size, and stride 0 to the kernels that read the result.
-#include <cuda_runtime.h>
 #include <stdint.h>
+
+#include "launch.cuh"
 
 struct PackParams {
     const uint8_t* mask;                             // bool [B, H, Nq, Nk], any strides
@@ -115,10 +116,10 @@ extern "C" int pack_mask(const PackParams* params) {
     const bool aligned = p.stride_j == 1 && (reinterpret_cast<int64_t>(p.mask) | p.stride_b | p.stride_h | p.stride_i) % 16 == 0;
     if (p.by_keys) {
         const dim3 blocks((p.Nq + QUERIES - 1) / QUERIES * p.B * p.H, (p.Nk + KEYS - 1) / KEYS);
-        pack_by_keys_kernel<<<blocks, 32 * WARPS, 0, p.stream>>>(p, aligned);
+        launch_kernel(pack_by_keys_kernel, blocks, 32 * WARPS, 0, p.stream, p, aligned);
     } else {
         const dim3 blocks(static_cast<unsigned>((rows + WARPS - 1) / WARPS), (p.Nk + COLUMNS - 1) / COLUMNS);
-        pack_mask_kernel<<<blocks, 32 * WARPS, 0, p.stream>>>(p, aligned);
+        launch_kernel(pack_mask_kernel, blocks, 32 * WARPS, 0, p.stream, p, aligned);
     }
     error = cudaGetLastError();
     if (before != p.device) cudaSetDevice(before);

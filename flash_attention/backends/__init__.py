@@ -14,9 +14,9 @@ import warnings
 
 from torch import Tensor
 
-from . import cuda, reference
+from . import cuda, emulated, reference
 
-BACKENDS = {**cuda.RUNGS, "reference": reference}
+BACKENDS = {**cuda.RUNGS, "reference": reference, **emulated.RUNGS}
 GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.teaching)}  # a name that stands for the fastest of several
 DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
 

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import struct
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,13 +38,14 @@ class Rung:
     dropout: bool = False
     teaching: bool = False  # a step of the ladder, taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
+    device_type: ClassVar[str] = "cuda"  # of the tensors it takes
     wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
     few_rows: tuple[tuple[int, int, int], ...] = ()  # up to a head size: rows up to which a lower rung is faster, without and with dropout
 
     def why_not(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
         """Why this rung cannot serve the call, or None."""
-        if q.device.type != "cuda":
-            return f"it needs tensors on a CUDA device, got {q.device}"
+        if q.device.type != self.device_type:
+            return f"it needs tensors on {'a CUDA device' if self.device_type == 'cuda' else 'the CPU'}, got {q.device}"
         if DTYPE_NAMES.get(q.dtype) not in self.dtypes:
             return f"it computes in {', '.join(self.dtypes)}, got {q.dtype}"
         D, Dv = q.shape[3], v.shape[3]
@@ -54,7 +56,10 @@ class Rung:
             return f"it serves no dropout, got dropout_p = {dropout_p}"
         if mask is not None and not self.masks[FORWARD]:
             return f"it serves no mask, got {tuple(mask.shape)}"
-        return _why_no_kernels(self, q.device.index or 0)
+        return self._why_no_kernels(q.device.index or 0)
+
+    def _why_no_kernels(self, device: int) -> str | None:
+        return _why_no_kernels(self, device)
 
     def runs_on(self, arch: int) -> bool:
         """Whether its kernels can be compiled for this compute capability, times ten."""
@@ -145,10 +150,13 @@ class Rung:
         form = forms[0]
         if form == "bytes" or ("bytes" in forms and _is_read_once(mask)):
             return "bytes", MASK.pack(mask.data_ptr(), *mask.stride()), mask
-        bits = pack_mask(mask, by_keys=form == "key bits")
+        bits = self._pack_mask(mask, form == "key bits")
         b, h, row, _ = (0 if n == 1 else s for n, s in zip(bits.shape, bits.stride(), strict=True))
         along_queries, along_keys = (row, 1) if form == "bits" else (int(mask.stride(2) != 0), row)
         return form, MASK.pack(bits.data_ptr(), b, h, along_queries, along_keys), bits
+
+    def _pack_mask(self, mask: Tensor, by_keys: bool) -> Tensor:
+        return pack_mask(mask, by_keys)
 
     def _launch(
         self,
@@ -280,7 +288,7 @@ def _is_read_once(mask: Tensor) -> bool:
     return once and j == 1 and not (b | h | i | mask.data_ptr()) % 16
 
 
-def pack_mask(mask: Tensor, by_keys: bool = False) -> Tensor:
+def pack_mask(mask: Tensor, by_keys: bool = False, launch=None) -> Tensor:
     """bool (B, H, Nq, Nk), any strides → int32 (B or 1, H or 1, Nq or 1, words): what is broadcast is packed once.
 
     Bit c % 32 of word c / 32 is set if column c is hidden; rows are padded with ones to a multiple of 128 columns. With by_keys, the rows
@@ -293,8 +301,11 @@ def pack_mask(mask: Tensor, by_keys: bool = False) -> Tensor:
     rows, columns = (Nk, Nq) if by_keys else (Nq, Nk)
     bits = torch.empty((B, H, rows, (columns + 127) // 128 * 4), dtype=torch.int32, device=mask.device)
     if bits.numel():
-        library = _pack_mask_library(mask.device.index)
-        stream = torch._C._cuda_getCurrentRawStream(mask.device.index)
-        params = PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), B, H, Nq, Nk, by_keys, mask.device.index, stream)
-        raise_on(library.pack_mask(params), library, mask)
+        (launch or _launch_pack_mask)(mask, bits, lambda device, stream: PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), B, H, Nq, Nk, by_keys, device, stream))
     return bits
+
+
+def _launch_pack_mask(mask: Tensor, bits: Tensor, params) -> None:
+    device = mask.device.index
+    library = _pack_mask_library(device)
+    raise_on(library.pack_mask(params(device, torch._C._cuda_getCurrentRawStream(device))), library, mask)

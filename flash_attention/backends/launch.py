@@ -46,8 +46,10 @@ class Launch(NamedTuple):
         tensors = list(self.tensors)
         tensors[: 2 * len(addresses) : 2] = addresses
         deterministic = torch.are_deterministic_algorithms_enabled()
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        return PARAMS.pack(*tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, stream)
+        return PARAMS.pack(*tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, self._stream())
+
+    def _stream(self) -> int:
+        return torch._C._cuda_getCurrentRawStream(self.device)
 
 
 def raise_on(error: int, library: ctypes.CDLL, x: Tensor) -> None:

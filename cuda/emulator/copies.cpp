@@ -1,0 +1,2 @@
+#include "block.h"
+namespace emulator { int encode_tensor_map() { return 1; } }

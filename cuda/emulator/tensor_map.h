@@ -1,0 +1,4 @@
+#pragma once
+namespace emulator {
+int encode_tensor_map();
+}
