@@ -107,11 +107,13 @@ void block_ends(Block& block) {
         if (const NamedBarrier& barrier = block.barriers[id]; barrier.arrived)
             fail("the block ended with barrier %d half full: %d of %d threads have come", id, barrier.arrived, barrier.expected);
     for (const Thread& t : block.threads)
-        if (!t.copies.open.empty() || !t.copies.committed.empty()) fail("thread %d ended without waiting for its cp.async", t.id);
+        if (t.copies.under_way()) fail("thread %d ended without waiting for its cp.async", t.id);
     for (const MBarrier& barrier : block.mbarriers)
         if (barrier.bytes) fail("the block ended with %lld bytes under way for the mbarrier at shared byte %u", (long long)barrier.bytes, barrier.offset);
-    for (const Warpgroup& group : block.warpgroups)
-        if (!group.busy.empty()) fail("the block ended with products of warpgroup %d that nobody had waited for", int(&group - block.warpgroups.data()));
+    for (const Thread& t : block.threads)
+        if (!t.busy.empty()) fail("thread %d ended without waiting for its products", t.id);
+    for (const Warp& warp : block.warps)
+        if (!warp.bulk.under_way.empty()) fail("warp %d ended without waiting for its bulk stores to have read shared memory", warp.first / 32);
 }
 
 }  // namespace emulator

@@ -147,7 +147,6 @@ unsigned grid_y() { return current->grid.y; }
 
 void set_registers(int count) {
     Block& block = *current;
-    const int group = block.running / 128 * 128;
     meet(0xffffffff, "setmaxnreg", SITE, nullptr, [](Block&, Warp&, uint32_t) {});
     Thread& t = block.self();
     // A warp at a time gives back or takes: the block's 65536 are counted in warps of 32.
@@ -158,7 +157,6 @@ void set_registers(int count) {
             if (block.threads[each].wait == Wait::registers) block.awake(each);
     }
     t.registers = count;
-    (void)group;
     meet(0xffffffff, "setmaxnreg", SITE, nullptr, [](Block&, Warp&, uint32_t) {});
 }
 

@@ -45,6 +45,7 @@ struct Thread {
     int64_t value;     // a phase, a number of registers, …
     const int* memory; // that must change
     CopyGroups copies;
+    std::vector<BusyRegisters> busy;
     int registers;
 };
 
@@ -55,6 +56,7 @@ struct NamedBarrier {
 };
 
 struct Block {
+    uintptr_t library;  // where the kernel's is loaded
     unsigned x, y;
     Grid grid;
     std::vector<Thread> threads;
@@ -100,11 +102,14 @@ extern thread_local Block* current __attribute__((tls_model("initial-exec")));  
 [[noreturn]] void leave_block();
 [[noreturn]] void report_deadlock(Block&);
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
-uint32_t site_offset(const void* site);
+inline uint32_t site_offset(const void* site);
 std::string list_threads(const std::vector<int>&);  // "0 – 31, 64"
 std::string who_is(int component, uint32_t when);  // "thread 5", "the copy engine, for phase 2 …"
 void barrier_without_those_that_ended(Block&);
 void block_ends(Block&);
 void check_global(const void*, unsigned bytes, bool write, void* site);
+
+// A return address is behind the call: one less is in it.
+inline uint32_t site_offset(const void* site) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(site) - current->library - 1); }
 
 }  // namespace emulator

@@ -41,9 +41,6 @@ void fail(const char* format, ...) {
     leave_block();
 }
 
-// A return address is behind the call: one less is in it.
-uint32_t site_offset(const void* site) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(site) - session.library - 1); }
-
 int last_error() { return session.failed ? 710 : 0; }
 
 void* driver_function(const char* name) { return std::string(name) == "cuTensorMapEncodeTiled" ? reinterpret_cast<void*>(encode_tensor_map) : nullptr; }
@@ -71,7 +68,7 @@ void call_kernel() { session.kernel.thread(session.kernel.arguments); }
 // ---- the grid
 
 // A library's thread-local segment on this thread: the kernel's shared memory.
-static void find_library(void* kernel, uint8_t*& window, uint32_t& bytes) {
+static uintptr_t find_library(void* kernel, uint8_t*& window, uint32_t& bytes) {
     Dl_info info{};
     dladdr(kernel, &info);
     struct Wanted {
@@ -79,7 +76,6 @@ static void find_library(void* kernel, uint8_t*& window, uint32_t& bytes) {
         uint8_t* window;
         uint32_t bytes;
     } wanted{reinterpret_cast<uintptr_t>(info.dli_fbase), nullptr, 0};
-    session.library = wanted.base;
     dl_iterate_phdr(
         [](dl_phdr_info* library, size_t, void* data) {
             auto& wanted = *static_cast<Wanted*>(data);
@@ -90,18 +86,20 @@ static void find_library(void* kernel, uint8_t*& window, uint32_t& bytes) {
         },
         &wanted);
     window = wanted.window, bytes = wanted.bytes;
+    return wanted.base;
 }
 
 static void run_blocks(const Grid& grid, uint8_t* dynamic, void* kernel) {
     uint8_t* window;
     uint32_t bytes;
-    find_library(kernel, window, bytes);
+    const uintptr_t library = find_library(kernel, window, bytes);
     if (!window) fail("the library has no shared memory");
     const uint32_t dynamic_at = dynamic - window;
     static thread_local Block block;
     for (unsigned y = 0; y < grid.y; ++y)
         for (unsigned x = 0; x < grid.x; ++x) {
             current = &block;
+            block.library = library;
             block.shared.begin(window, bytes, dynamic_at, grid.dynamic_bytes, dynamic_at + SHARED_MEMORY);
             block.begin(x, y, grid, session.seed + session.launches);
             if (!block.run() && !session.failed) report_deadlock(block);

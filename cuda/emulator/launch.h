@@ -28,7 +28,6 @@ struct Session {
     std::vector<Memory> memories;
     std::string message;
     bool failed = false;
-    uintptr_t library = 0;  // where the kernel's is loaded
     uint64_t launches = 0;
     struct {
         void (*thread)(void*);

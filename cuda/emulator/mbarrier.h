@@ -1,10 +1,8 @@
-// mbarrier objects (PTX ISA 9.7.13.15) and warpgroups' products (9.7.15), as a block keeps account of them.
+// mbarrier objects (PTX ISA 9.7.13.15), as a block keeps account of them.
 #pragma once
 
 #include <stdint.h>
 
-#include <deque>
-#include <functional>
 #include <vector>
 
 namespace emulator {
@@ -23,20 +21,7 @@ struct MBarrier {
     std::vector<int> waiting;
 };
 
-struct Warpgroup {
-    struct Group {
-        std::vector<std::function<void()>> products;  // not yet executed
-    };
-    struct Registers {  // of a thread, that a product under way reads or writes
-        uintptr_t first, last;
-        bool written;
-        uint32_t group;
-    };
-    uint32_t groups = 0;   // committed so far
-    uint32_t awaited = 0;  // groups that have been waited for
-    std::deque<Group> committed;
-    Group open;
-    std::vector<Registers> busy;
-};
+int mbarrier_at(uint32_t address, const char* what, void* site);  // its number
+void mbarrier_bytes_came(int number, int bytes);
 
 }  // namespace emulator

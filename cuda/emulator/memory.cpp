@@ -47,8 +47,7 @@ void check_global(const void* p, unsigned bytes, bool write, void* site) { acces
 
 // A local array whose address a product was given.
 static void access_registers(Block& block, uintptr_t at, unsigned bytes, bool write, void* site) {
-    const Warpgroup& group = block.warpgroups[block.running / 128];
-    for (const auto& busy : group.busy)
+    for (const BusyRegisters& busy : block.self().busy)
         if (at < busy.last && at + bytes > busy.first && (write || busy.written))
             fail("thread %d %s a register that a product under way %s: @%x", block.running, verb(write), busy.written ? "writes" : "reads", site_offset(site));
 }
@@ -58,7 +57,7 @@ static void access_registers(Block& block, uintptr_t at, unsigned bytes, bool wr
 uint32_t shared_address(const void* p) {
     const Shared& shared = current->shared;
     if (!shared.holds(reinterpret_cast<uintptr_t>(p))) fail("thread %d: the address of shared memory, of a place that is not: @%x", current->running, site_offset(SITE));
-    return shared.offset(p) + FIRST_SHARED_ADDRESS;
+    return shared.address(p);
 }
 
 void store_shared(uint32_t address, uint32_t x) {

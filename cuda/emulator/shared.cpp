@@ -12,10 +12,9 @@ void Shared::begin(uint8_t* at, uint32_t all, uint32_t dynamic_from, uint32_t dy
 }
 
 uint8_t* Shared::at(uint32_t address, int count, int alignment, const char* what, void* site) const {
-    const uint32_t offset = address - FIRST_SHARED_ADDRESS;
     if (address % alignment) fail("%s at the shared address %u, which is not a multiple of %d: @%x", what, address, alignment, site_offset(site));
-    if (address < FIRST_SHARED_ADDRESS || offset + count > bytes) fail("%s at the shared address %u, outside of the block's %u bytes: @%x", what, address, bytes, site_offset(site));
-    return window + offset;
+    if (address < FIRST_SHARED_ADDRESS || address + count > FIRST_SHARED_ADDRESS + bytes) fail("%s at the shared address %u, outside of the block's %u bytes: @%x", what, address, bytes, site_offset(site));
+    return pointer(address);
 }
 
 void Shared::access(uint32_t offset, int count, const Access& by) {
@@ -30,6 +29,8 @@ void Shared::access(uint32_t offset, int count, const Access& by) {
 }
 
 void Shared::access(Granule& g, uint32_t mask, uint32_t offset, const Access& by) {
+    // The same thread once more, with nobody in between.
+    if (!by.write && g.reader[0] == by.who && g.read_tick[0] == by.when && (g.read_bytes[0] & mask) == mask) return;
     if (g.reserved) fail("%s accesses an mbarrier, at shared byte %u, as if it were data: @%x", who_is(by.who, by.when).c_str(), offset, site_offset(by.site));
     if (g.writer != NOBODY && g.write_bytes & mask && by.seen[g.writer] < g.write_tick) report(g, -1, offset, by);
     if (by.write) {

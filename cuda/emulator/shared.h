@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "clock.h"
+#include "emulator.h"
 
 namespace emulator {
 
@@ -25,6 +26,9 @@ struct Shared {
     void begin(uint8_t* window, uint32_t bytes, uint32_t dynamic_at, uint32_t dynamic_bytes, uint32_t dynamic_end);
     bool holds(uintptr_t p) const { return p - reinterpret_cast<uintptr_t>(window) < bytes; }
     uint32_t offset(const void* p) const { return static_cast<const uint8_t*>(p) - window; }
+    // 32-bit addresses: dynamic memory first, as descriptors do not reach further than 256 KB, then what lies before it in the window.
+    uint32_t address(const void* p) const { return FIRST_SHARED_ADDRESS + (offset(p) + bytes - dynamic_at) % bytes; }
+    uint8_t* pointer(uint32_t address) const { return window + (address - FIRST_SHARED_ADDRESS + dynamic_at) % bytes; }
     // The bytes at a 32-bit address; an error names `what` if they are not the block's, or not aligned to `alignment`.
     uint8_t* at(uint32_t address, int count, int alignment, const char* what, void* site) const;
     void access(uint32_t offset, int count, const Access&);

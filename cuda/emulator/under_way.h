@@ -1,5 +1,5 @@
-// What has been asked for and takes effect later: copies of the copy engine, cp.async, products. Each at a time that is drawn, between the instruction that
-// asks for it and the one that waits for it.
+// What has been asked for and takes effect later: copies and products. Each at a time that is drawn, between the instruction that asks for it and the one that
+// waits for it.
 #pragma once
 
 #include <stdint.h>
@@ -10,8 +10,9 @@
 
 namespace emulator {
 
+// The copy engine's: in any order.
 struct UnderWay {
-    std::vector<std::function<void()>> effects;  // in any order
+    std::vector<std::function<void()>> effects;
     bool empty() const { return effects.empty(); }
     // One of them, whichever is drawn, takes effect.
     void one(uint32_t drawn) {
@@ -22,7 +23,7 @@ struct UnderWay {
     }
 };
 
-// A thread's cp.async and bulk stores: groups in order, of which the last is still open.
+// A thread's cp.async: groups in order, the last of them open.
 struct CopyGroups {
     struct Copy {
         uint8_t* to;
@@ -31,9 +32,45 @@ struct CopyGroups {
     };
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> committed;
-    uint32_t groups = 0;       // committed so far
-    uint32_t bulk_groups = 0;  // of bulk stores
-    bool bulk_open = false;
+    uint32_t groups = 0;  // committed so far
+
+    bool under_way() const {
+        bool any = !open.empty();
+        for (const auto& group : committed) any |= !group.empty();
+        return any;
+    }
+};
+
+// The bulk stores of a warp, of which one lane asks for them and waits.
+struct BulkGroups {
+    struct Store {
+        uint32_t group;
+        std::function<void()> store;
+    };
+    std::deque<Store> under_way;  // in order; those that nobody has waited for
+    uint32_t committed = 0;
+};
+
+// Registers of a thread that a product under way reads or writes.
+struct BusyRegisters {
+    uintptr_t first, last;
+    bool written;
+    uint32_t group;
+};
+
+// The products of a warpgroup, in order.
+struct Warpgroup {
+    struct Product {
+        uint32_t group;
+        std::function<void()> execute;
+    };
+    std::deque<Product> waiting;  // for their time
+    uint32_t groups = 0;          // committed so far
+    // Where its threads meet: how many have come, and to what.
+    int there = 0;
+    const char* what = nullptr;
+    void* site = nullptr;
+    void* arguments[128];
 };
 
 }  // namespace emulator

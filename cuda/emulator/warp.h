@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "under_way.h"
+
 namespace emulator {
 
 struct Block;
@@ -12,6 +14,7 @@ struct Warp {
     int first;           // thread
     uint32_t lanes;      // that the warp has; the last one of a block may be smaller
     uint32_t exited = 0;
+    BulkGroups bulk;
     struct Lane {
         uint32_t mask = 0;  // of those it waits for; 0: it does not
         const char* what = nullptr;

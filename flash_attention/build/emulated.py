@@ -19,8 +19,9 @@ from flash_attention import build
 from flash_attention.build import BuildError, Specialisation
 
 FOLDER = "emulator"  # of the sources
-COMMON = ("-std=c++20", "-O2", "-g", "-fPIC", "-march=native")
-KERNEL = ("-x", "c++", "-fsanitize=thread", "-ffp-contract=fast")  # as nvcc, which fuses multiply and add too
+COMMON = ("-std=c++20", "-g", "-fPIC", "-march=native", "-fno-gnu-unique")
+RUNTIME = ("-O3", "-fno-semantic-interposition", "-shared")
+KERNEL = ("-O2", "-x", "c++", "-fsanitize=thread", "-ffp-contract=fast", "-fno-strict-aliasing")  # as nvcc has it
 ARCH = "90a"  # what the emulated device is
 
 
@@ -52,9 +53,9 @@ def runtime(sources: Path | None = None, *, verbose: bool = True) -> Path:
     """The emulator's own library, compiled unless the cache has it."""
     sources = sources or build.SOURCES
     compiler = _compiler()
-    name = f"emulator-{_hash(_machine(compiler), *COMMON, *_contents(sources, f'{FOLDER}/*.cpp', f'{FOLDER}/*.h'))}.so"
-    inputs = sorted(map(str, (sources / FOLDER).glob("*.cpp")))
-    return _cached(name, "the emulator", lambda out: [[compiler, *COMMON, "-shared", "-fno-gnu-unique", *inputs, "-o", str(out)]], verbose)
+    name = f"emulator-{_hash(_machine(compiler), *COMMON, *RUNTIME, *_contents(sources, f'{FOLDER}/*.cpp', f'{FOLDER}/*.h'))}.so"
+    source = str(sources / FOLDER / "runtime.cpp")
+    return _cached(name, "the emulator", lambda out: [[compiler, *COMMON, *RUNTIME, source, "-o", str(out)]], verbose)
 
 
 def build_kernel(wanted: Specialisation, sources: Path | None = None, *, verbose: bool = True) -> Path:
@@ -77,7 +78,7 @@ def build_source(file: str, defines: list[str], description: str, sources: Path 
         compiled = str(out.with_suffix(".o"))
         include = f"-I{sources / FOLDER / 'include'}"
         return [
-            [compiler, *COMMON, *KERNEL, "-fno-gnu-unique", *defines, include, "-c", str(sources / file), "-o", compiled],
+            [compiler, *COMMON, *KERNEL, *defines, include, "-c", str(sources / file), "-o", compiled],
             [compiler, "-shared", compiled, str(linked), "-Wl,-rpath,$ORIGIN", "-o", str(out)],
         ]
 
@@ -127,7 +128,7 @@ def _lines(places: list[str], library: Path) -> dict[str, str]:
         output = subprocess.run([tool, "-i", "-e", str(library), place], capture_output=True, text=True).stdout.split("\n")
         # The innermost frame of a kernel file: what stands in for CUDA's headers says nothing.
         frames = [Path(line.split(" ")[0]) for line in output if line and not line.startswith("??")]
-        outside = [frame for frame in frames if FOLDER not in frame.parts]
+        outside = [frame for frame in frames if frame.name.partition(":")[0].endswith((".cu", ".cuh"))]
         if outside:
             chain = [frame.name for frame in outside]
             found[place] = chain[0] + (f" (from {chain[-1]})" if len(chain) > 1 and chain[-1] != chain[0] else "")

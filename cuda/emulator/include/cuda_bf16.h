@@ -5,7 +5,7 @@
 
 struct __nv_bfloat16 {
     uint16_t bits;
-    __nv_bfloat16() = default;
+    constexpr __nv_bfloat16() : bits(0) {}
     __nv_bfloat16(float x) : bits(emulator::bfloat_of(x)) {}
     operator float() const { return emulator::float_of_bfloat(bits); }
 };

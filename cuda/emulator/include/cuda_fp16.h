@@ -5,7 +5,7 @@
 
 struct __half {
     uint16_t bits;
-    __half() = default;
+    constexpr __half() : bits(0) {}  // constant: shared memory, which is thread-local, needs no call to begin
     __half(float x) : bits(emulator::half_of(x)) {}
     operator float() const { return emulator::float_of_half(bits); }
 };

@@ -1,0 +1,13 @@
+// The runtime as one file for the compiler, which is quicker than one after another.
+#include "barrier.cpp"
+#include "block.cpp"
+#include "bulk.cpp"
+#include "copies.cpp"
+#include "fiber.cpp"
+#include "launch.cpp"
+#include "matrix.cpp"
+#include "mbarrier.cpp"
+#include "memory.cpp"
+#include "shared.cpp"
+#include "warp.cpp"
+#include "wgmma.cpp"
