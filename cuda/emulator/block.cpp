@@ -28,7 +28,7 @@ void Block::begin(unsigned block_x, unsigned block_y, const Grid& of_grid, uint6
     ready_warps = 0;
     for (int t = 0; t < count; ++t) {
         threads[t].id = t, threads[t].registers = registers_at_start(count);
-        threads[t].stack = stack_of(t);
+        threads[t].stack = stack_of(slot * 1024 + t);
         threads[t].stack_pointer = prepare_fiber(threads[t].stack, STACK_BYTES, thread_begins);
         awake(t);
     }
@@ -42,11 +42,12 @@ void Block::begin(unsigned block_x, unsigned block_y, const Grid& of_grid, uint6
     running = -1, last = random.below(count), threads_done = 0;
 }
 
-bool Block::run() {
+Pause Block::run() {
+    paused = Pause::waits;
     const int thread = next();
     if (thread >= 0) running = last = thread, emulator_switch(&launcher, threads[thread].stack_pointer);
     running = -1;
-    return threads_done == grid.threads;
+    return session.failed ? Pause::fault : threads_done == grid.threads ? Pause::done : paused;
 }
 
 void thread_begins() {
@@ -82,12 +83,13 @@ void Block::asleep(int t) {
 }
 
 int Block::next() {
+    if (!alone && running >= 0 && random.below(4096) == 0) return paused = Pause::drawn, ANOTHER_BLOCK;
     if (!under_way.empty() && random.below(8) == 0) under_way.one(random());
     int w = last / 32, lane = last % 32;
     while (!ready[w] || random.below(16) == 0) {  // another warp
         if (!ready_warps) {
             if (!under_way.empty()) under_way.one(random());
-            else if (!wake_who_waits_for_memory()) return -1;
+            else if (!wake_who_waits_for_memory()) return NOBODY;
             continue;
         }
         uint32_t among = ready_warps;
@@ -101,8 +103,9 @@ int Block::next() {
 }
 
 void Block::switch_to(int thread) {
-    if (thread < 0 && threads_done < grid.threads && !someone_waits_for_memory()) report_deadlock(*this);
+    if (thread == NOBODY && threads_done < grid.threads && !someone_waits_for_memory()) report_deadlock(*this);
     void** here = &self().stack_pointer;
+    if (thread == NOBODY) paused = Pause::waits;
     running = thread;
     if (thread >= 0) last = thread;
     emulator_switch(here, thread < 0 ? launcher : threads[thread].stack_pointer);

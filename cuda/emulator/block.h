@@ -31,6 +31,7 @@ struct Random {  // xorshift64*, Marsaglia 2003
     uint32_t below(uint32_t n) { return static_cast<uint64_t>((*this)()) * n >> 32; }
 };
 
+enum class Pause { done, waits, drawn, fault };  // why a block stops: it waits for another one; it was drawn that another one goes on
 enum class Wait { nothing, warp, barrier, mbarrier, registers, memory };
 
 struct Thread {
@@ -57,6 +58,8 @@ struct NamedBarrier {
 
 struct Block {
     uintptr_t library;  // where the kernel's is loaded
+    int slot;           // of those resident at a time
+    bool alone;         // there is one slot
     unsigned x, y;
     Grid grid;
     std::vector<Thread> threads;
@@ -71,11 +74,11 @@ struct Block {
     std::vector<Warpgroup> warpgroups;
     int free_registers;
     Random random;
+    Pause paused;
     int running, last, threads_done;  // running: −1 while the launcher is
 
     void begin(unsigned x, unsigned y, const Grid&, uint64_t seed);
-    // Runs it until all threads are done (true), or until those that are left wait for another block (false).
-    bool run();
+    Pause run();
 
     Thread& self() { return threads[running]; }
     int lane() const { return running % 32; }
@@ -87,7 +90,8 @@ struct Block {
     uint32_t* clock() { return clocks.of(running); }
 
 private:
-    int next();  // who goes on; −1: nobody in this block
+    static constexpr int NOBODY = -1, ANOTHER_BLOCK = -2;
+    int next();  // who goes on
     int direction = 1;  // in which a warp's lanes take turns
     void switch_to(int thread);
     bool someone_waits_for_memory() const;

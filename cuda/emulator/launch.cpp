@@ -6,6 +6,8 @@
 #include <stdio.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+
 #include "tensor_map.h"
 
 namespace emulator {
@@ -47,11 +49,13 @@ void* driver_function(const char* name) { return std::string(name) == "cuTensorM
 
 // ---- stacks, kept from launch to launch
 
+constexpr size_t MAX_STACKS = 1024 * MAX_RESIDENT;
+
 namespace {
 struct Stacks {
     char* memory = nullptr;
     ~Stacks() {
-        if (memory) munmap(memory, 1024 * STACK_BYTES);
+        if (memory) munmap(memory, MAX_STACKS * STACK_BYTES);
     }
 };
 }  // namespace
@@ -59,7 +63,7 @@ struct Stacks {
 char* stack_of(int thread) {
     static thread_local Stacks stacks;
     if (!stacks.memory)  // pages come into being when they are first touched
-        stacks.memory = static_cast<char*>(mmap(nullptr, 1024 * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        stacks.memory = static_cast<char*>(mmap(nullptr, MAX_STACKS * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     return stacks.memory + thread * STACK_BYTES;
 }
 
@@ -89,24 +93,51 @@ static uintptr_t find_library(void* kernel, uint8_t*& window, uint32_t& bytes) {
     return wanted.base;
 }
 
+// Some blocks are resident at a time, as on a multiprocessor. Only one runs, and has the window; the others' shared memory is kept aside.
 static void run_blocks(const Grid& grid, uint8_t* dynamic, void* kernel) {
     uint8_t* window;
     uint32_t bytes;
     const uintptr_t library = find_library(kernel, window, bytes);
     if (!window) fail("the library has no shared memory");
-    const uint32_t dynamic_at = dynamic - window;
-    static thread_local Block block;
-    for (unsigned y = 0; y < grid.y; ++y)
-        for (unsigned x = 0; x < grid.x; ++x) {
-            current = &block;
-            block.library = library;
-            block.shared.begin(window, bytes, dynamic_at, grid.dynamic_bytes, dynamic_at + SHARED_MEMORY);
-            block.begin(x, y, grid, session.seed + session.launches);
-            if (!block.run() && !session.failed) report_deadlock(block);
-            if (session.failed) return;
-            while (!block.under_way.empty()) block.under_way.one(block.random());
-            block_ends(block);
+    const int64_t count = int64_t(grid.x) * grid.y;
+    int64_t begun = 0;
+    static thread_local std::vector<std::unique_ptr<Block>> slots;
+    while (slots.size() < static_cast<size_t>(session.resident)) slots.push_back(std::make_unique<Block>()), slots.back()->slot = slots.size() - 1;
+    std::vector<Block*> resident;
+    Random random{(session.seed + session.launches) * 2 + 1};
+    Block* owner = nullptr;  // of the window
+    int in_vain = 0;         // blocks in a row that could do nothing but wait for others
+    while (true) {
+        while (resident.size() < slots.size() && begun < count) {
+            auto is_free = [&](auto& slot) { return std::find(resident.begin(), resident.end(), slot.get()) == resident.end(); };
+            Block& block = **std::find_if(slots.begin(), slots.end(), is_free);
+            if (owner) owner->shared.keep();
+            current = owner = &block;
+            block.library = library, block.alone = slots.size() == 1;
+            block.shared.begin(window, bytes, dynamic - window, grid.dynamic_bytes, dynamic - window + SHARED_MEMORY);
+            block.begin(begun % grid.x, begun / grid.x, grid, session.seed + session.launches);
+            resident.push_back(&block), ++begun;
         }
+        if (resident.empty()) return;
+        const size_t drawn = random.below(resident.size());
+        Block& block = *resident[drawn];
+        if (owner != &block) {
+            if (owner) owner->shared.keep();
+            block.shared.restore();
+        }
+        current = owner = &block;
+        switch (block.run()) {
+            case Pause::fault: return;
+            case Pause::done:
+                while (!block.under_way.empty()) block.under_way.one(block.random());
+                block_ends(block);
+                resident.erase(resident.begin() + drawn), owner = nullptr, in_vain = 0;
+                break;
+            case Pause::drawn: in_vain = 0; break;
+            case Pause::waits:
+                if (++in_vain > 64 * session.resident) report_deadlock(block);
+        }
+    }
 }
 
 void run(const Grid& grid, uint8_t* dynamic, void* kernel, void (*thread)(void*), void* arguments, long argument_bytes) {
@@ -131,8 +162,9 @@ void run(const Grid& grid, uint8_t* dynamic, void* kernel, void (*thread)(void*)
 
 using emulator::session;
 
-extern "C" void emulator_begin(uint64_t seed) {
-    session.seed = seed, session.launches = 0;
+// `resident` blocks at a time, 1 to 8.
+extern "C" void emulator_begin(uint64_t seed, int resident) {
+    session.seed = seed, session.resident = resident, session.launches = 0;
     session.failed = false, session.message.clear(), session.memories.clear();
 }
 

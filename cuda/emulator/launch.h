@@ -11,6 +11,7 @@
 namespace emulator {
 
 constexpr size_t STACK_BYTES = 128 * 1024;  // of a thread
+constexpr int MAX_RESIDENT = 8;             // blocks
 char* stack_of(int thread);
 void call_kernel();  // by the thread that runs
 

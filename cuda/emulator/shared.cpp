@@ -11,6 +11,15 @@ void Shared::begin(uint8_t* at, uint32_t all, uint32_t dynamic_from, uint32_t dy
     granules.assign((bytes + 3) / 4, Granule{0, {0, 0}, 0, {0, 0}, NOBODY, {NOBODY, NOBODY}, 0, {0, 0}, 0, false});
 }
 
+void Shared::keep() {
+    kept.resize(bytes);
+    memcpy(kept.data(), window, dynamic_end), memcpy(kept.data() + dynamic_limit, window + dynamic_limit, bytes - dynamic_limit);
+}
+
+void Shared::restore() const {
+    memcpy(window, kept.data(), dynamic_end), memcpy(window + dynamic_limit, kept.data() + dynamic_limit, bytes - dynamic_limit);
+}
+
 uint8_t* Shared::at(uint32_t address, int count, int alignment, const char* what, void* site) const {
     if (address % alignment) fail("%s at the shared address %u, which is not a multiple of %d: @%x", what, address, alignment, site_offset(site));
     if (address < FIRST_SHARED_ADDRESS || address + count > FIRST_SHARED_ADDRESS + bytes) fail("%s at the shared address %u, outside of the block's %u bytes: @%x", what, address, bytes, site_offset(site));

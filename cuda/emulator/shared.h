@@ -23,7 +23,10 @@ struct Access {
 };
 
 struct Shared {
+    // The block gets the window; and while another has it, keeps its memory aside.
     void begin(uint8_t* window, uint32_t bytes, uint32_t dynamic_at, uint32_t dynamic_bytes, uint32_t dynamic_end);
+    void keep();
+    void restore() const;
     bool holds(uintptr_t p) const { return p - reinterpret_cast<uintptr_t>(window) < bytes; }
     uint32_t offset(const void* p) const { return static_cast<const uint8_t*>(p) - window; }
     // 32-bit addresses: dynamic memory first, as descriptors do not reach further than 256 KB, then what lies before it in the window.
@@ -49,6 +52,7 @@ private:
         bool reserved;
     };
     std::vector<Granule> granules;
+    std::vector<uint8_t> kept;
 
     void access(Granule&, uint32_t bytes, uint32_t offset, const Access&);
     [[noreturn]] void report(const Granule&, int reader, uint32_t offset, const Access&) const;

@@ -301,11 +301,13 @@ def pack_mask(mask: Tensor, by_keys: bool = False, launch=None) -> Tensor:
     rows, columns = (Nk, Nq) if by_keys else (Nq, Nk)
     bits = torch.empty((B, H, rows, (columns + 127) // 128 * 4), dtype=torch.int32, device=mask.device)
     if bits.numel():
-        (launch or _launch_pack_mask)(mask, bits, lambda device, stream: PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), B, H, Nq, Nk, by_keys, device, stream))
+        (launch or _launch_pack_mask)(mask, bits, B, H, Nq, Nk, by_keys)
     return bits
 
 
-def _launch_pack_mask(mask: Tensor, bits: Tensor, params) -> None:
+def _launch_pack_mask(mask: Tensor, bits: Tensor, *settings: int) -> None:
     device = mask.device.index
     library = _pack_mask_library(device)
-    raise_on(library.pack_mask(params(device, torch._C._cuda_getCurrentRawStream(device))), library, mask)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    params = PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), *settings, device, stream)
+    raise_on(library.pack_mask(params), library, mask)

@@ -1,7 +1,7 @@
 """The CUDA kernels on a CPU: each rung of `cuda/`, compiled by the machine's C++ compiler and run by the emulator in `cuda/emulator/`.
 
-For learning, for checking, and for work on kernels without a GPU. Thousands of times slower than one, and so taken by name only:
-`flash_attention(q, k, v, backend="emulated:hopper")`. The emulator is stricter than a GPU: what a GPU would forgive raises an EmulatorError.
+For learning, for checking, and for work on kernels without a GPU: thousands of times slower than one, and so taken by name only,
+as in `flash_attention(q, k, v, backend="emulated:hopper")`. What a GPU may forgive raises an EmulatorError here.
 """
 
 import ctypes
@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from flash_attention.backends import cuda
@@ -32,6 +31,7 @@ class Options:
     """How this process emulates kernels: `flash_attention.backends.emulated.options.seed = 3`."""
 
     seed: int = int(os.environ.get("FLASH_ATTENTION_EMULATOR_SEED", "0"))  # draws the order of threads, copies and products
+    resident: int = 2  # blocks that run at a time, by turns; 1 to 8
     sources: Path | None = None  # a folder in place of this package's cuda/
 
 
@@ -104,7 +104,7 @@ def run(library: ctypes.CDLL, function, params: bytes, memories: list[Memory]) -
     Raises:
         EmulatorError: what the emulator found; places in the kernel are given as file:line.
     """
-    library.emulator_begin(options.seed)
+    library.emulator_begin(options.seed, options.resident)
     for memory in memories:
         if memory.bytes:
             if not memory.written:
@@ -160,7 +160,7 @@ RUNGS = {
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.emulator_begin.argtypes = [ctypes.c_uint64]
+    library.emulator_begin.argtypes = [ctypes.c_uint64, ctypes.c_int]
     library.emulator_memory.argtypes = [ctypes.c_size_t, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
     library.emulator_message.restype = ctypes.c_char_p
     return library
@@ -183,10 +183,11 @@ def _pack_mask_library(sources: Path | None) -> ctypes.CDLL:
     return library
 
 
-def _launch_pack_mask(mask: Tensor, bits: Tensor, params) -> None:
+def _launch_pack_mask(mask: Tensor, bits: Tensor, *settings: int) -> None:
     library = _pack_mask_library(options.sources)
     memories = [
         Memory("the mask", mask.data_ptr(), extent(mask.shape, mask.stride())),
         Memory("the mask's bits", bits.data_ptr(), 4 * bits.numel(), True, False),
     ]
-    run(library, library.pack_mask, params(0, 0), memories)
+    params = cuda.PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), *settings, 0, 0)
+    run(library, library.pack_mask, params, memories)

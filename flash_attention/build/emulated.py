@@ -19,8 +19,8 @@ from flash_attention import build
 from flash_attention.build import BuildError, Specialisation
 
 FOLDER = "emulator"  # of the sources
-COMMON = ("-std=c++20", "-g", "-fPIC", "-march=native", "-fno-gnu-unique")
-RUNTIME = ("-O3", "-fno-semantic-interposition", "-shared")
+COMMON = ("-std=c++20", "-g1", "-fPIC", "-march=native", "-fno-gnu-unique")
+RUNTIME = ("-O2", "-fno-semantic-interposition", "-shared")
 KERNEL = ("-O2", "-x", "c++", "-fsanitize=thread", "-ffp-contract=fast", "-fno-strict-aliasing")  # as nvcc has it
 ARCH = "90a"  # what the emulated device is
 
