@@ -39,7 +39,7 @@ options = Options()
 
 
 class Memory(NamedTuple):
-    """Memory that a launch may touch. What is not written yet must be written before it is read, and is NaN until then."""
+    """Memory that a launch may touch. What is not written yet must be written before it is read. Of two that overlap, the first counts."""
 
     name: str
     address: int
@@ -98,8 +98,8 @@ def extent(shape, strides) -> int:
     return sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1 if all(shape) else 0
 
 
-def run(library: ctypes.CDLL, function, params: bytes, memories: list[Memory]) -> None:
-    """Calls a launcher of the library.
+def run(library: ctypes.CDLL, function, params: bytes, memories: list[Memory], *, poison: bool = True) -> None:
+    """Calls a launcher of the library, which may touch these memories; with `poison`, what is not written yet is NaN until it is.
 
     Raises:
         EmulatorError: what the emulator found; places in the kernel are given as file:line.
@@ -107,7 +107,7 @@ def run(library: ctypes.CDLL, function, params: bytes, memories: list[Memory]) -
     library.emulator_begin(options.seed, options.resident)
     for memory in memories:
         if memory.bytes:
-            if not memory.written:
+            if poison and not memory.written:
                 ctypes.memset(memory.address, 0xFF, memory.bytes)
             library.emulator_memory(memory.address, memory.bytes, memory.writable, memory.written, memory.name.encode())
     error = function(params)

@@ -37,6 +37,11 @@ def _machine(compiler: str) -> bytes:
     return subprocess.run([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True).stdout
 
 
+def _kernel_flags(compiler: str) -> tuple[str, ...]:
+    # g++ would call a function to initialise an extern thread_local variable (shared memory) that needs none.
+    return KERNEL if b"__clang__" in _machine(compiler) else (*KERNEL, "-fno-extern-tls-init")
+
+
 def _hash(*parts: bytes | str) -> str:
     digest = hashlib.sha256()
     for part in parts:
@@ -72,13 +77,14 @@ def build_source(file: str, defines: list[str], description: str, sources: Path 
     sources = sources or build.SOURCES
     compiler, linked = _compiler(), runtime(sources, verbose=verbose)
     headers = _contents(sources, "*.cuh", "*.h", f"{FOLDER}/*.h", f"{FOLDER}/include/*.h")
-    key = _hash(_machine(compiler), *COMMON, *KERNEL, *defines, linked.name, (sources / file).read_bytes(), *headers)
+    flags = (*COMMON, *_kernel_flags(compiler), *defines)
+    key = _hash(_machine(compiler), *flags, linked.name, (sources / file).read_bytes(), *headers)
 
     def commands(out: Path) -> list[list[str]]:
         compiled = str(out.with_suffix(".o"))
-        include = f"-I{sources / FOLDER / 'include'}"
+        include = [f"-I{sources / FOLDER / 'include'}", f"-I{sources}"]
         return [
-            [compiler, *COMMON, *KERNEL, *defines, include, "-c", str(sources / file), "-o", compiled],
+            [compiler, *flags, *include, "-c", str(sources / file), "-o", compiled],
             [compiler, "-shared", compiled, str(linked), "-Wl,-rpath,$ORIGIN", "-o", str(out)],
         ]
 

@@ -147,8 +147,8 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** fun
     return *function ? cudaSuccess : cudaErrorCallRequiresNewerDriver;
 }
 
-// Dynamic shared memory: where a kernel says `extern __shared__ … smem[]`, it is this.
-alignas(1024) static thread_local uint8_t smem[emulator::SHARED_MEMORY];
+// Dynamic shared memory: where a kernel says `extern __shared__ … smem[]`, it is this. A library has one source file, so this may stand in a header.
+alignas(1024) __attribute__((visibility("hidden"))) thread_local uint8_t smem[emulator::SHARED_MEMORY];
 
 namespace emulator {
 // A launch's arguments, and how a thread calls the kernel with them: each gets copies, which are its registers.

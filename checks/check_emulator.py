@@ -1,0 +1,148 @@
+"""The emulator: it computes what a GPU computes, and it reports what a GPU may forgive.
+
+emulator_faults.cu has a small kernel for each rule, once broken and once right: the broken one must be reported, in these words and at its
+own lines, the right one must not, whatever the order of threads, copies and products.
+"""
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_alone
+
+from flash_attention import build
+from flash_attention.backends import BACKENDS, emulated
+from flash_attention.build import emulated as compiler
+
+if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
+    pytest.skip(reason, allow_module_level=True)
+
+FAULTS = Path(__file__).with_name("emulator_faults.cu")
+EARLY = "|reads shared byte .*, which nobody has written"  # where a reader may come before the writer
+REPORTS = {
+    "no_barrier": "nothing orders two accesses to shared byte .* writes it, .* reads it" + EARLY,
+    "no_syncwarp": "nothing orders two accesses" + EARLY,
+    "no_barrier_before_reuse": "nothing orders two accesses .* (reads it, .* writes|writes it, .* reads) it",
+    "lanes_missing": "waits in __shfl_sync .*which ha(s|ve) ended",
+    "lanes_apart": "the lanes of a warp do different things: .* __s",
+    "barrier_of_too_few": "hangs:\n  threads 0–63 wait in bar.sync for barrier 2, to which 64 of 96 threads have come",
+    "barrier_half_full": "ended with barrier 3 half full: 32 of 64",
+    "barrier_of_two_sizes": "comes to barrier 4 for (64|128) threads, others for (64|128)",
+    "beyond_global": "writes 4 bytes outside of all memory that it was given.*; data ends at byte 16384, this is byte 16[0-9]+ of it",
+    "far_beyond_global": "reads 4 bytes outside of all memory that it was given: ",
+    "unwritten_global": "reads byte 4096 of data, which nobody has written|reads byte 4[0-9]+ of data",
+    "beyond_shared": "writes byte 49155 of dynamic shared memory, of which the launch asked for 49152|writes byte .* of dynamic shared",
+    "unwritten_shared": "thread 122 reads shared byte .*, which nobody has written",
+    "misaligned": "at an address that is not a multiple of 16",
+    "cp_async_not_awaited": "nothing orders .*: cp.async of thread ([0-9]+) .* writes it, .* thread \\1 reads it",
+    "cp_async_of_others": "nothing orders .*: cp.async of thread .* writes it" + EARLY,
+    "cp_async_over_readers": "nothing orders .*(reads it, .* cp.async of thread .* writes it|cp.async of thread .* writes it, .* reads it)",
+    "cp_async_at_the_end": "ended without waiting for its cp.async",
+    "bulk_not_awaited": "nothing orders .*: the copy engine, for phase 0 of the mbarrier .* writes it, .* thread .* reads it" + EARLY,
+    "bulk_over_readers": "nothing orders .* thread .* reads it, .* the copy engine, for phase 1 .* writes it",
+    "bytes_too_many": "hangs:\n  threads 0–127 wait for phase 0 of the mbarrier .* where 1 of 1|0 of 1 arrivals and 16 bytes are missing",
+    "arrivals_too_few": "hangs:\n  threads 0–127 wait for phase 0 of the mbarrier at shared byte .* where 1 of 128 arrivals and 0 bytes are missing",
+    "arrivals_too_many": "nothing orders .* thread .* reads it, .* the copy engine, for phase 1 .* writes it",
+    "barrier_not_fenced": "has not been made visible to the copy engine",
+    "store_without_fence": "which thread .* wrote .* with no fence.proxy.async since",
+    "store_not_awaited": "nothing orders .*: a bulk store of warp 0 .* reads it, .* thread .* writes it",
+    "box_misplaced": "the copy engine at the shared address .* not a multiple of 128",
+    "product_not_awaited": "reads a register that a product under way writes",
+    "product_of_written_tile": "nothing orders .*: a product of warpgroup 0 .* reads it, .* thread 9 writes it",
+    "product_without_fence": "a product of warpgroup 0 .* which thread .* wrote .* with no fence.proxy.async since",
+    "product_of_wrong_rows": "begins within a swizzle's pattern",
+    "product_beyond_shared": "a product of warpgroup 0 .* of dynamic shared memory, of which the launch asked for 49152",
+    "product_of_three_warps": "the threads of a warpgroup do different things",
+    "registers_of_nobody": "wait for 240 registers, of which the block has",
+    "turn_taken_twice": "hangs:\n  thread 0 waits for a number in global memory to be other than [24]",
+}
+SEEDS = range(8)
+
+
+@functools.cache
+def faults() -> ctypes.CDLL:
+    defines = ["-DHEAD_DIM=64", "-DDTYPE=1", "-DCAUSAL=0", "-DMASK=0", "-DDROPOUT=0", "-DSMEM_KB=227"]
+    library = emulated._declare(build.load(compiler.build_source(str(FAULTS), defines, FAULTS.name)))
+    library.fault.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    library.fault_names.restype = ctypes.c_char_p
+    return library
+
+
+def run_fault(name: str, broken: bool, seed: int) -> torch.Tensor:
+    """What the kernel leaves in its data [4096], of which it was given the first 1024."""
+    data = torch.arange(4096, dtype=torch.float32)
+    data[1024:] = torch.nan
+    counter = torch.zeros(1, dtype=torch.int32)
+    memories = [
+        emulated.Memory("data", data.data_ptr(), 4096, True, True),
+        emulated.Memory("data", data.data_ptr(), 4 * 4096, True, False),
+        emulated.Memory("the counter", counter.data_ptr(), 4, True, True),
+    ]
+    emulated.options.seed = seed
+    library = faults()
+    try:
+        emulated.run(
+            library, lambda _: library.fault(name.encode(), data.data_ptr(), counter.data_ptr(), broken), b"", memories, poison=False
+        )
+    finally:
+        emulated.options.seed = 0
+    return data
+
+
+def lines_of(name: str) -> range:
+    """The kernel's lines in emulator_faults.cu."""
+    text = FAULTS.read_text()
+    start = text.index(f"void {name}(")
+    end = text.index("\n}\n", start)
+    return range(text[:start].count("\n") + 1, text[:end].count("\n") + 3)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def check_fault_is_reported(name):
+    for seed in SEEDS:
+        with pytest.raises(emulated.EmulatorError) as error:
+            run_fault(name, True, seed)
+        message = str(error.value)
+        assert re.search(REPORTS[name], message), f"seed {seed}: {message}"
+        if "ended with" not in message:  # at the end of a block there is no line
+            lines = [int(line) for line in re.findall(r"emulator_faults\.cu:(\d+)", message)]
+            assert any(line in lines_of(name) for line in lines), f"{name} is in lines {lines_of(name)}: {message}"
+
+
+def check_right_twins_are_not():
+    names = faults().fault_names().decode().split()
+    assert set(REPORTS) | {"depends_on_order", "box_that_nobody_swizzled"} == set(names)
+    for name in names:
+        for seed in SEEDS:
+            try:
+                run_fault(name, False, seed)
+            except emulated.EmulatorError as error:
+                raise AssertionError(f"{name}, seed {seed}: {error}") from error
+
+
+def check_order_is_drawn():
+    """A result that depends on the order of threads differs from seed to seed; one that does not, not."""
+    results = [{tuple(run_fault("depends_on_order", broken, seed)[:128].tolist()) for seed in range(16)} for broken in (False, True)]
+    assert len(results[0]) == 1
+    assert len(results[1]) > 1
+
+
+def check_swizzled_box():
+    """A box lands where the swizzle has it: read otherwise, rows come out in pieces."""
+    data = (
+        torch.arange(1024, dtype=torch.float32)
+        .view(torch.float16)[: 4 * 128]
+        .view(4, 128)[:, :64]
+        .contiguous()
+        .view(torch.float32)
+        .flatten()
+    )
+    assert torch.equal(run_fault("box_that_nobody_swizzled", False, 0)[1024:1152], data)
+    assert not torch.equal(run_fault("box_that_nobody_swizzled", True, 0)[1024:1152], data)
+
+
+if __name__ == "__main__":
+    run_alone(__file__)
