@@ -1,4 +1,4 @@
-"""The emulator: it computes what a GPU computes, and it reports what a GPU may forgive.
+"""The emulator reports what a GPU may forgive, and counts what a kernel does.
 
 emulator_faults.cu has a small kernel for each rule, once broken and once right: the broken one must be reported, in these words and at its
 own lines, the right one must not, whatever the order of threads, copies and products.
@@ -13,7 +13,7 @@ import pytest
 import torch
 from harness import run_alone
 
-from flash_attention import build
+from flash_attention import build, flash_attention
 from flash_attention.backends import BACKENDS, emulated
 from flash_attention.build import emulated as compiler
 
@@ -22,10 +22,17 @@ if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
 
 FAULTS = Path(__file__).with_name("emulator_faults.cu")
 EARLY = "|reads shared byte .*, which nobody has written"  # where a reader may come before the writer
+
+
+def race(one: str, other: str) -> str:
+    """Two accesses that nothing orders, whichever came first."""
+    return f"nothing orders .*({one}.* and {other}|{other}.* and {one})"
+
+
 REPORTS = {
-    "no_barrier": "nothing orders two accesses to shared byte .* writes it, .* reads it" + EARLY,
-    "no_syncwarp": "nothing orders two accesses" + EARLY,
-    "no_barrier_before_reuse": "nothing orders two accesses .* (reads it, .* writes|writes it, .* reads) it",
+    "no_barrier": race("thread [0-9]+ writes", "thread [0-9]+ reads") + EARLY,
+    "no_syncwarp": race("thread [0-9]+ writes", "thread [0-9]+ reads") + EARLY,
+    "no_barrier_before_reuse": race("thread [0-9]+ writes", "thread [0-9]+ reads"),
     "lanes_missing": "waits in __shfl_sync .*which ha(s|ve) ended",
     "lanes_apart": "the lanes of a warp do different things: .* __s",
     "barrier_of_too_few": "hangs:\n  threads 0–63 wait in bar.sync for barrier 2, to which 64 of 96 threads have come",
@@ -37,21 +44,21 @@ REPORTS = {
     "beyond_shared": "writes byte 49155 of dynamic shared memory, of which the launch asked for 49152|writes byte .* of dynamic shared",
     "unwritten_shared": "thread 122 reads shared byte .*, which nobody has written",
     "misaligned": "at an address that is not a multiple of 16",
-    "cp_async_not_awaited": "nothing orders .*: cp.async of thread ([0-9]+) .* writes it, .* thread \\1 reads it",
-    "cp_async_of_others": "nothing orders .*: cp.async of thread .* writes it" + EARLY,
-    "cp_async_over_readers": "nothing orders .*(reads it, .* cp.async of thread .* writes it|cp.async of thread .* writes it, .* reads it)",
+    "cp_async_not_awaited": race("cp.async of thread [0-9]+ .*writes", "thread [0-9]+ reads"),
+    "cp_async_of_others": race("cp.async of thread [0-9]+ .*writes", "thread [0-9]+ reads") + EARLY,
+    "cp_async_over_readers": race("cp.async of thread [0-9]+ .*writes", "thread [0-9]+ reads"),
     "cp_async_at_the_end": "ended without waiting for its cp.async",
-    "bulk_not_awaited": "nothing orders .*: the copy engine, for phase 0 of the mbarrier .* writes it, .* thread .* reads it" + EARLY,
-    "bulk_over_readers": "nothing orders .* thread .* reads it, .* the copy engine, for phase 1 .* writes it",
+    "bulk_not_awaited": race("the copy engine, for phase 0 .*writes", "thread [0-9]+ reads") + EARLY,
+    "bulk_over_readers": race("the copy engine, for phase 1 .*writes", "thread [0-9]+ reads"),
     "bytes_too_many": "hangs:\n  threads 0–127 wait for phase 0 of the mbarrier .* where 1 of 1|0 of 1 arrivals and 16 bytes are missing",
-    "arrivals_too_few": "hangs:\n  threads 0–127 wait for phase 0 of the mbarrier at shared byte .* where 1 of 128 arrivals and 0 bytes are missing",
-    "arrivals_too_many": "nothing orders .* thread .* reads it, .* the copy engine, for phase 1 .* writes it",
+    "arrivals_too_few": "hangs:\n  threads 0–127 wait for phase 0 of the mbarrier .* where 1 of 128 arrivals and 0 bytes are missing",
+    "arrivals_too_many": race("the copy engine, for phase 1 .*writes", "thread [0-9]+ reads"),
     "barrier_not_fenced": "has not been made visible to the copy engine",
     "store_without_fence": "which thread .* wrote .* with no fence.proxy.async since",
-    "store_not_awaited": "nothing orders .*: a bulk store of warp 0 .* reads it, .* thread .* writes it",
+    "store_not_awaited": race("a bulk store of warp 0 .*reads", "thread [0-9]+ writes"),
     "box_misplaced": "the copy engine at the shared address .* not a multiple of 128",
     "product_not_awaited": "reads a register that a product under way writes",
-    "product_of_written_tile": "nothing orders .*: a product of warpgroup 0 .* reads it, .* thread 9 writes it",
+    "product_of_written_tile": race("a product of warpgroup 0 .*reads", "thread 9 writes"),
     "product_without_fence": "a product of warpgroup 0 .* which thread .* wrote .* with no fence.proxy.async since",
     "product_of_wrong_rows": "begins within a swizzle's pattern",
     "product_beyond_shared": "a product of warpgroup 0 .* of dynamic shared memory, of which the launch asked for 49152",
@@ -142,6 +149,42 @@ def check_swizzled_box():
     )
     assert torch.equal(run_fault("box_that_nobody_swizzled", False, 0)[1024:1152], data)
     assert not torch.equal(run_fault("box_that_nobody_swizzled", True, 0)[1024:1152], data)
+
+
+def counted(name: str, **options) -> list[emulated.Counts]:
+    """What a forward and a backward of this rung do, at B 1 H 1 N 128 D 64 unless given."""
+    shape = 1, 1, options.pop("N", 128), 64
+    q, k, v, dO = torch.randn(4, *shape, dtype=torch.float32 if name == "simple" else torch.float16).unbind()
+    with emulated.counting() as counts:
+        O = flash_attention(*(x.requires_grad_() for x in (q, k, v)), backend=f"emulated:{name}", **options)
+        O.backward(dO)
+    return counts
+
+
+@pytest.mark.parametrize("name", ("simple", "mma", "tensor_core", "hopper"))
+def check_bank_conflicts(name):
+    """What the kernels' headers claim: ldmatrix on plain rows takes 8 times the cycles, swizzled or padded rows one."""
+    for of_call in counted(name):
+        for place, (_, cycles, least) in of_call.shared.items():
+            if name == "mma" and "mma.cuh" in place:
+                assert cycles in (4 * least, 8 * least), f"{of_call.file}, {place}: {cycles} cycles, {least} at least"
+            elif name != "mma":
+                assert cycles == least, f"{of_call.file}, {place}: {cycles} cycles, {least} at least"
+
+
+@pytest.mark.parametrize(("name", "unit"), (("mma", "mma.sync"), ("tensor_core", "mma.sync"), ("hopper", "wgmma")))
+def check_counts(name, unit):
+    """Two products forward; five backward, or seven where S and dP are computed twice; an exponential a score. Tiles round N up, and `hopper`
+    asks for one product more than it needs, at the end of a block."""
+    N = 256
+    forward, backward = counted(name, N=N)
+    product = 2 * N * N * 64
+    assert backward.total[f"FLOP by {unit}"] == (7 if name == "mma" else 5) * product
+    assert 2 * product <= forward.total[f"FLOP by {unit}"] <= (2 if name != "hopper" else 4) * product
+    assert backward.total["exponentials"] == (2 if name == "mma" else 1) * N * N
+    assert N * N <= forward.total["exponentials"] <= 1.4 * N * N  # and one a row and tile, by which O shrinks
+    if name == "hopper":
+        assert forward.total["global bytes by tensor map, from shared memory"] == 2 * N * 64
 
 
 if __name__ == "__main__":

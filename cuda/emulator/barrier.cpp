@@ -1,5 +1,5 @@
 // Named barriers (PTX ISA 9.7.13.1: bar.sync, bar.arrive); __syncthreads is number 0. And what a block that hangs, or that ends, is asked.
-#include "block.h"
+#include "launch.h"
 
 namespace emulator {
 
@@ -31,6 +31,7 @@ static bool arrive(int id, int threads, bool waits, void* site) {
 }
 
 void barrier_sync(int id, int threads) {
+    count_wait(SITE);
     if (!arrive(id, threads, true, SITE)) current->wait(Wait::barrier, id == 0 ? "__syncthreads" : "bar.sync", SITE, id);
 }
 void barrier_arrive(int id, int threads) {
@@ -103,6 +104,7 @@ void report_deadlock(Block& block) {
 
 // Nothing may be left half done.
 void block_ends(Block& block) {
+    for (Warp& warp : block.warps) warp.gathered.flush(session.counters);
     for (int id = 0; id < 16; ++id)
         if (const NamedBarrier& barrier = block.barriers[id]; barrier.arrived)
             fail("the block ended with barrier %d half full: %d of %d threads have come", id, barrier.arrived, barrier.expected);

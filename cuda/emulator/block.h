@@ -110,6 +110,10 @@ inline uint32_t site_offset(const void* site);
 std::string list_threads(const std::vector<int>&);  // "0 – 31, 64"
 std::string who_is(int component, uint32_t when);  // "thread 5", "the copy engine, for phase 2 …"
 void barrier_without_those_that_ended(Block&);
+void count(Count, uint64_t amount);
+void count_wait(void* site);
+void count_shared(Block&, uint32_t address, int bytes, bool write, void* site);
+void count_rows(const uint32_t (&addresses)[32], bool write, void* site);
 void block_ends(Block&);
 void check_global(const void*, unsigned bytes, bool write, void* site);
 

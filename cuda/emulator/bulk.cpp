@@ -50,7 +50,7 @@ static void each_row(const TensorMap& map, const int (&at)[4], uint32_t address,
 static void check_box(const TensorMap& map, const int (&at)[4], uint32_t address, bool write, void* site) {
     if (at[0] < 0) fail("thread %d: a box that begins at column %d is not emulated: @%x", current->running, at[0], site_offset(site));
     each_row(map, at, address, [&](uint32_t, uint8_t* p, int inside, int) {
-        if (inside) check_global(p, inside, write, site);
+        if (inside) check_global(p, inside, write, site), count(write ? TENSOR_STORED : TENSOR_LOADED, inside);
     });
 }
 
@@ -102,6 +102,7 @@ void bulk_load(uint32_t address, const void* source, int bytes, uint32_t barrier
     const int barrier = engine_barrier(barrier_address, SITE);
     announce(address, bytes, 16, barrier, SITE);
     check_global(source, bytes, false, SITE);
+    count(BULK_LOADED, bytes);
     current->under_way.effects.push_back([=] {
         memcpy(current->shared.pointer(address), source, bytes);
         mbarrier_bytes_came(barrier, bytes);

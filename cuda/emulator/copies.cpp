@@ -15,6 +15,7 @@ void cp_async(uint32_t address, const void* source, int bytes, int first) {
         if (reinterpret_cast<uintptr_t>(source) % bytes)
             fail("thread %d: cp.async of %d bytes from an address that is not a multiple of %d: @%x", block.running, bytes, bytes, site_offset(SITE));
         check_global(source, first, false, SITE);
+        count(CP_ASYNC, first);
     }
     block.clocks.cp_async_used = true;
     CopyGroups& copies = block.self().copies;
@@ -34,6 +35,7 @@ void cp_async_commit() {
 
 void cp_async_wait(int groups) {
     Block& block = *current;
+    count_wait(SITE);
     CopyGroups& copies = block.self().copies;
     while (static_cast<int>(copies.committed.size()) > groups) {
         for (const auto& copy : copies.committed.front()) take_effect(copy);

@@ -41,6 +41,11 @@ void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]);
 enum class Type { float16, bfloat16 };
 void mma_m16n8k16(Type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
+// ---- arithmetic that is counted (counters.cpp)
+
+float exponential_2(float x);
+float exponential(float x);
+
 // ---- memory by instruction (memory.cpp, copies.cpp). Shared addresses have 32 bits.
 
 uint32_t shared_address(const void*);

@@ -30,6 +30,7 @@ struct Session {
     std::string message;
     bool failed = false;
     uint64_t launches = 0;
+    Counters counters;
     struct {
         void (*thread)(void*);
         void* arguments;

@@ -68,6 +68,7 @@ void mbarrier_wait(uint32_t address, int parity) {
     Block& block = *current;
     const int n = mbarrier_at(address, "mbarrier.try_wait", SITE), me = block.running;
     if (parity != 0 && parity != 1) fail("thread %d waits for the parity %d: @%x", me, parity, site_offset(SITE));
+    count_wait(SITE);
     block.maybe_let_others_run();
     while (static_cast<int>(block.mbarriers[n].phase & 1) == parity) {  // the phase that is running, not the one before
         block.mbarriers[n].waiting.push_back(me);

@@ -37,8 +37,10 @@ inline void access(const void* p, unsigned bytes, bool write, void* site, bool a
     if (aligned && at % bytes) fail("thread %d %s %u bytes at an address that is not a multiple of %u: @%x", t.id, verb(write), bytes, bytes, site_offset(site));
     if (block->shared.holds(at)) {
         const uint32_t* seen = block->clock();
+        count_shared(*block, block->shared.address(p), bytes, write, site);
         block->shared.access(block->shared.offset(p), bytes, {.who = t.id, .when = seen[t.id], .seen = seen, .site = site, .write = write});
     } else {
+        count(write ? GLOBAL_WRITTEN : GLOBAL_READ, bytes);
         access_global(*block, at, bytes, write, site);
     }
 }
@@ -63,13 +65,15 @@ uint32_t shared_address(const void* p) {
 void store_shared(uint32_t address, uint32_t x) {
     Block& block = *current;
     uint8_t* p = block.shared.at(address, 4, 4, "st.shared", SITE);
+    count_shared(block, address, 4, true, SITE);
     const uint32_t* seen = block.clock();
     block.shared.access(block.shared.offset(p), 4, {.who = block.running, .when = seen[block.running], .seen = seen, .site = SITE, .write = true});
     memcpy(p, &x, 4);
 }
 
 static float add(float* p, float x, void* site) {
-    access(p, 4, false, site), access(p, 4, true, site);
+    check_global(p, 4, false, site), check_global(p, 4, true, site);
+    count(GLOBAL_ADDED, 4);
     const float before = *p;
     *p = before + x;
     return before;

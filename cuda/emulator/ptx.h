@@ -61,7 +61,7 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 // ---- arithmetic. ex2, lg2 and rcp are exact to the last bit or two here; a GPU's are approximations (9.7.3.21, 9.7.3.20, 9.7.3.14).
 
 inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0, x) : x; }
-inline float ex2(float x) { return flushed(exp2f(flushed(x))); }
+inline float ex2(float x) { return flushed(emulator::exponential_2(flushed(x))); }
 inline float lg2(float x) { return log2f(x); }
 inline float rcp(float x) { return 1 / x; }
 

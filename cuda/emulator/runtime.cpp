@@ -3,6 +3,7 @@
 #include "block.cpp"
 #include "bulk.cpp"
 #include "copies.cpp"
+#include "counters.cpp"
 #include "fiber.cpp"
 #include "launch.cpp"
 #include "matrix.cpp"

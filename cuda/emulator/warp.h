@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "counters.h"
 #include "under_way.h"
 
 namespace emulator {
@@ -15,6 +16,7 @@ struct Warp {
     uint32_t lanes;      // that the warp has; the last one of a block may be smaller
     uint32_t exited = 0;
     BulkGroups bulk;
+    Gathered gathered;
     struct Lane {
         uint32_t mask = 0;  // of those it waits for; 0: it does not
         const char* what = nullptr;

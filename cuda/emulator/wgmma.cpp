@@ -127,6 +127,7 @@ void wgmma(const Wgmma& mine) {
             mark_busy(block.threads[first + t], each.d, each.n / 2 * sizeof(float), true, group.groups + 1);
             if (each.a) mark_busy(block.threads[first + t], each.a, 16, false, group.groups + 1);
         }
+        count(WGMMA_FLOP, 2 * 64 * w.n * 16), count(WGMMA_OPERANDS, (w.n + (w.a ? 0 : 64)) * 32);
         const int seen_by = first + block.random.below(128);  // one of those who must all know that the operands are there
         announce(block, first / 128, Operand(w.b_descriptor, w.b_transposed, site), w.n, seen_by, site);
         if (!w.a) announce(block, first / 128, Operand(w.a_descriptor, w.a_transposed, site), 64, seen_by, site);
@@ -145,6 +146,7 @@ void wgmma_commit() {
 }
 
 void wgmma_wait(int groups) {
+    count_wait(SITE);
     meet_group("wgmma.wait_group", SITE, &groups, [](Block& block, Warpgroup& group, int first) {
         const uint32_t over = std::max(0, int(group.groups) - *static_cast<int*>(group.arguments[0]));
         while (!group.waiting.empty() && group.waiting.front().group <= over) group.waiting.front().execute(), group.waiting.pop_front();

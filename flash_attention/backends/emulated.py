@@ -4,11 +4,13 @@ For learning, for checking, and for work on kernels without a GPU: thousands of 
 as in `flash_attention(q, k, v, backend="emulated:hopper")`. What a GPU may forgive raises an EmulatorError here.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -33,9 +35,58 @@ class Options:
     seed: int = int(os.environ.get("FLASH_ATTENTION_EMULATOR_SEED", "0"))  # draws the order of threads, copies and products
     resident: int = 2  # blocks that run at a time, by turns; 1 to 8
     sources: Path | None = None  # a folder in place of this package's cuda/
+    counts: list["Counts"] | None = None  # where each launch's counts go, if they are wanted (`counting`)
 
 
 options = Options()
+
+
+class Place(NamedTuple):
+    """Accesses to shared memory at one place of a kernel, of whole warps."""
+
+    instructions: int
+    cycles: int  # that shared memory takes for them
+    least: int  # without any bank conflict
+
+
+@dataclass
+class Counts:
+    """What one call of a launcher did: forward or backward, all its kernels."""
+
+    file: str
+    total: dict[str, int] = field(default_factory=dict)
+    shared: dict[str, Place] = field(default_factory=dict)  # place → accesses
+    waits: dict[str, int] = field(default_factory=dict)  # place → how often a thread came there to wait
+
+    @classmethod
+    def read(cls, library: Path, report: str) -> "Counts":
+        counts = cls(library.stem.partition("-")[0] + ".cu")
+        for line in emulated.with_lines(report, library).splitlines():
+            kind, name, *values = line.split("\t")
+            numbers = [int(value) for value in values]
+            if kind == "total":
+                counts.total[name] = numbers[0]
+            elif kind == "waits":
+                counts.waits[name] = counts.waits.get(name, 0) + numbers[0]
+            else:  # a loop that the compiler has unrolled is several places of one line
+                before = counts.shared.get(name, (0, 0, 0))
+                counts.shared[name] = Place(*(a + b for a, b in zip(before, numbers, strict=True)))
+        return counts
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[list[Counts]]:
+    """Counts what the launches inside do.
+
+    >>> with counting() as counts:
+    ...     O = flash_attention(q, k, v, backend="emulated:hopper")
+    >>> counts[0].total["FLOP by wgmma"]
+    """
+    options.counts = []
+    try:
+        yield options.counts
+    finally:
+        options.counts = None
 
 
 class Memory(NamedTuple):
@@ -110,7 +161,10 @@ def run(library: ctypes.CDLL, function, params: bytes, memories: list[Memory], *
             if poison and not memory.written:
                 ctypes.memset(memory.address, 0xFF, memory.bytes)
             library.emulator_memory(memory.address, memory.bytes, memory.writable, memory.written, memory.name.encode())
+    library.emulator_count(options.counts is not None)
     error = function(params)
+    if options.counts is not None:
+        options.counts.append(Counts.read(Path(library._name), library.emulator_counters().decode()))
     message = library.emulator_message().decode() or (library.error_name(error).decode() if error else "")
     if message:
         raise EmulatorError(emulated.with_lines(message, Path(library._name)))
@@ -162,7 +216,7 @@ RUNGS = {
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.emulator_begin.argtypes = [ctypes.c_uint64, ctypes.c_int]
     library.emulator_memory.argtypes = [ctypes.c_size_t, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
-    library.emulator_message.restype = ctypes.c_char_p
+    library.emulator_message.restype = library.emulator_counters.restype = ctypes.c_char_p
     return library
 
 

@@ -130,8 +130,10 @@ def _lines(places: list[str], library: Path) -> dict[str, str]:
     if not places or tool is None:
         return {}
     found = {}
-    for place in places:  # one call each: a place has as many lines as functions that are inlined there
-        output = subprocess.run([tool, "-i", "-e", str(library), place], capture_output=True, text=True).stdout.split("\n")
+    # -a: each place's own line before those of the functions that are inlined there
+    answer = subprocess.run([tool, "-a", "-i", "-e", str(library), *places], capture_output=True, text=True).stdout
+    for place, part in zip(places, re.split(r"^0x[0-9a-f]+\n", answer, flags=re.MULTILINE)[1:], strict=True):
+        output = part.split("\n")
         # The innermost frame of a kernel file: what stands in for CUDA's headers says nothing.
         frames = [Path(line.split(" ")[0]) for line in output if line and not line.startswith("??")]
         outside = [frame for frame in frames if frame.name.partition(":")[0].endswith((".cu", ".cuh"))]

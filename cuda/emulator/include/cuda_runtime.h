@@ -61,6 +61,8 @@ struct Index {
 
 // ---- functions of the device
 
+#define expf emulator::exponential  // counted
+
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float __uint_as_float(uint32_t x) { return __builtin_bit_cast(float, x); }
