@@ -174,8 +174,8 @@ def check_bank_conflicts(name):
 
 @pytest.mark.parametrize(("name", "unit"), (("mma", "mma.sync"), ("tensor_core", "mma.sync"), ("hopper", "wgmma")))
 def check_counts(name, unit):
-    """Two products forward; five backward, or seven where S and dP are computed twice; an exponential a score. Tiles round N up, and `hopper`
-    asks for one product more than it needs, at the end of a block."""
+    """Two products forward; five backward, or seven where S and dP are computed twice; an exponential a score. The tiles of `hopper` round
+    N up, and it asks for one product more than it needs, at the end of a block."""
     N = 256
     forward, backward = counted(name, N=N)
     product = 2 * N * N * 64
