@@ -1,6 +1,8 @@
-"""Every kernel under NVIDIA's compute-sanitizer: memcheck, racecheck, synccheck and initcheck over a small grid. Exits with 1 on a report.
+"""Every kernel under NVIDIA's compute-sanitizer: memcheck, racecheck, synccheck and initcheck over a small grid.
 
     python checks/sanitize.py [--backend NAME ...] [--tool NAME ...]
+
+Exit code 1: a tool has reported something; 2: nothing could be run.
 
 Needs a GPU and compute-sanitizer, a part of the CUDA toolkit. Instrumented kernels are slow, so lengths are small, but they cover more than
 one tile, a ragged last tile, rows that see nothing, and head sizes that are padded.
@@ -81,9 +83,9 @@ def main() -> None:
     if arguments.grid:
         return run_grid(arguments.grid)
     if not torch.cuda.is_available():
-        sys.exit("sanitize.py needs a CUDA GPU")
+        parser.error("it needs a CUDA GPU")
     if shutil.which("compute-sanitizer") is None:
-        sys.exit("compute-sanitizer was not found on the PATH; it comes with the CUDA toolkit")
+        parser.error("compute-sanitizer was not found on the PATH; it comes with the CUDA toolkit")
     for backend in arguments.backend:
         run_grid(backend)  # compiles what is missing, outside the sanitizer
     results = [sanitize(tool, backend) for tool, backend in product(arguments.tool, arguments.backend)]
