@@ -101,9 +101,9 @@ def check_resume_refuses(example, tmp_path, capsys):
 
 
 def check_length_of_the_text(example, tmp_path, capsys):
-    """A window longer than a text is refused before a step is made."""
+    """A window longer than a text is refused before the model is made."""
     with pytest.raises(SystemExit, match="2"):
-        curves(example, tmp_path, "--length", str(10**8), "--dim", "2", "--heads", "1")
+        curves(example, tmp_path, "--length", str(10**9))
     assert "--length must be less than the" in capsys.readouterr().err
 
 

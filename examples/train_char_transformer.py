@@ -54,14 +54,8 @@ def decode(characters: Tensor) -> str:
     return bytes(characters.tolist()).decode("ascii")
 
 
-class Refused(ValueError):
-    """What the command line asks for cannot be done; only the data or a checkpoint shows it."""
-
-
 def batch(text: Tensor, size: int, length: int, random: torch.Generator, device: str) -> tuple[Tensor, Tensor]:
     """Random windows of the text and the characters that follow: x, y (B, N), int64."""
-    if length >= len(text):
-        raise Refused(f"--length must be less than the {len(text)} characters of a text, got {length}")
     starts = torch.randint(len(text) - length, (size, 1), generator=random)  # (B, 1)
     windows = text[starts + torch.arange(length + 1)].long().to(device)  # (B, N + 1)
     return windows[:, :-1], windows[:, 1:]
@@ -114,6 +108,10 @@ class Transformer(nn.Module):
 # ---- training
 
 SETTINGS = "layers", "heads", "dim", "length", "batch", "steps", "rate", "dropout", "seed", "attention", "dtype", "device", "compile"
+
+
+class Refused(ValueError):
+    """What the command line asks for cannot be done, as the data or a checkpoint shows."""
 
 
 class Training:
@@ -191,6 +189,9 @@ def save(state: dict, path: Path) -> None:
 
 def train(args: argparse.Namespace) -> Training:
     training_text, validation_text = read_sources()
+    shortest = min(len(training_text), len(validation_text))
+    if args.length >= shortest:
+        raise Refused(f"--length must be less than the {shortest} characters of a text, got {args.length}")
     training = Training(args)
     checkpoint = args.out / "checkpoint.pt"
     args.out.mkdir(parents=True, exist_ok=True)
