@@ -6,14 +6,13 @@ python checks/check_layers.py [--backend reference]
 import copy
 import math
 import pickle
-import shutil
 import subprocess
 import sys
 from functools import partial
 
 import pytest
 import torch
-from harness import HALF, Case, Problem, Report, Target, dtype_served, limit, run_alone, skip_unless_masks, skip_unless_served
+from harness import HALF, Case, Problem, Report, Target, compilers, dtype_served, limit, run_alone, skip_unless_masks, skip_unless_served
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -369,12 +368,6 @@ def check_replaced_projections(target, flat):
     truth = solve(double, partial(naive, double), (x.double(), context.double()))
     against(report, "QK-norm", got, truth, solve(reference, partial(naive, reference), (x, context)))
     report.verdict()
-
-
-def compilers() -> list:
-    found = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    skip = [] if found or torch.cuda.is_available() else [pytest.mark.skip(reason="no C++ compiler for inductor")]
-    return ["aot_eager", pytest.param("inductor", marks=skip)]
 
 
 @pytest.mark.parametrize("compiler", compilers())

@@ -4,6 +4,7 @@ A check is written once for any backend. `TARGETS` lists the (backend, device) p
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -78,6 +79,16 @@ def dtype_served(target: Target) -> torch.dtype:
     """float32 if the backend has it, else float16: for checks of structure, which one dtype is enough for."""
     x = torch.empty(1, 1, 1, 64, device=target.device)
     return torch.float16 if BACKENDS[target.backend].why_not(x, x, x, None, False, 0.0) else torch.float32
+
+
+def compilers() -> list:
+    """Backends of torch.compile to check with; inductor is skipped, with the reason, where torch cannot build what it writes."""
+    reason = None
+    if not (shutil.which("g++") or shutil.which("clang++") or shutil.which("c++") or torch.cuda.is_available()):
+        reason = "no C++ compiler for inductor"
+    elif " " in torch.__file__:
+        reason = "inductor's linker line does not quote torch's own folder, and its path has a space"
+    return ["aot_eager", pytest.param("inductor", marks=[pytest.mark.skip(reason=reason)] if reason else [])]
 
 
 @dataclass
