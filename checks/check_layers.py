@@ -399,6 +399,24 @@ def check_compile_mixed_precision(target):
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 
 
+def check_symbolic_trace():
+    """torch.fx traces a model with a layer in it; what it writes down serves other lengths too."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = FlashAttention(DIM, HEADS, dim_head=DIM_HEAD, causal=True)
+
+        def forward(self, x: Tensor, context: Tensor, keep: Tensor) -> Tensor:
+            return self.layer(x) + self.layer(x, context, mask=keep)
+
+    model = Model()
+    traced = torch.fx.symbolic_trace(model)
+    for n in (NQ, NK):
+        call = torch.randn(B, n, DIM), torch.randn(B, NK, DIM), torch.rand(B, NK) < 0.7
+        torch.testing.assert_close(traced(*call), model(*call))
+
+
 # ---- torch.nn.MultiheadAttention
 
 

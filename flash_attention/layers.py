@@ -6,6 +6,7 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from flash_attention.backends import BACKENDS, GROUPS
 from flash_attention.interface import flash_attention
@@ -164,7 +165,7 @@ class FlashAttention(nn.Module):
             if key is not None:
                 raise TypeError("context is another name of key: one of them is enough")
             key = context
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+        if mask is not None and not _stands_in(mask) and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
             got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(
                 f"mask, the third positional argument, must be a torch.bool tensor (True = may attend), got {got}; for a 0/1 mask pass "
@@ -187,7 +188,7 @@ class FlashAttention(nn.Module):
         projection = getattr(self, name)
         _check_shape(stream, x, "B", "N", getattr(projection, "in_features", "any width"))
         projected = projection(x)
-        if projected.shape[2:] not in ((heads * self.dim_head,), (heads, self.dim_head)):
+        if not _stands_in(projected) and projected.shape[2:] not in ((heads * self.dim_head,), (heads, self.dim_head)):
             wanted = f"(B, N, {heads * self.dim_head}) or (B, N, {heads}, {self.dim_head})"
             raise ValueError(f"{name} must give {wanted}, got {tuple(projected.shape)}")
         return projected.flatten(2).unflatten(2, (heads, self.dim_head)).transpose(1, 2)
@@ -290,6 +291,11 @@ def _half(device: torch.device) -> torch.dtype:
     return torch.float16 if lacks_bfloat16 else torch.bfloat16
 
 
+def _stands_in(x) -> bool:
+    """Whether x is no tensor but stands for one of unknown shape, as a torch.fx.Proxy does."""
+    return not isinstance(x, Tensor) and has_torch_function_variadic(x)
+
+
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -315,6 +321,8 @@ def _check_dropout(p: float) -> None:
 
 def _check_shape(name: str, x: Tensor, *shape: str | int) -> None:
     """`shape`: words for dimensions of any size, a number for the last if it has only one."""
+    if _stands_in(x):
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != len(shape) or (isinstance(shape[-1], int) and x.shape[-1] != shape[-1]):
