@@ -28,11 +28,12 @@ _kept: dict[Hashable, Kept] = {}
 
 
 def nobody_looks_on(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """No compiler, tracer or profiler, no functorch transform, no torch_dispatch mode, no subclass of Tensor. Then a backend may be called
-    without going through its op."""
+    """No compiler, tracer or profiler, no functorch transform, no torch_dispatch mode, no subclass of Tensor, no meta device. Then a
+    backend may be called without going through its op."""
     return (
         not torch.compiler.is_compiling()
         and type(q) is type(k) is type(v) is Tensor
+        and not q.is_meta
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
