@@ -73,7 +73,7 @@ def flash_attention(
 
 def _attention(q, k, v, mask, causal, scale, dropout_p, backend, block_size, call) -> tuple[Tensor, Tensor]:
     """O and LSE of any call, from arguments as they came; its launch is kept if it is one that can be repeated."""
-    causal, scale, dropout_p, block_size = (_python_number(x) for x in (causal, scale, dropout_p, block_size))
+    causal, scale, dropout_p, block_size = map(_python_number, (causal, scale, dropout_p, block_size))
     _check(q, k, v, causal, scale, dropout_p, block_size)
     if _autocasts(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)

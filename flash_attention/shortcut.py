@@ -46,7 +46,7 @@ def signature(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
     plain = (
         nobody_looks_on(q, k, v)
         and q.is_cuda
-        and q.layout == k.layout == v.layout == torch.strided
+        and q.layout is k.layout is v.layout is torch.strided
         and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cuda")
