@@ -21,8 +21,8 @@ def use_flash_attention() -> Iterator[None]:
     """Inside the `with`, `torch.nn.functional.scaled_dot_product_attention` runs on this project.
 
     Calls that `flash_attention()` has no counterpart for reach torch's own function as if nothing were patched, and so do wrong ones, which
-    get its exceptions: a float `attn_mask` (which is added to the scores), `attn_mask` together with `is_causal`, nested and sparse
-    tensors, other dtypes, empty heads, dropout_p = 1, key and value with other numbers of heads.
+    get its exceptions: a float `attn_mask` (which is added to the scores), `attn_mask` together with `is_causal`, nested, sparse
+    and empty tensors, other dtypes, dropout_p = 1, key and value with other numbers of heads.
 
     Subclasses of Tensor with a `__torch_function__`, TorchFunctionModes, torch.fx and torch.jit.script see torch's own function, as ever;
     below all modes, a call without such tensors runs here. `torch.nn.attention.bias.causal_lower_right` and `causal_upper_left` are served.
@@ -72,18 +72,16 @@ def scaled_dot_product_attention(
         What torch's own function raises.
     """
     arguments = query, key, value, attn_mask, dropout_p, is_causal
-    O = None if has_torch_function(arguments) else _serve(*arguments, scale=scale, enable_gqa=enable_gqa)
+    O = None if has_torch_function(arguments) else _serve(*arguments, scale, enable_gqa)
     return functional.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa) if O is None else O
 
 
 # ---- what is served
 
 
-def _serve(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False, _compiling=torch.compiler.is_compiling
-) -> Tensor | None:
+def _serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Tensor | None:
     """The result, or None for what torch's own function must see."""
-    if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad and not _compiling():
+    if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad and not torch.compiler.is_compiling():
         scale = scale.item()
     if not _are_served(query, key, value, dropout_p, is_causal, scale, enable_gqa):
         return None
@@ -104,21 +102,23 @@ def _serve(
     elif is_causal and Lk < Lq:
         attn_mask, causal = torch.ones(Lq, Lk, dtype=torch.bool, device=query.device).tril_(), False
 
-    dims = max(x.dim() for x in (query, key, value))
+    tensors = [x if x.dim() >= 4 else x[(None,) * (4 - x.dim())] for x in (query, key, value)]
+    H, Hkv = (x.shape[-3] for x in tensors[:2])
+    leading = [(*x.shape[:-3], H) if enable_gqa else x.shape[:-2] for x in tensors]
     try:
-        batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
-        heads = [x.shape[-3] if x.dim() > 2 else 1 for x in (query, key, value)]
-        if not enable_gqa:
-            heads = torch.broadcast_shapes(*((h,) for h in heads)) * 3
-        mask = None if attn_mask is None else attn_mask.expand(*batch, *heads[: dims - 2][:1], Lq, key.shape[-2])
-    except RuntimeError:  # they do not broadcast
+        of_scores = _broadcast(*leading[:2])  # to which torch broadcasts the mask
+        *batch, H = _broadcast(of_scores, leading[2])
+        mask = None if attn_mask is None else attn_mask.expand(*of_scores, Lq, key.shape[-2])
+    except RuntimeError:  # they do not
         return None
-    if 0 in heads or heads[1] != heads[2] or heads[0] % heads[1]:
+    if mask is not None and attn_mask.dim() > max(query.dim(), key.dim()):
         return None
-    q, k, v = (_in_four_dimensions(x, batch, h) for x, h in zip((query, key, value), heads, strict=True))  # (B, H or Hkv, L, E)
+    q = _in_four_dimensions(tensors[0], batch, H)  # (B, H, Lq, E)
+    k, v = (_in_four_dimensions(x, batch, Hkv if enable_gqa else H) for x in tensors[1:])
     # In four dimensions too: `flash_attention()` would take a (Lq, Lk) mask with Lq = B for a key mask.
-    mask = None if mask is None else _in_four_dimensions(mask, batch, heads[0])
+    mask = None if mask is None else _in_four_dimensions(mask, batch, H)
     O = flash_attention(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p)  # (B, H, Lq, Ev)
+    dims = max(x.dim() for x in (query, key, value))
     return O if dims == 4 else O.unflatten(0, batch)[(0,) * (4 - dims)]
 
 
@@ -133,17 +133,23 @@ def _are_served(query, key, value, dropout_p, is_causal, scale, enable_gqa) -> b
         all(dtype in DTYPES for dtype in dtypes)
         and (autocasts or dtypes[0] == dtypes[1] == dtypes[2])
         and query.device == key.device == value.device
-        and query.shape[-1] == key.shape[-1] != 0
-        and value.shape[-1] != 0
+        and query.shape[-1] == key.shape[-1]
         and key.shape[-2] == value.shape[-2]
-        and not (enable_gqa and any(x.dim() == 2 for x in tensors))
+        and all(x.numel() for x in tensors)
         # Where torch refuses one type and takes another, it knows best.
         and isinstance(is_causal, bool)
         and isinstance(enable_gqa, bool)
+        and not (enable_gqa and not _are_grouped(*tensors))
         and isinstance(dropout_p, NUMBERS)
         and 0 <= dropout_p < 1
-        and (scale is None or (isinstance(scale, NUMBERS) and -math.inf < scale < math.inf))
+        and (scale is None or (isinstance(scale, NUMBERS) and not isinstance(scale, bool) and -math.inf < scale < math.inf))
     )
+
+
+def _are_grouped(query, key, value) -> bool:
+    if any(x.dim() < 3 for x in (query, key, value)):
+        return False
+    return key.shape[-3] == value.shape[-3] and not query.shape[-3] % key.shape[-3]
 
 
 def _is_mask(mask, query: Tensor) -> bool:
@@ -151,11 +157,14 @@ def _is_mask(mask, query: Tensor) -> bool:
     return dense and mask.dtype == torch.bool and mask.device == query.device and mask.dim() >= 2
 
 
+def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return a if a == b else torch.broadcast_shapes(a, b)
+
+
 def _in_four_dimensions(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
-    """(…, h, L, E) → (B, heads, L, E), a view wherever there is one."""
+    """(*batch or less, heads or 1, L, E) → (B, heads, L, E), a view wherever there is one."""
     if x.dim() == 4 and x.shape[:2] == (*batch, heads):
         return x
-    x = x[(None,) * (4 - x.dim())]
     return x.expand(*batch, heads, -1, -1).flatten(0, -4)
 
 
@@ -214,10 +223,10 @@ torch.jit._builtins._register_builtin(_replacement, "aten::scaled_dot_product_at
 
 def _try_to_serve(args: tuple, kwargs: dict) -> Tensor | None:
     try:
-        call = _arguments(*args, **kwargs)
+        arguments = _arguments(*args, **kwargs)
     except TypeError:  # missing, unknown or too many
         return None
-    return _serve(*call[:6], scale=call[6], enable_gqa=call[7])
+    return _serve(*arguments)
 
 
 def _arguments(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False) -> tuple:
