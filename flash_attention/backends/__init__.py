@@ -21,6 +21,17 @@ GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.te
 DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
 
 
+def check_name(name: str | None) -> str | None:
+    """The name, if it is one that `choose` takes.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if name is not None and not (isinstance(name, str) and (name in BACKENDS or name in GROUPS)):
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, (*BACKENDS, *GROUPS)))}, got {name!r}")
+    return name
+
+
 def choose(
     name: str | None,
     q: Tensor,
@@ -41,8 +52,7 @@ def choose(
     """
     if name is None and q.device.type != "cuda":
         return "reference"
-    if name is not None and not (isinstance(name, str) and (name in BACKENDS or name in GROUPS)):
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, (*BACKENDS, *GROUPS)))}, got {name!r}")
+    check_name(name)
     if block_size is not None:
         if name not in (None, "reference"):
             raise ValueError(f"block_size sets the reference's tiles and backend {name!r} has its own, got block_size {block_size}")
