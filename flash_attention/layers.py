@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_variadic
 
-from flash_attention.backends import BACKENDS, GROUPS
+from flash_attention.backends import check_name
 from flash_attention.interface import flash_attention
 
 CHUNKED = "from flash_attention.integrations.earlier import ChunkedFlashAttention as FlashAttention"
@@ -123,7 +123,7 @@ class FlashAttention(nn.Module):
         _check_buckets(q_bucket_size, k_bucket_size)
         if parallel:
             raise NotImplementedError("parallel=True: wrap the model in torch.nn.parallel.DistributedDataParallel instead")
-        _check_backend(backend)
+        check_name(backend)
         if block_size is not None:
             _check_sizes(block_size=block_size)
             if backend not in (None, "reference"):
@@ -306,12 +306,6 @@ def _check_buckets(*sizes: int | None) -> None:
     for name, size in zip(("q_bucket_size", "k_bucket_size"), sizes, strict=True):
         if size is not None:
             _check_sizes(**{name: size})
-
-
-def _check_backend(name: str | None) -> None:
-    names = *BACKENDS, *GROUPS
-    if name is not None and name not in names:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, names))}, got {name!r}")
 
 
 def _check_dropout(p: float) -> None:
