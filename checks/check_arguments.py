@@ -123,6 +123,23 @@ def check_sanitize_without_a_gpu(monkeypatch, capsys):
     assert "needs a CUDA GPU" in capsys.readouterr().err
 
 
+def check_sanitize_on_an_older_gpu(monkeypatch, capsys):
+    """A rung that does not run there is refused by name, and is not among those that run by default."""
+    script, asked = module("checks/sanitize.py"), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(script.shutil, "which", lambda name: name)
+    monkeypatch.setattr(script, "run_grid", asked.append)
+    monkeypatch.setattr(script, "sanitize", lambda tool, backend: True)
+    for arguments, code in (["--backend", "hopper"], 2), ([], 0):
+        monkeypatch.setattr(sys, "argv", ["sanitize.py", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            script.main()
+        assert caught.value.code == code
+    assert "hopper does not run on a GPU of compute capability 8.0" in capsys.readouterr().err
+    assert "tensor_core" in asked and "hopper" not in asked
+
+
 @pytest.mark.parametrize("name", (None, *BACKENDS, *GROUPS))
 def check_backends_taken(name, monkeypatch):
     """The scripts take every name that `flash_attention()` takes."""

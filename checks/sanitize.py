@@ -76,7 +76,7 @@ def sanitize(tool: str, backend: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", nargs="+", choices=tuple(RUNGS), default=tuple(RUNGS))
+    parser.add_argument("--backend", nargs="+", choices=tuple(RUNGS), help="default: each that runs on this GPU")
     parser.add_argument("--tool", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--grid", choices=tuple(RUNGS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -86,9 +86,14 @@ def main() -> None:
         parser.error("it needs a CUDA GPU")
     if shutil.which("compute-sanitizer") is None:
         parser.error("compute-sanitizer was not found on the PATH; it comes with the CUDA toolkit")
-    for backend in arguments.backend:
+    major, minor = torch.cuda.get_device_capability()
+    here = [name for name, rung in RUNGS.items() if rung.runs_on(10 * major + minor)]
+    backends = arguments.backend or here
+    if elsewhere := [name for name in backends if name not in here]:
+        parser.error(f"--backend: {', '.join(elsewhere)} does not run on a GPU of compute capability {major}.{minor}")
+    for backend in backends:
         run_grid(backend)  # compiles what is missing, outside the sanitizer
-    results = [sanitize(tool, backend) for tool, backend in product(arguments.tool, arguments.backend)]
+    results = [sanitize(tool, backend) for tool, backend in product(arguments.tool, backends)]
     sys.exit(0 if all(results) else 1)
 
 
