@@ -295,7 +295,7 @@ def check_default_device(served):
 
 @pytest.mark.parametrize("place", (0, 2, 3))
 def check_subclasses(served, place):
-    """A subclass with a `__torch_function__` gets what it gets without the `with`: torch's own function, from the calls that it makes too."""
+    """A subclass with a `__torch_function__` gets what it gets without the `with`, from the calls that it makes too."""
     calls = []
 
     class Watched(torch.Tensor):

@@ -8,7 +8,6 @@ differentiable in its turn.
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from flash_attention import allocate
 from flash_attention.backends import BACKENDS, choose
@@ -196,22 +195,3 @@ for _name, _real, _fake, _tensors in (
     library.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flash_attention::{_name}", _fake, lib=library)
     torch.library.register_vmap(f"flash_attention::{_name}", _vmapped(getattr(torch.ops.flash_attention, _name), _tensors), lib=library)
-
-
-# ---- what torch.utils.flop_counter counts: products alone, two operations for each multiplication, as for torch's own attention. Causality
-# and masks spare nothing there, and key/value heads count for every query head that reads them.
-
-
-def _flops(products_D: int, products_Dv: int, first: int):
-    """The formula of an op that multiplies so many times by (or into) a matrix of D and of Dv columns; q is argument `first`."""
-
-    def formula(*arguments, **_) -> int:
-        (B, H, Nq, D), (_, _, Nk, _), (_, _, _, Dv) = arguments[first : first + 3]
-        return 2 * B * H * Nq * Nk * (products_D * D + products_Dv * Dv)
-
-    return formula
-
-
-register_flop_formula(torch.ops.flash_attention.forward)(_flops(1, 1, first=0))  # Q Kᵀ; P V
-register_flop_formula(torch.ops.flash_attention.backward)(_flops(3, 2, first=2))  # Q Kᵀ again, dS K, dSᵀ Q; dO Vᵀ, Pᵀ dO
-register_flop_formula(torch.ops.flash_attention.second_backward)(_flops(7, 5, first=5))  # reference/second_derivative.py has them all
