@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flash_attention import shortcut
 from flash_attention.autograd import attention
-from flash_attention.backends import choose
+from flash_attention.backends import as_chosen, choose
 from flash_attention.reference.tiles import broadcast_mask
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -49,7 +49,8 @@ def flash_attention(
 
     Raises:
         TypeError: an argument's type or dtype is wrong. ValueError: shapes, devices or values do not fit.
-        NotImplementedError: the backend asked for cannot serve this call. Each message names what is at fault; nothing has been launched.
+        NotImplementedError: the backend asked for cannot serve this call. flash_attention.build.BuildError (a RuntimeError): its kernel
+        cannot be built. Each message names what is at fault; nothing has been launched.
 
     Under autocast, floating-point inputs are cast as for torch's own attention.
 
@@ -78,7 +79,7 @@ def _attention(q, k, v, mask, causal, scale, dropout_p, backend, block_size, cal
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     # Choosing looks at the machine, which a compiled graph cannot: there the op chooses when it runs.
     name = backend or "" if torch.compiler.is_compiling() else choose(backend, q, k, v, mask, causal, dropout_p, block_size)
-    result = attention(q, k, v, mask, seed, causal, scale, float(dropout_p), name, block_size)
+    result = attention(q, k, v, mask, seed, causal, scale, float(dropout_p), as_chosen(backend, name), block_size)
     if call is not None:
         shortcut.keep(call, q, k, v, result[0], causal, scale, name)
     return result
