@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) delta_kernel(const __g
         for (int d = d0; d < min(d0 + SUM, p.Dv); ++d) sum = fmaf(static_cast<float>(O_gmem[d]), static_cast<float>(dO_gmem[d]), sum);
         Delta += sum;
     }
-    p.workspace[row] = p.d_lse ? Delta - p.d_lse[row] : Delta;
+    if (p.d_lse) Delta -= p.d_lse[row];
+    p.workspace[row] = p.lse[row] == -CUDART_INF_F ? 0 : Delta;  // a row that attends nothing: whatever comes back to it, NaN too, is dropped
 }
 
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __grid_constant__ AttentionParams p) {

@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(THREADS) delta_kernel(const __grid_constant__ 
 #pragma unroll
         for (int d = 0; d < 8; ++d) Delta = fmaf(static_cast<float>(O[d]), static_cast<float>(dO[d]), Delta);
     }
-    p.workspace[row] = p.d_lse ? Delta - p.d_lse[row] : Delta;
+    if (p.d_lse) Delta -= p.d_lse[row];
+    p.workspace[row] = p.lse[row] == -CUDART_INF_F ? 0 : Delta;  // a row that attends nothing: whatever comes back to it, NaN too, is dropped
 }
 
 __global__ void __launch_bounds__(THREADS) dkv_kernel(const __grid_constant__ AttentionParams p) {

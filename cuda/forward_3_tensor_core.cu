@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     float O_rmem[M_TILES][O_TILES][4] = {};  // not yet divided by l
     float m_rmem[M_TILES][2], l_rmem[M_TILES][2];  // of rows g and g + 8; l is this lane's share of the sum
 #pragma unroll
-    for (int m = 0; m < M_TILES; ++m) m_rmem[m][0] = m_rmem[m][1] = LOWEST, l_rmem[m][0] = l_rmem[m][1] = 0;
+    for (int m = 0; m < M_TILES; ++m) m_rmem[m][0] = m_rmem[m][1] = p.lowest, l_rmem[m][0] = l_rmem[m][1] = 0;
 
     const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
     [[maybe_unused]] const uint2 kept_key = DROPOUT ? dropout_key(p) : uint2{};
@@ -183,10 +183,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                 for (int n = 0; n < N_TILES; ++n) m_new = fmaxf(m_new, fmaxf(S_rmem[m][n][2 * r], S_rmem[m][n][2 * r + 1]));
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
-                alpha[m][r] = ptx::ex2((m_rmem[m][r] - m_new) * scale_log2);
+                const float m_log2 = m_new * scale_log2;
+                alpha[m][r] = ptx::ex2(__fmul_rn(m_rmem[m][r], scale_log2) - m_log2);  // rounded as for P, which no fma may undo
                 grew |= m_new > m_rmem[m][r];
                 m_rmem[m][r] = m_new;
-                const float m_log2 = m_new * scale_log2;
                 float sum = 0;
 #pragma unroll
                 for (int n = 0; n < N_TILES; ++n) {
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
             l += __shfl_xor_sync(0xffffffff, l, 2);
             const int row = warp_row + 16 * m + 8 * r + g;
             if (p.lse && t == 0 && out.i0 + row < p.Nq) p.lse[(static_cast<int64_t>(out.b) * p.H + out.h) * p.Nq + out.i0 + row] = m_rmem[m][r] * p.scale + logf(l);
-            const float factor = l > 0 ? (DROPOUT ? p.keep_scale : 1.0f) / l : 0;  // l = 0: the row may attend nothing
+            const float factor = factor_of_row(p, m_rmem[m][r], scale_log2, (DROPOUT ? p.keep_scale : 1.0f) / l);
 #pragma unroll
             for (int o = 0; o < O_TILES; ++o)
                 *reinterpret_cast<uint32_t*>(smem + Tile_Q::offset(row, o) + 4 * t) =

@@ -273,9 +273,9 @@ __global__ void __launch_bounds__(THREADS, 1)
                 for (int i = 0; i < BLOCK_K / 8; ++i) m_new = fmaxf(m_new, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
-                alpha[r] = ptx::ex2((m_rmem[r] - m_new) * scale_log2);
-                m_rmem[r] = m_new;
                 const float m_log2 = m_new * scale_log2;
+                alpha[r] = ptx::ex2(__fmul_rn(m_rmem[r], scale_log2) - m_log2);  // rounded as for P, which no fma may undo
+                m_rmem[r] = m_new;
                 float sum = 0;
 #pragma unroll
                 for (int i = 0; i < BLOCK_K / 8; ++i)
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 ptx::wgmma_wait_group<0>();
 #pragma unroll
                 for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = 0;
-                m_rmem[0] = m_rmem[1] = LOWEST, l_rmem[0] = l_rmem[1] = 0;
+                m_rmem[0] = m_rmem[1] = p.lowest, l_rmem[0] = l_rmem[1] = 0;
                 release(barriers.K_empty, Slot_KV(n).stage);
                 if (tile + 1 == work.k_tiles) release_Q(slot_Q);
                 softmax(work.i0, work.j0(tile));
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     l += __shfl_xor_sync(0xffffffff, l, 1);
                     l += __shfl_xor_sync(0xffffffff, l, 2);
                     LSE[r] = m_rmem[r] * p.scale + ptx::lg2(l) * LN_2;
-                    factor[r] = l > 0 ? (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l) : 0;  // l = 0: the row may attend nothing
+                    factor[r] = factor_of_row(p, m_rmem[r], scale_log2, (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l));
                 }
                 const int warp = uniform(ptx::tid_x() / 32) - 4;  // read anew, so that what follows from it takes no registers meanwhile
                 const uint32_t O_rows = O_smem + warp * 16 * ROW_BYTES, O_lane = O_smem + Tile_O::lane_a(warp * 16, lane);

@@ -6,6 +6,7 @@ device. Nothing synchronises, nothing is copied that the kernel can read where i
 
 import ctypes
 import functools
+import math
 import struct
 from dataclasses import dataclass
 
@@ -15,12 +16,17 @@ from torch import Tensor
 from flash_attention import allocate, build
 from flash_attention.backends.launch import MASK, NO_MASK, NO_TENSOR, PARAMS, SETTINGS, STRIDES, Launch, raise_on
 from flash_attention.reference.dropout import threshold
+from flash_attention.reference.tiles import LOG2_E, hide_dead
 
 PACK_MASK = "pack_mask.cu"
 
 PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
+# Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
+# summed from −2¹²⁷, lies below it.
+LOWEST = -(2.0**126)
+SMALLEST_SCALE = 2.0**-100
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as the one object that it is: a call looks its library up by it
@@ -88,8 +94,8 @@ class Rung:
     ):
         """→ O (B, H, Nq, Dv), LSE (B, H, Nq)."""
         O, LSE = allocate.forward_outputs(q, v)
-        sign, scale = _positive(scale)
-        q, k, v = (self._readable(x) for x in (q if sign == 1 else q * sign, k, v))
+        factor, scale = _positive(scale)
+        q, k, v = (self._readable(x) for x in (q if factor == 1 else q * factor, k, v))
         form, mask_fields, _alive = self._mask(FORWARD, mask, seed is not None)
         tensors = q, k, v, O
         launch = self._launch(FORWARD, tensors, form, seed, causal, scale, dropout_p)
@@ -99,7 +105,7 @@ class Rung:
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, causal: bool, scale: float) -> Launch | None:
         """The launch of a forward without mask and dropout for tensors like these, wherever they begin at a multiple of 16 bytes. None if
         the kernel cannot read them as they are, or could not be built and another has taken its place."""
-        if scale <= 0 or not all(self._is_readable(x) for x in (q, k, v)):
+        if _positive(scale)[0] != 1 or not all(self._is_readable(x) for x in (q, k, v)):
             return None
         try:
             return self._launch(FORWARD, (q, k, v, O), None, None, causal, scale, 0.0)
@@ -123,8 +129,10 @@ class Rung:
     ):
         """→ dQ, dK, dV, shaped as q, k, v."""
         dQ, dK, dV = allocate.backward_outputs(q, k, v)
-        sign, scale = _positive(scale)
-        q, k, v, O, dO = (self._readable(x) for x in (q if sign == 1 else q * sign, k, v, O, dO))
+        factor, scale = _positive(scale)
+        if mask is not None or (causal and q.shape[2] > k.shape[2]):  # rows may attend nothing
+            (dO,) = hide_dead(LSE.isneginf(), dO)
+        q, k, v, O, dO = (self._readable(x) for x in (q if factor == 1 else q * factor, k, v, O, dO))
         LSE, dLSE = LSE.contiguous(), None if dLSE is None else dLSE.contiguous()
         form, mask_fields, _alive = self._mask(BACKWARD, mask, seed is not None)
         tensors = q, k, v, O, dO, dQ, dK, dV
@@ -132,7 +140,7 @@ class Rung:
         workspace = torch.empty(launch.workspace_floats(), dtype=torch.float32, device=q.device)
         pointers = LSE.data_ptr(), _address(dLSE), workspace.data_ptr(), _address(seed)
         launch(q, [x.data_ptr() for x in tensors], pointers, mask_fields)
-        return (dQ if sign == 1 else dQ.mul_(sign)), dK, dV
+        return (dQ if factor == 1 else dQ.mul_(factor)), dK, dV
 
     # ---- what the kernels can read in place
 
@@ -185,7 +193,7 @@ class Rung:
         return Launch(
             library=_library(self, which, device, q.dtype, max(D, Dv), causal, mask, seed is not None),
             tensors=tuple(field for x in tensors for field in (0, STRIDES.pack(*x.stride()[:3]))) + (8 - len(tensors)) * NO_TENSOR,
-            settings=SETTINGS.pack(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop)),
+            settings=SETTINGS.pack(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop), LOWEST / max(1, scale * LOG2_E)),
             device=device,
             sm_count=_sm_count(device),
         )
@@ -260,9 +268,14 @@ def _library(rung: Rung, which: int, device: int, dtype: torch.dtype, D: int, ca
     return library
 
 
-def _positive(scale: float) -> tuple[int, float]:
-    """scale as sign · positive scale: kernels take the maximum of unscaled scores, which a negative scale would turn into the minimum."""
-    return (1, scale) if scale > 0 else (-1, -scale) if scale < 0 else (0, 1.0)
+def _positive(scale: float) -> tuple[float, float]:
+    """scale as a factor of q times a scale that is positive and not tiny.
+
+    Kernels take the maximum of unscaled scores, which a negative scale would turn into the minimum, and sum a hidden score from −2¹²⁷,
+    which a tiny scale would bring up to the others."""
+    if abs(scale) >= SMALLEST_SCALE:
+        return math.copysign(1, scale), abs(scale)
+    return (math.copysign(SMALLEST_SCALE, scale), max(abs(scale) / SMALLEST_SCALE, SMALLEST_SCALE)) if scale else (0, 1.0)
 
 
 def _address(x: Tensor | None) -> int:
