@@ -22,7 +22,7 @@ import resource
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,10 +43,10 @@ SMALL = {
     r"(num_(hidden_|encoder_|decoder_)?layers|n_layers?|(en|de)coder_layers|depth|num_hidden_(en|de)coder_layers)": 2,
     r"(num_(attention_|q_|query_)?heads|n_heads?|(en|de)coder_(num_)?attention_heads|num_(en|de)coder_(attention_)?heads)": 4,
     r"(num_key_value_heads|num_kv_heads|(en|de)coder_num_key_value_heads|num_global_key_value_heads|num_kv_head)": 2,
-    r".*head_dim|d_kv|attention_head_size|v_head_dim": 16,
-    r".*_lora_rank": 32,
     r"qk_rope_head_dim": 8,
     r"qk_head_dim": 24,
+    r".*head_dim|d_kv|attention_head_size|v_head_dim": 16,
+    r".*_lora_rank": 32,
     r".*vocab_size(_per_layer_input)?": 100,
     r"(n_routed|num_local|moe_num|num)_experts": 4,
     r"num_experts_per_tok(en)?|num_expert_group|moe_k|moe_topk|top_k_experts|experts_per_token|n_group": 2,
@@ -66,7 +66,12 @@ UNSET = ("vocab_size", "head_dim", "num_key_value_heads", "n_routed_experts", "n
 
 GLM_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}}
-SHARED_KV = {"global_head_dim": 16, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+SHARED_KV = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "global_head_dim": 16,
+}
 SPECIAL: dict[str, dict] = {
     "qwen2_vl": {"text_config": MROPE},
     "qwen2_vl_text": MROPE,
@@ -99,6 +104,7 @@ SPECIAL: dict[str, dict] = {
     "informer": {"prediction_length": 4},
     "time_series_transformer": {"prediction_length": 4},
 }
+
 
 def families() -> dict[str, list[str]]:
     """Model type → classes, those with a language-modelling head first."""
@@ -335,8 +341,11 @@ class Runs:
     def gradients(self):
         self.model.zero_grad()
         found = tensors(seeded(self.model, **self.inputs))
-        generator = torch.Generator().manual_seed(3)
-        total = sum((x * torch.randn(x.shape, generator=generator) / x.abs().max().detach().clip(min=1e-6)).sum() for x in found.values() if x.requires_grad)
+        torch.manual_seed(3)
+        total = 0.0
+        for x in found.values():
+            if x.requires_grad:
+                total = total + (x * torch.randn_like(x) / x.abs().max().detach().clip(min=1e-6)).sum()
         if not isinstance(total, Tensor):
             raise Unusable("no output has a gradient")
         total.backward()
@@ -496,7 +505,9 @@ def watched(broken: bool = False):
     def attention(module, query, key, *args, **options):
         seen.calls += 1
         mask = args[1] if len(args) > 1 else options.get("attention_mask")
-        if mask is None and query.shape[2] > 1: seen.none.add(f"{type(module).__name__} {options.get('is_causal')} {getattr(module, 'is_causal', 'no attr')} {query.shape[2]} {key.shape[2]}")
+        if mask is None and query.shape[2] > 1:
+            causal = options.get("is_causal", getattr(module, "is_causal", "undeclared"))
+            seen.none.add(f"{type(module).__name__}, is_causal {causal}, {query.shape[2]} × {key.shape[2]}")
         seen.keywords |= {name for name, x in options.items() if x is not None and x is not False}
         O, weights = integration.attention(module, query, key, *args, **options)
         return (torch.zeros_like(O) if broken else O), weights
@@ -558,8 +569,8 @@ def in_a_process(kind: str, names: list[str]) -> dict:
     def work():
         resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-        sys.stderr = sys.stdout = open("/dev/null", "w")
-        send.send(examine(kind, names))
+        with open("/dev/null", "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            send.send(examine(kind, names))
 
     process = context.Process(target=work)
     for wait in (1, 5, 25, None):  # a busy machine may have no process to spare

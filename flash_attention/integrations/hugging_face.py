@@ -29,9 +29,9 @@ except ImportError as error:
 # Keywords that models pass along without any effect here: `sliding_window` is in the mask already, the others are meant for other layers.
 # Any other keyword that is set is refused, whether it is known here or not.
 HARMLESS = frozenset(
-    "sliding_window max_length_q max_length_k deterministic position_ids use_cache num_items_in_batch output_attentions "
-    "output_hidden_states output_router_logits return_dict input_ids logits_to_keep".split()
-)
+    ["sliding_window", "max_length_q", "max_length_k", "deterministic", "position_ids", "use_cache", "num_items_in_batch", "grid_thw",
+     "input_ids", "logits_to_keep", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"]
+)  # fmt: skip
 DOCUMENTS = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))  # several documents in one row: harmless if a mask separates them
 
 # Model types that none but `eager` computes rightly, and why.
@@ -99,7 +99,10 @@ class ImpliedMask(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        args, kwargs = tree_map_only(cls, cls.write, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        if operation is torch.ops.aten._to_copy.default and args[0].written is None and kwargs.get("dtype") in (None, torch.bool):
+            return cls(args[0].shape, args[0].causal, kwargs.get("device") or args[0].device)  # layers on several devices
+        args, kwargs = tree_map_only(cls, cls.write, (args, kwargs))
         return operation(*args, **kwargs)
 
     def __repr__(self) -> str:
