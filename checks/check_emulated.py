@@ -58,10 +58,11 @@ def check_mask_dropout_and_grouped_heads(name, Nq, Nk, causal, mask):
 
 @pytest.mark.parametrize("name", RUNGS)
 def check_other_head_sizes(name):
-    """D 72 and Dv 40 in kernels for 96 or 128; the largest that the rung has."""
+    """D 72 and Dv 40 in kernels for 96 or 128; the largest that the rung has, up to 256."""
     against_truth(Case(B=1, H=1, Nq=100, Nk=150, D=72, Dv=40, dtype=torch.bfloat16), target(name))
     against_truth(
-        Case(B=1, H=1, Nq=70, Nk=90, D=BACKENDS[f"emulated:{name}"].head_dims[-1], dtype=torch.bfloat16, causal=True), target(name)
+        Case(B=1, H=1, Nq=70, Nk=90, D=min(BACKENDS[f"emulated:{name}"].head_dims[-1], 256), dtype=torch.bfloat16, causal=True),
+        target(name),
     )
 
 
@@ -112,8 +113,8 @@ def check_by_name_only_and_on_the_cpu():
     """None and "cuda" never choose it; tensors elsewhere are refused."""
     x = torch.randn(1, 1, 8, 64)
     assert flash_attention(x, x, x).isfinite().all()
-    with pytest.raises(NotImplementedError, match="on the CPU, got meta"):
-        flash_attention(*(x.to("meta"),) * 3, backend="emulated:simple")
+    on_meta = x.to("meta")
+    assert "on the CPU, got meta" in BACKENDS["emulated:simple"].why_not(on_meta, on_meta, on_meta, None, False, 0.0)
     with pytest.raises(NotImplementedError, match=r"computes in float16, bfloat16, got torch.float32"):
         flash_attention(x, x, x, backend="emulated:hopper")
 

@@ -15,6 +15,7 @@ from harness import run_alone
 
 from flash_attention import build, flash_attention
 from flash_attention.backends import BACKENDS, emulated
+from flash_attention.build import Specialisation
 from flash_attention.build import emulated as compiler
 
 if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
@@ -71,8 +72,7 @@ SEEDS = range(8)
 
 @functools.cache
 def faults() -> ctypes.CDLL:
-    defines = ["-DHEAD_DIM=64", "-DDTYPE=1", "-DCAUSAL=0", "-DMASK=0", "-DDROPOUT=0", "-DSMEM_KB=227"]
-    library = emulated._declare(build.load(compiler.build_source(str(FAULTS), defines, FAULTS.name)))
+    library = emulated._declared(build.loaded(compiler.build_kernel(Specialisation(str(FAULTS), compiler.ARCH, 64, "float16"))))
     library.fault.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
     library.fault_names.restype = ctypes.c_char_p
     return library

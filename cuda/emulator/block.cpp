@@ -17,9 +17,10 @@ static int registers_at_start(int threads) {  // what the compiler may use if on
     return each < 255 ? each : 255;
 }
 
-void Block::begin(unsigned block_x, unsigned block_y, const Grid& of_grid, uint64_t seed) {
-    x = block_x, y = block_y, grid = of_grid;
-    random.state = (seed * 0x9e3779b97f4a7c15 ^ (uint64_t(y) << 32 | x) * 0xbf58476d1ce4e5b9) | 1;
+void Block::begin(int64_t number, const Grid& of_grid, uint64_t seed) {
+    grid = of_grid;
+    index = {unsigned(number % grid.blocks.x), unsigned(number / grid.blocks.x % grid.blocks.y), unsigned(number / grid.blocks.x / grid.blocks.y)};
+    random.state = (seed * 0x9e3779b97f4a7c15 ^ number * 0xbf58476d1ce4e5b9) | 1;
     for (int n = 0; n < 4; ++n) random();
     const int count = grid.threads, warp_count = (count + 31) / 32;
     threads.assign(count, Thread{});
@@ -143,10 +144,8 @@ bool Block::wake_who_waits_for_memory() {
 
 unsigned thread_x() { return current->running; }
 unsigned threads_of_block() { return current->grid.threads; }
-unsigned block_x() { return current->x; }
-unsigned block_y() { return current->y; }
-unsigned grid_x() { return current->grid.x; }
-unsigned grid_y() { return current->grid.y; }
+Index block_index() { return current->index; }
+Index grid_size() { return current->grid.blocks; }
 
 void set_registers(int count) {
     Block& block = *current;

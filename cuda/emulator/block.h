@@ -60,7 +60,7 @@ struct Block {
     uintptr_t library;  // where the kernel's is loaded
     int slot;           // of those resident at a time
     bool alone;         // there is one slot
-    unsigned x, y;
+    Index index;
     Grid grid;
     std::vector<Thread> threads;
     std::vector<Warp> warps;
@@ -77,7 +77,7 @@ struct Block {
     Pause paused;
     int running, last, threads_done;  // running: −1 while the launcher is
 
-    void begin(unsigned x, unsigned y, const Grid&, uint64_t seed);
+    void begin(int64_t number, const Grid&, uint64_t seed);  // in the grid
     Pause run();
 
     Thread& self() { return threads[running]; }

@@ -13,8 +13,11 @@ constexpr int FIRST_SHARED_ADDRESS = 1024;  // the system keeps 1 KB of each blo
 
 // ---- launching (launch.cpp)
 
+struct Index {
+    unsigned x, y, z;
+};
 struct Grid {
-    unsigned x, y;
+    Index blocks;
     int threads, dynamic_bytes;
 };
 // Runs a grid: every thread calls thread(arguments). `dynamic` is where dynamic shared memory begins; `kernel` says which library it is in.
@@ -26,10 +29,8 @@ void* driver_function(const char* name);
 
 [[gnu::const]] unsigned thread_x();
 [[gnu::const]] unsigned threads_of_block();
-[[gnu::const]] unsigned block_x();
-[[gnu::const]] unsigned block_y();
-[[gnu::const]] unsigned grid_x();
-[[gnu::const]] unsigned grid_y();
+[[gnu::const]] Index block_index();
+[[gnu::const]] Index grid_size();
 
 // ---- what a warp does together (warp.cpp, matrix.cpp): returns once all lanes of the mask have come
 

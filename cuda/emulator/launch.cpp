@@ -37,7 +37,10 @@ void fail(const char* format, ...) {
     va_start(list, format);
     session.message = format_text(format, list);
     va_end(list);
-    if (current) session.message += text("\n(block %u, seed %llu)", current->x, static_cast<unsigned long long>(session.seed));
+    if (current) {
+        const Index& at = current->index;
+        session.message += text("\n(block %u, %u, %u, seed %llu)", at.x, at.y, at.z, static_cast<unsigned long long>(session.seed));
+    }
     session.failed = true;
     if (!current || current->running < 0) throw Failed{};
     leave_block();
@@ -99,7 +102,7 @@ static void run_blocks(const Grid& grid, uint8_t* dynamic, void* kernel) {
     uint32_t bytes;
     const uintptr_t library = find_library(kernel, window, bytes);
     if (!window) fail("the library has no shared memory");
-    const int64_t count = int64_t(grid.x) * grid.y;
+    const int64_t count = int64_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
     int64_t begun = 0;
     static thread_local std::vector<std::unique_ptr<Block>> slots;
     while (slots.size() < static_cast<size_t>(session.resident)) slots.push_back(std::make_unique<Block>()), slots.back()->slot = slots.size() - 1;
@@ -115,7 +118,7 @@ static void run_blocks(const Grid& grid, uint8_t* dynamic, void* kernel) {
             current = owner = &block;
             block.library = library, block.alone = slots.size() == 1;
             block.shared.begin(window, bytes, dynamic - window, grid.dynamic_bytes, dynamic - window + SHARED_MEMORY);
-            block.begin(begun % grid.x, begun / grid.x, grid, session.seed + session.launches);
+            block.begin(begun, grid, session.seed + session.launches);
             resident.push_back(&block), ++begun;
         }
         if (resident.empty()) return;

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from flash_attention.backends import cuda
 from flash_attention.backends.launch import MASK, NO_MASK, PARAMS, SETTINGS, STRIDES, Launch
-from flash_attention.build import Specialisation, emulated, load
-from flash_attention.reference.dropout import threshold
+from flash_attention.build import Specialisation, emulated
 
 SM_COUNT = 2  # multiprocessors of the emulated device: few, so that a block that stays on one gets several works
 
@@ -190,19 +189,11 @@ class EmulatedRung(cuda.Rung):
 
     def _launch(self, which, tensors, mask, seed, causal, scale, dropout_p) -> EmulatedLaunch:
         q, _, v, *_ = tensors
-        (B, H, Nq, D), (_, Hkv, Nk, Dv) = q.shape, v.shape
-        head_dim = next(size for size in self.head_dims if size >= max(D, Dv))
+        head_dim = next(size for size in self.head_dims if size >= max(q.shape[3], v.shape[3]))
         wanted = Specialisation(
             self.file(which, head_dim), emulated.ARCH, head_dim, cuda.DTYPE_NAMES[q.dtype], causal, mask, seed is not None
         )
-        drop = threshold(dropout_p)
-        launch = EmulatedLaunch(
-            library=_library(wanted, options.sources),
-            tensors=tuple(field for x in tensors for field in (0, STRIDES.pack(*x.stride()[:3]))) + (8 - len(tensors)) * cuda.NO_TENSOR,
-            settings=SETTINGS.pack(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop)),
-            device=0,
-            sm_count=SM_COUNT,
-        )
+        launch = EmulatedLaunch(_library(wanted, options.sources), *cuda._fields(tensors, scale, dropout_p), 0, SM_COUNT)
         launch.mask_form = mask
         return launch
 
@@ -213,7 +204,7 @@ RUNGS = {
 }
 
 
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.emulator_begin.argtypes = [ctypes.c_uint64, ctypes.c_int]
     library.emulator_memory.argtypes = [ctypes.c_size_t, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
     library.emulator_message.restype = library.emulator_counters.restype = ctypes.c_char_p
@@ -222,17 +213,12 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 @functools.cache
 def _library(wanted: Specialisation, sources: Path | None) -> ctypes.CDLL:
-    library = _declare(load(emulated.build_kernel(wanted, sources)))
-    cuda._same_size(library, PARAMS, "AttentionParams", "attention.h")
-    library.attention.argtypes = library.workspace_floats.argtypes = [ctypes.c_char_p]
-    library.workspace_floats.restype = ctypes.c_int64
-    return library
+    return cuda.declared(_declared(emulated.load(wanted, PARAMS.size, sources)))
 
 
 @functools.cache
 def _pack_mask_library(sources: Path | None) -> ctypes.CDLL:
-    library = _declare(load(emulated.build_source(cuda.PACK_MASK, [], f"{cuda.PACK_MASK} for the emulator", sources)))
-    cuda._same_size(library, cuda.PACK_PARAMS, "PackParams", cuda.PACK_MASK)
+    library = _declared(emulated.load(Specialisation(cuda.PACK_MASK, emulated.ARCH), cuda.PACK_PARAMS.size, sources))
     library.pack_mask.argtypes = [ctypes.c_char_p]
     return library
 

@@ -1,27 +1,34 @@
-"""Compiles the kernels for the emulator (cuda/emulator): with the machine's C++ compiler, into the cache that nvcc's libraries are in.
+"""Compiles the kernels for the emulator (cuda/emulator): with the machine's C++ compiler, into a folder of the same cache.
 
 A kernel's library is linked with the emulator's runtime, which is compiled once. The compiler is told to instrument memory accesses for
 ThreadSanitizer; ThreadSanitizer itself is not linked, the runtime answers instead (cuda/emulator/memory.cpp).
 """
 
+import ctypes
 import functools
-import hashlib
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from flash_attention import build
 from flash_attention.build import BuildError, Specialisation
 
-FOLDER = "emulator"  # of the sources
+FOLDER = "emulator"  # of the sources, and of the cache
 COMMON = ("-std=c++20", "-g1", "-fPIC", "-march=native", "-fno-gnu-unique")
 RUNTIME = ("-O2", "-fno-semantic-interposition", "-shared")
-KERNEL = ("-O2", "-x", "c++", "-fsanitize=thread", "-ffp-contract=fast", "-fno-strict-aliasing")  # as nvcc has it
+KERNEL = (
+    "-O2",
+    "-x",
+    "c++",
+    "-fsanitize=thread",
+    "-ffp-contract=fast",
+    "-fno-strict-aliasing",
+)  # multiply-adds and aliasing as nvcc has them
 ARCH = "90a"  # what the emulated device is
 
 
@@ -31,66 +38,6 @@ def find_compiler() -> str | None:
     return next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
 
 
-@functools.cache
-def _machine(compiler: str) -> bytes:
-    """What the compiler, its version and this machine's processor determine: its predefined macros."""
-    return subprocess.run([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True).stdout
-
-
-def _kernel_flags(compiler: str) -> tuple[str, ...]:
-    # g++ would call a function to initialise an extern thread_local variable (shared memory) that needs none.
-    return KERNEL if b"__clang__" in _machine(compiler) else (*KERNEL, "-fno-extern-tls-init")
-
-
-def _hash(*parts: bytes | str) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update((part.encode() if isinstance(part, str) else part) + b"\0")
-    return digest.hexdigest()[:24]
-
-
-def _contents(sources: Path, *patterns: str) -> list[bytes | str]:
-    files = sorted(path for pattern in patterns for path in sources.glob(pattern))
-    return [part for path in files for part in (str(path.relative_to(sources)), path.read_bytes())]
-
-
-def runtime(sources: Path | None = None, *, verbose: bool = True) -> Path:
-    """The emulator's own library, compiled unless the cache has it."""
-    sources = sources or build.SOURCES
-    compiler = _compiler()
-    name = f"emulator-{_hash(_machine(compiler), *COMMON, *RUNTIME, *_contents(sources, f'{FOLDER}/*.cpp', f'{FOLDER}/*.h'))}.so"
-    source = str(sources / FOLDER / "runtime.cpp")
-    return _cached(name, "the emulator", lambda out: [[compiler, *COMMON, *RUNTIME, source, "-o", str(out)]], verbose)
-
-
-def build_kernel(wanted: Specialisation, sources: Path | None = None, *, verbose: bool = True) -> Path:
-    """Compile one specialisation for the emulator, unless the cache has it, and return the library's path.
-
-    Raises:
-        BuildError: there is no C++ compiler, or it failed (with its output).
-    """
-    return build_source(wanted.file, wanted.defines(), f"{wanted} for the emulator", sources, verbose=verbose)
-
-
-def build_source(file: str, defines: list[str], description: str, sources: Path | None = None, *, verbose: bool = True) -> Path:
-    """The same for any file of cuda/."""
-    sources = sources or build.SOURCES
-    compiler, linked = _compiler(), runtime(sources, verbose=verbose)
-    headers = _contents(sources, "*.cuh", "*.h", f"{FOLDER}/*.h", f"{FOLDER}/include/*.h")
-    flags = (*COMMON, *_kernel_flags(compiler), *defines)
-    key = _hash(_machine(compiler), *flags, linked.name, (sources / file).read_bytes(), *headers)
-
-    def commands(out: Path) -> list[list[str]]:
-        compiled = str(out.with_suffix(".o"))
-        include = [f"-I{sources / FOLDER / 'include'}", f"-I{sources}"]
-        return [
-            [compiler, *flags, *include, "-c", str(sources / file), "-o", compiled],
-            [compiler, "-shared", compiled, str(linked), "-Wl,-rpath,$ORIGIN", "-o", str(out)],
-        ]
-
-    return _cached(f"{Path(file).stem}-emulated-{key}.so", description, commands, verbose)
-
-
 def _compiler() -> str:
     compiler = find_compiler()
     if compiler is None:
@@ -98,23 +45,83 @@ def _compiler() -> str:
     return compiler
 
 
-def _cached(name: str, description: str, commands, verbose: bool) -> Path:
-    library = build.cache_folder() / name
+@functools.cache
+def _machine(compiler: str) -> str:
+    """What the compiler, its version and this machine's processor determine: its predefined macros."""
+    command = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _contents(sources: Path, *patterns: str) -> list[str]:
+    files = sorted(path for pattern in patterns for path in sources.glob(pattern))
+    return [part for path in files for part in (str(path.relative_to(sources)), path.read_text())]
+
+
+def runtime(sources: Path) -> Path:
+    """The emulator's own library, compiled unless the cache has it."""
+    compiler = _compiler()
+    key = build._hash(_machine(compiler), *COMMON, *RUNTIME, *_contents(sources, f"{FOLDER}/*.cpp", f"{FOLDER}/*.h"), digits=24)
+    source = str(sources / FOLDER / "runtime.cpp")
+    return _cached(f"emulator-{key}.so", "the emulator", lambda out: [[compiler, *COMMON, *RUNTIME, source, "-o", str(out)]])
+
+
+def build_kernel(kernel: Specialisation, sources: Path | None = None) -> Path:
+    """The path of a kernel's library for the emulator: from the cache, or compiled now. `sources` stands in place of cuda/.
+
+    Raises:
+        BuildError: there is no C++ compiler, or it failed (with its output).
+    """
+    sources = sources or build.SOURCES
+    compiler, linked = _compiler(), runtime(sources)
+    # g++ would call a function to initialise an extern thread_local variable (shared memory) that needs none.
+    only_gcc = () if "__clang__" in _machine(compiler) else ("-fno-extern-tls-init",)
+    flags = (*COMMON, *KERNEL, *only_gcc, *kernel.defines())
+    headers = _contents(sources, "*.cuh", "*.h", f"{FOLDER}/*.h", f"{FOLDER}/include/*.h")
+    key = build._hash(_machine(compiler), *flags, linked.name, (sources / kernel.file).read_text(), *headers, digits=24)
+
+    def commands(out: Path) -> list[list[str]]:
+        compiled = str(out.with_suffix(".o"))
+        include = [f"-I{sources / FOLDER / 'include'}", f"-I{sources}"]
+        return [
+            [compiler, *flags, *include, "-c", str(sources / kernel.file), "-o", compiled],
+            [compiler, "-shared", compiled, str(linked), "-Wl,-rpath,$ORIGIN", "-o", str(out)],
+        ]
+
+    return _cached(f"{Path(kernel.file).stem}-{key}.so", f"{kernel} for the emulator", commands)
+
+
+def _cached(name: str, description: str, commands: Callable[[Path], list[list[str]]]) -> Path:
+    folder = build.cache_folder() / FOLDER
+    folder.mkdir(mode=0o700, exist_ok=True)
+    build.refuse_if_others_write(folder)
+    library = folder / name
     if library.exists():
         return library
     with build._lock(library.with_suffix(".lock")):
         if library.exists():  # another process built it while this one waited
             return library
+        build.log.warning("flash_attention: compiling %s", description)
         started = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            temporary = Path(folder) / name
-            for command in commands(temporary):
+        with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as temporary:
+            out = Path(temporary) / name
+            for command in commands(out):
                 result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode:
                     raise BuildError(f"{command[0]} could not compile {description}\n{' '.join(command)}\n{result.stdout}{result.stderr}")
-            temporary.replace(library)  # atomic: a reader sees the whole library or none
-        if verbose:
-            print(f"flash_attention: compiled {description} in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+            out.replace(library)  # atomic: a reader sees the whole library or none
+        build.log.info("flash_attention: compiled %s in %.1f s", description, time.perf_counter() - started)
+    return library
+
+
+def load(kernel: Specialisation, params_size: int, sources: Path | None = None) -> ctypes.CDLL:
+    """A kernel's library for the emulator, as build.load() gives nvcc's.
+
+    Raises:
+        BuildError: it cannot be built or loaded.
+    """
+    library = build.loaded(build_kernel(kernel, sources))
+    if library.params_size() != params_size:
+        raise BuildError(f"{kernel} takes a struct of {library.params_size()} bytes, Python makes one of {params_size}")
     return library
 
 
@@ -130,14 +137,11 @@ def _lines(places: list[str], library: Path) -> dict[str, str]:
     if not places or tool is None:
         return {}
     found = {}
-    # -a: each place's own line before those of the functions that are inlined there
+    # -a: before each place's lines, its address; -i: its own line, then those of the functions that it is inlined in
     answer = subprocess.run([tool, "-a", "-i", "-e", str(library), *places], capture_output=True, text=True).stdout
     for place, part in zip(places, re.split(r"^0x[0-9a-f]+\n", answer, flags=re.MULTILINE)[1:], strict=True):
-        output = part.split("\n")
-        # The innermost frame of a kernel file: what stands in for CUDA's headers says nothing.
-        frames = [Path(line.split(" ")[0]) for line in output if line and not line.startswith("??")]
-        outside = [frame for frame in frames if frame.name.partition(":")[0].endswith((".cu", ".cuh"))]
-        if outside:
-            chain = [frame.name for frame in outside]
-            found[place] = chain[0] + (f" (from {chain[-1]})" if len(chain) > 1 and chain[-1] != chain[0] else "")
+        frames = [Path(line.split(" ")[0]).name for line in part.splitlines()]
+        frames = [frame for frame in frames if frame.partition(":")[0].endswith((".cu", ".cuh"))]  # others stand in for CUDA's headers
+        if frames:
+            found[place] = frames[0] + (f" (from {frames[-1]})" if frames[-1] != frames[0] else "")
     return found

@@ -47,17 +47,12 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// ---- who a thread is: blocks and threads are numbered in x, grids also in y
+// ---- who a thread is: threads are numbered in x, blocks in x, y and z
 
-namespace emulator {
-struct Index {
-    unsigned x, y;
-};
-}  // namespace emulator
-#define threadIdx (emulator::Index{emulator::thread_x(), 0})
-#define blockIdx (emulator::Index{emulator::block_x(), emulator::block_y()})
-#define gridDim (emulator::Index{emulator::grid_x(), emulator::grid_y()})
-#define blockDim (emulator::Index{emulator::threads_of_block(), 1})
+#define threadIdx (emulator::Index{emulator::thread_x(), 0, 0})
+#define blockIdx (emulator::block_index())
+#define gridDim (emulator::grid_size())
+#define blockDim (emulator::Index{emulator::threads_of_block(), 1, 1})
 
 // ---- functions of the device
 
@@ -67,6 +62,16 @@ inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float __uint_as_float(uint32_t x) { return __builtin_bit_cast(float, x); }
 inline uint32_t __float_as_uint(float x) { return __builtin_bit_cast(uint32_t, x); }
+namespace emulator {
+// x, which the compiler must not fuse into another operation.
+inline float rounded(float x) {
+    uint32_t bits = __float_as_uint(x);
+    asm("" : "+r"(bits));
+    return __uint_as_float(bits);
+}
+}  // namespace emulator
+inline float __fmul_rn(float x, float y) { return emulator::rounded(x * y); }
+inline float __fadd_rn(float x, float y) { return emulator::rounded(x + y); }
 template <class T>
 inline T __ldcs(const T* p) {
     return *p;
@@ -166,6 +171,6 @@ struct Call {
 template <class... P, class... A>
 inline void launch(void (*kernel)(P...), dim3 blocks, int threads, int dynamic_bytes, cudaStream_t, const A&... arguments) {
     Call<P...> call{kernel, std::tuple<P...>(arguments...)};
-    run(Grid{blocks.x, blocks.y, threads, dynamic_bytes}, smem, reinterpret_cast<void*>(kernel), Call<P...>::thread, &call, sizeof call);
+    run(Grid{{blocks.x, blocks.y, blocks.z}, threads, dynamic_bytes}, smem, reinterpret_cast<void*>(kernel), Call<P...>::thread, &call, sizeof call);
 }
 }  // namespace emulator
