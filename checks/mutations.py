@@ -151,6 +151,11 @@ TABLE = {
         ("ptx::mbarrier_wait(barrier(barriers.V_full, before.stage), before.parity);", NO_WAIT, PLAIN),
         ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", PLAIN),
         ("ptx::wgmma_wait_group<0>();\n                        // Few tiles", "// Few tiles", PLAIN),
+        (
+            "ptx::wgmma_fence();\n#pragma unroll\n            for (int k = 0; k < BLOCK_K / 16; ++k)",
+            "for (int k = 0; k < BLOCK_K / 16; ++k)",
+            PLAIN,
+        ),
         ("ptx::fence_proxy_async();  // of what this lane has stored", NO_BARRIER, PLAIN),
         ("if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there", "//", case(D=256, Nq=300)),
         ("ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_KV::PANEL_BYTES)", "ptx::descriptor(V_tile + k * 16 * ROW_BYTES)", WIDE),

@@ -47,6 +47,7 @@ struct Thread {
     const int* memory; // that must change
     CopyGroups copies;
     std::vector<BusyRegisters> busy;
+    Touched touched;
     int registers;
 };
 

@@ -49,7 +49,9 @@ void check_global(const void* p, unsigned bytes, bool write, void* site) { acces
 
 // A local array whose address a product was given.
 static void access_registers(Block& block, uintptr_t at, unsigned bytes, bool write, void* site) {
-    for (const BusyRegisters& busy : block.self().busy)
+    Thread& t = block.self();
+    t.touched.touch(at - reinterpret_cast<uintptr_t>(t.stack), bytes);
+    for (const BusyRegisters& busy : t.busy)
         if (at < busy.last && at + bytes > busy.first && (write || busy.written))
             fail("thread %d %s a register that a product under way %s: @%x", block.running, verb(write), busy.written ? "writes" : "reads", site_offset(site));
 }

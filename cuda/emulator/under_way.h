@@ -58,6 +58,24 @@ struct BusyRegisters {
     uint32_t group;
 };
 
+// When a thread last touched each 4 bytes of its stack, counted in its wgmma.fences: what it has touched since the last one, no product may use.
+struct Touched {
+    uint8_t fences = 0;          // 0: none yet
+    std::vector<uint8_t> when;   // by place in the stack
+
+    void fence(size_t stack_bytes) {
+        if (++fences == 0 || when.empty()) when.assign(stack_bytes / 4, 0), fences = 1;
+    }
+    void touch(size_t at, unsigned bytes) {
+        for (size_t n = at / 4; fences && n < (at + bytes + 3) / 4; ++n) when[n] = fences;
+    }
+    bool since_fence(size_t at, size_t bytes) const {
+        for (size_t n = at / 4; n < (at + bytes + 3) / 4; ++n)
+            if (when[n] == fences) return true;
+        return false;
+    }
+};
+
 // The products of a warpgroup, in order.
 struct Warpgroup {
     struct Product {

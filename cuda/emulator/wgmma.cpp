@@ -2,6 +2,7 @@
 // the wait for their group.
 #include "block.h"
 #include "half.h"
+#include "launch.h"
 #include "tensor_map.h"
 
 namespace emulator {
@@ -103,8 +104,12 @@ static void announce(Block& block, int group, const Operand& operand, int lines,
     operand.each_chunk(lines, [&](uint32_t at, int, int) { block.shared.access(block.shared.offset(block.shared.at(at, 16, 16, "wgmma", site)), 16, by); });
 }
 
-static void mark_busy(Thread& t, const void* first, size_t bytes, bool written, uint32_t group) {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(first);
+// Registers of a thread that the product uses, until its group has been waited for.
+static void mark_busy(Thread& t, const void* first, size_t bytes, bool written, uint32_t group, void* site) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(first), place = at - reinterpret_cast<uintptr_t>(t.stack);
+    if (place + bytes > STACK_BYTES) fail("thread %d: registers of a product that are not the thread's own: @%x", t.id, site_offset(site));
+    if (!t.touched.fences || t.touched.since_fence(place, bytes))
+        fail("thread %d: a product uses registers that the thread has touched with no wgmma.fence since: @%x", t.id, site_offset(site));
     for (auto& busy : t.busy)
         if (busy.first == at && busy.written == written) return void(busy.group = group);
     t.busy.push_back({at, at + bytes, written, group});
@@ -124,8 +129,8 @@ void wgmma(const Wgmma& mine) {
             if (each.n != w.n || !each.a != !w.a || each.a_descriptor != w.a_descriptor || each.b_descriptor != w.b_descriptor || each.accumulate != w.accumulate)
                 fail("threads %d and %d of a warpgroup ask for different products: @%x", first, first + t, site_offset(site));
             product->of[t] = each;
-            mark_busy(block.threads[first + t], each.d, each.n / 2 * sizeof(float), true, group.groups + 1);
-            if (each.a) mark_busy(block.threads[first + t], each.a, 16, false, group.groups + 1);
+            mark_busy(block.threads[first + t], each.d, each.n / 2 * sizeof(float), true, group.groups + 1, site);
+            if (each.a) mark_busy(block.threads[first + t], each.a, 16, false, group.groups + 1, site);
         }
         count(WGMMA_FLOP, 2 * 64 * w.n * 16), count(WGMMA_OPERANDS, (w.n + (w.a ? 0 : 64)) * 32);
         const int seen_by = first + block.random.below(128);  // one of those who must all know that the operands are there
@@ -138,7 +143,9 @@ void wgmma(const Wgmma& mine) {
 }
 
 void wgmma_fence() {
-    meet_group("wgmma.fence", SITE, nullptr, [](Block&, Warpgroup&, int) {});
+    meet_group("wgmma.fence", SITE, nullptr, [](Block& block, Warpgroup&, int first) {
+        for (int t = first; t < first + 128; ++t) block.threads[t].touched.fence(STACK_BYTES);
+    });
 }
 
 void wgmma_commit() {
