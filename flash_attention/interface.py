@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from flash_attention import shortcut
 from flash_attention.autograd import attention
-from flash_attention.backends import check_name, choose
+from flash_attention.backends import as_chosen, check_name, choose
 from flash_attention.reference.tiles import broadcast_mask
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -51,7 +51,8 @@ def flash_attention(
 
     Raises:
         TypeError: an argument's type or dtype is wrong. ValueError: shapes, devices or values do not fit.
-        NotImplementedError: the backend asked for cannot serve this call. Each message names what is at fault; nothing has been launched.
+        NotImplementedError: the backend asked for cannot serve this call. flash_attention.build.BuildError (a RuntimeError): its kernel
+        cannot be built. Each message names what is at fault; nothing has been launched.
 
     Under autocast, float32, float16 and bfloat16 inputs are cast as for torch's own attention. Subclasses of Tensor with a
     `__torch_function__`, TorchFunctionModes and torch.fx see one call, of this function. NumPy scalars are taken as Python's numbers.
@@ -88,7 +89,7 @@ def _attention(q, k, v, mask, causal, scale, dropout_p, backend, block_size, cal
     # another subclass) leaves the choice to the op, when it runs.
     later = torch.compiler.is_compiling() or q.is_meta or type(q) is not Tensor
     name = check_name(backend) or "" if later else choose(backend, q, k, v, mask, causal, dropout_p, block_size)
-    result = attention(q, k, v, mask, seed, bool(causal), scale, float(dropout_p), name, block_size)
+    result = attention(q, k, v, mask, seed, bool(causal), scale, float(dropout_p), as_chosen(backend, name), block_size)
     if call is not None:
         shortcut.keep(call, q, k, v, result[0], causal, scale, name)
     return result

@@ -9,13 +9,11 @@ The backward is itself a function (dO, dLSE, Q, K, V) → (dQ, dK, dV). Written 
 of attention do not see each other, so the loop runs over blocks of rows: memory is linear in N, as everywhere.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from .dropout import Dropout
-from .tiles import block_size, blocks, broadcast_mask, hide_, hide_future_, sum_dtype, sum_groups, tile
+from .tiles import block_size, blocks, broadcast_mask, hide_, hide_dead, hide_future_, sum_dtype, sum_groups, tile
 
 BLOCK_Q = 128
 
@@ -45,7 +43,9 @@ def flash_attention_second_backward(
     scale = D**-0.5 if scale is None else scale
     mask = broadcast_mask(mask, B, H, Nq, Nk)
     block_q = block_size(block_q, BLOCK_Q)
-    LSE = LSE.masked_fill(LSE.isneginf(), math.inf)
+    dead = LSE.isneginf()  # rows that attend nothing
+    if mask is not None or (causal and Nq > Nk):
+        gQ, dO, dLSE = hide_dead(dead, gQ, dO, dLSE)
     columns = slice(0, Nk)
     K_all, V_all, gK_all, gV_all = (tile(X, columns, H) for X in (K, V, gK, gV))
     to_dO, to_dLSE = dO.new_empty(dO.shape, dtype=dtype), LSE.new_empty(LSE.shape)
@@ -57,7 +57,7 @@ def flash_attention_second_backward(
         hide_(S, mask, i, columns)
         if causal:
             hide_future_(S, i, columns, Nk - Nq)
-        P = (S - LSE[:, :, i, None]).exp()
+        P = S.softmax(-1).masked_fill_(dead[:, :, i, None], 0)  # from the whole row, not from LSE, which large scores leave few digits
         Z = 1 if dropout is None else dropout.tile(i, columns, dtype)
         T, dP = P * Z, (dOi @ V_all.mT) * Z
         inner = dP - (P * dP).sum(-1, keepdim=True)  # dP − D + dLSE, so that dS = P∘inner

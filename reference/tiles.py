@@ -10,11 +10,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+# exp(S − m) is computed as 2^(S·log2 e − m·log2 e): on a CPU, PyTorch's exp2 is four times faster than its exp, and a GPU has only exp2 in
+# hardware. The product Q Kᵀ takes this factor along, so S and m are in base 2. Multiplied after it, two large scores would each be rounded,
+# and their small difference be lost.
 LOG2_E = math.log2(math.e)
 
-# Where the papers start a running maximum at −∞, the code starts it here: a row that has met only masked scores would otherwise compute
-# −∞ − (−∞) = NaN.
-LOWEST = -1e30
+
+def lowest(dtype: torch.dtype) -> float:
+    """Where the papers start a running maximum at −∞, the code starts it here, at the lowest finite number: a row that has met only hidden
+    scores would otherwise compute −∞ − (−∞) = NaN."""
+    return torch.finfo(dtype).min
 
 
 def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -53,11 +58,11 @@ def fast_memory(Q: Tensor, K: Tensor, block_q: int, block_k: int) -> Tensor:
     return Q.new_empty(Q.shape[0] * Q.shape[1] * rows * columns, dtype=sum_dtype(Q))
 
 
-def matmul_into(memory: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """A (B, H, m, k) @ B (B, H, k, n) → (B, H, m, n), written to the start of `memory`."""
+def matmul_into(memory: Tensor, A: Tensor, B: Tensor, factor: float = 1) -> Tensor:
+    """factor · A (B, H, m, k) @ B (B, H, k, n) → (B, H, m, n), written to the start of `memory`. The factor costs nothing."""
     shape = (*A.shape[:-1], B.shape[-1])
     out = memory[: math.prod(shape)].view(-1, *shape[2:])
-    return torch.bmm(A.flatten(0, 1), B.flatten(0, 1), out=out).view(shape)
+    return torch.baddbmm(out, A.flatten(0, 1), B.flatten(0, 1), beta=0, alpha=factor, out=out).view(shape)
 
 
 def add_matmul_(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -69,13 +74,22 @@ def add_matmul_(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return X
 
 
-def exp_minus(memory: Tensor, S: Tensor, m: Tensor) -> Tensor:
-    """exp(S − m), written to the start of `memory` (which may be where S lies): one pass for the difference, one for the power.
+def exp2_minus(memory: Tensor, S: Tensor, m: Tensor) -> Tensor:
+    """2^(S − m), written to the start of `memory` (which may be where S lies): one pass for the difference, one for the power."""
+    return torch.sub(S, m, out=memory[: S.numel()].view_as(S)).exp2_()
 
-    As 2^(S·log2 e − m·log2 e): on a CPU, PyTorch's exp2 is four times faster than its exp, and a GPU has only exp2 in hardware.
+
+def natural(x: Tensor) -> Tensor:
+    """A score, a maximum or a logarithm of a sum from base 2 to base e. Divided, not multiplied by ln 2: then times log2 e is x again."""
+    return x / LOG2_E
+
+
+def hide_dead(dead: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients (B, H, Nq) or (B, H, Nq, D) become 0 in the rows that attend nothing, which are set in `dead` (B, H, Nq).
+
+    There O = 0 and LSE = −∞, whatever the inputs. What comes back from O / |O| or from a logaddexp of two LSEs is NaN, and 0·NaN is NaN.
     """
-    out = memory[: S.numel()].view_as(S)
-    return torch.add(m * -LOG2_E, S, alpha=LOG2_E, out=out).exp2_()
+    return tuple(dX if dX is None else dX.masked_fill(dead if dX.dim() == 3 else dead[..., None], 0) for dX in gradients)
 
 
 def broadcast_mask(mask: Tensor | None, B: int, H: int, Nq: int, Nk: int) -> Tensor | None:
