@@ -13,10 +13,11 @@
 #ifndef ROWS_PER_WARP
 #define ROWS_PER_WARP (HEAD_DIM <= 128 ? 32 : 16)
 #endif
+// As many columns as leave the registers room for S, O and what masks or drops. The assembler fits more for sm_90, and nearly as much for sm_100.
+#define ROOMY (ARCH == 90 || (ARCH >= 100 && ARCH < 120 && !(CAUSAL && (MASK || HEAD_DIM <= 64))))
 #ifndef BLOCK_K
-// As many columns as leave the registers room for S, O and what masks or drops; SMEM_KB tells sm_90, whose compiler fits more.
-#define WIDE (HEAD_DIM <= 64 && SMEM_KB >= 227 && !(MASK && (CAUSAL || DROPOUT)))
-#define BLOCK_K (WIDE ? 128 : HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && SMEM_KB >= 227) ? 64 : 32)
+#define WIDE (HEAD_DIM <= 64 && ROOMY && !(MASK && (CAUSAL || DROPOUT)))
+#define BLOCK_K (WIDE ? 128 : HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && ROOMY) ? 64 : 32)
 #endif
 #ifndef BLOCKS_PER_SM
 #define BLOCKS_PER_SM 2
@@ -38,7 +39,7 @@ using Tile_KV = SwizzledTile<BLOCK_K, HEAD_DIM>;
 __device__ inline int stage(int j) { return STAGES == 2 ? j & 1 : 0; }
 
 // Where registers are short, what can be had again (from the numbers of thread and block, from the seed) is not kept over the loop.
-constexpr bool TIGHT = BLOCK_K == 128 ? CAUSAL || MASK || DROPOUT : HEAD_DIM > 64 && (MASK || !DROPOUT || SMEM_KB < 227);
+constexpr bool TIGHT = BLOCK_K == 128 ? CAUSAL || MASK || DROPOUT : HEAD_DIM > 64 && (MASK || !DROPOUT || !ROOMY);
 __device__ inline int thread_anew() { return TIGHT ? ptx::tid_x() : threadIdx.x; }
 __device__ inline uint32_t copying_thread() { return BLOCK_K == 128 || (HEAD_DIM > 64 && !MASK) ? ptx::tid_x() : threadIdx.x; }
 
@@ -289,11 +290,12 @@ extern "C" int attention(const AttentionParams* params) {
     const bool fits = units_fit(p.q, p.B, p.H, p.Nq) && units_fit(p.k, p.B, p.Hkv, p.Nk) && units_fit(p.v, p.B, p.Hkv, p.Nk);
     const bool mask_fits = !MASK || units_fit(p.mask.stride_b, p.mask.stride_h, p.mask.stride_i, p.B, p.H, p.Nq, MaskTile::UNIT);
     if (!fits || !mask_fits) return cudaErrorInvalidValue;
+    const int64_t blocks = tiles_of(p.Nq, BLOCK_Q) * p.H * p.B;
+    if (!numbers_fit(p, {blocks})) return cudaErrorInvalidConfiguration;
     if (p.B == 0 || p.Nq == 0) return cudaSuccess;
     DeviceGuard guard(p.device);
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     if (error != cudaSuccess) return error;
-    const int64_t blocks = static_cast<int64_t>((p.Nq + BLOCK_Q - 1) / BLOCK_Q) * p.H * p.B;
     forward_kernel<<<static_cast<unsigned>(blocks), THREADS, SMEM_BYTES, p.stream>>>(p);
     return cudaGetLastError();
 }
