@@ -3,14 +3,13 @@
 python checks/check_transforms.py [--backend reference]
 """
 
-import shutil
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import Case, Problem, Report, Result, Target, dtype_served, limit, run_alone, skip_unless_masks, skip_unless_served
+from harness import Case, Problem, Report, Result, Target, compilers, dtype_served, limit, run_alone, skip_unless_masks, skip_unless_served
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -269,12 +268,6 @@ def check_no_second_derivative(target, monkeypatch):
 
 
 # ---- torch.compile
-
-
-def compilers() -> list:
-    found = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    skip = [] if found or torch.cuda.is_available() else [pytest.mark.skip(reason="no C++ compiler for inductor")]
-    return ["aot_eager", pytest.param("inductor", marks=skip)]
 
 
 @pytest.mark.parametrize("compiler", compilers())

@@ -222,10 +222,12 @@ extern "C" int64_t workspace_floats(const AttentionParams* params) {
 
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
+    const int64_t delta_blocks = tiles_of(static_cast<int64_t>(p.B) * p.H * p.Nq, THREADS);
+    const int64_t dkv_blocks = tiles_of(p.Nk, ROWS_KV * GROUPS) * p.Hkv * p.B, dq_blocks = tiles_of(p.Nq, ROWS_Q * GROUPS) * p.H * p.B;
+    if (!numbers_fit(p, {delta_blocks, dkv_blocks, dq_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
-    const auto tiles = [](int64_t n, int size) { return (n + size - 1) / size; };
-    cudaError_t error = launch(delta_kernel, tiles(static_cast<int64_t>(p.B) * p.H * p.Nq, THREADS), THREADS, p);
-    if (error == cudaSuccess) error = launch(dkv_kernel, tiles(p.Nk, ROWS_KV * GROUPS) * p.Hkv * p.B, THREADS, p);
-    if (error == cudaSuccess) error = launch(dq_kernel, tiles(p.Nq, ROWS_Q * GROUPS) * p.H * p.B, THREADS, p);
+    cudaError_t error = launch(delta_kernel, delta_blocks, THREADS, p);
+    if (error == cudaSuccess) error = launch(dkv_kernel, dkv_blocks, THREADS, p);
+    if (error == cudaSuccess) error = launch(dq_kernel, dq_blocks, THREADS, p);
     return error;
 }

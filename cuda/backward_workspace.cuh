@@ -16,9 +16,9 @@ struct Workspace {
         turns = reinterpret_cast<int*>(Delta + all_rows);
     }
     static int64_t floats(const AttentionParams& p) {
-        const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * Workspace(p).rows;
-        return all_rows * (HEAD_DIM + 2) + all_rows / BLOCK_Q;
+        return all_rows(p) * (HEAD_DIM + 2) + all_rows(p) / BLOCK_Q;
     }
+    static int64_t all_rows(const AttentionParams& p) { return tiles_of(p.Nq, PADDED_TO) * PADDED_TO * p.H * p.B; }
 };
 
 // Where a lane's four values of an accumulator tile lie in the workspace's dQ: tiles of 16 rows (from `row`) × 8 columns (from `column`) follow each

@@ -6,6 +6,8 @@
 #include <cuda_fp16.h>
 #include <math_constants.h>
 
+#include <initializer_list>
+
 #include "attention.h"
 #include "ptx.cuh"
 
@@ -120,10 +122,19 @@ struct DeviceGuard {
     }
 };
 
+// Whether kernels can number what they must: the blocks of each grid, and rows and columns, up to the end of the last tile. All are 32-bit ints.
+// Launchers ask before anything else happens.
+inline bool numbers_fit(const AttentionParams& p, std::initializer_list<int64_t> grids) {
+    for (const int64_t blocks : grids)
+        if (blocks > INT32_MAX) return false;
+    return p.Nq <= INT32_MAX - 1024 && p.Nk <= INT32_MAX - 1024;  // no tile has more rows or columns
+}
+
+inline int64_t tiles_of(int64_t n, int size) { return (n + size - 1) / size; }
+
 // `blocks` blocks of a kernel on the call's stream, unless its output is empty. What a launch before it wrote, a kernel sees.
 inline cudaError_t launch(void (*kernel)(AttentionParams), int64_t blocks, int threads, const AttentionParams& p) {
     if (blocks == 0) return cudaSuccess;
-    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     kernel<<<static_cast<unsigned>(blocks), threads, 0, p.stream>>>(p);
     return cudaGetLastError();
 }

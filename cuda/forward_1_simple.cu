@@ -136,6 +136,8 @@ extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
 
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
+    const int64_t blocks = tiles_of(p.Nq, BLOCK_Q) * p.H * p.B;
+    if (!numbers_fit(p, {blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
-    return launch(forward_kernel, static_cast<int64_t>((p.Nq + BLOCK_Q - 1) / BLOCK_Q) * p.H * p.B, THREADS, p);
+    return launch(forward_kernel, blocks, THREADS, p);
 }

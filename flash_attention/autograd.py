@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from flash_attention import allocate
-from flash_attention.backends import BACKENDS, choose
+from flash_attention import allocate, build
+from flash_attention.backends import BACKENDS, CHOSEN, choose
+from flash_attention.backends.cuda import BACKWARD, FORWARD
 from flash_attention.shortcut import nobody_looks_on
 
 library = torch.library.Library("flash_attention", "DEF")
@@ -113,25 +114,36 @@ class AttentionBackward(Function):
 # ---- the ops: real, shape-only, vmapped
 
 
-def _backend(name, q, k, v, mask, causal, dropout_p, block_size):
-    """A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda" the fastest kernel."""
+def _backend(which, name, q, k, v, mask, causal, dropout_p, block_size):
+    """A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda" the fastest kernel. Who has chosen before
+    (`as_chosen`) chooses again only where kernels could not be built."""
     if name in BACKENDS and block_size is None:
         return BACKENDS[name]
-    return BACKENDS[choose(name or None, q, k, v, mask, causal, dropout_p, block_size)]
+    if name in CHOSEN and not build.failures:
+        return CHOSEN[name]
+    return BACKENDS[choose(name.split("/")[0] or None, q, k, v, mask, causal, dropout_p, block_size, which)]
 
 
 def _forward(q, k, v, mask, seed, causal, scale, dropout_p, backend, block_size=None):
-    chosen = _backend(backend, q, k, v, mask, causal, dropout_p, block_size)
-    return chosen.forward(q, k, v, mask, seed, causal, scale, dropout_p, *_given(block_size))
+    choice = FORWARD, backend, q, k, v, mask, causal, dropout_p, block_size
+    arguments = q, k, v, mask, seed, causal, scale, dropout_p, *_given(block_size)
+    try:
+        return _backend(*choice).forward(*arguments)
+    except build.BuildError:  # now it is known, and a choice passes over it; one asked for by name raises again
+        return _backend(*choice).forward(*arguments)
 
 
 def _backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p, backend, block_size=None):
-    chosen = _backend(backend, q, k, v, mask, causal, dropout_p, block_size)
-    return chosen.backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p, *_given(block_size))
+    choice = BACKWARD, backend, q, k, v, mask, causal, dropout_p, block_size
+    arguments = dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p, *_given(block_size)
+    try:
+        return _backend(*choice).backward(*arguments)
+    except build.BuildError:  # as in _forward
+        return _backend(*choice).backward(*arguments)
 
 
 def _second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, seed, causal, scale, dropout_p, backend, block_size=None):
-    chosen = _backend(backend, q, k, v, mask, causal, dropout_p, block_size)
+    chosen = _backend(BACKWARD, backend, q, k, v, mask, causal, dropout_p, block_size)
     if not hasattr(chosen, "second_backward"):
         raise NotImplementedError(
             "the backward of a CUDA kernel cannot be differentiated again; pass backend='reference' for second derivatives"

@@ -108,8 +108,8 @@ def broadcast_mask(mask: Tensor | None, B: int, H: int, Nq: int, Nk: int) -> Ten
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must have dtype torch.bool (True = may attend), got {mask.dtype}; for a 0/1 mask pass mask.bool()")
     shape = tuple(mask.shape)
-    if shape == (B, Nk):
-        mask = mask[:, None, None, :]
+    if mask.dim() == 2 and shape == (B, Nk):  # of more dimensions, no size is compared: torch.export would take it for a condition
+        mask = mask.unsqueeze(1).unsqueeze(1)
     wanted = (B, H, Nq, Nk)
     fits = mask.dim() <= 4 and all(have in (1, want) for have, want in zip(reversed(mask.shape), reversed(wanted), strict=False))
     if not fits:

@@ -62,6 +62,17 @@ class Rung:
             return f"it serves no mask, got {tuple(mask.shape)}"
         return _why_no_kernels(self, q.device.index or 0)
 
+    def why_not_built(self, which: int, q: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
+        """Why what its forward or backward needs for the call cannot be built, or None. Builds it if that has not been tried."""
+        form = None if mask is None else self._mask_form(which, mask, dropout_p > 0)
+        device = q.device.index
+        try:
+            if form not in (None, "bytes"):
+                _pack_mask_library(device)
+            _library(self, which, device, q.dtype, max(q.shape[3], v.shape[3]), causal, form, dropout_p > 0)
+        except build.BuildError as error:
+            return str(error)[:2000]  # a compiler may have much to say
+
     def runs_on(self, arch: int) -> bool:
         """Whether its kernels can be compiled for this compute capability, times ten."""
         return arch == self.min_arch if self.only_min_arch else arch >= self.min_arch
@@ -93,10 +104,13 @@ class Rung:
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, causal: bool, scale: float) -> Launch | None:
         """The launch of a forward without mask and dropout for tensors like these, wherever they begin at a multiple of 16 bytes. None if
-        the kernel cannot read them as they are."""
+        the kernel cannot read them as they are, or could not be built and another has taken its place."""
         if _positive(scale)[0] != 1 or not all(self._is_readable(x) for x in (q, k, v)):
             return None
-        return self._launch(FORWARD, (q, k, v, O), None, None, causal, scale, 0.0)
+        try:
+            return self._launch(FORWARD, (q, k, v, O), None, None, causal, scale, 0.0)
+        except build.BuildError:
+            return None
 
     def backward(
         self,
@@ -145,13 +159,17 @@ class Rung:
         # side by side.
         return self.masks[which][:1] if dropout else self.masks[which]
 
+    def _mask_form(self, which: int, mask: Tensor, dropout: bool) -> str:
+        """The form in which this mask is best read."""
+        forms = self.mask_forms(which, dropout)
+        return "bytes" if "bytes" in forms and _is_read_once(mask) else forms[0]
+
     def _mask(self, which: int, mask: Tensor | None, dropout: bool) -> tuple[str | None, bytes, Tensor | None]:
         """The mask's form, its fields in the struct, and what must stay alive until the launch."""
         if mask is None:
             return None, NO_MASK, None
-        forms = self.mask_forms(which, dropout)
-        form = forms[0]
-        if form == "bytes" or ("bytes" in forms and _is_read_once(mask)):
+        form = self._mask_form(which, mask, dropout)
+        if form == "bytes":
             return "bytes", MASK.pack(mask.data_ptr(), *mask.stride()), mask
         bits = pack_mask(mask, by_keys=form == "key bits")
         b, h, row, _ = (0 if n == 1 else s for n, s in zip(bits.shape, bits.stride(), strict=True))
@@ -235,8 +253,6 @@ def _why_no_kernels(rung: Rung, device: int) -> str | None:
     if not rung.runs_on(major * 10 + minor):
         needed = f"compute capability {rung.min_arch // 10}.{rung.min_arch % 10}{' and no other' if rung.only_min_arch else ''}"
         return f"it needs {needed}, {torch.cuda.get_device_name(device)} has {major}.{minor}"
-    if build.find_nvcc() is None:
-        return "nvcc was not found (pip install 'flash_attention[cuda]' brings one)"
     return None
 
 
@@ -246,16 +262,10 @@ def _library(rung: Rung, which: int, device: int, dtype: torch.dtype, D: int, ca
     head_dim = next(size for size in rung.head_dims if size >= D)
     arch = build.arch_of(torch.cuda.get_device_capability(device))
     wanted = build.Specialisation(rung.file(which, head_dim), arch, head_dim, DTYPE_NAMES[dtype], causal, mask, dropout)
-    library = build.load(build.build(wanted.file, arch, wanted.defines(), str(wanted)))
-    _same_size(library, PARAMS, "AttentionParams", "attention.h")
+    library = build.load(wanted, PARAMS.size)
     library.attention.argtypes = library.workspace_floats.argtypes = [ctypes.c_char_p]
     library.workspace_floats.restype = ctypes.c_int64
     return library
-
-
-def _same_size(library: ctypes.CDLL, params: struct.Struct, name: str, file: str) -> None:
-    if library.params_size() != params.size:
-        raise build.BuildError(f"{name} has {library.params_size()} bytes in C and {params.size} in Python: {file} has changed")
 
 
 def _positive(scale: float) -> tuple[float, float]:
@@ -280,8 +290,7 @@ def _sm_count(device: int) -> int:
 @functools.cache
 def _pack_mask_library(device: int) -> ctypes.CDLL:
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    library = build.load(build.build(PACK_MASK, arch, [], f"{PACK_MASK} sm_{arch}"))
-    _same_size(library, PACK_PARAMS, "PackParams", PACK_MASK)
+    library = build.load(build.Specialisation(PACK_MASK, arch), PACK_PARAMS.size)
     library.pack_mask.argtypes = [ctypes.c_char_p]
     return library
 
