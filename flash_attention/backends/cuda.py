@@ -23,8 +23,8 @@ PACK_MASK = "pack_mask.cu"
 PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
-# Where a kernel's running maximum of scores in base 2 starts, times scale · log2 e where that is less than 1: above a masked score, which
-# is scale · log2 e times a sum that starts at −2¹²⁷.
+# Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
+# summed from −2¹²⁷, lies below it.
 LOWEST = -(2.0**126)
 SMALLEST_SCALE = 2.0**-100
 
@@ -193,7 +193,7 @@ class Rung:
         return Launch(
             library=_library(self, which, device, q.dtype, max(D, Dv), causal, mask, seed is not None),
             tensors=tuple(field for x in tensors for field in (0, STRIDES.pack(*x.stride()[:3]))) + (8 - len(tensors)) * NO_TENSOR,
-            settings=SETTINGS.pack(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop), LOWEST * min(1, scale * LOG2_E)),
+            settings=SETTINGS.pack(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop), LOWEST / max(1, scale * LOG2_E)),
             device=device,
             sm_count=_sm_count(device),
         )
