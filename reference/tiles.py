@@ -89,7 +89,7 @@ def hide_dead(dead: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, .
 
     There O = 0 and LSE = −∞, whatever the inputs. What comes back from O / |O| or from a logaddexp of two LSEs is NaN, and 0·NaN is NaN.
     """
-    return tuple(dX if dX is None else dX.masked_fill(dead if dX.dim() == 3 else dead[..., None], 0) for dX in gradients)
+    return tuple(dX if dX is None else torch.where(dead if dX.dim() == 3 else dead[..., None], 0, dX) for dX in gradients)  # one pass
 
 
 def broadcast_mask(mask: Tensor | None, B: int, H: int, Nq: int, Nk: int) -> Tensor | None:
