@@ -42,7 +42,12 @@ def tile(X: Tensor, rows: slice, H: int) -> Tensor:
 
     Grouped-query attention: query head h reads key/value head h // (H / Hkv). Only this tile is ever repeated, never K or V.
     """
-    X = X[:, :, rows].to(sum_dtype(X))
+    return for_heads(X[:, :, rows], H)
+
+
+def for_heads(X: Tensor, H: int) -> Tensor:
+    """(B, H or Hkv, …) → (B, H, …) in the sum dtype."""
+    X = X.to(sum_dtype(X))
     return X if X.shape[1] == H else X.repeat_interleave(H // X.shape[1], dim=1)
 
 
