@@ -132,7 +132,7 @@ def check_dead_rows_twice(causal):
 
     def cotangents(bad: float):
         filled = (x.masked_fill(dead if x.dim() == 3 else dead[..., None], bad) for x in (gQ, dO, dLSE))
-        return second(next(filled), gK, gV, *filled, q, k, v, wide, LSE, None, causal, 8**-0.5, 0.0, "reference")
+        return second(next(filled), gK, gV, *filled, q, k, v, wide, None, causal, 8**-0.5, 0.0, "reference")
 
     got, want = cotangents(math.nan), cotangents(0.0)
     for name, x, y in zip(("dO", "dLSE", "Q", "K", "V"), got, want, strict=True):
