@@ -131,6 +131,18 @@ def check_good_input(target):
     assert O.dtype == torch.float16
 
 
+@pytest.mark.parametrize("name", GOOD)
+def check_autocast_with_a_double(target, name):
+    """Autocast leaves float64 as it is, as it does for torch's own attention: beside other dtypes it is an error, whichever has it."""
+    tensors = {each: tensor(*shape, dtype=torch.float32).to(target.device) for each, shape in GOOD.items()}
+    tensors[name] = tensors[name].double()
+    with torch.autocast(target.device, dtype=torch.bfloat16), pytest.raises(TypeError, match=r"one dtype.*torch\.float64"):
+        flash_attention(**tensors, backend=target.backend)
+    tensors = {each: x.double() for each, x in tensors.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert flash_attention(**{each: x.cpu() for each, x in tensors.items()}).dtype == torch.float64
+
+
 def check_positional_options(target):
     """Options go by name: a fifth positional argument is not silently taken for one of them."""
     with pytest.raises(TypeError):

@@ -104,7 +104,7 @@ LIBRARIES = (
 
 def params(B=1, H=1, Nq=1, Nk=1) -> bytes:
     """A call whose tensors all have address and strides 0."""
-    settings = SETTINGS.pack(B, H, H, Nq, Nk, 32, 32, 1.0, 0, 1.0)
+    settings = SETTINGS.pack(B, H, H, Nq, Nk, 32, 32, 1.0, 0, 1.0, -1e30)
     return cuda.PARAMS.pack(*8 * NO_TENSOR, NO_MASK, 0, 0, 0, 0, settings, False, 0, 132, 0)
 
 

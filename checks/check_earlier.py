@@ -22,7 +22,7 @@ TOKENS = torch.arange(M) < torch.tensor([[M], [8]])  # right padding
 
 
 def same(got: Tensor, want: Tensor, atol: float = 1e-6) -> None:
-    torch.testing.assert_close(got, want, rtol=0, atol=atol)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=atol)
 
 
 def truth(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None) -> Tensor:

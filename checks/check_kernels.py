@@ -151,7 +151,7 @@ def check_long_mask(target, by_keys):
         pytest.skip("needs a CUDA target, once")
     Nk = 9_000_001 if by_keys else 140_000_001
     may = torch.rand(Nk, device="cuda") < 0.5
-    bits = cuda.pack_mask(may.expand(1, 1, 1, Nk), by_keys)
+    bits = cuda.pack_mask(may.expand(1, 1, 2, Nk) if by_keys else may.expand(1, 1, 1, Nk), by_keys)
     if by_keys:  # a word of each key says the same for 128 queries
         assert torch.equal(bits, torch.where(may, 0, -1).int()[None, None, :, None].expand(1, 1, Nk, 4))
     else:

@@ -101,11 +101,13 @@ __device__ inline uint32_t first_bits(int count) { return count >= 32 ? ~0u : co
 
 // What O is multiplied by at the end: 1 / l, or 0 for a row that may attend nothing. m is the row's largest score before scaling.
 //
-// P = 2^(scale_log2 · S − M) where M is scale_log2 · m, rounded. The rounding error e makes P and l too large by the factor 2^e, which O = P V / l
-// does not see, as long as P stays in float16's range: |e| ≤ 4 for |M| < 2²⁷. Beyond, O becomes NaN instead of a wrong number.
+// P = 2^(scale_log2 · S − M) where M is scale_log2 · m, rounded. The rounding error e makes P and l too large by 2^e, which O = P V / l does not see,
+// but what was summed under another maximum has another e. Up to |M| = 2²⁴ that is a factor of 2 at most, between scores that float32 itself can
+// hardly tell apart. Beyond, O becomes NaN instead of a wrong number.
 __device__ inline float factor_of_row(const AttentionParams& p, float m, float scale_log2, float one_over_l) {
-    if (m == p.lowest && (MASK || CAUSAL || p.Nk == 0)) return 0;  // where nothing hides, every score was −∞: NaN
-    return fabsf(m * scale_log2) < 0x1p27f ? one_over_l : CUDART_NAN_F;
+    const bool dead = m == p.lowest && (MASK || CAUSAL || p.Nk == 0);  // where nothing hides, every score was −∞: NaN
+    const float factor = fabsf(m * scale_log2) < 0x1p24f ? one_over_l : CUDART_NAN_F;
+    return dead ? 0 : factor;
 }
 
 // ---- launching

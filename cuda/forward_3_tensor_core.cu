@@ -183,10 +183,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                 for (int n = 0; n < N_TILES; ++n) m_new = fmaxf(m_new, fmaxf(S_rmem[m][n][2 * r], S_rmem[m][n][2 * r + 1]));
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
-                const float m_log2 = m_new * scale_log2;
-                alpha[m][r] = ptx::ex2(__fmul_rn(m_rmem[m][r], scale_log2) - m_log2);  // rounded as for P, which no fma may undo
+                alpha[m][r] = ptx::ex2((m_rmem[m][r] - m_new) * scale_log2);
                 grew |= m_new > m_rmem[m][r];
                 m_rmem[m][r] = m_new;
+                const float m_log2 = m_new * scale_log2;
                 float sum = 0;
 #pragma unroll
                 for (int n = 0; n < N_TILES; ++n) {

@@ -273,9 +273,9 @@ __global__ void __launch_bounds__(THREADS, 1)
                 for (int i = 0; i < BLOCK_K / 8; ++i) m_new = fmaxf(m_new, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
-                const float m_log2 = m_new * scale_log2;
-                alpha[r] = ptx::ex2(__fmul_rn(m_rmem[r], scale_log2) - m_log2);  // rounded as for P, which no fma may undo
+                alpha[r] = ptx::ex2((m_rmem[r] - m_new) * scale_log2);
                 m_rmem[r] = m_new;
+                const float m_log2 = m_new * scale_log2;
                 float sum = 0;
 #pragma unroll
                 for (int i = 0; i < BLOCK_K / 8; ++i)

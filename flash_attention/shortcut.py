@@ -59,7 +59,11 @@ def signature(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
     )
     if not plain:
         return None
-    shapes, strides, dtypes = (q.shape, k.shape, v.shape), (q.stride(), k.stride(), v.stride()), (q.dtype, k.dtype, v.dtype)
+    try:
+        shapes, strides = (q.shape, k.shape, v.shape), (q.stride(), k.stride(), v.stride())
+    except RuntimeError:  # of a nested tensor, which has no shape and is refused later
+        return None
+    dtypes = q.dtype, k.dtype, v.dtype
     return shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, backend
 
 

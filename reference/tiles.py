@@ -42,7 +42,12 @@ def tile(X: Tensor, rows: slice, H: int) -> Tensor:
 
     Grouped-query attention: query head h reads key/value head h // (H / Hkv). Only this tile is ever repeated, never K or V.
     """
-    X = X[:, :, rows].to(sum_dtype(X))
+    return for_heads(X[:, :, rows], H)
+
+
+def for_heads(X: Tensor, H: int) -> Tensor:
+    """(B, H or Hkv, …) → (B, H, …) in the sum dtype."""
+    X = X.to(sum_dtype(X))
     return X if X.shape[1] == H else X.repeat_interleave(H // X.shape[1], dim=1)
 
 
@@ -89,7 +94,7 @@ def hide_dead(dead: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, .
 
     There O = 0 and LSE = −∞, whatever the inputs. What comes back from O / |O| or from a logaddexp of two LSEs is NaN, and 0·NaN is NaN.
     """
-    return tuple(dX if dX is None else dX.masked_fill(dead if dX.dim() == 3 else dead[..., None], 0) for dX in gradients)
+    return tuple(dX if dX is None else torch.where(dead if dX.dim() == 3 else dead[..., None], 0, dX) for dX in gradients)  # one pass
 
 
 def broadcast_mask(mask: Tensor | None, B: int, H: int, Nq: int, Nk: int) -> Tensor | None:

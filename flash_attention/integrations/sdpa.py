@@ -212,7 +212,8 @@ _thread = threading.local()
 def _replacement(*args, **kwargs) -> Tensor:
     if not _patch.open:  # whoever keeps this function after the `with`
         return _torchs_own(*args, **kwargs)
-    if has_torch_function((*args, *kwargs.values())) or torch._C._is_torch_function_mode_enabled():
+    modes = torch.compiler.is_compiling() and torch._C._len_torch_function_stack()  # has_torch_function knows them otherwise
+    if modes or has_torch_function((*args, *kwargs.values())):
         return _show(*args, **kwargs)
     O = _try_to_serve(args, kwargs)
     return _torchs_own(*args, **kwargs) if O is None else O
