@@ -37,7 +37,8 @@ def tile(X: Tensor, rows: slice, H: int) -> Tensor:
 
     Grouped-query attention: query head h reads key/value head h // (H / Hkv). Only this tile is ever repeated, never K or V.
     """
-    X = X[:, :, rows].to(sum_dtype(X))
+    X = X[:, :, rows]
+    X = X if X.dtype == sum_dtype(X) else X.to(sum_dtype(X))
     return X if X.shape[1] == H else X.repeat_interleave(H // X.shape[1], dim=1)
 
 
@@ -56,8 +57,9 @@ def fast_memory(Q: Tensor, K: Tensor, block_q: int, block_k: int) -> Tensor:
 def matmul_into(memory: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """A (B, H, m, k) @ B (B, H, k, n) → (B, H, m, n), written to the start of `memory`."""
     shape = (*A.shape[:-1], B.shape[-1])
-    out = memory[: math.prod(shape)].view(-1, *shape[2:])
-    return torch.bmm(A.flatten(0, 1), B.flatten(0, 1), out=out).view(shape)
+    out = memory[: math.prod(shape)].view(shape)
+    torch.bmm(fold(A), fold(B), out=fold(out))
+    return out
 
 
 def add_matmul_(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -65,8 +67,13 @@ def add_matmul_(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
     A view, where `flatten` would silently add to a copy of any other tensor.
     """
-    X.view(X.shape[0] * X.shape[1], *X.shape[2:]).baddbmm_(A.flatten(0, 1), B.flatten(0, 1))
+    (X[0] if X.shape[0] == 1 else X.view(-1, *X.shape[2:])).baddbmm_(fold(A), fold(B))
     return X
+
+
+def fold(X: Tensor) -> Tensor:
+    """(B, H, m, n) → (B·H, m, n), as torch.bmm takes it."""
+    return X[0] if X.shape[0] == 1 else X.flatten(0, 1)
 
 
 def exp_minus(memory: Tensor, S: Tensor, m: Tensor) -> Tensor:
@@ -115,8 +122,9 @@ def hide_future_(S: Tensor, i: slice, j: slice, offset: int) -> Tensor:
     """
     if j.stop - 1 <= i.start + offset:
         return S
-    past = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).tril_(i.start + offset - j.start)
-    return S.masked_fill_(past.logical_not_(), -math.inf)
+    diagonal = i.start + offset - j.start
+    future = S.new_full(S.shape[-2:], math.inf).triu_(diagonal + 1)  # ∞ in the future, 0 elsewhere
+    return S.tril_(diagonal).sub_(future)  # twice as fast as masked_fill_ on a CPU; tril_ first, as ∞ − ∞ is NaN
 
 
 def block_size(given: int | None, default: int) -> int:

@@ -1,17 +1,24 @@
 """The pure-PyTorch backend: FlashAttention-2 from `reference/`, a few heads at a time so that their tiles stay in cache. Any device, any
 dtype."""
 
+from collections import deque
 from collections.abc import Iterator
+from threading import Lock
 
 from torch import Tensor
 
 from flash_attention import allocate
+from flash_attention.backends import workers
 from flash_attention.reference import Dropout, flash2, flash2_causal
 from flash_attention.reference.second_derivative import flash_attention_second_backward
+from flash_attention.reference.tiles import blocks, sum_dtype
 
 # Elements that one step of the tile loop touches (10 MB in float32). Measured on 2 cores with 1 MB of L2 each: more falls out of cache,
 # less leaves PyTorch's cost per call showing.
 WORKING_SET = 5 << 19
+WORKER_SET = 5 << 18
+SPAN = 2048
+WORKERS_FROM = 1 << 20
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
@@ -32,13 +39,25 @@ def forward(
 ):
     """→ O (B, H, Nq, Dv), LSE (B, H, Nq). block_size: rows and columns of a tile; the algorithm's own unless given."""
     run = flash2_causal.flash_attention2_causal_forward if causal else flash2.flash_attention2_forward
+    Nq, Nk = q.shape[2], k.shape[2]
     O, LSE = allocate.forward_outputs(q, v)
-    for b, h, h_kv in _parts(q, k, causal, block_size):
-        part_mask = None if mask is None else mask[b, h]
-        dropout = _dropout(seed, dropout_p, b, h)
-        O[b, h], LSE[b, h] = run(
-            q[b, h], k[b, h_kv], v[b, h_kv], part_mask, scale=scale, dropout=dropout, block_q=block_size, block_k=block_size
+
+    def piece(b: slice, h: slice, h_kv: slice, i: slice) -> None:
+        j = slice(0, max(0, i.stop + Nk - Nq) if causal else Nk)  # up to the last column that rows i see, where they too are aligned
+        O[b, h, i], LSE[b, h, i] = run(
+            q[b, h, i],
+            k[b, h_kv, j],
+            v[b, h_kv, j],
+            None if mask is None else mask[b, h, i, j],
+            scale=scale,
+            dropout=_dropout(seed, dropout_p, b, h, (i.start, 0)),
+            block_q=block_size,
+            block_k=block_size,
         )
+
+    heads, span, each = _cut(q, k, causal, block_size)
+    rows = list(blocks(0, Nq, span or max(Nq, 1)))[::-1]  # causal: the last rows see most
+    each(piece, [(*part, i) for part in heads for i in rows])
     return O, LSE
 
 
@@ -59,25 +78,49 @@ def backward(
 ):
     """→ dQ, dK, dV, shaped as q, k, v."""
     run = flash2_causal.flash_attention2_causal_backward if causal else flash2.flash_attention2_backward
+    Nq, Nk = q.shape[2], k.shape[2]
     dQ, dK, dV = allocate.backward_outputs(q, k, v)
-    for b, h, h_kv in _parts(q, k, causal, block_size):
-        part_mask = None if mask is None else mask[b, h]
-        part_dLSE = None if dLSE is None else dLSE[b, h]
-        dQ[b, h], dK[b, h_kv], dV[b, h_kv] = run(
-            q[b, h],
-            k[b, h_kv],
-            v[b, h_kv],
-            part_mask,
+
+    def piece(b: slice, h: slice, h_kv: slice, j: slice, dQ_sum: _Sum) -> None:
+        dQ_part, dK[b, h_kv, j], dV[b, h_kv, j] = run(
+            q[b, h].to(sum_dtype(q)),  # so that dQ comes back in this dtype, to be summed
+            k[b, h_kv, j],
+            v[b, h_kv, j],
+            None if mask is None else mask[b, h, :, j],
             O[b, h],
             LSE[b, h],
             dO[b, h],
-            part_dLSE,
+            None if dLSE is None else dLSE[b, h],
             scale=scale,
-            dropout=_dropout(seed, dropout_p, b, h),
+            dropout=_dropout(seed, dropout_p, b, h, (0, j.start)),
             block_q=block_size,
             block_k=block_size,
+            **({"offset": Nk - Nq - j.start} if causal else {}),
         )
+        dQ_sum.add(j, dQ_part)
+
+    heads, span, each = _cut(q, k, causal, block_size)
+    columns = list(blocks(0, Nk, span or max(Nk, 1))) or [slice(0, 0)]
+    each(piece, [(b, h, h_kv, j, dQ_sum) for b, h, h_kv in heads for dQ_sum in [_Sum(dQ[b, h], columns)] for j in columns])
     return dQ, dK, dV
+
+
+class _Sum:
+    """What pieces add to `out`, in the order of `spans` whichever ends first: the same result for any number of threads."""
+
+    def __init__(self, out: Tensor, spans: list[slice]):
+        self.out, self.left, self.parts = out, deque(spans), {}
+        self.total: Tensor | None = None
+        self.lock = Lock()
+
+    def add(self, span: slice, part: Tensor) -> None:
+        with self.lock:
+            self.parts[span.start] = part
+            while self.left and self.left[0].start in self.parts:
+                part = self.parts.pop(self.left.popleft().start)
+                self.total = part if self.total is None else self.total.add_(part)
+            if not self.left:
+                self.out.copy_(self.total)
 
 
 def second_backward(
@@ -103,11 +146,22 @@ def second_backward(
     return flash_attention_second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, **options)
 
 
-def _dropout(seed: Tensor | None, p: float, b: slice, h: slice) -> Dropout | None:
-    return None if seed is None else Dropout(p, seed, range(b.start, b.stop), range(h.start, h.stop))
+def _dropout(seed: Tensor | None, p: float, b: slice, h: slice, corner: tuple[int, int] = (0, 0)) -> Dropout | None:
+    return None if seed is None else Dropout(p, seed, range(b.start, b.stop), range(h.start, h.stop), corner)
 
 
-def _parts(q: Tensor, k: Tensor, causal: bool, block_size: int | None) -> Iterator[tuple[slice, slice, slice]]:
+def _cut(q: Tensor, k: Tensor, causal: bool, block_size: int | None):
+    """Parts of the heads, rows (of the forward) or columns (of the backward) of a piece, and what runs the pieces.
+
+    A large call on a CPU is cut finer than its threads are many, into the same pieces for any number of threads.
+    """
+    B, H, Nq, _ = q.shape
+    if q.device.type == "cpu" and B * H * Nq * k.shape[2] >= WORKERS_FROM:
+        return list(_parts(q, k, causal, block_size, WORKER_SET)), SPAN, workers.run
+    return list(_parts(q, k, causal, block_size, WORKING_SET)), None, lambda piece, pieces: [piece(*each) for each in pieces]
+
+
+def _parts(q: Tensor, k: Tensor, causal: bool, block_size: int | None, working_set: int) -> Iterator[tuple[slice, slice, slice]]:
     """Batches, query heads and the key/value heads they read, for one run of the tile loop after another."""
     B, H, Nq, D = q.shape
     Hkv, Nk = k.shape[1:3]
@@ -115,8 +169,8 @@ def _parts(q: Tensor, k: Tensor, causal: bool, block_size: int | None) -> Iterat
     module = flash2_causal if causal else flash2
     rows, columns = min(block_size or module.BLOCK_Q, max(Nq, 1)), min(block_size or module.BLOCK_K, max(Nk, 1))
     per_head = rows * (columns + 2 * D)  # a tile of S, and the rows of Q and O beside it
-    heads_kv = min(Hkv, max(1, WORKING_SET // (per_head * group)))
-    batches = max(1, WORKING_SET // (per_head * H)) if heads_kv == Hkv else 1
+    heads_kv = min(Hkv, max(1, working_set // (per_head * group)))
+    batches = max(1, working_set // (per_head * H)) if heads_kv == Hkv else 1
     for b in range(0, B, batches):
         for h in range(0, Hkv, heads_kv):
             stop = min(h + heads_kv, Hkv)
