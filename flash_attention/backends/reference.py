@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from threading import Lock
 
+import torch
 from torch import Tensor
 
 from flash_attention import allocate
@@ -14,11 +15,16 @@ from flash_attention.reference.second_derivative import flash_attention_second_b
 from flash_attention.reference.tiles import blocks, sum_dtype
 
 # Elements that one step of the tile loop touches (10 MB in float32). Measured on 2 cores with 1 MB of L2 each: more falls out of cache,
-# less leaves PyTorch's cost per call showing.
+# less leaves PyTorch's cost per call showing. A worker, which has one core, takes a quarter.
 WORKING_SET = 5 << 19
-WORKER_SET = 5 << 18
-SPAN = 2048
-WORKERS_FROM = 1 << 20
+WORKER_SET = WORKING_SET // 4
+# Rows of a worker's piece in the forward, columns in the backward, where each piece also brings a dQ that is to be added.
+ROWS, COLUMNS = 1024, 2048
+# A call is for workers from so many floating-point operations for each thread on: 50 ms. After an operation of PyTorch's own its threads
+# stay awake for 5 ms, in which they take the workers' cores.
+WORKER_FLOPS = 1 << 33
+# And from so many elements in one step: Python's cost per step is paid by one worker at a time.
+WORKER_STEP = 1 << 17
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
@@ -55,9 +61,10 @@ def forward(
             block_k=block_size,
         )
 
-    heads, span, each = _cut(q, k, causal, block_size)
-    rows = list(blocks(0, Nq, span or max(Nq, 1)))[::-1]  # causal: the last rows see most
-    each(piece, [(*part, i) for part in heads for i in rows])
+    large = _large(2, q, k, causal, block_size)
+    rows = list(blocks(0, Nq, ROWS if large else max(Nq, 1)))[::-1]  # causal: the last rows see most
+    each = workers.run if large else workers.in_turn
+    each(piece, [(*heads, i) for heads in _heads(q, k, causal, block_size, large) for i in rows])
     return O, LSE
 
 
@@ -99,28 +106,35 @@ def backward(
         )
         dQ_sum.add(j, dQ_part)
 
-    heads, span, each = _cut(q, k, causal, block_size)
-    columns = list(blocks(0, Nk, span or max(Nk, 1))) or [slice(0, 0)]
-    each(piece, [(b, h, h_kv, j, dQ_sum) for b, h, h_kv in heads for dQ_sum in [_Sum(dQ[b, h], columns)] for j in columns])
+    large = _large(5, q, k, causal, block_size)
+    columns = list(blocks(0, Nk, COLUMNS if large else max(Nk, 1))) or [slice(0, 0)]
+    pieces = []
+    for b, h, h_kv in _heads(q, k, causal, block_size, large):
+        dQ_sum = _Sum(dQ[b, h], columns)
+        pieces += [(b, h, h_kv, j, dQ_sum) for j in columns]
+    each = workers.run if large else workers.in_turn
+    each(piece, pieces)
     return dQ, dK, dV
 
 
 class _Sum:
-    """What pieces add to `out`, in the order of `spans` whichever ends first: the same result for any number of threads."""
+    """Parts that add up to `out`, one for each of `spans`. Added in the order of the spans, whichever comes first: the same result for any
+    number of threads."""
 
     def __init__(self, out: Tensor, spans: list[slice]):
-        self.out, self.left, self.parts = out, deque(spans), {}
+        self.out, self.spans, self.parts = out, deque(spans), {}
         self.total: Tensor | None = None
         self.lock = Lock()
 
     def add(self, span: slice, part: Tensor) -> None:
         with self.lock:
             self.parts[span.start] = part
-            while self.left and self.left[0].start in self.parts:
-                part = self.parts.pop(self.left.popleft().start)
+            while self.spans and self.spans[0].start in self.parts:
+                part = self.parts.pop(self.spans.popleft().start)
                 self.total = part if self.total is None else self.total.add_(part)
-            if not self.left:
+            if not self.spans:
                 self.out.copy_(self.total)
+                self.total = None
 
 
 def second_backward(
@@ -150,25 +164,30 @@ def _dropout(seed: Tensor | None, p: float, b: slice, h: slice, corner: tuple[in
     return None if seed is None else Dropout(p, seed, range(b.start, b.stop), range(h.start, h.stop), corner)
 
 
-def _cut(q: Tensor, k: Tensor, causal: bool, block_size: int | None):
-    """Parts of the heads, rows (of the forward) or columns (of the backward) of a piece, and what runs the pieces.
-
-    A large call on a CPU is cut finer than its threads are many, into the same pieces for any number of threads.
-    """
-    B, H, Nq, _ = q.shape
-    if q.device.type == "cpu" and B * H * Nq * k.shape[2] >= WORKERS_FROM:
-        return list(_parts(q, k, causal, block_size, WORKER_SET)), SPAN, workers.run
-    return list(_parts(q, k, causal, block_size, WORKING_SET)), None, lambda piece, pieces: [piece(*each) for each in pieces]
-
-
-def _parts(q: Tensor, k: Tensor, causal: bool, block_size: int | None, working_set: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Batches, query heads and the key/value heads they read, for one run of the tile loop after another."""
-    B, H, Nq, D = q.shape
-    Hkv, Nk = k.shape[1:3]
-    group = H // Hkv
+def _tile(q: Tensor, k: Tensor, causal: bool, block_size: int | None) -> int:
+    """Elements of a head that one step touches: a tile of S, and the rows of Q and O beside it."""
     module = flash2_causal if causal else flash2
-    rows, columns = min(block_size or module.BLOCK_Q, max(Nq, 1)), min(block_size or module.BLOCK_K, max(Nk, 1))
-    per_head = rows * (columns + 2 * D)  # a tile of S, and the rows of Q and O beside it
+    rows, columns = (min(block_size or most, max(x.shape[2], 1)) for most, x in ((module.BLOCK_Q, q), (module.BLOCK_K, k)))
+    return rows * (columns + 2 * q.shape[3])
+
+
+def _large(matmuls: int, q: Tensor, k: Tensor, causal: bool, block_size: int | None) -> bool:
+    """Whether workers are worthwhile. Not whether there are any: one thread computes the same pieces, and so the same result."""
+    if q.device.type != "cpu":
+        return False
+    B, H, Nq, D = q.shape
+    flops = 2 * matmuls * B * H * Nq * k.shape[2] * D
+    step = min(B * H * _tile(q, k, causal, block_size), WORKER_SET)
+    return flops >= WORKER_FLOPS * max(2, torch.get_num_threads()) and step >= WORKER_STEP
+
+
+def _heads(q: Tensor, k: Tensor, causal: bool, block_size: int | None, large: bool) -> Iterator[tuple[slice, slice, slice]]:
+    """Batches, query heads and the key/value heads they read, for one run of the tile loop after another."""
+    B, H = q.shape[:2]
+    Hkv = k.shape[1]
+    group = H // Hkv
+    per_head = _tile(q, k, causal, block_size)
+    working_set = WORKER_SET if large else WORKING_SET
     heads_kv = min(Hkv, max(1, working_set // (per_head * group)))
     batches = max(1, working_set // (per_head * H)) if heads_kv == Hkv else 1
     for b in range(0, B, batches):

@@ -1,8 +1,8 @@
 """Threads that each compute whole pieces of a CPU call.
 
 PyTorch spreads each operation over its threads and waits at its end for the slowest. A tile loop is thousands of operations, so a core that
-is busy elsewhere holds up the others thousands of times. Here each thread takes a piece, runs that piece's operations alone, and takes the
-next: nobody waits before the last piece.
+is busy elsewhere holds up the others thousands of times. Here a thread takes a piece, runs that piece's operations alone, and takes the
+next one: nobody waits before the last piece.
 """
 
 import os
@@ -13,73 +13,77 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
-# Elsewhere the number of threads is one for the whole process, or can no longer be changed.
+# With other thread pools than OpenMP's, the number of threads is one for the whole process or can no longer be changed.
 AVAILABLE = "backend: OpenMP" in torch.__config__.parallel_info()
+# Python's lock is held between operations, by one thread at a time: more workers than this would wait for it. They use more threads each.
+MAX_WORKERS = 8
 
 _starting = threading.Lock()
 _caller = threading.local()  # as in OpenMP, each calling thread has workers of its own
 
 
-def run(work: Callable[..., None], pieces: Iterable[tuple]) -> None:
-    """work(*piece) for every piece, on torch.get_num_threads() workers, or on the calling thread if that is 1.
+def in_turn(work: Callable[..., None], pieces: Iterable[tuple]) -> None:
+    """work(*piece) for one piece after another, each spread over all threads."""
+    for piece in pieces:
+        work(*piece)
 
-    The first exception in a piece is raised here; pieces that have not started by then are dropped.
+
+def run(work: Callable[..., None], pieces: Iterable[tuple]) -> None:
+    """work(*piece) for every piece, on workers that share torch.get_num_threads() threads; on the calling thread if that is 1.
+
+    An exception in a piece is raised here; pieces that have not started by then are dropped.
     """
     left = deque(pieces)
-    threads = min(torch.get_num_threads(), len(left))
-    if threads < 2 or not AVAILABLE:
-        return _take(work, left)
+    threads = torch.get_num_threads()
+    if threads == 1 or len(left) < 2 or not AVAILABLE:
+        return in_turn(work, left)
     inference = torch.is_inference_mode_enabled()
     jobs = []
     try:
-        pool = _workers(torch.get_num_threads())
-        for _ in range(threads):
-            jobs.append(pool.submit(_take_alone, work, left, inference))
-    except RuntimeError:  # no thread can start any more: a limit of the system, or the interpreter is ending
+        pool = _workers(threads)
+        for _ in range(min(threads, MAX_WORKERS, len(left))):
+            jobs.append(pool.submit(_take, work, left, inference))
+    except RuntimeError:  # no more threads can start: a limit of the system, or the interpreter is shutting down
         if not jobs:
-            _take(work, left)
+            return in_turn(work, left)
     try:
         wait(jobs)
         for job in jobs:
             job.result()
     finally:
         left.clear()
-        jobs.clear()  # an exception's traceback holds this frame, and a job its exception
+        jobs.clear()  # an exception's traceback keeps this frame alive, and a job its exception
 
 
-def _take(work: Callable[..., None], left: deque[tuple]) -> None:
+def _take(work: Callable[..., None], left: deque[tuple], inference: bool) -> None:
+    """As many of the pieces as this worker can take, under those of the caller's settings for its thread that matter inside an op."""
     try:
-        while left:
-            try:
-                piece = left.popleft()
-            except IndexError:  # another worker took the last one
-                return
-            work(*piece)
+        with torch.inference_mode(inference), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            while left:
+                try:
+                    piece = left.popleft()
+                except IndexError:  # another worker took the last one
+                    return
+                work(*piece)
     except BaseException:
         left.clear()
         raise
 
 
-def _take_alone(work: Callable[..., None], left: deque[tuple], inference: bool) -> None:
-    """`_take` in a worker, under the settings of PyTorch that each thread has for itself and that matter inside an op."""
-    with torch.inference_mode(inference), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        _take(work, left)
-
-
 def _workers(threads: int) -> ThreadPoolExecutor:
-    """The calling thread's, started when first needed and again when torch.set_num_threads changed their number."""
+    """The calling thread's. New ones when torch.set_num_threads has changed their number; the old ones then end."""
     if getattr(_caller, "threads", None) != threads:
-        _caller.pool = ThreadPoolExecutor(threads, "flash_attention", _compute_alone)  # the previous one's threads end with it
+        count = min(threads, MAX_WORKERS)
+        _caller.pool = ThreadPoolExecutor(count, "flash_attention", _use_threads, (threads // count,))
         _caller.threads = threads
     return _caller.pool
 
 
-def _compute_alone() -> None:
-    """One thread for each operation of the worker that starts. torch.set_num_threads also sets what threads that start later begin with:
-    another thread sets that back."""
+def _use_threads(number: int) -> None:
+    """For the operations of this thread. torch.set_num_threads also sets what later threads start with: another thread sets that back."""
     with _starting:
         before = torch.get_num_threads()
-        torch.set_num_threads(1)
+        torch.set_num_threads(number)
         other = threading.Thread(target=torch.set_num_threads, args=(before,))
         other.start()
         other.join()
