@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -67,9 +68,11 @@ def check_same_for_any_number_of_threads(case, small_pieces, monkeypatch):
         for name, x, y in zip(("O", "LSE", "dQ", "dK", "dV"), first, results(case), strict=True):
             assert torch.equal(x, y), f"{name} differs with {number} threads"
     monkeypatch.setattr(reference, "WORKER_FLOPS", 1 << 62)
-    tolerance = 2e-6 if case.dtype == torch.float32 else 8e-3
     for name, x, y in zip(("O", "LSE", "dQ", "dK", "dV"), first, results(case), strict=True):
-        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        if x.dtype == torch.float32:
+            torch.testing.assert_close(x, y, rtol=2e-6, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+        else:  # rounded once, after the sum
+            assert (x != y).float().mean() < 0.01, f"{name}: {(x != y).float().mean():.1%} of its elements differ"
 
 
 def computing_threads(size: int) -> set[int]:
@@ -130,21 +133,22 @@ def check_number_of_threads_stays():
         numbers.clear()
         assert torch.get_num_threads() == number
         assert in_new_thread(torch.get_num_threads) == 5
+    for _ in range(20):  # several at once
+        in_new_thread(lambda: workers.run(lambda _: time.sleep(0.001), [(n,) for n in range(10)]))
+    assert in_new_thread(torch.get_num_threads) == 5
 
 
 def check_old_workers_end():
     """Each calling thread has its own; they end with it, and when their number changes."""
-    workers.run(lambda _: None, [(n,) for n in range(9)])
-    before = threading.active_count()
     for _ in range(5):
         in_new_thread(lambda: workers.run(lambda _: None, [(n,) for n in range(9)]))
     for number in (4, 3, 2):
         torch.set_num_threads(number)
         workers.run(lambda _: None, [(n,) for n in range(9)])
     deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while len(alive := [x.name for x in threading.enumerate() if x.name.startswith("flash_attention")]) > 2:
+        assert time.monotonic() < deadline, f"still there: {alive}"
         time.sleep(0.01)
-    assert threading.active_count() <= before
 
 
 def check_exceptions_arrive():
@@ -154,15 +158,17 @@ def check_exceptions_arrive():
     def work(n):
         if n == 3:
             raise ValueError("piece 3")
-        time.sleep(0.001)
+        time.sleep(0.005)
         done.append(n)
 
-    with pytest.raises(ValueError, match="piece 3"):
-        workers.run(work, [(n,) for n in range(1000)])
-    assert len(done) < 900
-    finished = len(done)
-    time.sleep(0.02)
-    assert len(done) == finished, "a worker was still at work when the exception arrived"
+    for _ in range(6):  # whichever worker it is
+        done.clear()
+        with pytest.raises(ValueError, match="piece 3"):
+            workers.run(work, [(n,) for n in range(1000)])
+        finished = len(done)
+        assert finished < 900
+        time.sleep(0.02)
+        assert len(done) == finished, "a worker was still at work when the exception arrived"
     done.clear()
     workers.run(done.append, [(n,) for n in range(20)])
     assert sorted(done) == list(range(20))
@@ -181,14 +187,22 @@ def check_interrupt():
 
     with pytest.raises(KeyboardInterrupt):
         workers.run(work, [(n,) for n in range(1000)])
-    assert len(done) < 900
+    time.sleep(0.1)  # what has started ends
+    finished = len(done)
+    time.sleep(0.1)
+    assert len(done) == finished < 900
 
 
 def check_modes(small_pieces):
     """Inference mode, no_grad, autocast, a default dtype and a subclass: as with one thread."""
 
-    class Tagged(torch.Tensor):
-        pass
+    class Watched(torch.Tensor):
+        calls: ClassVar = set()
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.calls.add(function)
+            return super().__torch_function__(function, types, args, kwargs)
 
     q, k, v = torch.randn(3, 1, 2, 120, 8).unbind()
     expected = flash_attention(q, k, v)
@@ -203,14 +217,28 @@ def check_modes(small_pieces):
         assert torch.equal(flash_attention(q, k, v), expected)
     finally:
         torch.set_default_dtype(torch.float32)
-    tagged = flash_attention(*(x.as_subclass(Tagged) for x in (q, k, v)))
-    assert torch.equal(tagged.as_subclass(torch.Tensor), expected)
+    seen = []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        Watched.calls.clear()
+        watched = flash_attention(*(x.as_subclass(Watched) for x in (q, k, v)))
+        seen.append(set(Watched.calls))
+        assert torch.equal(watched.as_subclass(torch.Tensor), expected)
+    assert seen[0] == seen[1], f"calls seen with one thread and with two differ in {seen[0] ^ seen[1]}"
     trained = q.clone().requires_grad_()
     assert torch.equal(torch.ops.flash_attention.forward(trained, k, v, None, None, False, 8**-0.5, 0.0, "reference")[0], expected)
 
 
 def check_several_callers(small_pieces):
-    """Threads of the user's own that call at the same time."""
+    """Threads of the user's own that call at the same time; none waits for another's call."""
+    other_is_done = threading.Event()
+    waiting = threading.Thread(target=workers.run, args=(lambda _: other_is_done.wait(20), [(1,), (2,)]))
+    waiting.start()
+    workers.run(lambda _: None, [(1,), (2,)])
+    assert waiting.is_alive()
+    other_is_done.set()
+    waiting.join()
+
     inputs = [torch.randn(3, 1, 2, 120, 8).unbind() for _ in range(6)]
     expected = [flash_attention(*x) for x in inputs]
     returned = {}
@@ -262,7 +290,8 @@ def check_fork():
     """A child that was forked after its parent had workers starts its own."""
     assert "same" in run_program("""
 if os.fork() == 0:
-    print("same" if torch.equal(flash_attention(q, k, v), expected) else "different", flush=True)
+    same = all(torch.equal(flash_attention(q, k, v), expected) for _ in range(5))
+    print("same" if same else "different", flush=True)
     os._exit(0)
 os.wait()
 """)

@@ -40,9 +40,8 @@ def run(work: Callable[..., None], pieces: Iterable[tuple]) -> None:
     inference = torch.is_inference_mode_enabled()
     jobs = []
     try:
-        pool = _workers(threads)
-        for _ in range(min(threads, MAX_WORKERS, len(left))):
-            jobs.append(pool.submit(_take, work, left, inference))
+        for worker in _workers(threads)[: len(left)]:
+            jobs.append(worker.submit(_take, work, left, inference))
     except RuntimeError:  # no more threads can start: a limit of the system, or the interpreter is shutting down
         if not jobs:
             return in_turn(work, left)
@@ -58,7 +57,7 @@ def run(work: Callable[..., None], pieces: Iterable[tuple]) -> None:
 def _take(work: Callable[..., None], left: deque[tuple], inference: bool) -> None:
     """As many of the pieces as this worker can take, under those of the caller's settings for its thread that matter inside an op."""
     try:
-        with torch.inference_mode(inference), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        with torch.inference_mode(inference), torch._C.DisableTorchFunctionSubclass():
             while left:
                 try:
                     piece = left.popleft()
@@ -70,13 +69,13 @@ def _take(work: Callable[..., None], left: deque[tuple], inference: bool) -> Non
         raise
 
 
-def _workers(threads: int) -> ThreadPoolExecutor:
-    """The calling thread's. New ones when torch.set_num_threads has changed their number; the old ones then end."""
+def _workers(threads: int) -> list[ThreadPoolExecutor]:
+    """The calling thread's, each one thread. New ones when torch.set_num_threads has changed the number; the old ones then end."""
     if getattr(_caller, "threads", None) != threads:
         count = min(threads, MAX_WORKERS)
-        _caller.pool = ThreadPoolExecutor(count, "flash_attention", _use_threads, (threads // count,))
+        _caller.workers = [ThreadPoolExecutor(1, "flash_attention", _use_threads, (threads // count,)) for _ in range(count)]
         _caller.threads = threads
-    return _caller.pool
+    return _caller.workers
 
 
 def _use_threads(number: int) -> None:
@@ -91,9 +90,10 @@ def _use_threads(number: int) -> None:
 
 def _after_fork() -> None:
     """A child process has none of its parent's threads."""
-    global _starting, _caller
-    _starting, _caller = threading.Lock(), threading.local()
+    global _caller
+    _caller = threading.local()
+    _starting.release()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # never while a worker starts: the child would keep its number of threads
+    os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_after_fork)
