@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from benchmarks.contenders import Contender, Runner
 from benchmarks.measure import time_alternating
 from benchmarks.memory import peak_memory
 from benchmarks.verify import verify
+from flash_attention.command_line import output_file, run
 
 THREADS = 2
 NORMAL, SDPA, FLASH = Contender("normal"), Contender("sdpa"), Contender("flash", "reference")
@@ -150,7 +150,7 @@ def _verdict(met: bool | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_targets", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="an eighth of every length: seconds instead of minutes, judging nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write device, versions and every figure")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write device, versions and every figure")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     environment = report.environment("cpu")
@@ -168,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

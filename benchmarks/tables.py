@@ -9,13 +9,13 @@ A marker pair `<!-- NAME -->` … `<!-- end of NAME -->` is filled from results/
 import argparse
 import json
 import re
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
 from benchmarks.gpu_targets import CUDNN, FA2, FIGURES
+from flash_attention.command_line import run
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (ROOT / "README.md", ROOT / "cuda" / "README.md")
@@ -153,4 +153,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -26,6 +26,7 @@ from harness import (
 
 from flash_attention import flash_attention
 from flash_attention.reference import flash2, flash2_causal, normal_attention, online_softmax, second_derivative
+from flash_attention.reference.tiles import lowest
 
 ALGORITHM = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 CAUSAL = pytest.mark.parametrize("causal", (False, True), ids=("general", "causal"))
@@ -109,7 +110,7 @@ def check_tiles_shown(algorithm, Nq, Nk):
     allowed = mask.tril(Nk - Nq) if algorithm.causal else mask
     S = (q @ k.mT * 8**-0.5).masked_fill(~allowed, -torch.inf)
     P = (S - truth.LSE[..., None]).exp().nan_to_num(0.0)
-    dP = dO @ v.mT
+    dP = dO.masked_fill(truth.LSE.isneginf()[..., None], 0) @ v.mT  # what comes back to a row that attends nothing is dropped
     dS = P * (dP - (P * dP).sum(-1, keepdim=True))
     forward, backward = tiles_of(algorithm, problem, **sizes)
     assert forward and backward
@@ -125,7 +126,7 @@ def check_tiles_shown(algorithm, Nq, Nk):
         same(f"m + log l after tile {i}, {j}", torch.where(l > 0, m + l.log(), -torch.inf)[..., 0], LSE[:, :, i])
         same(f"O after tile {i}, {j}", tile["O"] / l.masked_fill(l == 0, 1) if algorithm.paper == 2 else tile["O"], O[:, :, i])
         # The first paper's P is relative to the tile's own maximum, the second's to the maximum so far.
-        own = m if algorithm.paper == 2 else S[:, :, i, j].amax(-1, keepdim=True).clamp(min=-1e30)
+        own = m if algorithm.paper == 2 else S[:, :, i, j].amax(-1, keepdim=True).clamp(min=lowest(q.dtype))
         same(f"P of tile {i}, {j}", tile["P"], (S[:, :, i, j] - own).exp())
     for n, tile in enumerate(backward):
         i, j = tile["i"], tile["j"]

@@ -6,6 +6,7 @@ device. Nothing synchronises, nothing is copied that the kernel can read where i
 
 import ctypes
 import functools
+import math
 import struct
 from dataclasses import dataclass
 
@@ -15,12 +16,17 @@ from torch import Tensor
 from flash_attention import allocate, build
 from flash_attention.backends.launch import MASK, NO_MASK, NO_TENSOR, PARAMS, SETTINGS, STRIDES, Launch, raise_on
 from flash_attention.reference.dropout import threshold
+from flash_attention.reference.tiles import LOG2_E, hide_dead
 
 PACK_MASK = "pack_mask.cu"
 
 PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
+# Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
+# summed from −2¹²⁷, lies below it.
+LOWEST = -(2.0**126)
+SMALLEST_SCALE = 2.0**-100
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as the one object that it is: a call looks its library up by it
@@ -56,6 +62,17 @@ class Rung:
             return f"it serves no mask, got {tuple(mask.shape)}"
         return _why_no_kernels(self, q.device.index or 0)
 
+    def why_not_built(self, which: int, q: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
+        """Why what its forward or backward needs for the call cannot be built, or None. Builds it if that has not been tried."""
+        form = None if mask is None else self._mask_form(which, mask, dropout_p > 0)
+        device = q.device.index
+        try:
+            if form not in (None, "bytes"):
+                _pack_mask_library(device)
+            _library(self, which, device, q.dtype, max(q.shape[3], v.shape[3]), causal, form, dropout_p > 0)
+        except build.BuildError as error:
+            return str(error)[:2000]  # a compiler may have much to say
+
     def runs_on(self, arch: int) -> bool:
         """Whether its kernels can be compiled for this compute capability, times ten."""
         return arch == self.min_arch if self.only_min_arch else arch >= self.min_arch
@@ -77,8 +94,8 @@ class Rung:
     ):
         """→ O (B, H, Nq, Dv), LSE (B, H, Nq)."""
         O, LSE = allocate.forward_outputs(q, v)
-        sign, scale = _positive(scale)
-        q, k, v = (self._readable(x) for x in (q if sign == 1 else q * sign, k, v))
+        factor, scale = _positive(scale)
+        q, k, v = (self._readable(x) for x in (q if factor == 1 else q * factor, k, v))
         form, mask_fields, _alive = self._mask(FORWARD, mask, seed is not None)
         tensors = q, k, v, O
         launch = self._launch(FORWARD, tensors, form, seed, causal, scale, dropout_p)
@@ -87,10 +104,13 @@ class Rung:
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, causal: bool, scale: float) -> Launch | None:
         """The launch of a forward without mask and dropout for tensors like these, wherever they begin at a multiple of 16 bytes. None if
-        the kernel cannot read them as they are."""
-        if scale <= 0 or not all(self._is_readable(x) for x in (q, k, v)):
+        the kernel cannot read them as they are, or could not be built and another has taken its place."""
+        if _positive(scale)[0] != 1 or not all(self._is_readable(x) for x in (q, k, v)):
             return None
-        return self._launch(FORWARD, (q, k, v, O), None, None, causal, scale, 0.0)
+        try:
+            return self._launch(FORWARD, (q, k, v, O), None, None, causal, scale, 0.0)
+        except build.BuildError:
+            return None
 
     def backward(
         self,
@@ -109,8 +129,10 @@ class Rung:
     ):
         """→ dQ, dK, dV, shaped as q, k, v."""
         dQ, dK, dV = allocate.backward_outputs(q, k, v)
-        sign, scale = _positive(scale)
-        q, k, v, O, dO = (self._readable(x) for x in (q if sign == 1 else q * sign, k, v, O, dO))
+        factor, scale = _positive(scale)
+        if mask is not None or (causal and q.shape[2] > k.shape[2]):  # rows may attend nothing
+            (dO,) = hide_dead(LSE.isneginf(), dO)
+        q, k, v, O, dO = (self._readable(x) for x in (q if factor == 1 else q * factor, k, v, O, dO))
         LSE, dLSE = LSE.contiguous(), None if dLSE is None else dLSE.contiguous()
         form, mask_fields, _alive = self._mask(BACKWARD, mask, seed is not None)
         tensors = q, k, v, O, dO, dQ, dK, dV
@@ -118,7 +140,7 @@ class Rung:
         workspace = torch.empty(launch.workspace_floats(), dtype=torch.float32, device=q.device)
         pointers = LSE.data_ptr(), _address(dLSE), workspace.data_ptr(), _address(seed)
         launch(q, [x.data_ptr() for x in tensors], pointers, mask_fields)
-        return (dQ if sign == 1 else dQ.mul_(sign)), dK, dV
+        return (dQ if factor == 1 else dQ.mul_(factor)), dK, dV
 
     # ---- what the kernels can read in place
 
@@ -137,13 +159,17 @@ class Rung:
         # side by side.
         return self.masks[which][:1] if dropout else self.masks[which]
 
+    def _mask_form(self, which: int, mask: Tensor, dropout: bool) -> str:
+        """The form in which this mask is best read."""
+        forms = self.mask_forms(which, dropout)
+        return "bytes" if "bytes" in forms and _is_read_once(mask) else forms[0]
+
     def _mask(self, which: int, mask: Tensor | None, dropout: bool) -> tuple[str | None, bytes, Tensor | None]:
         """The mask's form, its fields in the struct, and what must stay alive until the launch."""
         if mask is None:
             return None, NO_MASK, None
-        forms = self.mask_forms(which, dropout)
-        form = forms[0]
-        if form == "bytes" or ("bytes" in forms and _is_read_once(mask)):
+        form = self._mask_form(which, mask, dropout)
+        if form == "bytes":
             return "bytes", MASK.pack(mask.data_ptr(), *mask.stride()), mask
         bits = pack_mask(mask, by_keys=form == "key bits")
         b, h, row, _ = (0 if n == 1 else s for n, s in zip(bits.shape, bits.stride(), strict=True))
@@ -167,7 +193,7 @@ class Rung:
         return Launch(
             library=_library(self, which, device, q.dtype, max(D, Dv), causal, mask, seed is not None),
             tensors=tuple(field for x in tensors for field in (0, STRIDES.pack(*x.stride()[:3]))) + (8 - len(tensors)) * NO_TENSOR,
-            settings=SETTINGS.pack(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop)),
+            settings=SETTINGS.pack(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop), LOWEST / max(1, scale * LOG2_E)),
             device=device,
             sm_count=_sm_count(device),
         )
@@ -227,8 +253,6 @@ def _why_no_kernels(rung: Rung, device: int) -> str | None:
     if not rung.runs_on(major * 10 + minor):
         needed = f"compute capability {rung.min_arch // 10}.{rung.min_arch % 10}{' and no other' if rung.only_min_arch else ''}"
         return f"it needs {needed}, {torch.cuda.get_device_name(device)} has {major}.{minor}"
-    if build.find_nvcc() is None:
-        return "nvcc was not found (pip install 'flash_attention[cuda]' brings one)"
     return None
 
 
@@ -238,21 +262,20 @@ def _library(rung: Rung, which: int, device: int, dtype: torch.dtype, D: int, ca
     head_dim = next(size for size in rung.head_dims if size >= D)
     arch = build.arch_of(torch.cuda.get_device_capability(device))
     wanted = build.Specialisation(rung.file(which, head_dim), arch, head_dim, DTYPE_NAMES[dtype], causal, mask, dropout)
-    library = build.load(build.build(wanted.file, arch, wanted.defines(), str(wanted)))
-    _same_size(library, PARAMS, "AttentionParams", "attention.h")
+    library = build.load(wanted, PARAMS.size)
     library.attention.argtypes = library.workspace_floats.argtypes = [ctypes.c_char_p]
     library.workspace_floats.restype = ctypes.c_int64
     return library
 
 
-def _same_size(library: ctypes.CDLL, params: struct.Struct, name: str, file: str) -> None:
-    if library.params_size() != params.size:
-        raise build.BuildError(f"{name} has {library.params_size()} bytes in C and {params.size} in Python: {file} has changed")
+def _positive(scale: float) -> tuple[float, float]:
+    """scale as a factor of q times a scale that is positive and not tiny.
 
-
-def _positive(scale: float) -> tuple[int, float]:
-    """scale as sign · positive scale: kernels take the maximum of unscaled scores, which a negative scale would turn into the minimum."""
-    return (1, scale) if scale > 0 else (-1, -scale) if scale < 0 else (0, 1.0)
+    Kernels take the maximum of unscaled scores, which a negative scale would turn into the minimum, and sum a hidden score from −2¹²⁷,
+    which a tiny scale would bring up to the others."""
+    if abs(scale) >= SMALLEST_SCALE:
+        return math.copysign(1, scale), abs(scale)
+    return (math.copysign(SMALLEST_SCALE, scale), max(abs(scale) / SMALLEST_SCALE, SMALLEST_SCALE)) if scale else (0, 1.0)
 
 
 def _address(x: Tensor | None) -> int:
@@ -267,8 +290,7 @@ def _sm_count(device: int) -> int:
 @functools.cache
 def _pack_mask_library(device: int) -> ctypes.CDLL:
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    library = build.load(build.build(PACK_MASK, arch, [], f"{PACK_MASK} sm_{arch}"))
-    _same_size(library, PACK_PARAMS, "PackParams", PACK_MASK)
+    library = build.load(build.Specialisation(PACK_MASK, arch), PACK_PARAMS.size)
     library.pack_mask.argtypes = [ctypes.c_char_p]
     return library
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 STRIDES = struct.Struct("@3q")  # of a tensor's first three dimensions
 MASK = struct.Struct("@5q")  # address, strides
-SETTINGS = struct.Struct("@7i f i f")  # B, H, Hkv, Nq, Nk, D, Dv, scale, drop_below, keep_scale
+SETTINGS = struct.Struct("@7i f i 2f")  # B, H, Hkv, Nq, Nk, D, Dv, scale, drop_below, keep_scale, lowest
 # q, k, v, O, dO, dQ, dK, dV (address, strides), the mask, the addresses of lse, d_lse, workspace and seed, the settings, deterministic,
 # device, sm_count, the stream.
-PARAMS = struct.Struct("@" + 8 * "q 24s" + "40s 4q 40s 3i q")
+PARAMS = struct.Struct("@" + 8 * "q 24s" + "40s 4q 44s 3i q")
 NO_TENSOR = (0, bytes(STRIDES.size))
 NO_MASK = bytes(MASK.size)
 NO_POINTERS = (0, 0, 0, 0)

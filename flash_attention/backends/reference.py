@@ -10,8 +10,7 @@ from torch import Tensor
 
 from flash_attention import allocate
 from flash_attention.backends import workers
-from flash_attention.reference import Dropout, flash2, flash2_causal
-from flash_attention.reference.second_derivative import flash_attention_second_backward
+from flash_attention.reference import Dropout, flash2, flash2_causal, second_derivative
 from flash_attention.reference.tiles import blocks, sum_dtype
 
 # Elements that one step of the tile loop touches (10 MB in float32). Measured on 2 cores with 1 MB of L2 each: more falls out of cache,
@@ -142,12 +141,11 @@ def second_backward(
     gK: Tensor,
     gV: Tensor,
     dO: Tensor,
-    dLSE: Tensor | None,
+    dLSE: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    LSE: Tensor,
     seed: Tensor | None,
     causal: bool,
     scale: float,
@@ -155,9 +153,19 @@ def second_backward(
     block_size: int | None = None,
 ):
     """Cotangents of dO, dLSE, q, k, v. block_size: rows of a block."""
-    everything = slice(0, q.shape[0]), slice(0, q.shape[1])
-    options = {"causal": causal, "scale": scale, "dropout": _dropout(seed, dropout_p, *everything), "block_q": block_size}
-    return flash_attention_second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, **options)
+    inputs = gQ, gK, gV, dO, dLSE, q, k, v
+    return second_derivative.flash_attention_second_backward(*inputs, mask, **_options(q, seed, causal, scale, dropout_p, block_size))
+
+
+def second_backward_vjp(cotangents, inputs, needed, mask, seed, causal, scale, dropout_p, _backend, block_size):
+    """Cotangents of `inputs`, the eight tensors of `second_backward`, from those of its results."""
+    options = _options(inputs[5], seed, causal, scale, dropout_p, block_size)
+    return second_derivative.second_backward_vjp(cotangents, inputs, needed, mask, **options)
+
+
+def _options(q: Tensor, seed: Tensor | None, causal: bool, scale: float, dropout_p: float, block_size: int | None) -> dict:
+    dropout = _dropout(seed, dropout_p, slice(0, q.shape[0]), slice(0, q.shape[1]))
+    return {"causal": causal, "scale": scale, "dropout": dropout, "block_q": block_size}
 
 
 def _dropout(seed: Tensor | None, p: float, b: slice, h: slice, corner: tuple[int, int] = (0, 0)) -> Dropout | None:
