@@ -105,14 +105,18 @@ def flash_attention2_causal_backward(
     *,
     scale: float | None = None,
     dropout: Dropout | None = None,
+    offset: int | None = None,
     block_q: int | None = None,
     block_k: int | None = None,
     observe: Callable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Algorithm 2 over the tiles that the diagonal leaves. Arguments, result and observe as in `flash_attention2_backward`."""
+    """Algorithm 2 over the tiles that the diagonal leaves. Arguments, result and observe as in `flash_attention2_backward`.
+
+    offset: row r sees columns c ≤ r + offset; Nk − Nq unless given, as it must be where K and V are some of the columns.
+    """
     B, H, Nq, D = Q.shape
     Hkv, Nk = K.shape[1:3]
-    offset = Nk - Nq
+    offset = Nk - Nq if offset is None else offset
     dtype = sum_dtype(Q)
     block_q, block_k = block_size(block_q, BLOCK_Q), block_size(block_k, BLOCK_K)
     scale = D**-0.5 if scale is None else scale

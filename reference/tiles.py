@@ -47,7 +47,7 @@ def tile(X: Tensor, rows: slice, H: int) -> Tensor:
 
 def for_heads(X: Tensor, H: int) -> Tensor:
     """(B, H or Hkv, …) → (B, H, …) in the sum dtype."""
-    X = X.to(sum_dtype(X))
+    X = X if X.dtype == sum_dtype(X) else X.to(sum_dtype(X))
     return X if X.shape[1] == H else X.repeat_interleave(H // X.shape[1], dim=1)
 
 
@@ -66,8 +66,10 @@ def fast_memory(Q: Tensor, K: Tensor, block_q: int, block_k: int) -> Tensor:
 def matmul_into(memory: Tensor, A: Tensor, B: Tensor, factor: float = 1) -> Tensor:
     """factor · A (B, H, m, k) @ B (B, H, k, n) → (B, H, m, n), written to the start of `memory`. The factor costs nothing."""
     shape = (*A.shape[:-1], B.shape[-1])
-    out = memory[: math.prod(shape)].view(-1, *shape[2:])
-    return torch.baddbmm(out, A.flatten(0, 1), B.flatten(0, 1), beta=0, alpha=factor, out=out).view(shape)
+    out = memory[: math.prod(shape)].view(shape)
+    product = fold(out)
+    torch.baddbmm(product, fold(A), fold(B), beta=0, alpha=factor, out=product)
+    return out
 
 
 def add_matmul_(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -75,8 +77,14 @@ def add_matmul_(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
     A view, where `flatten` would silently add to a copy of any other tensor.
     """
-    X.view(X.shape[0] * X.shape[1], *X.shape[2:]).baddbmm_(A.flatten(0, 1), B.flatten(0, 1))
+    X3 = X[0] if X.shape[0] == 1 else X.view(X.shape[0] * X.shape[1], *X.shape[2:])
+    X3.baddbmm_(fold(A), fold(B))
     return X
+
+
+def fold(X: Tensor) -> Tensor:
+    """(B, H, m, n) → (B·H, m, n), as torch.bmm takes it. One batch is indexed: cheaper than flatten, and Python's lock stays held."""
+    return X[0] if X.shape[0] == 1 else X.flatten(0, 1)
 
 
 def exp2_minus(memory: Tensor, S: Tensor, m: Tensor) -> Tensor:
@@ -134,8 +142,9 @@ def hide_future_(S: Tensor, i: slice, j: slice, offset: int) -> Tensor:
     """
     if j.stop - 1 <= i.start + offset:
         return S
-    past = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).tril_(i.start + offset - j.start)
-    return S.masked_fill_(past.logical_not_(), -math.inf)
+    diagonal = i.start + offset - j.start
+    future = S.new_full(S.shape[-2:], math.inf).triu_(diagonal + 1)  # ∞ in the future, 0 elsewhere
+    return S.tril_(diagonal).sub_(future)  # twice as fast as masked_fill_ on a CPU; tril_ first, as ∞ − ∞ is NaN
 
 
 def block_size(given: int | None, default: int) -> int:
