@@ -8,7 +8,8 @@ import argparse
 import torch
 
 from flash_attention import flash_attention
-from flash_attention.backends import cuda, emulated
+from flash_attention.backends import BACKENDS, cuda, emulated
+from flash_attention.command_line import positive, run
 
 
 def formulae(b: int, h: int, n: int, d: int, causal: bool, backward: bool) -> dict[str, float]:
@@ -22,17 +23,19 @@ def formulae(b: int, h: int, n: int, d: int, causal: bool, backward: bool) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default="hopper", choices=tuple(cuda.RUNGS), help="the rung (default %(default)s)")
-    parser.add_argument("--b", type=int, default=1, help="batch size (default %(default)s)")
-    parser.add_argument("--h", type=int, default=1, help="heads (default %(default)s)")
-    parser.add_argument("--n", type=int, default=512, help="length (default %(default)s)")
-    parser.add_argument("--d", type=int, default=64, help="head size (default %(default)s)")
+    parser.add_argument("--b", type=positive, default=1, help="batch size (default %(default)s)")
+    parser.add_argument("--h", type=positive, default=1, help="heads (default %(default)s)")
+    parser.add_argument("--n", type=positive, default=512, help="length (default %(default)s)")
+    parser.add_argument("--d", type=positive, default=64, help="head size (default %(default)s)")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument(
-        "--places", type=int, default=8, metavar="N", help="places with the most bank conflicts to show (default %(default)s)"
+        "--places", type=positive, default=8, metavar="N", help="places with the most bank conflicts to show (default %(default)s)"
     )
     arguments = parser.parse_args()
 
     q, k, v, dO = torch.randn(4, arguments.b, arguments.h, arguments.n, arguments.d, dtype=torch.float16).unbind()
+    if reason := BACKENDS[f"emulated:{arguments.backend}"].why_not(q, k, v, None, arguments.causal, 0.0):
+        parser.error(reason)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     with emulated.counting() as counts:
         O = flash_attention(q, k, v, causal=arguments.causal, backend=f"emulated:{arguments.backend}")
@@ -56,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -152,6 +152,25 @@ def check_swizzled_box():
     assert not torch.equal(run_fault("box_that_nobody_swizzled", True, 0)[1024:1152], data)
 
 
+def check_half_types():
+    """float16 and bfloat16 as PyTorch rounds them: every number of either, ties between neighbours, one more and one less."""
+    halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    bfloats = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    values = torch.cat([halves, bfloats])
+    bits = values.view(torch.int32)
+    x = torch.cat([bits + step for step in (0, 1, 0xFFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001)]).view(torch.float32).contiguous()
+    half, bfloat = torch.empty(2, len(x), dtype=torch.int16).unbind()
+    from_half, from_bfloat = torch.empty(2, len(x)).unbind()
+    faults().convert(
+        *(ctypes.c_void_p(t.data_ptr()) if isinstance(t, torch.Tensor) else t for t in (x, len(x), half, bfloat, from_half, from_bfloat))
+    )
+    for got, back, dtype in ((half, from_half, torch.float16), (bfloat, from_bfloat, torch.bfloat16)):
+        want = x.to(dtype)
+        assert torch.equal(got.view(dtype).nan_to_num(nan=7.0), want.nan_to_num(nan=7.0)), dtype
+        assert torch.equal(got.view(dtype).isnan(), x.isnan())
+        assert torch.equal(back.nan_to_num(nan=7.0), want.float().nan_to_num(nan=7.0)), dtype
+
+
 def counted(name: str, **options) -> list[emulated.Counts]:
     """What a forward and a backward of this rung do, at B 1 H 1 N 128 D 64 unless given."""
     shape = 1, 1, options.pop("N", 128), 64

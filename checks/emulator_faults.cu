@@ -385,6 +385,15 @@ extern "C" const char* fault_names() {
     return FAULTS(NAME);
 }
 
+// Numbers to float16 and bfloat16, and those back: what stands in for CUDA's types.
+extern "C" void convert(const float* x, int count, uint16_t* half, uint16_t* bfloat, float* from_half, float* from_bfloat) {
+    for (int n = 0; n < count; ++n) {
+        const __half h(x[n]);
+        const __nv_bfloat16 b(x[n]);
+        half[n] = h.bits, bfloat[n] = b.bits, from_half[n] = h, from_bfloat[n] = b;
+    }
+}
+
 extern "C" int fault(const char* name, float* data, int* counter, int broken) {
     Faults f{data, counter, {}};
     const Tensor4 rows{data, 0, 0, 128};
