@@ -35,6 +35,7 @@ import flash_attention.integrations.hugging_face as integration
 TOLERANCE = 2e-5  # largest error, relative to the largest entry, of outputs; a gradient may differ by five times as much
 PARAMETERS = 100_000_000  # a model with more is not tiny
 SECONDS = 120  # of processor time for one family
+DIED = "the process died"
 BATCH, LENGTH, PADDING = 2, 11, 4
 
 HEADS = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "MASKED_LM")
@@ -101,6 +102,7 @@ SPECIAL: dict[str, dict] = {
     "glm5_next_text": {"index_kpool": 2, "num_key_value_heads": 4},
     "esmc": {"num_key_value_heads": 4},
     "mistral4": {"qk_nope_head_dim": 8, "qk_head_dim": 16, "head_dim": 16},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "autoformer": {"prediction_length": 4},
     "informer": {"prediction_length": 4},
     "time_series_transformer": {"prediction_length": 4},
@@ -185,7 +187,7 @@ def build(kind: str, name: str) -> torch.nn.Module:
         raise Unusable(f"not tiny: {count / 1e6:.0f} million parameters")
     with torch.no_grad():
         for p in model.parameters():
-            if p.dim() > 1:
+            if p.dim() > 1 and p.numel():
                 p.normal_(std=1.5 * (p.shape[0] / p.numel()) ** 0.5)
             elif p.is_floating_point():
                 p.add_(torch.randn_like(p), alpha=0.1)
@@ -261,6 +263,11 @@ def candidates(model) -> list[dict]:
         main = "hidden_states" if "hidden_states" in signature else "pixel_values"
         for shape in ((n, channels * times * patch * patch), (n, channels * patch * patch), (n, channels, patch, patch)):
             found.append({main: torch.randn(shape)} | grid)
+    if "spatial_shapes" in signature:
+        patches = torch.randn(BATCH, 16, channels * first(config, "patch_size", default=8) ** 2)
+        shapes = {"pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long), "spatial_shapes": torch.tensor([[4, 4]] * BATCH)}
+        found.append({"pixel_values": patches} | shapes | ({"input_ids": tokens(model, LENGTH)} if "input_ids" in signature else {}))
+    if "pixel_values_videos" in signature:
         found.append({"pixel_values_videos": torch.randn(BATCH, first(config, "num_frames", "frames_per_clip", default=2), channels, H, W)})
     if "inputs_embeds" in signature:
         found.append({"inputs_embeds": torch.randn(BATCH, LENGTH, first(config, "hidden_size", "d_model", default=64))} | mask)
@@ -354,7 +361,7 @@ class Runs:
         if not isinstance(total, Tensor):
             raise Unusable("no output has a gradient")
         total.backward()
-        found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None and p.numel()}
         if not all(x.isfinite().all() for x in found.values()):
             raise Unusable("gradients are not finite")
         return found
@@ -585,7 +592,9 @@ def write(path: Path, results: dict[str, dict]) -> None:
 
 
 def failures(report: dict) -> list[str]:
-    """The runs that differ from `eager`, or raise anything but NotImplementedError."""
+    """The runs that differ from `eager`, raise anything but NotImplementedError, or kill the process."""
+    if report.get("reason", "").startswith(DIED):
+        return ["everything"]
     return [what for what, x in report.get("runs", {}).items() if isinstance(x, str) and x.startswith(("DIFFERS", "RAISED"))]
 
 
@@ -621,7 +630,7 @@ def in_a_process(kind: str, names: list[str]) -> dict:
     try:
         return receive.recv()
     except EOFError:
-        return {"class": names[0], "reason": f"the process died, or was not done after {SECONDS} s"}
+        return {"class": names[0], "reason": f"{DIED}, or was not done after {SECONDS} s"}
     finally:
         process.kill()
         process.join()
