@@ -20,7 +20,8 @@ from benchmarks.case import DTYPES, MASKS, Case
 from benchmarks.compare import Row, WrongResult, compare
 from benchmarks.contenders import TYPES
 from benchmarks.measure import matmul_limit
-from flash_attention.backends import BACKENDS
+from flash_attention.backends import BACKENDS, GROUPS
+from flash_attention.command_line import device, output_file, positive, probability, run, threads
 
 SHORTEST = 128  # where a sweep begins
 COLUMNS: list[report.Column] = [
@@ -104,13 +105,13 @@ def parse(causal: bool) -> argparse.Namespace:
     add("--mask", choices=MASKS, default=mask, help="key: hides half of the keys at random; full: half of each row's (default %(default)s)")
     add("--dropout_p", type=probability, default=0.0, metavar="P", help="dropout probability (default %(default)s)")
     add("--backward", action="store_true", help="measure forward + backward, from a random dO")
-    add("--backend", choices=list(BACKENDS), help="of flash attention (default: the fastest that can; with --type all each that can)")
+    add("--backend", choices=[*BACKENDS, *GROUPS], help="of flash attention (default: the fastest that can; with --type all each that can)")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N (default %(default)s)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--repeats", type=positive, metavar="N", help="the median counts (default: about 2 s' worth, 5 to 50; 3 if a call takes over 10 s)")
     add("--sweep", action="store_true", help=f"lengths {SHORTEST}, {2 * SHORTEST}, {4 * SHORTEST} … up to --q_len")
-    add("--plot", type=Path, metavar="FILE.png", help="with --sweep: draw time, speed-up and memory against length")
-    add("--json", type=Path, metavar="FILE", help="write device, versions, settings and every figure")
+    add("--plot", type=output_file, metavar="FILE.png", help="with --sweep: draw time, speed-up and memory against length")
+    add("--json", type=output_file, metavar="FILE", help="write device, versions, settings and every figure")
     add("--profile", action="store_true", help="then one call of each under torch.profiler: print its table, write a trace to profiles/")
     args = parser.parse_args()
 
@@ -128,31 +129,6 @@ def parse(causal: bool) -> argparse.Namespace:
         parser.error("--sweep has as many keys as queries: give --q_len alone")
     args.kv_len = args.kv_len or (args.q_len if args.sweep else 4096)
     return args
-
-
-def positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
-    return int(text)
-
-
-def probability(text: str) -> float:
-    try:
-        if 0 <= float(text) < 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"must be a number in [0, 1), got {text!r}")
-
-
-def device(text: str) -> str:
-    try:
-        torch.empty(1, device=text)
-        if torch.device(text).type in ("cpu", "cuda"):
-            return text
-    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built with CUDA
-        raise argparse.ArgumentTypeError(f"{text!r} is not available: {str(error).splitlines()[0]}") from error
-    raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
 
 
 def cases(args: argparse.Namespace, causal: bool) -> list[Case]:
@@ -182,4 +158,4 @@ def legend(case: Case, rows: list[Row], environment: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

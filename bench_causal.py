@@ -3,9 +3,10 @@
 python bench_causal.py --type all
 """
 
-import sys
+from functools import partial
 
 from bench import main
+from flash_attention.command_line import run
 
 if __name__ == "__main__":
-    sys.exit(main(causal=True))
+    run(partial(main, causal=True))

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import geometric_mean, median
 from typing import NamedTuple
 
@@ -37,6 +36,7 @@ from benchmarks.contenders import Contender, Runner, refusal, why_not
 from benchmarks.measure import host_time, matmul_limit, time_alternating
 from benchmarks.memory import peak_memory
 from benchmarks.verify import verify
+from flash_attention import command_line
 from flash_attention.backends import BACKENDS
 from flash_attention.backends.cuda import RUNGS
 
@@ -380,14 +380,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_targets", description=__doc__.splitlines()[0])
     targeted = [group for group in GROUPS if group != "rungs"]
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), metavar="GROUP", default=targeted, help=f"some of: {', '.join(GROUPS)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write device, versions and every figure")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or with --quick cpu (default %(default)s)")
+    parser.add_argument("--json", type=command_line.output_file, metavar="FILE", help="write device, versions and every figure")
+    default = "cuda" if torch.cuda.is_available() else None
+    parser.add_argument("--device", type=command_line.device, default=default, help="cuda, cuda:N, or with --quick cpu (default cuda)")
     parser.add_argument("--quick", action="store_true", help="a fifth of the cases, small: judging nothing")
     args = parser.parse_args()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    if args.device is None:
         parser.error("there is no CUDA GPU here; --device cpu --quick shows what is measured")
-    if not args.device.startswith("cuda") and not (args.device == "cpu" and args.quick):
-        parser.error(f"--device {args.device}: the sizes are made for a GPU; for a CPU add --quick")
+    if args.device == "cpu" and not args.quick:
+        parser.error("--device cpu: the sizes are made for a GPU; for a CPU add --quick")
     environment = report.environment(args.device)
     matmul = {dtype: matmul_limit(args.device, dtype) for dtype in ("float32", "bfloat16")}
     environment["matmul_tflops"] = matmul
@@ -426,4 +427,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

@@ -9,13 +9,13 @@ A marker pair `<!-- NAME -->` … `<!-- end of NAME -->` is filled from results/
 import argparse
 import json
 import re
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
 from benchmarks.gpu_targets import CUDNN, FA2, FIGURES
+from flash_attention.command_line import run
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (ROOT / "README.md", ROOT / "cuda" / "README.md")
@@ -29,8 +29,12 @@ def cpu_targets(content: dict[str, Any]) -> str:
     lines = [report.describe(content["environment"]) + "; float32, medians.", ""]
     lines += ["| case | normal | SDPA | flash | × normal | × SDPA |", "|---|---|---|---|---|---|"]
     for row in speeds:
-        ms = " | ".join(f"{row[f'{kind}_ms']:.0f} ms" for kind in ("normal", "sdpa", "flash"))
-        lines.append(f"| {row['label']} | {ms} | {row['over_normal']:.2f} | {row['over_sdpa']:.2f} |")
+        ms = [row[f"{kind}_ms"] for kind in ("normal", "sdpa", "flash")]
+        cells = [
+            *("–" if x is None else f"{x:.0f} ms" for x in ms),
+            *("–" if x is None else f"{x:.2f}" for x in (row["over_normal"], row["over_sdpa"])),
+        ]
+        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
     lines += ["", "| peak memory above the inputs | normal | SDPA | flash |", "|---|---|---|---|"]
     lines += [
         f"| {row['label']} | " + " | ".join(f"{row[f'{k}_mb']:.0f} MB" for k in ("normal", "sdpa", "flash")) + " |" for row in memories
@@ -149,4 +153,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

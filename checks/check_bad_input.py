@@ -33,6 +33,13 @@ BAD = {
     "k is bool": ({"k": tensor(B, H, Nk, D, dtype=torch.bool)}, TypeError, ["k ", "float16", "torch.bool"]),
     "v is complex": ({"v": tensor(B, H, Nk, D, dtype=torch.complex64)}, TypeError, ["v ", "float16", "torch.complex64"]),
     "q is float8": ({"q": tensor(B, H, Nq, D, dtype=torch.float8_e4m3fn)}, TypeError, ["q ", "float16", "torch.float8_e4m3fn"]),
+    "q is nested": ({"q": torch.nested.nested_tensor([tensor(H, n, D) for n in (3, 5)])}, TypeError, ["q ", "dense", "nested"]),
+    "k is jagged": (
+        {"k": torch.nested.nested_tensor([tensor(n, H, D) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)},
+        TypeError,
+        ["k ", "dense", "nested", "torch.jagged"],
+    ),
+    "v is sparse": ({"v": tensor(B, H, Nk, D).to_sparse()}, TypeError, ["v ", "dense", "torch.sparse_coo"]),
     "mixed dtypes": (
         {"k": tensor(B, H, Nk, D, dtype=torch.bfloat16)},
         TypeError,
@@ -81,9 +88,22 @@ BAD = {
     "dropout is a word": ({"dropout_p": "x"}, (TypeError, ValueError), ["dropout_p", "'x'"]),
     "dropout is None": ({"dropout_p": None}, (TypeError, ValueError), ["dropout_p", "None"]),
     "scale is a tensor": ({"scale": torch.tensor(0.5)}, TypeError, ["scale", "Tensor"]),
+    "scale is complex": ({"scale": numpy.complex64(1)}, TypeError, ["scale", "complex"]),
+    "scale is an array": ({"scale": numpy.ones(3)}, TypeError, ["scale", "ndarray"]),
+    "scale is a NumPy bool": ({"scale": numpy.bool_(True)}, TypeError, ["scale", "bool"]),
     "scale is a word": ({"scale": "auto"}, TypeError, ["scale", "str"]),
     "causal is a tensor": ({"causal": torch.tensor(True)}, TypeError, ["causal", "tensor(True"]),
     "causal is a number": ({"causal": 1}, TypeError, ["causal", "1"]),
+    "block of nothing": ({"block_size": 0}, ValueError, ["block_size", "at least 1", "0"]),
+    "block of less than nothing": ({"block_size": -3}, ValueError, ["block_size", "at least 1", "-3"]),
+    "block size is a word": ({"block_size": "64"}, TypeError, ["block_size", "'64'"]),
+    "block size is a fraction": ({"block_size": 64.0}, TypeError, ["block_size", "64.0"]),
+    "block size is a bool": ({"block_size": True}, TypeError, ["block_size", "True"]),
+    "block size of kernels": ({"block_size": 64, "backend": "cuda"}, ValueError, ["block_size", "'cuda'", "64", "reference"]),
+    "block size of a kernel": ({"block_size": 64, "backend": "simple"}, ValueError, ["block_size", "'simple'", "64", "reference"]),
+    "block size of no backend": ({"block_size": 64, "backend": "warp9"}, ValueError, ["warp9", *map(repr, BACKENDS)]),
+    "causal is a NumPy number": ({"causal": numpy.int64(1)}, TypeError, ["causal", "1"]),
+    "causal is an array": ({"causal": numpy.ones(2, dtype=bool)}, TypeError, ["causal", "array"]),
     "unknown backend": ({"backend": "warp9"}, ValueError, ["warp9", *map(repr, BACKENDS)]),
     "backend is a number": ({"backend": 3}, (TypeError, ValueError), ["backend", "3"]),
 }
@@ -109,6 +129,18 @@ def check_good_input(target):
     O = flash_attention(**{name: tensor(*shape).to(target.device) for name, shape in GOOD.items()}, backend=target.backend)
     assert O.shape == (B, H, Nq, D)
     assert O.dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", GOOD)
+def check_autocast_with_a_double(target, name):
+    """Autocast leaves float64 as it is, as it does for torch's own attention: beside other dtypes it is an error, whichever has it."""
+    tensors = {each: tensor(*shape, dtype=torch.float32).to(target.device) for each, shape in GOOD.items()}
+    tensors[name] = tensors[name].double()
+    with torch.autocast(target.device, dtype=torch.bfloat16), pytest.raises(TypeError, match=r"one dtype.*torch\.float64"):
+        flash_attention(**tensors, backend=target.backend)
+    tensors = {each: x.double() for each, x in tensors.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert flash_attention(**{each: x.cpu() for each, x in tensors.items()}).dtype == torch.float64
 
 
 def check_positional_options(target):

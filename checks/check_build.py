@@ -1,47 +1,222 @@
 """Kernels compile on a machine without a GPU: no spill, no warning; they load, agree with Python on the struct, and refuse politely.
+Libraries are found, compiled, noted, refused and pruned as flash_attention/build says; where one cannot be built, another rung serves.
 
 python checks/check_build.py [--full]
 """
 
+import contextlib
 import ctypes
+import itertools
+import json
+import logging
 import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from harness import run_alone
 
-from flash_attention import build
-from flash_attention.backends import cuda
-from flash_attention.build.__main__ import usual_set
+from flash_attention import build, flash_attention
+from flash_attention.backends import choose, cuda, reference
+from flash_attention.backends.launch import NO_MASK, NO_TENSOR, SETTINGS
+from flash_attention.build import BuildError, Specialisation
+from flash_attention.build.__main__ import ARCHS, main, specialisations, usual_set
 
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
-FEW = {"simple": (64,), "tensor_core": (64, 128)}
 
 
-@needs_nvcc
-@pytest.mark.parametrize("arch", ("80", "90a"))
-def check_kernels_compile(arch, full):
-    """The usual set (a part of it without --full): `build.build` fails on a spill and on any warning."""
-    wanted = usual_set([arch])
-    if not full:
-        wanted = [s for s in wanted if s.dtype in ("float32", "bfloat16") and (s.dtype == "float32") == ("simple" in s.file)]
-        wanted = [s for s in wanted if s.head_dim in (FEW["simple"] if "simple" in s.file else FEW["tensor_core"])]
-        wanted = [s for s in wanted if not s.causal or s.mask]  # dense; a mask; causal with mask and, where served, dropout
-    assert len(wanted) >= 8
+def at_once(function, arguments) -> list:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        libraries = list(pool.map(lambda s: build.load(build.build(s.file, arch, s.defines(), str(s), verbose=False)), wanted))
-    for specialisation, library in zip(wanted, libraries, strict=True):
-        assert library.params_size() == cuda.PARAMS.size, f"{specialisation}: attention.h and Python disagree on the struct"
-        if not torch.cuda.is_available():
-            library.attention.argtypes = [ctypes.c_char_p]
-            error = library.attention(bytes(cuda.PARAMS.size - 72) + b"\1\0\0\0" * 18)
-            assert error and library.error_name(error), f"{specialisation}: a launch without a GPU reported no error"
+        return list(pool.map(function, arguments))
+
+
+# ---- the kernels themselves
+
+
+def facts(kernel: Specialisation) -> set:
+    """What a sample must have of each file: each value of each constant, and of tensor_core, which serves most architectures and uses
+    nearly all registers, every combination of causal, mask and dropout, and causal or not on every architecture."""
+    each = {(kernel.file, name, value) for name, value in kernel._asdict().items()}
+    if "tensor_core" in kernel.file:
+        each |= {(kernel.file, kernel.causal, kernel.mask, kernel.dropout), (kernel.file, kernel.arch, kernel.causal)}
+    return each
+
+
+# Kernels in which registers are scarcest: each of these has spilled.
+SCARCE = (
+    Specialisation("pack_mask.cu", "80"),
+    Specialisation("forward_3_tensor_core.cu", "100", 64, "bfloat16", causal=True),
+    Specialisation("forward_3_tensor_core.cu", "100", 64, "float16", causal=True, dropout=True),
+    Specialisation("forward_3_tensor_core.cu", "100", 128, "bfloat16", causal=True, mask="bits"),
+    Specialisation("forward_3_tensor_core.cu", "100", 128, "float16", causal=True, mask="bytes"),
+    Specialisation("backward_3_tensor_core.cu", "100", 128, "bfloat16", causal=True, mask="bits", dropout=True),
+    Specialisation("backward_3_tensor_core.cu", "100", 256, "bfloat16", causal=True, dropout=True),
+    Specialisation("backward_3_tensor_core.cu", "120", 256, "float16", dropout=True),
+    Specialisation("backward_1_simple.cu", "100", 256, "float32", causal=True, mask="bytes"),
+    Specialisation("backward_1_simple.cu", "86", 64, "float16", causal=True, dropout=True),
+    Specialisation("backward_1_simple.cu", "89", 64, "bfloat16", mask="bytes", dropout=True),
+)
+
+
+def covering_sample() -> list[Specialisation]:
+    """`SCARCE`, and as few others as have all `facts`, or nearly: always the one that adds most."""
+    everything = specialisations(list(ARCHS))
+    random.Random(0).shuffle(everything)
+    sample, missing = list(SCARCE), set().union(*map(facts, everything))
+    missing.difference_update(*map(facts, SCARCE))
+    while missing:
+        best = max(everything, key=lambda kernel: len(facts(kernel) & missing))
+        sample.append(best)
+        missing -= facts(best)
+    return sample
 
 
 @needs_nvcc
-def check_spill_fails(tmp_path, monkeypatch):
-    """A kernel that spills registers is not built."""
+def check_no_spill(full):
+    """No kernel spills registers, uses a stack, or has its matrix products serialised, and the compiler warns of nothing. Without --full, a
+    sample that covers every architecture. (On a machine with many cores: python -m flash_attention.build --check.)"""
+    wanted = specialisations(list(ARCHS)) if full else covering_sample()
+    assert {kernel.arch for kernel in wanted} == set(ARCHS)
+    complaints = [f"{kernel}: {'; '.join(found)}" for kernel, found in zip(wanted, at_once(build.inspect, wanted), strict=True) if found]
+    print(f"{len(wanted)} kernels inspected")
+    assert not complaints, "\n".join(complaints)
+
+
+LIBRARIES = (
+    Specialisation("forward_1_simple.cu", "75", 32, "float32"),
+    Specialisation("backward_1_simple.cu", "89", 32, "float32", mask="bytes"),
+    Specialisation("forward_2_mma.cu", "80", 32, "float16"),
+    Specialisation("backward_2_mma.cu", "80", 32, "bfloat16", causal=True),
+    Specialisation("forward_3_tensor_core.cu", "86", 64, "bfloat16", mask="bits"),
+    Specialisation("backward_3_tensor_core.cu", "120", 64, "float16", dropout=True),
+    Specialisation("forward_4_hopper.cu", "90a", 64, "bfloat16", causal=True, mask="bits"),
+    Specialisation("backward_4_hopper.cu", "90a", 64, "bfloat16", mask="key bits"),
+    Specialisation("backward_4_hopper_wide.cu", "90a", 256, "float16"),
+)
+
+
+def params(B=1, H=1, Nq=1, Nk=1) -> bytes:
+    """A call whose tensors all have address and strides 0."""
+    settings = SETTINGS.pack(B, H, H, Nq, Nk, 32, 32, 1.0, 0, 1.0, -1e30)
+    return cuda.PARAMS.pack(*8 * NO_TENSOR, NO_MASK, 0, 0, 0, 0, settings, False, 0, 132, 0)
+
+
+@needs_nvcc
+def check_libraries():
+    """A library of every file loads, agrees with Python on its struct, and refuses a grid of more than 2³¹ blocks, and rows and columns
+    that an int cannot count, before it does anything else. Without a GPU, a launch reports an error."""
+    assert {kernel.file for kernel in LIBRARIES} == {path.name for path in build.SOURCES.glob("*ward_*.cu")}
+    many = {"batches": {"B": 2**30, "H": 4}, "rows": {"Nq": 2**31 - 1}, "columns": {"Nk": 2**31 - 1}}
+    for kernel, library in zip(LIBRARIES, at_once(lambda kernel: build.load(kernel, cuda.PARAMS.size), LIBRARIES), strict=True):
+        library.attention.argtypes = [ctypes.c_char_p]
+        for what, sizes in many.items():
+            error = library.error_name(library.attention(params(**sizes)))
+            assert error == b"invalid configuration argument", f"{kernel}, too many {what}: {error.decode()}"
+        if not torch.cuda.is_available():
+            error = library.attention(params())
+            assert error and library.error_name(error), f"{kernel}: a launch without a GPU reported no error"
+    library = build.load(Specialisation(cuda.PACK_MASK, "80"), cuda.PACK_PARAMS.size)
+    for by_keys, sizes in itertools.product((0, 1), ((2**16, 2**15, 1, 1), (1, 1, 1, 2**31 - 1))):
+        error = library.error_name(library.pack_mask(cuda.PACK_PARAMS.pack(0, 0, 0, 0, 0, 0, *sizes, by_keys, 0, 0)))
+        assert error == b"invalid configuration argument", f"{cuda.PACK_MASK} by_keys={by_keys} {sizes}: {error.decode()}"
+
+
+# ---- building. Most of it with a stand-in for nvcc, which notes each run and writes what it is told to.
+
+KERNEL = Specialisation("kernel.cu", "80")
+STAND_IN = """#!/bin/sh
+if [ "$1" = --version ]; then echo "stand-in $VERSION"; exit; fi
+echo "$*" >> "$RUNS"
+echo "$SAYS"
+while [ $# -gt 1 ]; do [ "$1" = -o ] && echo library > "$2"; shift; done
+exit ${RETURNS:-0}
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Sources, cache, and a stand-in for nvcc in folders with a space in their names. `runs()`: the stand-in's command lines so far."""
+    folder = tmp_path / "a folder"
+    (folder / "sources").mkdir(parents=True)
+    (folder / "sources" / "kernel.cu").write_text("// version 1\n")
+    nvcc = folder / "nvcc"
+    nvcc.write_text(STAND_IN)
+    nvcc.chmod(0o755)
+    for name in (*build.ENVIRONMENT, "FLASH_ATTENTION_KERNELS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("RUNS", folder / "runs"), ("VERSION", "1"), ("SAYS", "ok"), ("FLASH_ATTENTION_CACHE", folder / "cache")):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(build, "SOURCES", folder / "sources")
+    monkeypatch.setattr(build, "find_nvcc", lambda: str(nvcc))
+    monkeypatch.setattr(build, "failures", {})
+    forget(build._version, build._hash_of_sources)
+    yield SimpleNamespace(folder=folder, cache=folder / "cache", runs=lambda: (folder / "runs").read_text().splitlines())
+    forget(build._version, build._hash_of_sources)
+
+
+def forget(*functions) -> None:
+    for function in functions:
+        function.cache_clear()
+
+
+def check_built_once(place, caplog):
+    """Compiled once, into a folder of the user's own, after a line that says so; programs can silence it."""
+    first = build.build(KERNEL)
+    assert first == build.build(KERNEL)
+    assert first.parent == place.cache
+    assert first.stat().st_mode & 0o777 == 0o755
+    assert place.cache.stat().st_mode & 0o777 == 0o700
+    assert len(place.runs()) == 1
+    assert str(build.SOURCES / "kernel.cu") in place.runs()[0]
+    assert "-DARCH=80" in place.runs()[0].split()
+    assert [record.getMessage() for record in caplog.records] == ["flash_attention: compiling kernel.cu sm_80"]
+    assert caplog.records[0].created < (place.folder / "runs").stat().st_mtime + 0.01, "the line comes after the compiler has run"
+    assert sorted(path.suffix for path in place.cache.iterdir()) == [".json", ".so"], "a lock or a temporary folder is left"
+
+
+def check_line_by_default(place):
+    """A program that configures no logging shows the line on stderr; one that raises the level does not."""
+    program = (
+        "import logging, sys; from pathlib import Path; from flash_attention import build\n"
+        "build.SOURCES, build.find_nvcc = Path(sys.argv[1]), lambda: sys.argv[2]\n"
+        "build.build(build.Specialisation('kernel.cu', '80'))\n"
+        "logging.getLogger('flash_attention').setLevel(logging.ERROR)\n"
+        "build.build(build.Specialisation('kernel.cu', '86'))"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(build.SOURCES), build.find_nvcc()], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "flash_attention: compiling kernel.cu sm_80\n")
+    assert len(place.runs()) == 2
+
+
+PTXAS = """ptxas info    : Function properties for _Z14forward_kernel15AttentionParams
+    {} bytes stack frame, {} bytes spill stores, {} bytes spill loads
+ptxas info    : Used 255 registers"""
+
+
+def check_complaints_are_logged(place, monkeypatch, caplog):
+    """A library that spills is used; a line says so, and so does a file beside it."""
+    monkeypatch.setenv("SAYS", PTXAS.format(16, 12, 20) + "\nptxas info : (C7510) Potential Performance Loss: wgmma serialized\n")
+    library = build.build(KERNEL)
+    spill, serialised = build.noted_complaints(library)
+    assert spill == "forward_kernel: 16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads"
+    assert "C7510" in serialised
+    assert all(any(complaint in record.getMessage() for record in caplog.records) for complaint in (spill, serialised))
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+    assert build.inspect(KERNEL) == [spill, serialised], "a check would not see it"
+    assert not build.complaints(PTXAS.format(0, 0, 0))
+    assert build.complaints(PTXAS.format(8, 0, 0)), "a stack without spills is one too"
+
+
+@needs_nvcc
+def check_spill_is_used(tmp_path, monkeypatch, caplog):
+    """The real thing: a kernel that spills registers is compiled, noted and complained of."""
     (tmp_path / "spills.cu").write_text(
         'extern "C" __global__ void __launch_bounds__(1024, 2) spills(float* x) {\n'
         "    float r[64];\n"
@@ -54,27 +229,364 @@ def check_spill_fails(tmp_path, monkeypatch):
         )
     )
     monkeypatch.setattr(build, "SOURCES", tmp_path)
-    monkeypatch.setenv("FLASH_ATTENTION_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(build.BuildError, match="spill"):
-        build.build("spills.cu", "80", [], "a kernel that spills")
+    monkeypatch.setenv("FLASH_ATTENTION_CACHE", str(tmp_path / "a cache"))
+    kernel = Specialisation("spills.cu", "80")
+    library = build.build(kernel)
+    ctypes.CDLL(str(library))
+    assert "spills:" in build.noted_complaints(library)[0]
+    assert "slower than it should be: spills:" in caplog.text
+    assert build.inspect(kernel) == build.noted_complaints(library)
 
 
 @needs_nvcc
 def check_compiler_output_is_shown(tmp_path, monkeypatch):
-    """A kernel that does not compile: the error holds the compiler's own words."""
+    """A kernel that does not compile: the error holds the compiler's own words. Nor does a check take one that the compiler warns of."""
     (tmp_path / "wrong.cu").write_text("int f() { return undefined_name; }\n")
+    (tmp_path / "unused.cu").write_text("__global__ void f() { int unused; }\n")
     monkeypatch.setattr(build, "SOURCES", tmp_path)
     monkeypatch.setenv("FLASH_ATTENTION_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(build.BuildError, match="undefined_name"):
-        build.build("wrong.cu", "80", [], "a wrong kernel")
-    assert not list((tmp_path / "cache").glob("*.so"))
+    with pytest.raises(BuildError, match="undefined_name"):
+        build.build(Specialisation("wrong.cu", "80"))
+    assert not list((tmp_path / "cache").iterdir())
+    with pytest.raises(BuildError, match="unused"):
+        build.inspect(Specialisation("unused.cu", "80"))
 
 
-def check_no_nvcc(monkeypatch):
-    """Without nvcc the error says where it was looked for and how to get one."""
+def check_key(place, monkeypatch):
+    """Another name for another source, constant, compiler, host compiler or environment of nvcc's."""
+    host = place.folder / "my g++"
+    host.write_text("#!/bin/sh\necho $HOST_VERSION\n")
+    host.chmod(0o755)
+    names = [build.build(KERNEL).name]
+    for name, value in (
+        ("NVCC_APPEND_FLAGS", "-lineinfo"),
+        ("NVCC_PREPEND_FLAGS", "-g"),
+        ("NVCC_CCBIN", str(host)),
+        ("HOST_VERSION", "9"),
+        ("VERSION", "2"),
+    ):
+        monkeypatch.setenv(name, value)
+        forget(build._version)
+        names.append(build.build(KERNEL).name)
+    names.append(build.build(KERNEL._replace(arch="86")).name)
+    (build.SOURCES / "shared.cuh").write_text("// a header\n")
+    forget(build._hash_of_sources)
+    names.append(build.build(KERNEL).name)
+    assert len(set(names)) == len(names) == len(place.runs())
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-ccbin=clang++ -g")
+    assert build.host_compiler() == "clang++", "a flag comes before NVCC_CCBIN"
+
+
+def check_without_nvcc(place, monkeypatch):
+    """A machine without nvcc uses prebuilt kernels and its cache, whatever compiled them; the error says where nvcc was looked for."""
+    prebuilt = place.folder / "prebuilt"
+    prebuilt.mkdir(mode=0o755)
+    theirs, other = build.build(KERNEL, into=prebuilt), build.build(KERNEL._replace(arch="86"))
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
-    with pytest.raises(build.BuildError, match=r"CUDA_HOME.*flash_attention\[cuda\]"):
-        build.build("forward_1_simple.cu", "80", [], "a kernel")
+    assert build.build(KERNEL._replace(arch="86")) == other, "the cache is not used"
+    with pytest.raises(BuildError, match=r"CUDA_HOME.*FLASH_ATTENTION_KERNELS \(not set\).*flash_attention\[cuda\]"):
+        build.build(KERNEL)
+    monkeypatch.setenv("FLASH_ATTENTION_KERNELS", str(prebuilt))
+    assert build.build(KERNEL) == theirs
+    (build.SOURCES / "kernel.cu").write_text("// version 2\n")
+    forget(build._hash_of_sources)
+    with pytest.raises(BuildError, match="holds the kernel"):  # those of other sources are not
+        build.build(KERNEL)
+    monkeypatch.setenv("FLASH_ATTENTION_KERNELS", str(place.folder / "nowhere"))
+    with pytest.raises(BuildError, match=r"must name a folder.*nowhere"):
+        build.build(KERNEL)
+
+
+def check_prebuilt_before_all(place, monkeypatch):
+    """With nvcc, too, a prebuilt kernel is taken, and what is missing is compiled into the cache, not among them."""
+    prebuilt = place.folder / "prebuilt"
+    prebuilt.mkdir(mode=0o755)
+    theirs = build.build(KERNEL, into=prebuilt)
+    monkeypatch.setenv("VERSION", "2")
+    forget(build._version)
+    monkeypatch.setenv("FLASH_ATTENTION_KERNELS", str(prebuilt))
+    assert build.build(KERNEL) == theirs
+    assert build.build(KERNEL._replace(arch="86")).parent == place.cache
+
+
+@pytest.mark.parametrize("mode", (0o770, 0o777, 0o707), ids=oct)
+def check_folders_of_others(place, monkeypatch, mode):
+    """What lies in a cache or a prebuilt folder is loaded and run: where group or others may write, it is refused, and so is a library."""
+    prebuilt = place.folder / "prebuilt"
+    prebuilt.mkdir(mode=0o755)
+    library = build.build(KERNEL, into=prebuilt)
+    monkeypatch.setenv("FLASH_ATTENTION_KERNELS", str(prebuilt))
+    for path in (library, prebuilt):
+        path.chmod(mode)
+        with pytest.raises(BuildError, match=f"{path.name}.*may write to it.*chmod go-w"):
+            build.build(KERNEL)
+    monkeypatch.delenv("FLASH_ATTENTION_KERNELS")
+    place.cache.mkdir(exist_ok=True)
+    place.cache.chmod(mode)
+    with pytest.raises(BuildError, match=r"cache.*may write to it.*chmod go-w"):
+        build.build(KERNEL)
+    monkeypatch.setenv("FLASH_ATTENTION_CACHE", str(library / "beneath a file"))
+    with pytest.raises(BuildError, match=r"there can be no kernel cache: .*beneath.*FLASH_ATTENTION_CACHE"):
+        build.build(KERNEL)
+
+
+def check_prune(place, monkeypatch):
+    """Deletes what other sources or another compiler made, and old remains of interrupted builds; nothing that is in use."""
+    old_source = build.build(KERNEL)
+    (build.SOURCES / "kernel.cu").write_text("// version 2\n")
+    forget(build._hash_of_sources)
+    old_compiler = build.build(KERNEL)
+    monkeypatch.setenv("VERSION", "2")
+    forget(build._version)
+    kept, before_keys = build.build(KERNEL), place.cache / "forward_1_simple-0123456789abcdef01234567.so"
+    before_keys.touch()
+    remains = [place.cache / "building-1", place.cache / "x.lock"]
+    new = [place.cache / "building-2", place.cache / "y.lock", place.cache / "notes.txt"]
+    for path in (*remains, *new):
+        path.mkdir() if "building" in path.name else path.touch()
+    for path in remains:
+        os.utime(path, (time.time() - 2 * 24 * 3600,) * 2)
+    deleted = build.prune()
+    gone = {old_source, old_source.with_suffix(".json"), old_compiler, old_compiler.with_suffix(".json"), before_keys, *remains}
+    assert set(deleted) == gone
+    assert set(place.cache.iterdir()) == {kept, kept.with_suffix(".json"), *new}
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    assert not build.prune(), "without nvcc, whatever compiled the sources of now is of use"
+
+
+def check_failures_are_remembered(place, monkeypatch):
+    """What cannot be built is tried once a process."""
+    monkeypatch.setenv("RETURNS", "1")
+    for _ in range(2):
+        with pytest.raises(BuildError, match=r"nvcc could not compile kernel\.cu sm_80"):
+            build.load(KERNEL, 8)
+    assert len(place.runs()) == 1
+    monkeypatch.setenv("RETURNS", "0")
+    for _ in range(2):
+        with pytest.raises(BuildError, match="could not be loaded"):  # the stand-in's library is none
+            build.load(KERNEL._replace(arch="86"), 8)
+    assert len(place.runs()) == 2
+    shutil.rmtree(place.cache)
+    (place.folder / "nvcc").unlink()
+    with pytest.raises(BuildError, match=r"sm_89.*nvcc"):
+        build.load(KERNEL._replace(arch="89"), 8)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--arch x", "--arch 80 --jobs 0", "--arch 80 --head_dim 33", "--prune --check", "--arch 80 --json x", "--arch 80 --out x --check"],
+)
+def check_wrong_arguments(arguments, monkeypatch, capsys):
+    """On the command line, errors are argparse's, with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["build", *arguments.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def check_command(place, monkeypatch, capsys):
+    """--out fills a folder that a machine without nvcc can use; --check says which kernels spill, and keeps what its file says of other
+    architectures."""
+    for name in ("forward_1_simple.cu", "backward_1_simple.cu", cuda.PACK_MASK):
+        (build.SOURCES / name).write_text("// a kernel\n")
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["build", "--jobs", "2", "--arch", "75", "--head_dim", "32", *arguments])
+        return main()
+
+    out, found = place.folder / "out", place.folder / "found.json"
+    monkeypatch.setattr(build, "loaded", lambda library: library)
+    assert run("--out", str(out)) == 0
+    assert len(list(out.glob("*.so"))) == len(set(usual_set(["75"], [32]))) == 1 + 2 * 3 * 4
+    assert not place.cache.exists()
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setenv("FLASH_ATTENTION_KERNELS", str(out))
+    for kernel in usual_set(["75"], [32]):
+        assert build.build(kernel).parent == out
+    monkeypatch.setattr(build, "find_nvcc", lambda: str(place.folder / "nvcc"))
+    out.chmod(0o775)
+    with pytest.raises(SystemExit):
+        run("--out", str(out))
+    assert "may write to it" in capsys.readouterr().err
+
+    found.write_text('{"80": {"kernels": 1}}')
+    assert run("--check", "--json", str(found)) == 0
+    monkeypatch.setenv("SAYS", PTXAS.format(8, 4, 4))
+    capsys.readouterr()
+    assert run("--check", "--json", str(found)) == 1
+    assert "forward_1_simple.cu sm_75 D 32 float16 causal dropout: forward_kernel: 8 bytes stack frame" in capsys.readouterr().out
+    results = json.loads(found.read_text())
+    assert results["80"] == {"kernels": 1}
+    assert len(results["75"]["complaints"]) == results["75"]["kernels"] == len(specialisations(["75"], [32])) == 1 + 2 * 3 * 8
+    monkeypatch.setenv("RETURNS", "1")
+    assert run("--check") == 1
+    assert "could not compile" in capsys.readouterr().out
+
+
+# ---- choosing where some kernels cannot be built: on the CPU, with rungs that look up libraries, then leave the work to the reference
+
+
+@pytest.fixture
+def rungs(monkeypatch):
+    """Every rung serves tensors on the CPU, unless a file that it needs is one of `broken`. `tried`: files from which something was to be
+    built; `served`: which rung has computed what."""
+    state = SimpleNamespace(broken=set(), tried=[], served=[])
+
+    def build_one(kernel: Specialisation):
+        state.tried.append(kernel.file)
+        if kernel.file in state.broken:
+            raise BuildError(f"nvcc could not compile {kernel}")
+        return SimpleNamespace(params_size=lambda: (cuda.PACK_PARAMS if kernel.file == cuda.PACK_MASK else cuda.PARAMS).size)
+
+    def compute(which: int, name: str):
+        def method(rung, *call):
+            q, _, v, mask = call[2 * which : 2 * which + 4]
+            causal, _, dropout_p = call[-3:]
+            form = None if mask is None else rung._mask_form(which, mask, dropout_p > 0)
+            if form not in (None, "bytes"):
+                cuda._pack_mask_library(q.device.index)
+            cuda._library(rung, which, q.device.index, q.dtype, max(q.shape[3], v.shape[3]), causal, form, dropout_p > 0)
+            state.served.append(f"{rung.name} {name}")
+            return getattr(reference, name)(*call)
+
+        return method
+
+    def no_library(*_):
+        return SimpleNamespace(attention=SimpleNamespace(), workspace_floats=SimpleNamespace(), pack_mask=SimpleNamespace())
+
+    monkeypatch.setattr(build, "failures", {})
+    monkeypatch.setattr("flash_attention.backends._warned", set())
+    monkeypatch.setattr(build, "build", build_one)
+    monkeypatch.setattr(build, "loaded", lambda built: SimpleNamespace(params_size=built.params_size, **vars(no_library())))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a stand-in")
+    for name, value in (
+        ("why_not", lambda rung, q, *call: cuda._why_no_kernels(rung, 0)),
+        ("pays", lambda *call: True),
+        ("forward", compute(cuda.FORWARD, "forward")),
+        ("backward", compute(cuda.BACKWARD, "backward")),
+    ):
+        monkeypatch.setattr(cuda.Rung, name, value)
+    forget(cuda._library, cuda._pack_mask_library, cuda._why_no_kernels)
+    yield state
+    forget(cuda._library, cuda._pack_mask_library, cuda._why_no_kernels)
+
+
+def gradients(backend: str, q, k, v, **options) -> tuple:
+    torch.manual_seed(0)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    O = flash_attention(q, k, v, backend=backend, **options)
+    return O, *torch.autograd.grad(O.sum(), (q, k, v))
+
+
+FORWARDS = ["forward_4_hopper.cu", "forward_3_tensor_core.cu", "forward_1_simple.cu"]
+BACKWARDS = [file.replace("forward", "backward") for file in FORWARDS]
+
+
+@contextlib.contextmanager
+def warned(*texts: str):
+    """Exactly these warnings, each of which holds its text."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    caught = [str(warning.message) for warning in caught]
+    assert len(caught) == len(texts), caught
+    for text, got in zip(texts, caught, strict=True):
+        assert text in got, got
+
+
+OPTIONS = {"plain": {}, "causal, dropout": {"causal": True, "dropout_p": 0.3}, "mask": {"mask": torch.arange(40).reshape(2, 20) % 3 > 0}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    ("broken", "served"),
+    [
+        ([], ("hopper", "hopper")),
+        (FORWARDS[:1], ("tensor_core", "hopper")),
+        (FORWARDS[:2], ("simple", "hopper")),
+        (BACKWARDS[:1], ("hopper", "tensor_core")),
+        (BACKWARDS[:2], ("hopper", "simple")),
+        (FORWARDS[:1] + BACKWARDS[1:2], ("tensor_core", "hopper")),
+        (FORWARDS[:2] + BACKWARDS[:2], ("simple", "simple")),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, tuple) else f"{len(x)} broken",
+)
+def check_next_rung(rungs, broken, served, options):
+    """What cannot be built is served by the next rung, forward and backward each on its own, with one warning that says why, and is not
+    tried again."""
+    q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
+    truth = gradients("reference", q, k, v, **options)
+    rungs.broken.update(broken)
+    failed = [kind for kind, name in zip((FORWARDS, BACKWARDS), served, strict=True) if name != "hopper"]
+    with warned(*(f"flash_attention runs on {served[kind is BACKWARDS]}: hopper" for kind in failed)):
+        for _ in range(3):
+            rungs.served.clear()
+            assert all(map(torch.equal, gradients("cuda", q, k, v, **options), truth))
+            assert rungs.served == [f"{served[0]} forward", f"{served[1]} backward"]
+    assert len(rungs.tried) == len(set(rungs.tried)), f"built again: {rungs.tried}"
+
+
+def check_mask_cannot_be_packed(rungs):
+    """Without pack_mask.cu, a rung that reads bytes serves a masked call, and others are as they were."""
+    q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
+    rungs.broken.add(cuda.PACK_MASK)
+    with warned("runs on simple: hopper, tensor_core: nvcc could not compile pack_mask.cu sm_90a"):
+        for _ in range(2):
+            flash_attention(q, k, v, OPTIONS["mask"]["mask"], backend="cuda")
+    flash_attention(q, k, v, backend="cuda")
+    assert rungs.served == ["simple forward", "simple forward", "hopper forward"]
+
+
+def check_by_name(rungs):
+    """A rung asked for by name does not give way, in the backward neither; a group that has nothing left says why."""
+    q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
+    rungs.broken.update((FORWARDS[1], *BACKWARDS))
+    for _ in range(2):
+        with pytest.raises(BuildError, match=r"could not compile forward_3_tensor_core\.cu"):
+            flash_attention(q, k, v, backend="tensor_core")
+        with pytest.raises(BuildError, match=r"could not compile backward_4_hopper\.cu"):
+            gradients("hopper", q, k, v)
+    assert len(rungs.tried) == len(set(rungs.tried)) == 3
+    with pytest.raises(NotImplementedError, match=r"hopper: .*backward_4_hopper.*tensor_core: .*backward_3.*simple: .*backward_1"):
+        gradients("cuda", q, k, v)
+
+
+def check_ops_and_transforms(rungs):
+    """The ops, which compiled graphs call with the name as it was asked for, and functorch take the next rung, too."""
+    q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
+    O, LSE = reference.forward(q, k, v, None, None, False, 0.25, 0.0)
+    rungs.broken.update((FORWARDS[0], BACKWARDS[0]))
+    with warned("runs on tensor_core: hopper"):
+        for _ in range(2):
+            results = torch.ops.flash_attention.forward(q, k, v, None, None, False, 0.25, 0.0, "cuda")
+            assert torch.equal(results[0], O)
+            assert torch.equal(results[1], LSE)
+    with warned("runs on tensor_core: hopper"):
+        torch.ops.flash_attention.backward(O, None, q, k, v, None, O, LSE, None, False, 0.25, 0.0, "cuda")
+    with warned():
+        torch.func.grad(lambda q: flash_attention(q, k, v, backend="cuda").sum())(q)
+    assert {name.split()[0] for name in rungs.served} == {"tensor_core"}
+    with pytest.raises(BuildError):
+        torch.ops.flash_attention.forward(q, k, v, None, None, False, 0.25, 0.0, "hopper")
+
+
+def check_none_takes_the_reference(rungs, monkeypatch):
+    """None on a CUDA device, where no kernel can be built: the reference, one warning, and each reason once."""
+    q = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float16, shape=(2, 3, 20, 16))
+    assert choose(None, q, q, q, None, False, 0.0) == "hopper"
+
+    def no_nvcc(kernel: Specialisation):
+        rungs.tried.append(kernel.file)
+        raise BuildError("nvcc was not found")
+
+    monkeypatch.setattr(build, "build", no_nvcc)
+    with contextlib.suppress(BuildError):
+        build.load(Specialisation("forward_4_hopper.cu", "90a", 64, "float16"), cuda.PARAMS.size)
+    with warned("flash_attention runs on the slow reference: hopper, tensor_core, simple: nvcc was not found"):
+        assert [choose(None, q, q, q, None, False, 0.0) for _ in range(3)] == ["reference"] * 3
+    assert rungs.tried == FORWARDS
 
 
 if __name__ == "__main__":

@@ -89,14 +89,22 @@ def check_checkpoint_is_atomic(example, tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {"losses": [1.0]}
 
 
-def check_resume_refuses(example, tmp_path):
+def check_resume_refuses(example, tmp_path, capsys):
     """Other settings than the checkpoint's, and a checkpoint that is not there."""
     few = "--steps", "3"
     with pytest.raises(SystemExit, match="2"):
         curves(example, tmp_path, *few, "--resume")
     curves(example, tmp_path, *few)
-    with pytest.raises(ValueError, match=r"rate 0\.001"):
+    with pytest.raises(SystemExit, match="2"):
         curves(example, tmp_path, *few, "--resume", "--rate", "0.1")
+    assert "the checkpoint was written with other settings: rate 0.001" in capsys.readouterr().err
+
+
+def check_length_of_the_text(example, tmp_path, capsys):
+    """A window longer than a text is refused before the model is made."""
+    with pytest.raises(SystemExit, match="2"):
+        curves(example, tmp_path, "--length", str(10**9))
+    assert "--length must be less than the" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("attention", ("flash", "normal"))

@@ -25,7 +25,8 @@ from harness import (
 )
 
 from flash_attention import flash_attention
-from flash_attention.reference import normal_attention, online_softmax
+from flash_attention.reference import flash2, flash2_causal, normal_attention, online_softmax, second_derivative
+from flash_attention.reference.tiles import lowest
 
 ALGORITHM = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 CAUSAL = pytest.mark.parametrize("causal", (False, True), ids=("general", "causal"))
@@ -109,7 +110,7 @@ def check_tiles_shown(algorithm, Nq, Nk):
     allowed = mask.tril(Nk - Nq) if algorithm.causal else mask
     S = (q @ k.mT * 8**-0.5).masked_fill(~allowed, -torch.inf)
     P = (S - truth.LSE[..., None]).exp().nan_to_num(0.0)
-    dP = dO @ v.mT
+    dP = dO.masked_fill(truth.LSE.isneginf()[..., None], 0) @ v.mT  # what comes back to a row that attends nothing is dropped
     dS = P * (dP - (P * dP).sum(-1, keepdim=True))
     forward, backward = tiles_of(algorithm, problem, **sizes)
     assert forward and backward
@@ -125,7 +126,7 @@ def check_tiles_shown(algorithm, Nq, Nk):
         same(f"m + log l after tile {i}, {j}", torch.where(l > 0, m + l.log(), -torch.inf)[..., 0], LSE[:, :, i])
         same(f"O after tile {i}, {j}", tile["O"] / l.masked_fill(l == 0, 1) if algorithm.paper == 2 else tile["O"], O[:, :, i])
         # The first paper's P is relative to the tile's own maximum, the second's to the maximum so far.
-        own = m if algorithm.paper == 2 else S[:, :, i, j].amax(-1, keepdim=True).clamp(min=-1e30)
+        own = m if algorithm.paper == 2 else S[:, :, i, j].amax(-1, keepdim=True).clamp(min=lowest(q.dtype))
         same(f"P of tile {i}, {j}", tile["P"], (S[:, :, i, j] - own).exp())
     for n, tile in enumerate(backward):
         i, j = tile["i"], tile["j"]
@@ -310,6 +311,38 @@ def check_default_scale(target):
     got, want = (Problem.of(replace(case, scale=scale), target).answer(target) for scale in (None, 0.125))
     assert torch.equal(got.O, want.O)
     assert torch.equal(got.dQ, want.dQ)
+
+
+@CAUSAL
+def check_block_size(causal, monkeypatch):
+    """flash_attention(block_size=…): the same O, LSE and first and second derivatives in tiles of any size, and tiles are that size."""
+    asked = {}
+    for module in (flash2_causal if causal else flash2, second_derivative):
+        sizes = asked[module.__name__] = set()
+        monkeypatch.setattr(
+            module, "blocks", lambda start, stop, size, sizes=sizes, blocks=module.blocks: sizes.add(size) or blocks(start, stop, size)
+        )
+    case = Case(B=1, H=4, Hkv=2, Nq=33, Nk=41, D=8, Dv=5, dtype=torch.float64, causal=causal, mask="full", dropout_p=0.3, scale=0.5)
+    leaves = [x.requires_grad_() for x in case.inputs("cpu")[:3]]
+    mask = case.inputs("cpu")[3]
+
+    def everything(block_size):
+        torch.manual_seed(0)
+        O, LSE = flash_attention(
+            *leaves, mask, causal=causal, scale=0.5, dropout_p=0.3, return_lse=True, backend=None, block_size=block_size
+        )
+        first = torch.autograd.grad(O.square().sum() + LSE.square().sum(), leaves, create_graph=True)
+        return O, LSE, *first, *torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+
+    want = everything(None)
+    for size in (1, 5, 16, 33, 10**9):
+        for sizes in asked.values():
+            sizes.clear()
+        for n, (x, y) in enumerate(zip(everything(size), want, strict=True)):
+            torch.testing.assert_close(
+                x, y, rtol=1e-10, atol=1e-11, msg=lambda text, n=n, size=size: f"output {n} of blocks of {size}: {text}"
+            )
+        assert all(sizes == {size} for sizes in asked.values()), f"tiles of {asked}, not {size}"
 
 
 @pytest.mark.parametrize(("D", "Dv"), [(64, 24), (16, 128), (8, 512), (256, 8)])

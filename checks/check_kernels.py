@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import Case, Report, dtype_served, flash, run_alone, serves_dropout, skip_unless_served
+from harness import Case, Report, Target, dtype_served, flash, run_alone, serves_dropout, skip_unless_served
 
-from flash_attention import flash_attention
+from flash_attention import build, flash_attention
+from flash_attention.backends import cuda
 
 CASES = [
     Case(Nq=203, Nk=330, D=64, H=4, Hkv=2),
@@ -111,6 +112,52 @@ def check_other_stream(target):
     for name in ("O", "LSE", "dK", "dV"):
         report.compare("other stream", name, getattr(got, name), getattr(want, name), 0.0)
     report.verdict()
+
+
+def check_next_rung(target, monkeypatch):
+    """Where kernels of higher rungs cannot be built, the next rung serves, forward and backward, with one warning for each."""
+    if target != Target("simple", "cuda"):
+        pytest.skip("needs a CUDA target, once")
+    case = Case(Nq=203, Nk=330, D=64, H=4, Hkv=2, mask="full", dropout_p=0.2, dtype=torch.float16)
+    q, k, v, mask = case.inputs("cuda")
+    arguments = q, k, v, mask, case.gradient("cuda", *q.shape), torch.ones(q.shape[:3], device="cuda")
+    want = run(case, Target("simple", "cuda"), arguments)
+    real = build.build
+
+    def broken(kernel, into=None):
+        if "hopper" in kernel.file or "tensor_core" in kernel.file:
+            raise build.BuildError(f"{kernel} is broken")
+        return real(kernel, into)
+
+    monkeypatch.setattr(build, "build", broken)
+    monkeypatch.setattr(build, "failures", {})
+    monkeypatch.setattr("flash_attention.backends._warned", set())
+    cuda._library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="runs on simple") as caught:
+            for _ in range(2):
+                got = run(case, Target(None, "cuda"), arguments)
+        assert len(caught) == 2, f"one for the forward, one for the backward: {[str(w.message) for w in caught]}"
+    finally:
+        cuda._library.cache_clear()
+    for name, x, y in zip(want._fields, got, want, strict=True):
+        assert torch.equal(x, y), f"{name} is not that of simple"
+
+
+@pytest.mark.parametrize("by_keys", (False, True), ids=("by queries", "by keys"))
+def check_long_mask(target, by_keys):
+    """A mask of more keys than a grid's second dimension has blocks for is packed to its end."""
+    if target != Target("simple", "cuda"):
+        pytest.skip("needs a CUDA target, once")
+    Nk = 9_000_001 if by_keys else 140_000_001
+    may = torch.rand(Nk, device="cuda") < 0.5
+    bits = cuda.pack_mask(may.expand(1, 1, 2, Nk) if by_keys else may.expand(1, 1, 1, Nk), by_keys)
+    if by_keys:  # a word of each key says the same for 128 queries
+        assert torch.equal(bits, torch.where(may, 0, -1).int()[None, None, :, None].expand(1, 1, Nk, 4))
+    else:
+        hidden = torch.nn.functional.pad(~may, (0, bits.shape[3] * 32 - Nk), value=True).view(-1, 32)
+        powers = torch.tensor([2**bit if bit < 31 else -(2**31) for bit in range(32)], device="cuda")
+        assert torch.equal(bits.flatten(), (hidden * powers).sum(1).int())
 
 
 if __name__ == "__main__":

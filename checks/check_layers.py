@@ -6,13 +6,15 @@ python checks/check_layers.py [--backend reference]
 import copy
 import math
 import pickle
-import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
-from harness import HALF, Case, Problem, Report, Target, dtype_served, limit, run_alone, skip_unless_masks, skip_unless_served
+from harness import HALF, Case, Problem, Report, Target, compilers, dtype_served, limit, run_alone, skip_unless_masks, skip_unless_served
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from flash_attention import FlashAttention, ScaledDotProduct, flash_attention, from_multihead_attention, layers
 from flash_attention.backends import BACKENDS
@@ -52,7 +54,12 @@ def layer_on(target: Target, dtype: torch.dtype | None = None, **settings) -> Fl
     dtype = dtype or dtype_served(target)
     x = torch.empty(B, HEADS, NQ, DIM_HEAD, dtype=dtype, device=target.device)
     skip_unless_served(target, x, x, x, None, settings.get("causal", False), settings.get("dropout", 0.0))
-    return randomise(FlashAttention(DIM, HEADS, DIM_HEAD, **{"backend": target.backend, **settings})).to(target.device, dtype)
+    return randomise(FlashAttention(DIM, HEADS, dim_head=DIM_HEAD, **{"backend": target.backend, **settings})).to(target.device, dtype)
+
+
+def with_mask(layer, mask: Tensor | None = None):
+    """The layer as a function of one to three streams, which it takes by name."""
+    return lambda query, key=None, value=None: layer(query, key, value=value, mask=mask)
 
 
 def naive(layer: FlashAttention, query, key=None, value=None, *, mask=None, Z=None, attend_in=None) -> Tensor:
@@ -95,7 +102,7 @@ def against_naive(report: Report, what: str, layer: FlashAttention, *streams: Te
     """The layer's output and gradients against `naive` in float64. `four`: the mask with four dimensions, if `mask` has not."""
     double = copy.deepcopy(layer).double()
     four = mask if four is None else four
-    got = solve(layer, partial(layer, mask=mask), streams)
+    got = solve(layer, with_mask(layer, mask), streams)
     truth = solve(double, partial(naive, double, mask=four, Z=Z), tuple(x.double() for x in streams))
     against(report, what, got, truth, solve(layer, partial(naive, layer, mask=four, Z=Z, attend_in=attend_in), streams))
 
@@ -142,8 +149,8 @@ def check_dead_row(target):
     x = random(target, B, NQ, DIM).requires_grad_()
     mask = coins(target, B, 1, NQ, NK)
     mask[0, :, 3], mask[1] = False, False
-    for chunk_size in (None, 8) if target.backend == "reference" else (None,):
-        layer = layer_on(target, bias=True, chunk_size=chunk_size)
+    for block_size in (None, 8) if target.backend == "reference" else (None,):
+        layer = layer_on(target, bias=True, block_size=block_size)
         O = layer(x, random(target, B, NK, DIM, seed=1), mask=mask)
         assert torch.equal(O[0, 3], layer.to_out.bias)
         assert torch.equal(O[1], layer.to_out.bias.expand(NQ, DIM))
@@ -159,12 +166,13 @@ def check_dead_row(target):
 
 def only_reference(target: Target) -> None:
     if target.backend != "reference":
-        pytest.skip("chunk_size runs the reference")
+        pytest.skip("block_size makes a call run on the reference")
 
 
 @CAUSAL
-def check_chunk_size(target, causal, monkeypatch):
-    """The same result for every chunk size, dividing the lengths or not, with masks, grouped heads and dropout; and tiles are that size."""
+def check_block_size(target, causal, monkeypatch):
+    """The same result for every block size, dividing the lengths or not, with masks, grouped heads and dropout; tiles are that size,
+    given at construction or set later; and no size leaves a trace in the table of backends."""
     only_reference(target)
     module = flash2_causal if causal else flash2
     asked, blocks = [], module.blocks
@@ -173,22 +181,25 @@ def check_chunk_size(target, causal, monkeypatch):
     keys = coins(target, B, NK)
     settings = {"causal": causal, "kv_heads": 2, "dropout": 0.3, "bias": True}
     Z = dropped(target, 0.3, NK)
-    report = Report(f"{target}: chunk sizes")
+    report = Report(f"{target}: block sizes")
+    names, set_later = list(BACKENDS), layer_on(target, **settings)
     for size in (1, 5, 16, NQ, 1000):
-        layer = layer_on(target, **settings, chunk_size=size)
+        layer = layer_on(target, **settings, block_size=size) if size % 2 else set_later
+        layer.block_size = size
         asked.clear()
-        against_naive(report, f"chunk_size {size}", layer.eval(), x, context, mask=keys, four=keys[:, None, None])
+        against_naive(report, f"block_size {size}", layer.eval(), x, context, mask=keys, four=keys[:, None, None])
         assert asked, "the tiled algorithm did not run"
         assert set(asked) == {size}, f"tiles of {sorted(set(asked))}, not {size}"
         torch.manual_seed(4)
-        against_naive(report, f"chunk_size {size}, dropout", layer.train(), x, context, mask=keys, four=keys[:, None, None], Z=Z)
+        against_naive(report, f"block_size {size}, dropout", layer.train(), x, context, mask=keys, four=keys[:, None, None], Z=Z)
+    assert list(BACKENDS) == names
     report.verdict()
 
 
-def check_chunk_size_transforms(target):
+def check_block_size_transforms(target):
     """vmap is a loop, and second derivatives are those of the reference's usual tiles."""
     only_reference(target)
-    chunked, usual = (layer_on(target, chunk_size=size, causal=True) for size in (8, None))
+    chunked, usual = (layer_on(target, block_size=size, causal=True) for size in (8, None))
     x = random(target, 3, B, NQ, DIM)
     torch.testing.assert_close(torch.func.vmap(chunked)(x), torch.stack([usual(each) for each in x]), rtol=0, atol=1e-5)
 
@@ -208,7 +219,8 @@ def check_mixed_precision(target):
     """Attention in bfloat16, projections and result in float32: exactly that, and within the half types' rule of the truth."""
     probe = torch.empty(B, HEADS, NQ, DIM_HEAD, dtype=torch.bfloat16, device=target.device)
     skip_unless_served(target, probe, probe, probe, None, True, 0.0)
-    layer = randomise(FlashAttention(DIM, HEADS, DIM_HEAD, causal=True, mixed_precision=True, backend=target.backend)).to(target.device)
+    layer = FlashAttention(DIM, HEADS, dim_head=DIM_HEAD, causal=True, mixed_precision=True, backend=target.backend)
+    layer = randomise(layer).to(target.device)
     x = random(target, B, NQ, DIM).float()
     got = solve(layer, layer, (x,))
     assert all(value.dtype == torch.float32 for value in got.values())
@@ -283,7 +295,7 @@ def check_dropout(target):
 @pytest.mark.parametrize("bias", (False, True))
 def check_state_dict(target, bias):
     """Its names and shapes are fixed, and it carries all that the output depends on."""
-    settings = {"bias": bias, "kv_heads": 2, "key_dim": 40, "value_dim": 8, "chunk_size": 16 if target.backend == "reference" else None}
+    settings = {"bias": bias, "kv_heads": 2, "key_dim": 40, "value_dim": 8, "block_size": 16 if target.backend == "reference" else None}
     layer, other = layer_on(target, **settings), layer_on(target, **settings)
     state = layer.state_dict()
     assert list(state) == (KEYS_WITH_BIAS if bias else KEYS)
@@ -294,20 +306,21 @@ def check_state_dict(target, bias):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(1)
-    assert not torch.equal(layer(*x), other(*x))
+    assert not torch.equal(with_mask(layer)(*x), with_mask(other)(*x))
     other.load_state_dict(pickle.loads(pickle.dumps(state)), strict=True)
-    assert torch.equal(layer(*x), other(*x))
+    assert torch.equal(with_mask(layer)(*x), with_mask(other)(*x))
 
 
-def check_copies(target, monkeypatch):
-    """deepcopy and pickle, also in a process that has not met the chunk size; a copy's weights are its own."""
+def check_copies(target):
+    """deepcopy and pickle; a copy's weights are its own. A layer that was pickled when block_size was called chunk_size loads."""
     x = random(target, B, NQ, DIM)
     for size in (None, 11) if target.backend == "reference" else (None,):
-        layer = layer_on(target, causal=True, chunk_size=size)
-        O, saved = layer(x), pickle.dumps(layer)
-        if size is not None:
-            monkeypatch.delitem(BACKENDS, layers.Chunks(size).name)
-        for twin in (pickle.loads(saved), copy.deepcopy(layer)):
+        layer = layer_on(target, causal=True, block_size=size)
+        O = layer(x)
+        older = copy.copy(layer)
+        older.__dict__["chunk_size"] = older.__dict__.pop("block_size")
+        for twin in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), pickle.loads(pickle.dumps(older))):
+            assert twin.block_size == size and not hasattr(twin, "chunk_size")
             assert torch.equal(twin(x), O)
             with torch.no_grad():
                 twin.to_q.weight.zero_()
@@ -315,21 +328,57 @@ def check_copies(target, monkeypatch):
         assert torch.equal(layer(x), O)
 
 
-def compilers() -> list:
-    found = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    skip = [] if found or torch.cuda.is_available() else [pytest.mark.skip(reason="no C++ compiler for inductor")]
-    return ["aot_eager", pytest.param("inductor", marks=skip)]
+def check_another_process(tmp_path):
+    """A layer with tiles of its own, pickled or exported here, gives the same there."""
+    layer = randomise(FlashAttention(DIM, HEADS, dim_head=DIM_HEAD, causal=True, block_size=11)).eval()
+    x = torch.randn(B, NQ, DIM)
+    torch.save([layer, x, layer(x)], tmp_path / "layer.pt")
+    torch.export.save(torch.export.export(layer, (x,)), tmp_path / "layer.pt2")
+    program = """
+import sys, torch, flash_attention
+layer, x, O = torch.load(sys.argv[1] + "/layer.pt", weights_only=False)
+exported = torch.export.load(sys.argv[1] + "/layer.pt2").module()
+torch.testing.assert_close(layer(x), O, rtol=0, atol=1e-6)
+torch.testing.assert_close(exported(x), O, rtol=0, atol=1e-6)
+print("same")
+"""
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert run.stdout == "same\n", run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("flat", (True, False), ids=("flat", "by head"))
+def check_replaced_projections(target, flat):
+    """Queries and keys normalised head by head: a Sequential in place of to_q and to_k, whose output has the heads apart or side by side.
+    Output and every gradient, the norms' own included."""
+
+    def normalised(projection: nn.Linear, heads: int) -> nn.Sequential:
+        norm = nn.RMSNorm(DIM_HEAD, eps=1e-3, device=projection.weight.device, dtype=projection.weight.dtype)
+        parts = projection, nn.Unflatten(2, (heads, DIM_HEAD)), norm
+        return nn.Sequential(*parts, nn.Flatten(2)) if flat else nn.Sequential(*parts)
+
+    layer = layer_on(target, kv_heads=2, causal=True)
+    layer.to_q, layer.to_k = normalised(layer.to_q, HEADS), normalised(layer.to_k, 2)
+    reference = copy.deepcopy(layer)
+    reference.to_q, reference.to_k = (nn.Sequential(*project[:3], nn.Flatten(2)) for project in (reference.to_q, reference.to_k))
+    x, context = random(target, B, NQ, DIM), random(target, B, NK, DIM, seed=1)
+    double = copy.deepcopy(reference).double()
+    got = solve(layer, layer, (x, context))
+    assert {"to_q.2.weight", "to_k.2.weight"} < got.keys()
+    report = Report(f"{target}: normalised queries and keys")
+    truth = solve(double, partial(naive, double), (x.double(), context.double()))
+    against(report, "QK-norm", got, truth, solve(reference, partial(naive, reference), (x, context)))
+    report.verdict()
 
 
 @pytest.mark.parametrize("compiler", compilers())
-@pytest.mark.parametrize("chunk_size", (None, 8))
-def check_compile(target, chunk_size, compiler):
+@pytest.mark.parametrize("block_size", (None, 8))
+def check_compile(target, block_size, compiler):
     """torch.compile(fullgraph=True): no break, the same output and gradients, in training mode too."""
-    if chunk_size:
+    if block_size:
         only_reference(target)
     x, context = random(target, B, NQ, DIM), random(target, B, NK, DIM, seed=1)
     mask = coins(target, B, NK)
-    layer = layer_on(target, causal=True, kv_heads=2, dropout=0.2, chunk_size=chunk_size)
+    layer = layer_on(target, causal=True, kv_heads=2, dropout=0.2, block_size=block_size)
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=compiler)
     for training in (False, True) if compiler == "aot_eager" else (False,):  # inductor draws random numbers of its own
@@ -348,6 +397,24 @@ def check_compile_mixed_precision(target):
     layer = layer_on(target, mixed_precision=True)
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+def check_symbolic_trace():
+    """torch.fx traces a model with a layer in it; what it writes down serves other lengths too."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = FlashAttention(DIM, HEADS, dim_head=DIM_HEAD, causal=True)
+
+        def forward(self, x: Tensor, context: Tensor, keep: Tensor) -> Tensor:
+            return self.layer(x) + self.layer(x, context, mask=keep)
+
+    model = Model()
+    traced = torch.fx.symbolic_trace(model)
+    for n in (NQ, NK):
+        call = torch.randn(B, n, DIM), torch.randn(B, NK, DIM), torch.rand(B, NK) < 0.7
+        torch.testing.assert_close(traced(*call), model(*call))
 
 
 # ---- torch.nn.MultiheadAttention
@@ -398,7 +465,7 @@ def check_conversion(target, batch_first, settings):
 
     report = Report(f"{target}: converted from torch.nn.MultiheadAttention")
     for what, masks in mha_masks(target).items():
-        got = solve(layer, partial(layer, mask=converted_mask(**masks)), streams)
+        got = solve(layer, with_mask(layer, converted_mask(**masks)), streams)
         truth, in_dtype = module(copy.deepcopy(mha).double(), masks), module(mha, masks)
         against(report, what, {name: got[name] for name in truth}, truth, in_dtype)
         assert set(got) == set(truth)
@@ -428,6 +495,7 @@ def check_conversion_settings():
     assert from_multihead_attention(mha.train()).training
     assert {x.dtype for x in layer.parameters()} == {torch.bfloat16}
     assert all(x.is_leaf and x.requires_grad for x in layer.parameters())
+    assert not {x.data_ptr() for x in layer.parameters()} & {x.data_ptr() for x in mha.parameters()}
     with torch.no_grad():
         mha.in_proj_weight.zero_()
         mha.out_proj.weight.zero_()
@@ -439,6 +507,81 @@ def check_conversion_settings():
         from_multihead_attention(nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"dropout.*1\.0"):
         from_multihead_attention(nn.MultiheadAttention(32, 4, dropout=1.0))
+
+
+@pytest.mark.parametrize("settings", ({}, {"bias": False}, {"kdim": 40, "vdim": 8}), ids=str)
+@pytest.mark.parametrize("grad", (True, False), ids=("grad", "no_grad"))
+def check_conversion_keeps(settings, grad):
+    """Each parameter's requires_grad, dtype and device come along, one by one, and torch's generator is left alone. What was frozen gets no
+    gradient and the rest gets its own."""
+    frozen = nn.MultiheadAttention(32, 4, **settings)
+    for name, _ in frozen.named_parameters():
+        mha = copy.deepcopy(frozen)
+        mha.get_parameter(name).requires_grad_(False)
+        before = torch.get_rng_state()
+        with torch.set_grad_enabled(grad):
+            layer = from_multihead_attention(mha)
+        assert torch.equal(torch.get_rng_state(), before)
+        expected = {copy for copy in layer.state_dict() if copy in by_projection({name: torch.empty(96)})}
+        assert expected and {name for name, x in layer.named_parameters() if not x.requires_grad} == expected
+        widths = 32, settings.get("kdim", 32), settings.get("vdim", 32)
+        query, key, value = (torch.randn(2, 5, n) for n in widths)
+        layer(query, key, value=value).square().sum().backward()
+        assert {name for name, x in layer.named_parameters() if x.grad is None} == expected
+
+    mixed = frozen.to("meta")
+    mixed.out_proj.to(torch.bfloat16)
+    layer = from_multihead_attention(mixed)
+    assert {name: (x.dtype, x.device.type) for name, x in layer.named_parameters()} == {
+        name: (torch.bfloat16 if "to_out" in name else torch.float32, "meta") for name in layer.state_dict()
+    }
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Subclass(nn.MultiheadAttention):
+    def forward(self, *streams, **settings):
+        O, weights = super().forward(*streams, **settings)
+        return 2 * O, weights
+
+
+def prepared(prepare) -> nn.MultiheadAttention:
+    mha = nn.MultiheadAttention(32, 4)
+    prepare(mha)
+    return mha
+
+
+# What cannot be a copy of parameters → how it comes about, and what the message names.
+LOST = {
+    "parametrized": (lambda mha: parametrize.register_parametrization(mha, "in_proj_weight", Doubled()), "in_proj_weight"),
+    "output parametrized": (lambda mha: parametrize.register_parametrization(mha.out_proj, "weight", Doubled()), "out_proj.weight"),
+    "pruned": (lambda mha: prune.l1_unstructured(mha, "in_proj_weight", 0.5), "in_proj_weight"),
+    "forward hook": (lambda mha: mha.register_forward_hook(lambda *_: None), "hooks.*the module"),
+    "hook before the forward": (lambda mha: mha.register_forward_pre_hook(lambda *_: None), "hooks.*the module"),
+    "backward hook": (lambda mha: mha.register_full_backward_hook(lambda *_: None), "hooks.*the module"),
+    "hook before the backward": (lambda mha: mha.register_full_backward_pre_hook(lambda *_: None), "hooks.*the module"),
+    "gradient hook": (lambda mha: mha.in_proj_bias.register_hook(lambda g: 0 * g), "hooks.*in_proj_bias"),
+    "hook after a gradient": (lambda mha: mha.out_proj.weight.register_post_accumulate_grad_hook(print), r"hooks.*out_proj\.weight"),
+}
+
+
+@pytest.mark.parametrize(("prepare", "words"), LOST.values(), ids=LOST)
+def check_conversion_refuses(prepare, words):
+    """What copies of the parameters would lose is refused, not lost in silence."""
+    with pytest.raises(NotImplementedError, match=words):
+        from_multihead_attention(prepared(prepare))
+
+
+def check_conversion_of_subclasses():
+    """One with a forward of its own is refused; one that only adds to the class is not."""
+    with pytest.raises(NotImplementedError, match=r"Subclass.*forward"):
+        from_multihead_attention(Subclass(32, 4))
+    x = torch.randn(2, 5, 32)
+    mha = type("Named", (nn.MultiheadAttention,), {})(32, 4, batch_first=True)
+    torch.testing.assert_close(from_multihead_attention(mha)(x), mha(x, x, x)[0])
 
 
 # ---- without projections
@@ -477,7 +620,15 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def layer(**settings) -> FlashAttention:
-    return FlashAttention(8, 2, 4, **settings)
+    return FlashAttention(8, 2, dim_head=4, **settings)
+
+
+def changed(**attributes) -> FlashAttention:
+    """A layer whose attributes are set after construction."""
+    changed = layer()
+    for name, value in attributes.items():
+        setattr(changed, name, value)
+    return changed
 
 
 X, CONTEXT = zeros(2, 5, 8), zeros(2, 7, 8)
@@ -486,15 +637,24 @@ HEADED = zeros(2, 3, 5, 16)
 BAD = {
     "query of another width": (lambda: layer()(zeros(2, 5, 9)), ValueError, ["query", "(B, N, 8)", "(2, 5, 9)"]),
     "context of another width": (lambda: layer()(X, zeros(2, 7, 9)), ValueError, ["key", "(B, N, 8)", "(2, 7, 9)"]),
-    "value of another width": (lambda: layer()(X, CONTEXT, zeros(2, 7, 4)), ValueError, ["value", "(B, N, 8)", "(2, 7, 4)"]),
+    "value of another width": (lambda: layer()(X, CONTEXT, value=zeros(2, 7, 4)), ValueError, ["value", "(B, N, 8)", "(2, 7, 4)"]),
     "self-attention with key_dim": (lambda: layer(key_dim=6)(X), ValueError, ["key", "(B, N, 6)", "(2, 5, 8)"]),
     "query without batch": (lambda: layer()(zeros(5, 8)), ValueError, ["query", "(B, N, 8)", "(5, 8)"]),
     "query with heads": (lambda: layer()(zeros(2, 2, 5, 8)), ValueError, ["query", "(B, N, 8)", "(2, 2, 5, 8)"]),
     "context without batch": (lambda: layer()(X, zeros(7, 8)), ValueError, ["key", "(B, N, 8)", "(7, 8)"]),
     "query is a list": (lambda: layer()([1.0]), TypeError, ["query", "torch.Tensor", "list"]),
-    "mask in value's place": (lambda: layer()(X, CONTEXT, zeros(2, 7, dtype=torch.bool)), ValueError, ["value", "(2, 7)"]),
+    "mask in key's place": (lambda: layer()(X, zeros(2, 5, dtype=torch.bool)), ValueError, ["key", "(B, N, 8)", "(2, 5)"]),
+    "mask in value's place": (lambda: layer()(X, CONTEXT, value=zeros(2, 7, dtype=torch.bool)), ValueError, ["value", "(2, 7)"]),
+    "three streams by position": (
+        lambda: layer()(X, CONTEXT, CONTEXT),
+        TypeError,
+        ["mask", "third positional", "(2, 7, 8)", "layer(query, key=key, value=value)", "(values, keys, queries)", "ChunkedFlashAttention"],
+    ),
+    "mask of 0 and 1": (lambda: layer()(X, mask=zeros(2, 5, dtype=torch.int64)), TypeError, ["mask", "torch.int64", "mask.bool()"]),
+    "mask is a list": (lambda: layer()(X, mask=[True]), TypeError, ["mask", "torch.bool", "list"]),
+    "key and context": (lambda: layer()(X, X, context=CONTEXT), TypeError, ["context", "key"]),
     "batches differ": (lambda: layer()(X, zeros(3, 7, 8)), ValueError, ["batch", "(2, 2, 5, 4)", "(3, 2, 7, 4)"]),
-    "lengths differ": (lambda: layer()(X, CONTEXT, zeros(2, 6, 8)), ValueError, ["length", "(2, 2, 7, 4)", "(2, 2, 6, 4)"]),
+    "lengths differ": (lambda: layer()(X, CONTEXT, value=zeros(2, 6, 8)), ValueError, ["length", "(2, 2, 7, 4)", "(2, 2, 6, 4)"]),
     "mask of floats": (lambda: layer()(X, CONTEXT, mask=zeros(2, 7)), TypeError, ["mask", "torch.bool", "torch.float32"]),
     "mask of queries": (
         lambda: layer()(X, CONTEXT, mask=zeros(2, 5, dtype=torch.bool)),
@@ -503,19 +663,25 @@ BAD = {
     ),
     "mask (B, Nq, Nk)": (lambda: layer()(zeros(3, 5, 8), mask=zeros(3, 5, 5, dtype=torch.bool)), ValueError, ["(3, 5, 5)", "(3, 2, 5, 5)"]),
     "mask by position": (lambda: layer()(X, CONTEXT, CONTEXT, zeros(2, 7, dtype=torch.bool)), TypeError, ["positional"]),
-    "kv_heads does not divide": (lambda: FlashAttention(8, 6, 4, kv_heads=4), ValueError, ["kv_heads", "divide", "6", "4"]),
+    "kv_heads does not divide": (lambda: FlashAttention(8, 6, dim_head=4, kv_heads=4), ValueError, ["kv_heads", "divide", "6", "4"]),
     "more kv_heads than heads": (lambda: layer(kv_heads=4), ValueError, ["kv_heads 4", "heads 2"]),
     "no kv_heads": (lambda: layer(kv_heads=0), ValueError, ["kv_heads", "positive", "0"]),
     "no heads": (lambda: FlashAttention(8, 0), ValueError, ["heads", "positive", "0"]),
     "negative width": (lambda: FlashAttention(-8), ValueError, ["dim", "positive", "-8"]),
     "half a head": (lambda: FlashAttention(8, dim_head=1.5), ValueError, ["dim_head", "positive", "1.5"]),
-    "chunk of nothing": (lambda: layer(chunk_size=0), ValueError, ["chunk_size", "positive", "0"]),
-    "chunk is a word": (lambda: layer(chunk_size="64"), ValueError, ["chunk_size", "positive", "'64'"]),
-    "chunks on a kernel": (lambda: layer(chunk_size=64, backend="cuda"), ValueError, ["chunk_size", "reference", "'cuda'", "64"]),
-    "chunks on a rung": (lambda: layer(chunk_size=64, backend="simple"), ValueError, ["chunk_size", "reference", "'simple'", "64"]),
+    "chunk of nothing": (lambda: layer(block_size=0), ValueError, ["block_size", "positive", "0"]),
+    "chunk is a word": (lambda: layer(block_size="64"), ValueError, ["block_size", "positive", "'64'"]),
+    "chunks on a kernel": (lambda: layer(block_size=64, backend="cuda"), ValueError, ["block_size", "reference", "'cuda'", "64"]),
+    "chunks on a rung": (lambda: layer(block_size=64, backend="simple"), ValueError, ["block_size", "reference", "'simple'", "64"]),
     "dropout of everything": (lambda: layer(dropout=1.0), ValueError, ["dropout", "[0, 1)", "1.0"]),
     "negative dropout": (lambda: layer(dropout=-0.5), ValueError, ["dropout", "[0, 1)", "-0.5"]),
-    "unknown backend": (lambda: layer(backend="warp9")(X), ValueError, ["backend", "warp9"]),
+    "unknown backend": (lambda: layer(backend="warp9"), ValueError, ["backend", "'warp9'", *map(repr, BACKENDS), "'cuda'"]),
+    "backend is a number": (lambda: layer(backend=1), ValueError, ["backend", "got 1"]),
+    "unknown backend, set later": (lambda: changed(backend="warp9")(X), ValueError, ["backend", "'warp9'"]),
+    "block of nothing, set later": (lambda: changed(block_size=0)(X), ValueError, ["block_size", "0"]),
+    "block on a kernel, set later": (lambda: changed(block_size=64, backend="cuda")(X), ValueError, ["block_size", "'cuda'", "64"]),
+    "to_q of another width": (lambda: changed(to_q=nn.Sequential(nn.Linear(8, 4)))(X), ValueError, ["to_q", "(B, N, 8)", "(2, 5, 4)"]),
+    "to_k of more heads": (lambda: changed(to_k=nn.Linear(8, 16))(X), ValueError, ["to_k", "(B, N, 2, 4)", "(2, 5, 16)"]),
     "q of another head size": (lambda: ScaledDotProduct(64)(HEADED, HEADED, HEADED), ValueError, ["q", "(B, H, N, 64)", "(2, 3, 5, 16)"]),
     "v of another head size": (
         lambda: ScaledDotProduct(16)(HEADED, HEADED, zeros(2, 3, 5, 8)),

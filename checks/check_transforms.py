@@ -3,16 +3,15 @@
 python checks/check_transforms.py [--backend reference]
 """
 
-import shutil
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import Case, Problem, Report, Result, Target, dtype_served, limit, run_alone, skip_unless_masks, skip_unless_served
+from harness import Case, Problem, Report, Result, Target, compilers, dtype_served, limit, run_alone, skip_unless_masks, skip_unless_served
 from torch._subclasses import FakeTensorMode
-from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, jacrev, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from flash_attention import flash_attention
@@ -271,12 +270,6 @@ def check_no_second_derivative(target, monkeypatch):
 # ---- torch.compile
 
 
-def compilers() -> list:
-    found = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    skip = [] if found or torch.cuda.is_available() else [pytest.mark.skip(reason="no C++ compiler for inductor")]
-    return ["aot_eager", pytest.param("inductor", marks=skip)]
-
-
 @pytest.mark.parametrize("compiler", compilers())
 def check_compile(target, compiler):
     """torch.compile(fullgraph=True), forward and backward: with a mask, causal, LSE, and operations around it."""
@@ -441,25 +434,17 @@ def check_opcheck(target, settings):
     if mask is not None:
         mask = (mask[:, None, None] if mask.dim() == 2 else mask).expand(2, case.H, 9, 14)
     seed = torch.tensor(1234, device=target.device) if case.dropout_p else None
-    options = (seed, case.causal, 0.25, case.dropout_p, target.backend)
+    options = (seed, case.causal, 0.25, case.dropout_p, target.backend, None)
     ops = torch.ops.flash_attention
     O, LSE = ops.forward(q, k, v, mask, *options)
     dO = torch.randn_like(O)
-    torch.library.opcheck(ops.forward.default, (q, k, v, mask, *options))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(ops.forward.default, (*leaves, mask, *options))
     torch.library.opcheck(ops.backward.default, (dO, dLSE, q, k, v, mask, O, LSE, *options))
     if hasattr(BACKENDS[target.backend], "second_backward"):
         g = (torch.randn_like(x) for x in (q, k, v))
-        torch.library.opcheck(ops.second_backward.default, (*g, dO, dLSE, q, k, v, mask, LSE, *options))
-
-
-def check_forward_mode(target):
-    """Forward-mode derivatives are not offered: asking for one is an error, never a silent zero."""
-    case = served(target, **SMALL)
-    q, k, v, _ = case.inputs(target.device)
-    for what, transform in (("jvp", lambda f: jvp(f, (q,), (torch.ones_like(q),))[1]), ("jacfwd", lambda f: jacfwd(f)(q))):
-        with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)jvp|forward"):
-            got = transform(lambda q: flash_attention(q, k, v, backend=target.backend))
-            print(f"{what} returned {'zeros' if not got.any() else 'numbers'}")
+        dLSE = torch.randn_like(LSE)
+        torch.library.opcheck(ops.second_backward.default, (*g, dO, dLSE, q, k, v, mask, *options))
 
 
 # ---- those who look on at a call, for whom it must be the op that they see

@@ -12,16 +12,25 @@ import pytest
 import torch
 from harness import TARGETS
 
+from flash_attention.backends import GROUPS
+
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the whole grids, not their fast subsets")
     parser.addoption("--backend", help="check only this backend")
 
 
+def pytest_configure(config):
+    names = [*dict.fromkeys(target.backend for target in TARGETS), *GROUPS]
+    wanted = config.getoption("--backend")
+    if wanted not in (None, *names):  # else nothing would be checked, and all would be well
+        raise pytest.UsageError(f"--backend must be one of {', '.join(names)}, got {wanted!r}")
+
+
 def pytest_generate_tests(metafunc):
     if "target" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("--backend")
-        targets = [t for t in TARGETS if wanted in (None, t.backend)]
+        targets = [t for t in TARGETS if wanted is None or t.backend in GROUPS.get(wanted, (wanted,))]
         marks = [[pytest.mark.skip(reason=t.why_not())] if t.why_not() else [] for t in targets]
         metafunc.parametrize("target", [pytest.param(t, marks=m, id=str(t)) for t, m in zip(targets, marks, strict=True)])
 

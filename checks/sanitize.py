@@ -1,6 +1,8 @@
-"""Every kernel under NVIDIA's compute-sanitizer: memcheck, racecheck, synccheck and initcheck over a small grid. Exits with 1 on a report.
+"""Every kernel under NVIDIA's compute-sanitizer: memcheck, racecheck, synccheck and initcheck over a small grid.
 
     python checks/sanitize.py [--backend NAME ...] [--tool NAME ...]
+
+Exit code 1: a tool has reported something; 2: nothing could be run.
 
 Needs a GPU and compute-sanitizer, a part of the CUDA toolkit. Instrumented kernels are slow, so lengths are small, but they cover more than
 one tile, a ragged last tile, rows that see nothing, and head sizes that are padded.
@@ -74,19 +76,24 @@ def sanitize(tool: str, backend: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", nargs="+", choices=tuple(RUNGS), default=tuple(RUNGS))
+    parser.add_argument("--backend", nargs="+", choices=tuple(RUNGS), help="default: each that runs on this GPU")
     parser.add_argument("--tool", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--grid", choices=tuple(RUNGS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.grid:
         return run_grid(arguments.grid)
     if not torch.cuda.is_available():
-        sys.exit("sanitize.py needs a CUDA GPU")
+        parser.error("it needs a CUDA GPU")
     if shutil.which("compute-sanitizer") is None:
-        sys.exit("compute-sanitizer was not found on the PATH; it comes with the CUDA toolkit")
-    for backend in arguments.backend:
+        parser.error("compute-sanitizer was not found on the PATH; it comes with the CUDA toolkit")
+    major, minor = torch.cuda.get_device_capability()
+    here = [name for name, rung in RUNGS.items() if rung.runs_on(10 * major + minor)]
+    backends = arguments.backend or here
+    if elsewhere := [name for name in backends if name not in here]:
+        parser.error(f"--backend: {', '.join(elsewhere)} does not run on a GPU of compute capability {major}.{minor}")
+    for backend in backends:
         run_grid(backend)  # compiles what is missing, outside the sanitizer
-    results = [sanitize(tool, backend) for tool, backend in product(arguments.tool, arguments.backend)]
+    results = [sanitize(tool, backend) for tool, backend in product(arguments.tool, backends)]
     sys.exit(0 if all(results) else 1)
 
 

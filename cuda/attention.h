@@ -50,6 +50,7 @@ struct AttentionParams {
     float scale;           // of the scores
     int32_t drop_below;    // an element whose random byte is below this is dropped
     float keep_scale;      // 1 / (keep probability), exactly 256 / (256 − drop_below)
+    float lowest;          // where a running maximum of unscaled scores starts: below every one that may be attended, above a masked one
     int32_t deterministic; // nonzero: gradients must repeat bit for bit
     int32_t device;        // CUDA device of every pointer
     int32_t sm_count;      // its number of multiprocessors

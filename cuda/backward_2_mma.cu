@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(THREADS) delta_kernel(const __grid_constant__ 
 #pragma unroll
         for (int d = 0; d < 8; ++d) Delta = fmaf(static_cast<float>(O[d]), static_cast<float>(dO[d]), Delta);
     }
-    p.workspace[row] = p.d_lse ? Delta - p.d_lse[row] : Delta;
+    if (p.d_lse) Delta -= p.d_lse[row];
+    p.workspace[row] = p.lse[row] == -CUDART_INF_F ? 0 : Delta;  // a row that attends nothing: whatever comes back to it, NaN too, is dropped
 }
 
 __global__ void __launch_bounds__(THREADS) dkv_kernel(const __grid_constant__ AttentionParams p) {
@@ -175,10 +176,12 @@ extern "C" int64_t workspace_floats(const AttentionParams* params) {
 
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
+    const int64_t delta_blocks = tiles_of(static_cast<int64_t>(p.B) * p.H * p.Nq, THREADS);
+    const int64_t dkv_blocks = tiles_of(p.Nk, OWNED) * p.Hkv * p.B, dq_blocks = tiles_of(p.Nq, OWNED) * p.H * p.B;
+    if (!numbers_fit(p, {delta_blocks, dkv_blocks, dq_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
-    const auto tiles = [](int64_t n, int size) { return (n + size - 1) / size; };
-    cudaError_t error = launch(delta_kernel, tiles(static_cast<int64_t>(p.B) * p.H * p.Nq, THREADS), THREADS, p);
-    if (error == cudaSuccess) error = launch(dkv_kernel, tiles(p.Nk, OWNED) * p.Hkv * p.B, THREADS, p);
-    if (error == cudaSuccess) error = launch(dq_kernel, tiles(p.Nq, OWNED) * p.H * p.B, THREADS, p);
+    cudaError_t error = launch(delta_kernel, delta_blocks, THREADS, p);
+    if (error == cudaSuccess) error = launch(dkv_kernel, dkv_blocks, THREADS, p);
+    if (error == cudaSuccess) error = launch(dq_kernel, dq_blocks, THREADS, p);
     return error;
 }

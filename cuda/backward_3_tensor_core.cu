@@ -34,7 +34,8 @@
 #define S_STAGES (HEAD_DIM <= 192 && SMEM_KB >= 227 ? 2 : 1)  // tiles of dS and P in shared memory: with two, a step has one barrier
 #endif
 #ifndef PASS_COLUMNS
-#define PASS_COLUMNS (SMEM_KB >= 227 && !(CAUSAL && MASK && HEAD_DIM == 64) ? 32 : 16)  // of Sᵀ at a time, as far as registers suffice
+// Columns of Sᵀ at a time, as far as registers suffice.
+#define PASS_COLUMNS (ARCH >= 90 && ARCH < 120 && !(CAUSAL && MASK && (HEAD_DIM == 64 || (DROPOUT && ARCH > 90))) ? 32 : 16)
 #endif
 #ifndef STAGES
 #define STAGES (HEAD_DIM <= 64 ? 2 : S_STAGES == 2 ? 3 : HEAD_DIM <= 192 || SMEM_KB >= 227 ? 2 : 1)  // tiles of Q and dO
@@ -106,8 +107,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
     const int warp_k = warp / WARPS_Q, warp_q = warp % WARPS_Q;
     const int offset = p.Nk - p.Nq;                                       // causal: row i sees columns j ≤ i + offset
     const Workspace workspace(p);
-    // This block's turn to add to dQ, if deterministic. Large head sizes leave no register to keep it in.
+    // This block's turn to add to dQ, if deterministic, and, for dropout, its batch. Large head sizes leave no registers to keep them in.
     auto turn = [&] { return HEAD_DIM > 192 ? keys_of_block(p).tile : keys.tile; };
+    [[maybe_unused]] auto batch = [&] { return HEAD_DIM > 192 && ARCH > 90 ? keys_of_block(p).b : b; };
 
     // line 8: the tiles of Q that see some of these keys, of every query head that shares them. Causal: from the last one down, so that the blocks
     // of a head are at the same tile at about the same time, which then stays in L2; taking turns (below), they must be.
@@ -247,7 +249,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const int i = i0 + (warp_q * PASSES + pass) * Q_COLUMNS, j = j0 + warp_k * K_ROWS;
-                const uint4 bytes = dropout_bytes(key, b, now.h, i / 32 * 32 + 2 * t + e, j / 32 * 32 + g);
+                const uint4 bytes = dropout_bytes(key, batch(), now.h, i / 32 * 32 + 2 * t + e, j / 32 * 32 + g);
                 const bool second = Q_COLUMNS == 16 && i % 32 == 16;  // 16 columns take two of the four words,
                 const int shift = K_ROWS == 16 ? j % 32 : 0;          // 16 rows two of a word's four bytes
                 const uint32_t words[4] = {(second ? bytes.z : bytes.x) >> shift, (second ? bytes.w : bytes.y) >> shift, bytes.z >> shift,
@@ -392,13 +394,13 @@ extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
     const bool q_fits = units_fit(p.q, p.B, p.H, p.Nq) && units_fit(p.d_o, p.B, p.H, p.Nq);
     if (!q_fits || !units_fit(p.k, p.B, p.Hkv, p.Nk) || !units_fit(p.v, p.B, p.Hkv, p.Nk)) return cudaErrorInvalidValue;
+    const int64_t all_rows = Workspace::all_rows(p), k_blocks = tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B;
+    if (!numbers_fit(p, {all_rows / PREPARE_ROWS, k_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
     cudaError_t error = cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     if (error != cudaSuccess) return error;
-    const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * Workspace(p).rows;
-    const int64_t k_blocks = static_cast<int64_t>((p.Nk + BLOCK_K - 1) / BLOCK_K) * p.Hkv * p.B;
-    if (all_rows > 0) prepare_kernel<<<static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream>>>(p);
-    if (k_blocks > 0) backward_kernel<<<static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream>>>(p, p.scale * LOG2_E);
-    if (all_rows > 0) finish_dq_kernel<<<static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream>>>(p);
+    if (all_rows > 0) launch_kernel(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);
+    if (k_blocks > 0) launch_kernel(backward_kernel, static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream, p, p.scale * LOG2_E);
+    if (all_rows > 0) launch_kernel(finish_dq_kernel, static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p);
     return cudaGetLastError();
 }

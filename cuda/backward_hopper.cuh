@@ -82,10 +82,10 @@ __device__ inline void add_dQ(const Workspace& workspace, int64_t row, int colum
 
 // The kernel, and what comes before and after it.
 inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int smem_bytes, const AttentionParams& p) {
+    const int64_t all_rows = Workspace::all_rows(p), k_blocks = tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B;
+    if (!numbers_fit(p, {all_rows / PREPARE_ROWS, k_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
-    const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * Workspace(p).rows;
-    const int64_t k_blocks = static_cast<int64_t>((p.Nk + BLOCK_K - 1) / BLOCK_K) * p.Hkv * p.B;
-    if (all_rows > 0) prepare_kernel<<<static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream>>>(p);
+    if (all_rows > 0) launch_kernel(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);
     if (k_blocks > 0) {
         // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
@@ -96,8 +96,8 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);
         if (error != cudaSuccess) return error;
-        kernel<<<static_cast<unsigned>(k_blocks), THREADS, smem_bytes, p.stream>>>(p, maps);
+        launch_kernel(kernel, static_cast<unsigned>(k_blocks), THREADS, smem_bytes, p.stream, p, maps);
     }
-    if (all_rows > 0) finish_dq_kernel<<<static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream>>>(p);
+    if (all_rows > 0) launch_kernel(finish_dq_kernel, static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p);
     return cudaGetLastError();
 }

@@ -16,9 +16,9 @@ struct Workspace {
         turns = reinterpret_cast<int*>(Delta + all_rows);
     }
     static int64_t floats(const AttentionParams& p) {
-        const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * Workspace(p).rows;
-        return all_rows * (HEAD_DIM + 2) + all_rows / BLOCK_Q;
+        return all_rows(p) * (HEAD_DIM + 2) + all_rows(p) / BLOCK_Q;
     }
+    static int64_t all_rows(const AttentionParams& p) { return tiles_of(p.Nq, PADDED_TO) * PADDED_TO * p.H * p.B; }
 };
 
 // Where a lane's four values of an accumulator tile lie in the workspace's dQ: tiles of 16 rows (from `row`) × 8 columns (from `column`) follow each
@@ -54,8 +54,10 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_c
         const int64_t row_gmem = static_cast<int64_t>(bh) * p.Nq + i;
         const float LSE = i < p.Nq ? p.lse[row_gmem] : -CUDART_INF_F;
         if (i < p.Nq && p.d_lse) Delta -= p.d_lse[row_gmem];
-        // A row that attends nothing, or lies beyond the end: P = 2^(S − ∞) = 0.
-        workspace.LSE[row] = LSE == -CUDART_INF_F ? CUDART_INF_F : LSE * LOG2_E;
+        // A row that attends nothing, or lies beyond the end: P = 2^(S − ∞) = 0, and what comes back to it, NaN too, is dropped.
+        const bool dead = LSE == -CUDART_INF_F;
+        workspace.LSE[row] = dead ? CUDART_INF_F : LSE * LOG2_E;
+        if (dead) Delta = 0;
         workspace.Delta[row] = DROPOUT ? Delta / p.keep_scale : Delta;  // with dropout, the backward computes dS / keep_scale
         if (i % BLOCK_Q == 0) workspace.turns[row / BLOCK_Q] = 0;
     }

@@ -6,7 +6,10 @@
 #include <cuda_fp16.h>
 #include <math_constants.h>
 
+#include <initializer_list>
+
 #include "attention.h"
+#include "launch.cuh"
 #include "ptx.cuh"
 
 #ifndef HEAD_DIM
@@ -23,9 +26,6 @@ using element = __nv_bfloat16;
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
-
-// Where the papers start a running maximum at −∞: a row that has met only masked scores would otherwise compute −∞ − (−∞) = NaN.
-constexpr float LOWEST = -1e30f;
 
 // ---- addresses
 
@@ -97,6 +97,19 @@ __device__ inline void start_sums(uint32_t hidden, int t, Place place) {
 // A word whose lowest `count` bits are set.
 __device__ inline uint32_t first_bits(int count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
 
+// ---- the end of a row
+
+// What O is multiplied by at the end: 1 / l, or 0 for a row that may attend nothing. m is the row's largest score before scaling.
+//
+// P = 2^(scale_log2 · S − M) where M is scale_log2 · m, rounded. The rounding error e makes P and l too large by 2^e, which O = P V / l does not see,
+// but what was summed under another maximum has another e. Up to |M| = 2²⁴ that is a factor of 2 at most, between scores that float32 itself can
+// hardly tell apart. Beyond, O becomes NaN instead of a wrong number.
+__device__ inline float factor_of_row(const AttentionParams& p, float m, float scale_log2, float one_over_l) {
+    const bool dead = m == p.lowest && (MASK || CAUSAL || p.Nk == 0);  // where nothing hides, every score was −∞: NaN
+    const float factor = fabsf(m * scale_log2) < 0x1p24f ? one_over_l : CUDART_NAN_F;
+    return dead ? 0 : factor;
+}
+
 // ---- launching
 
 // Makes the tensors' device current while a launch function runs, and puts back what was current before.
@@ -112,11 +125,20 @@ struct DeviceGuard {
     }
 };
 
+// Whether kernels can number what they must: the blocks of each grid, and rows and columns, up to the end of the last tile. All are 32-bit ints.
+// Launchers ask before anything else happens.
+inline bool numbers_fit(const AttentionParams& p, std::initializer_list<int64_t> grids) {
+    for (const int64_t blocks : grids)
+        if (blocks > INT32_MAX) return false;
+    return p.Nq <= INT32_MAX - 1024 && p.Nk <= INT32_MAX - 1024;  // no tile has more rows or columns
+}
+
+inline int64_t tiles_of(int64_t n, int size) { return (n + size - 1) / size; }
+
 // `blocks` blocks of a kernel on the call's stream, unless its output is empty. What a launch before it wrote, a kernel sees.
 inline cudaError_t launch(void (*kernel)(AttentionParams), int64_t blocks, int threads, const AttentionParams& p) {
     if (blocks == 0) return cudaSuccess;
-    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, p.stream>>>(p);
+    launch_kernel(kernel, static_cast<unsigned>(blocks), threads, 0, p.stream, p);
     return cudaGetLastError();
 }
 

@@ -9,6 +9,8 @@
 //
 // Serves everything in the interface: float32, and float16 and bfloat16 converted when loaded and rounded when stored; any head sizes up to
 // HEAD_DIM, any strides, any scale. Measured on an H200, float32, B 2, H 8, N 8192, D 64: 30.6 TFLOP/s.
+#include <float.h>
+
 #include "simple.cuh"
 
 // ---- tile sizes. A thread keeps ROWS · HEAD_DIM / 8 numbers of O, at most half of its 255 registers.
@@ -49,7 +51,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     float O_rmem[CHUNKS][ROWS][4] = {};  // line 5: [c][r][e] is O of row g + GROUPS · r, column 32c + 4t + e; not yet divided by l
     float m_rmem[ROWS], l_rmem[ROWS] = {};
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) m_rmem[r] = LOWEST;
+    for (int r = 0; r < ROWS; ++r) m_rmem[r] = -FLT_MAX;  // not −∞: a row that has met only hidden scores would compute −∞ − (−∞) = NaN
 
     // line 6; causal: up to the last column that the last of these rows sees
     const int columns = CAUSAL ? min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq) : p.Nk;
@@ -111,7 +113,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     // lines 12 and 14: O /= l. l = 0 only where a row may attend nothing: there O = 0 already.
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        const float factor = l_rmem[r] == 0 ? 0 : 1 / l_rmem[r];
+        const bool may_be_dead = MASK || CAUSAL || p.Nk == 0;  // otherwise every score was −∞, and O is NaN
+        const float factor = may_be_dead && l_rmem[r] == 0 ? 0 : 1 / l_rmem[r];
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
@@ -133,6 +136,8 @@ extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
 
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
+    const int64_t blocks = tiles_of(p.Nq, BLOCK_Q) * p.H * p.B;
+    if (!numbers_fit(p, {blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
-    return launch(forward_kernel, static_cast<int64_t>((p.Nq + BLOCK_Q - 1) / BLOCK_Q) * p.H * p.B, THREADS, p);
+    return launch(forward_kernel, blocks, THREADS, p);
 }

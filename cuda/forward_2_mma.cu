@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     load_tile(Q_smem, head_of(p.q, b, h), p.q.stride_n, i0, p.Nq, p.D);
 
     float O_rmem[D_TILES][4] = {};                       // line 5; not yet divided by l
-    float m_rmem[2] = {LOWEST, LOWEST}, l_rmem[2] = {};  // of rows g and g + 8; l is this lane's share of the sum
+    float m_rmem[2] = {p.lowest, p.lowest}, l_rmem[2] = {};  // of rows g and g + 8; l is this lane's share of the sum
     const float scale_log2 = p.scale * LOG2_E;           // exp(scale · x) = 2^(scale_log2 · x)
 
     // line 6; causal: up to the last column that the last of these rows sees
@@ -79,14 +79,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         add_product(O_rmem, S_rmem, V_smem);
     }
 
-    // lines 12 to 15: O /= l and LSE = m + log l. l = 0 only where a row may attend nothing: there O = 0 already, and LSE = −inf.
+    // lines 12 to 15: O /= l and LSE = m + log l. l = 0 where a row may attend nothing: there LSE = −inf.
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         float l = l_rmem[r];
         l += __shfl_xor_sync(0xffffffff, l, 1);
         l += __shfl_xor_sync(0xffffffff, l, 2);
-        factor[r] = l > 0 ? 1 / l : 0;
+        factor[r] = factor_of_row(p, m_rmem[r], scale_log2, 1 / l);
         const int lane = threadIdx.x % 32, i = i0 + warp_row + 8 * r + lane / 4;
         if (p.lse && lane % 4 == 0 && i < p.Nq) p.lse[(static_cast<int64_t>(b) * p.H + h) * p.Nq + i] = m_rmem[r] * p.scale + logf(l);
     }
@@ -98,6 +98,8 @@ extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
 
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
+    const int64_t blocks = tiles_of(p.Nq, BLOCK_Q) * p.H * p.B;
+    if (!numbers_fit(p, {blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
-    return launch(forward_kernel, static_cast<int64_t>((p.Nq + BLOCK_Q - 1) / BLOCK_Q) * p.H * p.B, THREADS, p);
+    return launch(forward_kernel, blocks, THREADS, p);
 }

@@ -13,10 +13,11 @@
 #ifndef ROWS_PER_WARP
 #define ROWS_PER_WARP (HEAD_DIM <= 128 ? 32 : 16)
 #endif
+// As many columns as leave the registers room for S, O and what masks or drops. The assembler fits more for sm_90, and nearly as much for sm_100.
+#define ROOMY (ARCH == 90 || (ARCH >= 100 && ARCH < 120 && !(CAUSAL && (MASK || HEAD_DIM <= 64))))
 #ifndef BLOCK_K
-// As many columns as leave the registers room for S, O and what masks or drops; SMEM_KB tells sm_90, whose compiler fits more.
-#define WIDE (HEAD_DIM <= 64 && SMEM_KB >= 227 && !(MASK && (CAUSAL || DROPOUT)))
-#define BLOCK_K (WIDE ? 128 : HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && SMEM_KB >= 227) ? 64 : 32)
+#define WIDE (HEAD_DIM <= 64 && ROOMY && !(MASK && (CAUSAL || DROPOUT)))
+#define BLOCK_K (WIDE ? 128 : HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && ROOMY) ? 64 : 32)
 #endif
 #ifndef BLOCKS_PER_SM
 #define BLOCKS_PER_SM 2
@@ -38,7 +39,7 @@ using Tile_KV = SwizzledTile<BLOCK_K, HEAD_DIM>;
 __device__ inline int stage(int j) { return STAGES == 2 ? j & 1 : 0; }
 
 // Where registers are short, what can be had again (from the numbers of thread and block, from the seed) is not kept over the loop.
-constexpr bool TIGHT = BLOCK_K == 128 ? CAUSAL || MASK || DROPOUT : HEAD_DIM > 64 && (MASK || !DROPOUT || SMEM_KB < 227);
+constexpr bool TIGHT = BLOCK_K == 128 ? CAUSAL || MASK || DROPOUT : HEAD_DIM > 64 && (MASK || !DROPOUT || !ROOMY);
 __device__ inline int thread_anew() { return TIGHT ? ptx::tid_x() : threadIdx.x; }
 __device__ inline uint32_t copying_thread() { return BLOCK_K == 128 || (HEAD_DIM > 64 && !MASK) ? ptx::tid_x() : threadIdx.x; }
 
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     float O_rmem[M_TILES][O_TILES][4] = {};  // not yet divided by l
     float m_rmem[M_TILES][2], l_rmem[M_TILES][2];  // of rows g and g + 8; l is this lane's share of the sum
 #pragma unroll
-    for (int m = 0; m < M_TILES; ++m) m_rmem[m][0] = m_rmem[m][1] = LOWEST, l_rmem[m][0] = l_rmem[m][1] = 0;
+    for (int m = 0; m < M_TILES; ++m) m_rmem[m][0] = m_rmem[m][1] = p.lowest, l_rmem[m][0] = l_rmem[m][1] = 0;
 
     const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
     [[maybe_unused]] const uint2 kept_key = DROPOUT ? dropout_key(p) : uint2{};
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
             l += __shfl_xor_sync(0xffffffff, l, 2);
             const int row = warp_row + 16 * m + 8 * r + g;
             if (p.lse && t == 0 && out.i0 + row < p.Nq) p.lse[(static_cast<int64_t>(out.b) * p.H + out.h) * p.Nq + out.i0 + row] = m_rmem[m][r] * p.scale + logf(l);
-            const float factor = l > 0 ? (DROPOUT ? p.keep_scale : 1.0f) / l : 0;  // l = 0: the row may attend nothing
+            const float factor = factor_of_row(p, m_rmem[m][r], scale_log2, (DROPOUT ? p.keep_scale : 1.0f) / l);
 #pragma unroll
             for (int o = 0; o < O_TILES; ++o)
                 *reinterpret_cast<uint32_t*>(smem + Tile_Q::offset(row, o) + 4 * t) =
@@ -289,11 +290,12 @@ extern "C" int attention(const AttentionParams* params) {
     const bool fits = units_fit(p.q, p.B, p.H, p.Nq) && units_fit(p.k, p.B, p.Hkv, p.Nk) && units_fit(p.v, p.B, p.Hkv, p.Nk);
     const bool mask_fits = !MASK || units_fit(p.mask.stride_b, p.mask.stride_h, p.mask.stride_i, p.B, p.H, p.Nq, MaskTile::UNIT);
     if (!fits || !mask_fits) return cudaErrorInvalidValue;
+    const int64_t blocks = tiles_of(p.Nq, BLOCK_Q) * p.H * p.B;
+    if (!numbers_fit(p, {blocks})) return cudaErrorInvalidConfiguration;
     if (p.B == 0 || p.Nq == 0) return cudaSuccess;
     DeviceGuard guard(p.device);
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     if (error != cudaSuccess) return error;
-    const int64_t blocks = static_cast<int64_t>((p.Nq + BLOCK_Q - 1) / BLOCK_Q) * p.H * p.B;
-    forward_kernel<<<static_cast<unsigned>(blocks), THREADS, SMEM_BYTES, p.stream>>>(p);
+    launch_kernel(forward_kernel, static_cast<unsigned>(blocks), THREADS, SMEM_BYTES, p.stream, p);
     return cudaGetLastError();
 }

@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 ptx::wgmma_wait_group<0>();
 #pragma unroll
                 for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = 0;
-                m_rmem[0] = m_rmem[1] = LOWEST, l_rmem[0] = l_rmem[1] = 0;
+                m_rmem[0] = m_rmem[1] = p.lowest, l_rmem[0] = l_rmem[1] = 0;
                 release(barriers.K_empty, Slot_KV(n).stage);
                 if (tile + 1 == work.k_tiles) release_Q(slot_Q);
                 softmax(work.i0, work.j0(tile));
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     l += __shfl_xor_sync(0xffffffff, l, 1);
                     l += __shfl_xor_sync(0xffffffff, l, 2);
                     LSE[r] = m_rmem[r] * p.scale + ptx::lg2(l) * LN_2;
-                    factor[r] = l > 0 ? (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l) : 0;  // l = 0: the row may attend nothing
+                    factor[r] = factor_of_row(p, m_rmem[r], scale_log2, (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l));
                 }
                 const int warp = uniform(ptx::tid_x() / 32) - 4;  // read anew, so that what follows from it takes no registers meanwhile
                 const uint32_t O_rows = O_smem + warp * 16 * ROW_BYTES, O_lane = O_smem + Tile_O::lane_a(warp * 16, lane);
@@ -476,6 +476,8 @@ extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
     if (p.B == 0 || p.Nq == 0) return cudaSuccess;
+    const int64_t q_tiles = tiles_of(p.Nq, BLOCK_Q), of_head = CAUSAL ? (q_tiles + 1) / 2 : q_tiles, units = of_head * p.H * p.B;
+    if (!numbers_fit(p, {2 * units})) return cudaErrorInvalidConfiguration;  // the number of a block's next unit, too
     DeviceGuard guard(p.device);
     // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
@@ -486,11 +488,8 @@ extern "C" int attention(const AttentionParams* params) {
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_Q);
     if (error != cudaSuccess) return error;
-    const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, of_head = CAUSAL ? (q_tiles + 1) / 2 : q_tiles;
-    const int64_t units = static_cast<int64_t>(p.B) * p.H * of_head;
-    if (units > INT32_MAX / 2) return cudaErrorInvalidConfiguration;  // a block's next one, too, must be an int
-    const Schedule schedule = {static_cast<int>(units), q_tiles, of_head, !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES};
+    const Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES};
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));
-    forward_kernel<<<blocks, THREADS, SMEM_BYTES, p.stream>>>(p, maps, schedule);
+    launch_kernel(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
     return cudaGetLastError();
 }

@@ -3,8 +3,9 @@
 //
 // Where the mask's rows are contiguous and aligned, a lane reads 16 columns at once; the kernels then run at the speed of memory. Broadcast
 // dimensions are packed once: Python passes 1 for their size, and stride 0 to the kernels that read the result.
-#include <cuda_runtime.h>
 #include <stdint.h>
+
+#include "launch.cuh"
 
 struct PackParams {
     const uint8_t* mask;                             // bool [B, H, Nq, Nk], any strides
@@ -16,6 +17,13 @@ struct PackParams {
 };
 
 constexpr int WARPS = 8;
+
+// Blocks along the keys may be more than a grid has in its second dimension: they are numbered through the second and the third.
+__device__ inline int block_along_keys() { return blockIdx.z * gridDim.y + blockIdx.y; }
+static dim3 grid(int64_t x, int64_t along_keys) {
+    const int64_t z = (along_keys + 65534) / 65535;
+    return dim3(static_cast<unsigned>(x), static_cast<unsigned>((along_keys + z - 1) / z), static_cast<unsigned>(z));
+}
 
 // Bit c: column c of these 16 may not be attended.
 __device__ inline uint32_t hidden_columns(const uint4& bytes) {
@@ -50,7 +58,7 @@ __global__ void __launch_bounds__(32 * WARPS) pack_mask_kernel(const __grid_cons
     const uint8_t* mask_gmem = p.mask + b * p.stride_b + h * p.stride_h + i * p.stride_i;  // [Nk]
     const int padded = (p.Nk + 127) / 128 * 128;
     uint32_t* bits_gmem = p.bits + static_cast<int64_t>(row) * (padded / 32);               // [words]
-    const int begin = blockIdx.y * COLUMNS + 16 * lane;
+    const int begin = block_along_keys() * COLUMNS + 16 * lane;
 
     uint4 bytes[COLUMNS / AT_ONCE];  // all loads are under way before the first is used
 #pragma unroll
@@ -75,7 +83,7 @@ __global__ void __launch_bounds__(32 * WARPS) pack_by_keys_kernel(const __grid_c
     __shared__ uint4 bits_smem[KEYS][QUERIES / 128];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int i_blocks = (p.Nq + QUERIES - 1) / QUERIES;
-    const int i0 = blockIdx.x % i_blocks * QUERIES, bh = blockIdx.x / i_blocks, j0 = blockIdx.y * KEYS;
+    const int i0 = blockIdx.x % i_blocks * QUERIES, bh = blockIdx.x / i_blocks, j0 = block_along_keys() * KEYS;
     const int i = i0 + threadIdx.x;
     const uint8_t* mask_gmem = p.mask + bh / p.H * p.stride_b + bh % p.H * p.stride_h + min(i, p.Nq - 1) * p.stride_i;  // [Nk]
 
@@ -107,18 +115,20 @@ __global__ void __launch_bounds__(32 * WARPS) pack_by_keys_kernel(const __grid_c
 extern "C" int pack_mask(const PackParams* params) {
     const PackParams& p = *params;
     const int64_t rows = static_cast<int64_t>(p.B) * p.H * p.Nq;
-    if (rows > INT32_MAX) return cudaErrorInvalidValue;
+    // Numbers of rows, and of columns up to the end of the last block, are ints.
+    if (rows > INT32_MAX || p.Nk > INT32_MAX - (1 << 20)) return cudaErrorInvalidConfiguration;
+    if (rows == 0 || p.Nk == 0) return cudaSuccess;
     int before;
     cudaError_t error = cudaGetDevice(&before);
     if (error == cudaSuccess && before != p.device) error = cudaSetDevice(p.device);
     if (error != cudaSuccess) return error;
     const bool aligned = p.stride_j == 1 && (reinterpret_cast<int64_t>(p.mask) | p.stride_b | p.stride_h | p.stride_i) % 16 == 0;
     if (p.by_keys) {
-        const dim3 blocks((p.Nq + QUERIES - 1) / QUERIES * p.B * p.H, (p.Nk + KEYS - 1) / KEYS);
-        pack_by_keys_kernel<<<blocks, 32 * WARPS, 0, p.stream>>>(p, aligned);
+        const dim3 blocks = grid((p.Nq + QUERIES - 1) / QUERIES * p.B * p.H, (p.Nk + KEYS - 1) / KEYS);
+        launch_kernel(pack_by_keys_kernel, blocks, 32 * WARPS, 0, p.stream, p, aligned);
     } else {
-        const dim3 blocks(static_cast<unsigned>((rows + WARPS - 1) / WARPS), (p.Nk + COLUMNS - 1) / COLUMNS);
-        pack_mask_kernel<<<blocks, 32 * WARPS, 0, p.stream>>>(p, aligned);
+        const dim3 blocks = grid((rows + WARPS - 1) / WARPS, (p.Nk + COLUMNS - 1) / COLUMNS);
+        launch_kernel(pack_mask_kernel, blocks, 32 * WARPS, 0, p.stream, p, aligned);
     }
     error = cudaGetLastError();
     if (before != p.device) cudaSetDevice(before);

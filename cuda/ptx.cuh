@@ -1,6 +1,10 @@
 // One small function per PTX instruction, named after it. Sections are those of the PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution/
 #pragma once
 
+#ifndef __CUDACC__
+#include "emulator/ptx.h"  // the same functions for the emulator
+#else
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
@@ -178,3 +182,5 @@ __device__ inline int ld_acquire(const int* p) {
 __device__ inline void st_release(int* p, int x) { asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
 
 }  // namespace ptx
+
+#endif

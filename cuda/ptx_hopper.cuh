@@ -2,6 +2,10 @@
 // after the instruction, with its section of the PTX ISA, as in ptx.cuh.
 #pragma once
 
+#ifndef __CUDACC__
+#include "emulator/ptx_hopper.h"  // the same functions for the emulator
+#else
+
 #include <cuda.h>  // CUtensorMap
 
 #include "ptx.cuh"
@@ -181,3 +185,5 @@ WGMMA(__nv_bfloat16, "bf16")
 #undef D4
 
 }  // namespace ptx
+
+#endif

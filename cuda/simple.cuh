@@ -167,7 +167,8 @@ __device__ inline void hide(float (&S_rmem)[ROWS][COLUMNS], const AttentionParam
     uint32_t visible = 0;
 #pragma unroll 1
     for (int r = 0; r < ROWS; ++r) {
-        const int row = row0 + group() + r * GROUPS, column = column0 + lane();
+        const int thread = ptx::tid_x();  // read anew: what follows from it takes no registers in the rest of a step
+        const int row = row0 + thread / LANES + r * GROUPS, column = column0 + thread % LANES;
         int i = KEYS_ARE_ROWS ? column : row, j = KEYS_ARE_ROWS ? row : column;
         const uint8_t* mask = mask_gmem + i * p.mask.stride_i + j * p.mask.stride_j;
 #pragma unroll

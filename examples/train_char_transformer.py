@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import sysconfig
 import time
 import zlib
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from flash_attention import flash_attention
+from flash_attention import command_line, flash_attention
 from flash_attention.reference import normal_attention_causal
 
 # ---- data: the .py files that every Python carries
@@ -109,6 +110,10 @@ class Transformer(nn.Module):
 SETTINGS = "layers", "heads", "dim", "length", "batch", "steps", "rate", "dropout", "seed", "attention", "dtype", "device", "compile"
 
 
+class Refused(ValueError):
+    """What the command line asks for cannot be done, as the data or a checkpoint shows."""
+
+
 class Training:
     """A model, its optimizer and all that decides what comes next; `state()` is the whole of it."""
 
@@ -163,7 +168,7 @@ class Training:
     def load_state(self, state: dict) -> None:
         other = [f"{name} {state['settings'][name]!r}" for name in SETTINGS if state["settings"][name] != getattr(self.args, name)]
         if other:
-            raise ValueError(f"the checkpoint was written with other settings: {', '.join(other)}")
+            raise Refused(f"the checkpoint was written with other settings: {', '.join(other)}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.random.set_state(state["data"])
@@ -184,6 +189,9 @@ def save(state: dict, path: Path) -> None:
 
 def train(args: argparse.Namespace) -> Training:
     training_text, validation_text = read_sources()
+    shortest = min(len(training_text), len(validation_text))
+    if args.length >= shortest:
+        raise Refused(f"--length must be less than the {shortest} characters of a text, got {args.length}")
     training = Training(args)
     checkpoint = args.out / "checkpoint.pt"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -237,6 +245,8 @@ def sample(model: Transformer, prompt: str, length: int, temperature: float, ran
 
 # ---- flash beside normal, on a GPU
 
+LENGTHS = 1024, 4096
+
 
 def compare_speed(args: argparse.Namespace) -> None:
     """Prints tokens per second (median of the rounds, in which the two take turns) and peak memory of a training step."""
@@ -245,7 +255,7 @@ def compare_speed(args: argparse.Namespace) -> None:
     )
     text, _ = read_sources()
     tokens = args.batch * args.length
-    for args.length in (1024, 4096):
+    for args.length in LENGTHS:
         args.batch = tokens // args.length
         speed: dict[str, list[float]] = {name: [] for name in ATTENTION}
         memory: dict[str, float] = {}
@@ -281,37 +291,47 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="cpu: train; gpu: time a training step at N 1024 and 4096")
     parser.add_argument("--attention", choices=ATTENTION, default="flash")
     for name in ("layers", "heads", "dim", "length", "batch", "steps"):
-        parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, help="default: the preset's")
+        parser.add_argument(f"--{name}", type=command_line.positive, default=argparse.SUPPRESS, help="default: the preset's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=argparse.SUPPRESS, help="of matmuls; default: the preset's")
-    parser.add_argument("--device", default=argparse.SUPPRESS, help="default: the preset's")
-    parser.add_argument("--rate", type=float, default=1e-3, help="the optimizer's largest; at 2e-3 rounding errors grow from step to step")
-    parser.add_argument("--dropout", type=float, default=0.0, help="after attention and after the MLP")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", type=command_line.device, default=argparse.SUPPRESS, help="default: the preset's")
+    rate = "the optimizer's largest; at 2e-3 rounding errors grow from step to step"
+    parser.add_argument("--rate", type=command_line.positive_number, default=1e-3, help=rate)
+    parser.add_argument("--dropout", type=command_line.probability, default=0.0, help="after attention and after the MLP")
+    parser.add_argument("--seed", type=command_line.seed, default=0)
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--resume", action="store_true", help="from --out's checkpoint; every setting must be as it was")
-    parser.add_argument("--out", type=Path, default=Path("profiles/char_transformer"))
+    parser.add_argument("--out", type=command_line.output_folder, default=Path("profiles/char_transformer"))
     for name in ("checkpoint_every", "validate_every"):
-        parser.add_argument(f"--{name}", type=int, default=100, help="steps")
+        parser.add_argument(f"--{name}", type=command_line.positive, default=100, help="steps")
     parser.add_argument("--prompt", default="def ", help="ASCII, what the sample begins with")
-    parser.add_argument("--temperature", type=float, default=0.9)
+    parser.add_argument("--temperature", type=command_line.positive_number, default=0.9)
     args = parser.parse_args(arguments)
     for name, value in PRESETS[args.preset].items():
         setattr(args, name, getattr(args, name, value))
     if args.dim % args.heads:
         parser.error(f"--heads must divide --dim, got {args.heads} and {args.dim}")
+    if not 1 <= len(args.prompt) <= args.length:
+        parser.error(f"--prompt must have 1 to --length {args.length} characters, got {len(args.prompt)}")
     if args.resume and not (args.out / "checkpoint.pt").exists():
         parser.error(f"nothing to resume: there is no {args.out / 'checkpoint.pt'}")
     if args.preset == "gpu" and not torch.cuda.is_available():
         parser.error("--preset gpu needs a CUDA GPU, and torch finds none")
+    if args.preset == "gpu" and args.device == "cpu":
+        parser.error("--preset gpu measures a GPU, got --device cpu")
+    if args.preset == "gpu" and args.batch * args.length < max(LENGTHS):
+        parser.error(f"--preset gpu needs --batch · --length of at least {max(LENGTHS)}, got {args.batch} · {args.length}")
     return args
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.preset == "gpu":
-        compare_speed(args)
-        return
-    training = train(args)
+    try:
+        if args.preset == "gpu":
+            return compare_speed(args)
+        training = train(args)
+    except Refused as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
     plot(training, args.out / "losses.png")
     (args.out / "losses.json").write_text(json.dumps({"training": training.losses, "validation": training.validation}))
     text = sample(training.model, args.prompt, args.length, args.temperature, torch.Generator().manual_seed(args.seed))

@@ -1,5 +1,6 @@
 """FlashAttention: one interface over readable PyTorch and fast CUDA. `flash_attention.reference` holds the algorithms to read."""
 
+from flash_attention import flops as flops
 from flash_attention.interface import flash_attention
 from flash_attention.layers import FlashAttention, ScaledDotProduct, from_multihead_attention
 

@@ -1,39 +1,86 @@
 """Gradients and transforms, once for every backend.
 
-Two torch.library ops, `flash_attention::forward` and `flash_attention::backward`, take the backend's name as an argument; each has a
-shape-only version (for torch.compile) and a rule for vmap. One thin autograd.Function calls them, a second one makes the backward
-differentiable in its turn.
+Three torch.library ops take the backend's name as an argument: `flash_attention::forward`, its derivative `flash_attention::backward`, and
+the derivative of that, `flash_attention::second_backward`. To torch they look like operators of its own: each has a shape-only version (for
+torch.compile), a rule for vmap and one for autograd, so that torch.func's transforms nest in any order. The Functions below are the rules:
+
+    op                 derivative         derivative in forward mode
+    forward            backward           the cotangents of dO and dLSE in second_backward: they are J · (gQ, gK, gV)
+    backward           second_backward    backward, linear in dO, + the cotangents of q, k, v in second_backward: a Hessian is symmetric
+    second_backward    PyTorch's, of the arithmetic in reference/second_derivative.py: that makes every order beyond
+
+Most calls have nobody looking on; they skip the ops and go from the Function, or without gradients from `attention`, to the backend.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from flash_attention import allocate
-from flash_attention.backends import BACKENDS, choose
+from flash_attention import allocate, build
+from flash_attention.backends import BACKENDS, CHOSEN, choose, reference
+from flash_attention.backends.cuda import BACKWARD, FORWARD
 from flash_attention.shortcut import nobody_looks_on
 
 library = torch.library.Library("flash_attention", "DEF")
-SETTINGS = "Tensor? seed, bool causal, float scale, float dropout_p, str backend"
+ops = torch.ops.flash_attention
+SETTINGS = "Tensor? seed, bool causal, float scale, float dropout_p, str backend, int? block_size=None"
 library.define(f"forward(Tensor q, Tensor k, Tensor v, Tensor? mask, {SETTINGS}) -> (Tensor, Tensor)")
 library.define(
     "backward(Tensor dO, Tensor? dLSE, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor O, Tensor LSE, "
     f"{SETTINGS}) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
-    "second_backward(Tensor gQ, Tensor gK, Tensor gV, Tensor dO, Tensor? dLSE, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor LSE, "
+    "second_backward(Tensor gQ, Tensor gK, Tensor gV, Tensor dO, Tensor dLSE, Tensor q, Tensor k, Tensor v, Tensor? mask, "
     f"{SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def attention(q, k, v, mask, seed, causal: bool, scale: float, dropout_p: float, backend: str) -> tuple[Tensor, Tensor]:
+def attention(
+    q, k, v, mask, seed, causal: bool, scale: float, dropout_p: float, backend: str, block_size: int | None
+) -> tuple[Tensor, Tensor]:
     """O and LSE, differentiable, from checked arguments (`flash_attention.interface` checks them)."""
-    arguments = q, k, v, mask, seed, causal, scale, dropout_p, backend
-    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    plain = nobody_looks_on(q, k, v)
-    if differentiated or forward_ad._current_level >= 0:  # forward mode: the Function raises, where a bare op would give zeros
-        return (PlainAttention if plain else Attention).apply(*arguments)
-    return (_forward if plain else torch.ops.flash_attention.forward)(*arguments)
+    arguments = q, k, v, mask, seed, causal, scale, dropout_p, backend, block_size
+    if not nobody_looks_on(q, k, v) or forward_ad._current_level >= 0:
+        return ops.forward(*arguments)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return Attention.apply(_forward, *arguments)
+    return _forward(*arguments)
+
+
+class Attention(Function):
+    """(q, k, v) → (O, LSE). `compute` computes them: the backend itself, or the op below its autograd rule."""
+
+    @staticmethod
+    def forward(ctx, compute, *arguments):
+        q, k, v, mask, seed, *ctx.settings = arguments
+        O, LSE = compute(*arguments)
+        ctx.save_for_backward(q, k, v, mask, seed, O, LSE)
+        if compute is not _forward:
+            ctx.save_for_forward(q, k, v, mask, seed)  # for jvp, which plain calls have no use for
+        ctx.set_materialize_grads(False)  # LSE is rarely differentiated: None tells the backward to skip its gradient
+        return O, LSE
+
+    @staticmethod
+    def backward(ctx, dO, dLSE):
+        q, k, v, mask, seed, O, LSE = ctx.saved_tensors
+        if dO is None and dLSE is None:
+            return (None,) * 11
+        dO = torch.zeros_like(O) if dO is None else dO
+        # Only create_graph=True, as torch.func always has it, leaves gradients enabled here.
+        looked_on = torch.is_grad_enabled() or not nobody_looks_on(q, k, v) or forward_ad._current_level >= 0
+        backward = ops.backward if looked_on or type(dO) is not Tensor or _batched(dO, dLSE) else _backward
+        return None, *backward(dO, dLSE, q, k, v, mask, O, LSE, seed, *ctx.settings), *(None,) * 7
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        with _set_fwd_grad_enabled(True):  # for transforms around this one
+            q, k, v, mask, seed = _primals(ctx)
+            dO, dLSE = q.new_zeros(*q.shape[:3], v.shape[3]), allocate.lse(q).zero_()  # any: what is wanted does not depend on them
+            return ops.second_backward(*_filled(tangents[:3], (q, k, v)), dO, dLSE, q, k, v, mask, seed, *ctx.settings)[:2]
 
 
 def _batched(*gradients: Tensor | None) -> bool:
@@ -41,97 +88,109 @@ def _batched(*gradients: Tensor | None) -> bool:
     return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in gradients)
 
 
-class Attention(Function):
-    """(q, k, v) → (O, LSE)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(q, k, v, mask, seed, *settings):
-        return torch.ops.flash_attention.forward(q, k, v, mask, seed, *settings)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, v, mask, seed, *ctx.settings = inputs
-        ctx.save_for_backward(q, k, v, mask, seed, *output)
-        ctx.set_materialize_grads(False)  # LSE is rarely differentiated: None tells the backward to skip its gradient
-
-    @staticmethod
-    def backward(ctx, dO, dLSE):
-        q, k, v, mask, seed, O, LSE = ctx.saved_tensors
-        if dO is None and dLSE is None:
-            return (None,) * 9
-        dO = torch.zeros_like(O) if dO is None else dO
-        arguments = dO, dLSE, q, k, v, mask, O, LSE, seed, *ctx.settings
-        if torch.is_grad_enabled():  # only create_graph=True, as torch.func always has it, leaves gradients enabled here
-            backward = AttentionBackward.apply
-        else:
-            plain = nobody_looks_on(q, k, v) and type(dO) is Tensor and not _batched(dO, dLSE)
-            backward = _backward if plain else torch.ops.flash_attention.backward
-        return (*backward(*arguments), *(None,) * 6)
+def _primals(ctx) -> list[Tensor | None]:
+    """What a Function saved for its jvp, without tangents."""
+    return [None if x is None else forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors]
 
 
-class PlainAttention(Function):
-    """`Attention` where nobody looks on. A Function with a `setup_context` of its own, which functorch needs, binds its arguments by their
-    names at every call: 40 µs."""
+def _is_dual(x) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
-    @staticmethod
-    def forward(ctx, *arguments):
-        output = _forward(*arguments)
-        Attention.setup_context(ctx, arguments, output)
-        return output
 
-    @staticmethod
-    def backward(ctx, dO, dLSE):
-        return Attention.backward(ctx, dO, dLSE)
+def _filled(tangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> list[Tensor]:
+    """Tangents, zeros where there are none."""
+    return [torch.zeros_like(x) if tangent is None else tangent for tangent, x in zip(tangents, primals, strict=True)]
 
 
 class AttentionBackward(Function):
     """(dO, dLSE, q, k, v) → (dQ, dK, dV). O and LSE come along as what the forward already knows; they get no gradient, because
     `second_backward` differentiates the whole formula, in which they are functions of q, k and v."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(dO, dLSE, q, k, v, mask, O, LSE, seed, *settings):
-        return torch.ops.flash_attention.backward(dO, dLSE, q, k, v, mask, O, LSE, seed, *settings)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dO, dLSE, q, k, v, mask, _, LSE, seed, *ctx.settings = inputs
-        ctx.has_dLSE = dLSE is not None
-        ctx.save_for_backward(dO, dLSE, q, k, v, mask, LSE, seed)
+    def forward(ctx, compute, *arguments):
+        dO, dLSE, q, k, v, mask, O, LSE, seed, *ctx.settings = arguments
+        ctx.save_for_backward(dO, dLSE, q, k, v, mask, seed)
+        ctx.save_for_forward(dO, dLSE, q, k, v, mask, O, LSE, seed)
+        return compute(*arguments)
 
     @staticmethod
     def backward(ctx, gQ, gK, gV):
-        to_dO, to_dLSE, to_q, to_k, to_v = torch.ops.flash_attention.second_backward(gQ, gK, gV, *ctx.saved_tensors, *ctx.settings)
-        return to_dO, to_dLSE if ctx.has_dLSE else None, to_q, to_k, to_v, *(None,) * 8
+        dO, dLSE, q, *rest = ctx.saved_tensors
+        to_dLSE = dLSE is not None
+        dLSE = dLSE if to_dLSE else allocate.lse(q).zero_()
+        gradients = ops.second_backward(gQ, gK, gV, dO, dLSE, q, *rest, *ctx.settings)
+        return None, gradients[0], gradients[1] if to_dLSE else None, *gradients[2:], *(None,) * 9
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        with _set_fwd_grad_enabled(True):
+            dO, dLSE, q, k, v, mask, O, LSE, seed = _primals(ctx)
+            to_dO, to_q, to_k, to_v = _filled((tangents[0], *tangents[2:5]), (dO, q, k, v))
+            linear = ops.backward(to_dO, tangents[1], q, k, v, mask, O, LSE, seed, *ctx.settings)
+            dLSE = allocate.lse(q).zero_() if dLSE is None else dLSE
+            _, _, *curved = ops.second_backward(to_q, to_k, to_v, dO, dLSE, q, k, v, mask, seed, *ctx.settings)
+            return tuple(x + y for x, y in zip(linear, curved, strict=True))
+
+
+class AttentionSecondBackward(Function):
+    """(gQ, gK, gV, dO, dLSE, q, k, v) → cotangents of (dO, dLSE, q, k, v)."""
+
+    @staticmethod
+    def forward(ctx, compute, *arguments):
+        ctx.save_for_backward(*arguments[:10])
+        ctx.settings = arguments[10:]
+        return compute(*arguments)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        *inputs, mask, seed = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:9]
+        return None, *reference.second_backward_vjp(cotangents, inputs, needed, mask, seed, *ctx.settings), *(None,) * 8
 
 
 # ---- the ops: real, shape-only, vmapped
 
 
-def _backend(name, q, k, v, mask, causal, dropout_p):
-    """A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda" the fastest kernel."""
-    return BACKENDS[name] if name in BACKENDS else BACKENDS[choose(name or None, q, k, v, mask, causal, dropout_p)]
+def _backend(which, name, q, k, v, mask, causal, dropout_p, block_size):
+    """A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda" the fastest kernel. Who has chosen before
+    (`as_chosen`) chooses again only where kernels could not be built."""
+    if name in BACKENDS and block_size is None:
+        return BACKENDS[name]
+    if name in CHOSEN and not build.failures:
+        return CHOSEN[name]
+    return BACKENDS[choose(name.split("/")[0] or None, q, k, v, mask, causal, dropout_p, block_size, which)]
 
 
-def _forward(q, k, v, mask, seed, causal, scale, dropout_p, backend):
-    return _backend(backend, q, k, v, mask, causal, dropout_p).forward(q, k, v, mask, seed, causal, scale, dropout_p)
+def _forward(q, k, v, mask, seed, causal, scale, dropout_p, backend, block_size=None):
+    choice = FORWARD, backend, q, k, v, mask, causal, dropout_p, block_size
+    arguments = q, k, v, mask, seed, causal, scale, dropout_p, *_given(block_size)
+    try:
+        return _backend(*choice).forward(*arguments)
+    except build.BuildError:  # now it is known, and a choice passes over it; one asked for by name raises again
+        return _backend(*choice).forward(*arguments)
 
 
-def _backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p, backend):
-    chosen = _backend(backend, q, k, v, mask, causal, dropout_p)
-    return chosen.backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p)
+def _backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p, backend, block_size=None):
+    choice = BACKWARD, backend, q, k, v, mask, causal, dropout_p, block_size
+    arguments = dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p, *_given(block_size)
+    try:
+        return _backend(*choice).backward(*arguments)
+    except build.BuildError:  # as in _forward
+        return _backend(*choice).backward(*arguments)
 
 
-def _second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, seed, causal, scale, dropout_p, backend):
-    chosen = _backend(backend, q, k, v, mask, causal, dropout_p)
+def _second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, seed, causal, scale, dropout_p, backend, block_size=None):
+    chosen = _backend(BACKWARD, backend, q, k, v, mask, causal, dropout_p, block_size)
     if not hasattr(chosen, "second_backward"):
         raise NotImplementedError(
-            "the backward of a CUDA kernel cannot be differentiated again; pass backend='reference' for second derivatives"
+            "the backward of a CUDA kernel cannot be differentiated again, nor the forward in forward mode; backend='reference' can"
         )
-    return chosen.second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, LSE, seed, causal, scale, dropout_p)
+    return chosen.second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, seed, causal, scale, dropout_p, block_size)
+
+
+def _given(block_size: int | None) -> tuple[int, ...]:
+    """What a call that sets its tiles hands to the backend beyond the other arguments."""
+    return () if block_size is None else (block_size,)
 
 
 def _fake_forward(q, k, v, *_):
@@ -177,11 +236,39 @@ def _vmapped(op, tensors: int):
     return rule
 
 
-for _name, _real, _fake, _tensors in (
-    ("forward", _forward, _fake_forward, 4),
-    ("backward", _backward, _fake_backward, 8),
-    ("second_backward", _second_backward, _fake_second_backward, 10),
+def _differentiable(op, function):
+    """The autograd rule of an op. Like an operator of torch's own it records its derivative for the innermost of torch.func's transforms,
+    then computes inside the next."""
+
+    def rule(keyset, *arguments):
+        arguments = (*arguments, None)[: len(op._schema.arguments)]  # the dispatcher leaves out a block_size of None
+
+        def compute(*arguments):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+        def compute_with_gradients(*arguments):
+            with torch.enable_grad(), _set_fwd_grad_enabled(True):  # a Function's forward turns both off, for every transform
+                return compute(*arguments)
+
+        forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled() and any(map(_is_dual, arguments))
+        if not forward_mode and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            return compute(*arguments)
+        if forward_mode and function is AttentionSecondBackward:
+            return _second_backward(*arguments)  # plain arithmetic, of which PyTorch knows the derivatives
+        with enable_single_level_autograd_function():
+            return super(Function, function).apply(compute_with_gradients, *arguments)
+
+    return rule
+
+
+for _name, _real, _fake, _tensors, _function in (
+    ("forward", _forward, _fake_forward, 4, Attention),
+    ("backward", _backward, _fake_backward, 8, AttentionBackward),
+    ("second_backward", _second_backward, _fake_second_backward, 9, AttentionSecondBackward),
 ):
+    _op = getattr(ops, _name).default
     library.impl(_name, _real, "CompositeExplicitAutograd")
+    library.impl(_name, _differentiable(_op, _function), "Autograd", with_keyset=True)
     torch.library.register_fake(f"flash_attention::{_name}", _fake, lib=library)
-    torch.library.register_vmap(f"flash_attention::{_name}", _vmapped(getattr(torch.ops.flash_attention, _name), _tensors), lib=library)
+    torch.library.register_vmap(f"flash_attention::{_name}", _vmapped(_op, _tensors), lib=library)

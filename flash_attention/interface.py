@@ -4,13 +4,15 @@ import math
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from flash_attention import shortcut
 from flash_attention.autograd import attention
-from flash_attention.backends import choose
+from flash_attention.backends import as_chosen, check_name, choose
 from flash_attention.reference.tiles import broadcast_mask
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def flash_attention(
@@ -24,6 +26,7 @@ def flash_attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
+    block_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v, exactly, without ever holding the Nq × Nk matrix.
 
@@ -40,6 +43,7 @@ def flash_attention(
             by the exact keep probability. Active whenever it is not 0. `torch.manual_seed` governs it.
         return_lse: return LSE = log Σ exp(scores) too. It is differentiable.
         backend: None takes the fastest that serves this call; a name from `flash_attention.backends.BACKENDS` asks for one.
+        block_size: rows and columns of a tile of scores. It makes the call run on the reference, on any device: a kernel's tiles are fixed.
 
     Returns:
         O (B, H, Nq, Dv) in q's dtype, and LSE (B, H, Nq) in float32 (float64 for float64) if asked for. A row that may attend nothing has
@@ -47,24 +51,31 @@ def flash_attention(
 
     Raises:
         TypeError: an argument's type or dtype is wrong. ValueError: shapes, devices or values do not fit.
-        NotImplementedError: the backend asked for cannot serve this call. Each message names what is at fault; nothing has been launched.
+        NotImplementedError: the backend asked for cannot serve this call. flash_attention.build.BuildError (a RuntimeError): its kernel
+        cannot be built. Each message names what is at fault; nothing has been launched.
 
-    Under autocast, floating-point inputs are cast as for torch's own attention.
+    Under autocast, float32, float16 and bfloat16 inputs are cast as for torch's own attention. Subclasses of Tensor with a
+    `__torch_function__`, TorchFunctionModes and torch.fx see one call, of this function. NumPy scalars are taken as Python's numbers.
 
     >>> q, k, v = torch.randn(3, 2, 8, 100, 64).unbind()
     >>> flash_attention(q, k, v, causal=True).shape
     torch.Size([2, 8, 100, 64])
     """
-    call = shortcut.signature(q, k, v, causal, scale, dropout_p, backend) if mask is None else None
+    if has_torch_function_variadic(q, k, v, mask):
+        options = {"causal": causal, "scale": scale, "dropout_p": dropout_p, "return_lse": return_lse}
+        options |= {"backend": backend, "block_size": block_size}
+        return handle_torch_function(flash_attention, (q, k, v, mask), q, k, v, mask, **options)
+    call = shortcut.signature(q, k, v, causal, scale, dropout_p, backend) if mask is None and block_size is None else None
     result = None if call is None else shortcut.repeat(call, q, k, v, return_lse)
     if result is None:
-        result = _attention(q, k, v, mask, causal, scale, dropout_p, backend, call)
+        result = _attention(q, k, v, mask, causal, scale, dropout_p, backend, block_size, call)
     return result if return_lse else result[0]
 
 
-def _attention(q, k, v, mask, causal, scale, dropout_p, backend, call) -> tuple[Tensor, Tensor]:
+def _attention(q, k, v, mask, causal, scale, dropout_p, backend, block_size, call) -> tuple[Tensor, Tensor]:
     """O and LSE of any call, from arguments as they came; its launch is kept if it is one that can be repeated."""
-    _check(q, k, v, causal, scale, dropout_p)
+    causal, scale, dropout_p, block_size = map(_python_number, (causal, scale, dropout_p, block_size))
+    _check(q, k, v, causal, scale, dropout_p, block_size)
     if _autocasts(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -72,31 +83,45 @@ def _attention(q, k, v, mask, causal, scale, dropout_p, backend, call) -> tuple[
         mask = broadcast_mask(mask, *q.shape[:3], k.shape[2])
         if mask.device != q.device:
             raise ValueError(f"q and mask must be on one device, got {q.device} and {mask.device}")
-    seed = torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=q.device) if dropout_p else None
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    # Choosing looks at the machine, which a compiled graph cannot: there the op chooses when it runs.
-    name = backend or "" if torch.compiler.is_compiling() else choose(backend, q, k, v, mask, causal, dropout_p)
-    result = attention(q, k, v, mask, seed, causal, scale, float(dropout_p), name)
+    seed = _seed(q) if dropout_p else None
+    scale = q.shape[3] ** -0.5 if scale is None else torch.sym_float(scale)
+    # Choosing looks at the machine and at real tensors. What only stands for one (while compiling, on the meta device, a FakeTensor or
+    # another subclass) leaves the choice to the op, when it runs.
+    later = torch.compiler.is_compiling() or q.is_meta or type(q) is not Tensor
+    name = check_name(backend) or "" if later else choose(backend, q, k, v, mask, causal, dropout_p, block_size)
+    result = attention(q, k, v, mask, seed, bool(causal), scale, float(dropout_p), as_chosen(backend, name), block_size)
     if call is not None:
         shortcut.keep(call, q, k, v, result[0], causal, scale, name)
     return result
+
+
+def _python_number(x):
+    """A NumPy scalar as Python's own number; anything else as it is."""
+    return x.item() if type(x).__module__ == "numpy" and getattr(x, "shape", None) == () else x
+
+
+def _seed(q: Tensor) -> Tensor:
+    limit = torch.iinfo(torch.int64).max
+    if type(q) is Tensor:
+        return torch.randint(limit, (), dtype=torch.int64, device=q.device)
+    return q.new_empty((), dtype=torch.int64).random_(limit)  # the same number; of q's kind: what belongs to a FakeTensor is fake
 
 
 def _autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _check(q, k, v, causal, scale, dropout_p) -> None:
+def _check(q, k, v, causal, scale, dropout_p, block_size) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.is_nested or x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense (torch.strided) tensor, got {'a nested tensor of layout ' * x.is_nested}{x.layout}")
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head size), got shape {tuple(x.shape)}")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense (torch.strided) tensor, got {x.layout}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
-    if not q.dtype == k.dtype == v.dtype and not _autocasts(q.device.type):
+    if not q.dtype == k.dtype == v.dtype and (not _autocasts(q.device.type) or torch.float64 in (q.dtype, k.dtype, v.dtype)):
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
@@ -112,11 +137,15 @@ def _check(q, k, v, causal, scale, dropout_p) -> None:
         wrong = "heads and head sizes must not be 0, and k's heads must divide q's"
     if wrong:
         raise ValueError(f"{wrong}, got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if not isinstance(causal, bool):
+    if not isinstance(causal, (bool, torch.SymBool)):
         raise TypeError(f"causal must be True or False, got {causal!r}")
-    if scale is not None and (not isinstance(scale, (int, float)) or isinstance(scale, bool)):
+    if scale is not None and (not isinstance(scale, NUMBERS) or isinstance(scale, bool)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
-    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
+    if not isinstance(dropout_p, NUMBERS) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be a probability in [0, 1), got {dropout_p!r}")
+    if block_size is not None and (not isinstance(block_size, int) or isinstance(block_size, bool)):
+        raise TypeError(f"block_size must be an integer or None, got {block_size!r}")
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")

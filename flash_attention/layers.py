@@ -1,13 +1,56 @@
 """nn.Module layers around `flash_attention()`."""
 
-from dataclasses import dataclass
+import functools
+import inspect
+from operator import attrgetter
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
-from flash_attention.backends import BACKENDS, reference
+from flash_attention.backends import check_name
 from flash_attention.interface import flash_attention
+
+CHUNKED = "from flash_attention.integrations.earlier import ChunkedFlashAttention as FlashAttention"
+# What code written for another FlashAttention passes → what it becomes here.
+ADVICE = {
+    "head_dim": "for attention without projections: from flash_attention import ScaledDotProduct as FlashAttention",
+    "embed_size": f"for the chunked module's arguments: {CHUNKED}",
+    "chunk_size": f"chunk_size is now called block_size; for the chunked module's arguments: {CHUNKED}",
+    "softmax_scale": "for packed qkv: from flash_attention.integrations.earlier import PackedFlashAttention as FlashAttention",
+}
+ADVICE["attention_dropout"] = ADVICE["softmax_scale"]
+
+# A parameter of torch.nn.MultiheadAttention → the layer's parameters, of which it is the rows one after another.
+COPIES = {
+    "in_proj_weight": ("to_q.weight", "to_k.weight", "to_v.weight"),
+    "q_proj_weight": ("to_q.weight",),
+    "k_proj_weight": ("to_k.weight",),
+    "v_proj_weight": ("to_v.weight",),
+    "in_proj_bias": ("to_q.bias", "to_k.bias", "to_v.bias"),
+    "out_proj.weight": ("to_out.weight",),
+    "out_proj.bias": ("to_out.bias",),
+}
+
+
+def _advises(init):
+    """Arguments that do not fit raise Python's own TypeError, followed by what to write instead."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checked(self, *arguments, **settings):
+        try:
+            signature.bind(self, *arguments, **settings)
+        except TypeError as error:
+            advice = [ADVICE[name] for name in settings if name in ADVICE]
+            if len(arguments) > 2:
+                advice = [f"after heads, arguments go by name, such as dim_head or block_size; for the chunked module's: {CHUNKED}"]
+            elif not arguments and not settings:
+                advice = [ADVICE["head_dim"]]
+            raise TypeError("; ".join([f"FlashAttention(dim, heads=8, *, dim_head=64, …): {error}", *advice[:1]])) from None
+        init(self, *arguments, **settings)
+
+    return checked
 
 
 class FlashAttention(nn.Module):
@@ -19,41 +62,55 @@ class FlashAttention(nn.Module):
         causal: aligned bottom-right, as in `flash_attention()`.
         dropout: probability of dropping an attention weight, in training mode only. `torch.manual_seed` governs it.
         kv_heads: key/value heads, which divide `heads` (grouped-query attention); as many as `heads` unless given.
-        chunk_size: rows and columns of a tile of scores. The layer then runs the reference, on any device: a kernel's tiles are fixed.
+        block_size: as in `flash_attention()`: rows and columns of a tile of scores. The layer then runs the reference, on any device.
         mixed_precision: float32 and float64 queries, keys and values attend in bfloat16 (in float16 on a GPU before compute capability
             8.0, which has no bfloat16); the projections keep their own dtype.
         backend: as in `flash_attention()`.
         bias: whether the four projections have one.
         key_dim, value_dim: widths of keys and of values; `dim` and `key_dim` unless given.
+        q_bucket_size, k_bucket_size, parallel: arguments of FlashAttention2.0, whose code runs unchanged. The first two do not change a
+            result: tiles are the backend's choice, or `block_size`. parallel must be False.
+
+    `causal`, `dropout`, `mixed_precision`, `backend` and `block_size` are plain attributes, which may be set later. A projection may be
+    replaced by any module that gives (B, N, heads · dim_head), or (B, N, heads, dim_head): a Sequential that normalises each head of
+    queries and keys, for example.
 
     The state_dict holds `to_q.weight` (heads · dim_head, dim), `to_k.weight` (kv_heads · dim_head, key_dim), `to_v.weight`
     (kv_heads · dim_head, value_dim), `to_out.weight` (dim, heads · dim_head) and, with bias, `to_q.bias`, `to_k.bias`, `to_v.bias` and
     `to_out.bias`; nothing else. Head h has rows h · dim_head … (h + 1) · dim_head − 1 of `to_q`, and so on.
 
+    A state_dict with `to_kv.weight`, as FlashAttention2.0 has it, loads too: its first half is `to_k.weight`.
+
     Raises:
-        ValueError: a size is not a positive integer, kv_heads does not divide heads, dropout is not in [0, 1), or a CUDA backend is asked
-            for together with chunk_size.
+        TypeError: arguments do not fit; the message says what code written for an earlier FlashAttention becomes.
+        ValueError: a size is not a positive integer, kv_heads does not divide heads, dropout is not in [0, 1), there is no such backend, or
+            a backend other than the reference is asked for together with block_size.
+        NotImplementedError: parallel is True.
 
     >>> layer = FlashAttention(512, heads=8, dim_head=64, causal=True)
     >>> layer(torch.randn(2, 100, 512)).shape
     torch.Size([2, 100, 512])
     """
 
+    @_advises
     def __init__(
         self,
         dim: int,
         heads: int = 8,
-        dim_head: int = 64,
         *,
+        dim_head: int = 64,
         causal: bool = False,
         dropout: float = 0.0,
         kv_heads: int | None = None,
-        chunk_size: int | None = None,
+        block_size: int | None = None,
         mixed_precision: bool = False,
         backend: str | None = None,
         bias: bool = False,
         key_dim: int | None = None,
         value_dim: int | None = None,
+        q_bucket_size: int | None = None,
+        k_bucket_size: int | None = None,
+        parallel: bool = False,
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -63,51 +120,93 @@ class FlashAttention(nn.Module):
         if heads % kv_heads:
             raise ValueError(f"kv_heads must divide heads, got heads {heads} and kv_heads {kv_heads}")
         _check_dropout(dropout)
-        if chunk_size is not None:
-            _check_sizes(chunk_size=chunk_size)
+        _check_buckets(q_bucket_size, k_bucket_size)
+        if parallel:
+            raise NotImplementedError("parallel=True: wrap the model in torch.nn.parallel.DistributedDataParallel instead")
+        check_name(backend)
+        if block_size is not None:
+            _check_sizes(block_size=block_size)
             if backend not in (None, "reference"):
-                raise ValueError(f"chunk_size sets the reference's tiles and backend {backend!r} has its own, got chunk_size {chunk_size}")
+                raise ValueError(f"block_size sets the reference's tiles and backend {backend!r} has its own, got block_size {block_size}")
         self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
         self.causal, self.dropout, self.mixed_precision = causal, dropout, mixed_precision
-        self.chunk_size, self.backend = chunk_size, backend
+        self.block_size, self.backend = block_size, backend
         self.to_q = nn.Linear(dim, heads * dim_head, bias=bias)
         self.to_k = nn.Linear(key_dim, kv_heads * dim_head, bias=bias)
         self.to_v = nn.Linear(value_dim, kv_heads * dim_head, bias=bias)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=bias)
-        Chunks.register(chunk_size)
 
-    def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        mask: Tensor | None = None,
+        q_bucket_size: int | None = None,
+        k_bucket_size: int | None = None,
+        *,
+        value: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
         """query (B, Nq, dim) → (B, Nq, dim), in the projections' dtype.
 
         `layer(x)` is self-attention and `layer(x, context)` cross-attention: key (B, Nk, key_dim) is the query unless given, value
-        (B, Nk, value_dim) the key unless given.
+        (B, Nk, value_dim) the key unless given. Three streams go by name, because others order them differently:
+        `layer(query, key=key, value=value)`.
 
         mask: bool, True = may attend: (B, Nk) for keys, or anything that broadcasts to (B, heads, Nq, Nk). A (Nq, Nk) mask goes in as
         `mask[None, None]`, because with Nq = B it would be taken for a key mask. A row that may attend nothing gives `to_out`'s bias.
 
+        context is another name of key, and q_bucket_size and k_bucket_size change nothing: FlashAttention2.0 has them.
+
         Raises:
-            TypeError: an argument is no tensor, or the mask is not bool. ValueError: shapes do not fit.
+            TypeError: an argument is no tensor, the mask is not bool, or key and context are both given. ValueError: shapes do not fit.
         """
+        if context is not None:
+            if key is not None:
+                raise TypeError("context is another name of key: one of them is enough")
+            key = context
+        if mask is not None and not _stands_in(mask) and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(
+                f"mask, the third positional argument, must be a torch.bool tensor (True = may attend), got {got}; for a 0/1 mask pass "
+                f"mask.bool(). Three streams go by name: layer(query, key=key, value=value); for (values, keys, queries): {CHUNKED}"
+            )
+        _check_buckets(q_bucket_size, k_bucket_size)
         key = query if key is None else key
         value = key if value is None else value
-        for name, x, projection in (("query", query, self.to_q), ("key", key, self.to_k), ("value", value, self.to_v)):
-            _check_shape(name, x, "B", "N", projection.in_features)
-        streams = self.to_q(query), self.to_k(key), self.to_v(value)
-        q, k, v = (rearrange(x, "b n (h d) -> b h n d", d=self.dim_head) for x in streams)  # (B, heads or kv_heads, N, dim_head), views
+        q, k, v = self._project("query", query), self._project("key", key), self._project("value", value)  # (B, heads, N, dim_head), views
         dtype = q.dtype
         if self.mixed_precision and dtype.itemsize > 2:
             q, k, v = (x.to(_half(x.device)) for x in (q, k, v))
-        backend = self.backend if self.chunk_size is None else Chunks(self.chunk_size).name
-        O = flash_attention(q, k, v, mask, causal=self.causal, dropout_p=self.dropout if self.training else 0.0, backend=backend)
-        return self.to_out(rearrange(O, "b h n d -> b n (h d)").to(dtype))
+        dropout_p = self.dropout if self.training else 0.0
+        O = flash_attention(q, k, v, mask, causal=self.causal, dropout_p=dropout_p, backend=self.backend, block_size=self.block_size)
+        return self.to_out(O.transpose(1, 2).flatten(2).to(dtype))
+
+    def _project(self, stream: str, x: Tensor) -> Tensor:
+        """(B, N, width) → (B, heads or kv_heads, N, dim_head), a view of what the stream's projection gives."""
+        name, heads = {"query": ("to_q", self.heads), "key": ("to_k", self.kv_heads), "value": ("to_v", self.kv_heads)}[stream]
+        projection = getattr(self, name)
+        _check_shape(stream, x, "B", "N", getattr(projection, "in_features", "any width"))
+        projected = projection(x)
+        if not _stands_in(projected) and projected.shape[2:] not in ((heads * self.dim_head,), (heads, self.dim_head)):
+            wanted = f"(B, N, {heads * self.dim_head}) or (B, N, {heads}, {self.dim_head})"
+            raise ValueError(f"{name} must give {wanted}, got {tuple(projected.shape)}")
+        return projected.flatten(2).unflatten(2, (heads, self.dim_head)).transpose(1, 2)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments) -> None:
+        both = state_dict.pop(f"{prefix}to_kv.weight", None)
+        if both is not None:
+            state_dict[f"{prefix}to_k.weight"], state_dict[f"{prefix}to_v.weight"] = both.chunk(2)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def __setstate__(self, state: dict) -> None:
-        """A layer unpickled in another process meets a registry that does not know its chunk size yet."""
+        """Layers pickled when block_size was called chunk_size load too."""
+        state = dict(state)
+        state["block_size"] = state.pop("chunk_size", state.get("block_size"))
         super().__setstate__(state)
-        Chunks.register(self.chunk_size)
 
     def extra_repr(self) -> str:
-        settings = "heads", "kv_heads", "dim_head", "causal", "dropout", "chunk_size", "mixed_precision", "backend"
+        settings = "heads", "kv_heads", "dim_head", "causal", "dropout", "block_size", "mixed_precision", "backend"
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
 
 
@@ -142,21 +241,22 @@ class ScaledDotProduct(nn.Module):
 
 
 def from_multihead_attention(mha: nn.MultiheadAttention) -> FlashAttention:
-    """A `FlashAttention` with copies of the weights of `mha`, its dropout, device, dtype and training mode, and so its outputs.
+    """A `FlashAttention` with copies of the parameters of `mha`, its dropout and training mode, and so its outputs. Each copy has the
+    device, dtype and requires_grad of its original: what was frozen stays frozen. No random number is drawn.
 
     What is called otherwise:
         The layer takes and returns (B, N, dim). Of an `mha` with batch_first=False, which has (N, B, dim), transpose both.
+        Three streams go by name: `layer(query, key=key, value=value)`.
         It returns the output alone, not a pair with the attention weights.
         Masks are inverted: `mha` hides where key_padding_mask (B, Nk) or a bool attn_mask (Nq, Nk) is True, the layer attends where mask
         is True. `mask=~key_padding_mask`; `mask=~attn_mask[None, None]`; `mask=~(key_padding_mask[:, None, None] | attn_mask)` for both;
         `mask=~attn_mask.unflatten(0, (B, heads))` for one of shape (B · heads, Nq, Nk).
         Where `mha` gives NaN, for a row that may attend nothing, the layer gives `to_out`'s bias.
 
-    `causal`, `backend` and `mixed_precision` of the result are plain attributes, which may be set.
-
     Raises:
         TypeError: `mha` is not a torch.nn.MultiheadAttention.
-        NotImplementedError: `mha` has add_bias_kv or add_zero_attn, which add keys that no projection gives.
+        NotImplementedError: a copy of its parameters would not compute what `mha` does: it has add_bias_kv or add_zero_attn, which add keys
+            that no projection gives, a forward of its own, a weight that is computed (parametrized, pruned), or hooks.
         ValueError: its dropout is 1.
     """
     if not isinstance(mha, nn.MultiheadAttention):
@@ -165,53 +265,35 @@ def from_multihead_attention(mha: nn.MultiheadAttention) -> FlashAttention:
         raise NotImplementedError(
             f"keys beyond the projected ones are not supported, got add_bias_kv={mha.bias_k is not None}, add_zero_attn={mha.add_zero_attn}"
         )
-    projections = "to_q", "to_k", "to_v"
-    weights = (mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight) if mha.in_proj_weight is None else mha.in_proj_weight.chunk(3)
-    state = {f"{name}.weight": weight for name, weight in zip(projections, weights, strict=True)} | {"to_out.weight": mha.out_proj.weight}
-    if mha.in_proj_bias is not None:
-        state |= {f"{name}.bias": bias for name, bias in zip(projections, mha.in_proj_bias.chunk(3), strict=True)}
-        state["to_out.bias"] = mha.out_proj.bias
-    layer = FlashAttention(
-        mha.embed_dim,
-        mha.num_heads,
-        mha.head_dim,
-        dropout=mha.dropout,
-        bias=mha.in_proj_bias is not None,
-        key_dim=mha.kdim,
-        value_dim=mha.vdim,
-    )
-    layer.to(mha.out_proj.weight).load_state_dict(state)
+    if type(mha).forward is not nn.MultiheadAttention.forward:
+        raise NotImplementedError(f"{type(mha).__name__} has a forward of its own, which the converted layer would not run")
+    sources = {name: x for name in COPIES if (x := attrgetter(name)(mha)) is not None}
+    for name, x in sources.items():
+        if not isinstance(x, nn.Parameter):
+            raise NotImplementedError(f"{name} is computed from other parameters (parametrized or pruned): make that permanent first")
+    hooked = [name for name, x in sources.items() if x._backward_hooks or x._post_accumulate_grad_hooks]
+    hooked += ["the module"] * any((mha._forward_hooks, mha._forward_pre_hooks, mha._backward_hooks, mha._backward_pre_hooks))
+    if hooked:
+        raise NotImplementedError(f"hooks do not carry over, got some on {', '.join(hooked)}: remove them, convert, then hook the layer")
+
+    with torch.device("meta"):  # shapes alone: every parameter is set below
+        widths = {"dim_head": mha.head_dim, "key_dim": mha.kdim, "value_dim": mha.vdim}
+        layer = FlashAttention(mha.embed_dim, mha.num_heads, dropout=mha.dropout, **widths)
+    for name, x in sources.items():
+        for part, copy in zip(x.chunk(len(COPIES[name])), COPIES[name], strict=True):
+            projection, kind = copy.split(".")
+            setattr(getattr(layer, projection), kind, nn.Parameter(part.detach().clone(), requires_grad=x.requires_grad))
     return layer.train(mha.training)
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """The reference backend with tiles of `size` × `size`. Registered beside the other backends, it has their gradients and transforms."""
-
-    size: int
-
-    @property
-    def name(self) -> str:
-        return f"reference in chunks of {self.size}"
-
-    @classmethod
-    def register(cls, size: int | None) -> None:
-        if size is not None:
-            BACKENDS.setdefault(cls(size).name, cls(size))
-
-    def forward(self, *call):
-        return reference.forward(*call, block=self.size)
-
-    def backward(self, *call):
-        return reference.backward(*call, block=self.size)
-
-    why_not = staticmethod(reference.why_not)
-    second_backward = staticmethod(reference.second_backward)
 
 
 def _half(device: torch.device) -> torch.dtype:
     lacks_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     return torch.float16 if lacks_bfloat16 else torch.bfloat16
+
+
+def _stands_in(x) -> bool:
+    """Whether x is no tensor but stands for one of unknown shape, as a torch.fx.Proxy does."""
+    return not isinstance(x, Tensor) and has_torch_function_variadic(x)
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -220,14 +302,22 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
 
 
+def _check_buckets(*sizes: int | None) -> None:
+    for name, size in zip(("q_bucket_size", "k_bucket_size"), sizes, strict=True):
+        if size is not None:
+            _check_sizes(**{name: size})
+
+
 def _check_dropout(p: float) -> None:
     if not isinstance(p, (int, float)) or not 0 <= p < 1:
         raise ValueError(f"dropout must be a probability in [0, 1), got {p!r}")
 
 
 def _check_shape(name: str, x: Tensor, *shape: str | int) -> None:
-    """`shape`: letters for dimensions of any size, then the size of the last."""
+    """`shape`: words for dimensions of any size, a number for the last if it has only one."""
+    if _stands_in(x):
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dim() != len(shape) or x.shape[-1] != shape[-1]:
+    if x.dim() != len(shape) or (isinstance(shape[-1], int) and x.shape[-1] != shape[-1]):
         raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}), got {tuple(x.shape)}")

@@ -28,11 +28,12 @@ _kept: dict[Hashable, Kept] = {}
 
 
 def nobody_looks_on(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """No compiler, tracer or profiler, no functorch transform, no torch_dispatch mode, no subclass of Tensor. Then a backend may be called
-    without going through its op."""
+    """No compiler, tracer or profiler, no functorch transform, no torch_dispatch mode, no subclass of Tensor, no meta device. Then a
+    backend may be called without going through its op."""
     return (
         not torch.compiler.is_compiling()
         and type(q) is type(k) is type(v) is Tensor
+        and not q.is_meta
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
@@ -45,7 +46,7 @@ def signature(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
     plain = (
         nobody_looks_on(q, k, v)
         and q.is_cuda
-        and q.layout == k.layout == v.layout == torch.strided
+        and q.layout is k.layout is v.layout is torch.strided
         and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cuda")
@@ -58,7 +59,11 @@ def signature(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
     )
     if not plain:
         return None
-    shapes, strides, dtypes = (q.shape, k.shape, v.shape), (q.stride(), k.stride(), v.stride()), (q.dtype, k.dtype, v.dtype)
+    try:
+        shapes, strides = (q.shape, k.shape, v.shape), (q.stride(), k.stride(), v.stride())
+    except RuntimeError:  # of a nested tensor, which has no shape and is refused later
+        return None
+    dtypes = q.dtype, k.dtype, v.dtype
     return shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, backend
 
 

@@ -55,15 +55,18 @@ class Dropout:
     """Dropout for the batches and heads of one call.
 
     p: drop probability, rounded to a multiple of 1/256. seed: 0-dim int64 tensor. batches, heads: which of them the tensors at hand hold.
+    corner: row and column of the whole matrix at which these tensors' first row and column lie.
     """
 
     p: float
     seed: Tensor
     batches: range
     heads: range
+    corner: tuple[int, int] = (0, 0)
 
     def keep(self, i: slice, j: slice) -> Tensor:
         """Which elements of a tile survive: bool, (B, H, rows of i, columns of j)."""
+        i, j = (slice(x.start + first, x.stop + first) for x, first in zip((i, j), self.corner, strict=True))
         a, r = _groups(i, self.seed.device)  # both (A, 1, 8, 1, 1): rows come in A groups of 32 = 4 words × 8
         b, c = (x.transpose(0, -2).transpose(2, -1) for x in _groups(j, self.seed.device))  # both (1, 1, 1, C, 8)
         batch, head = (torch.tensor(x, device=self.seed.device) for x in (self.batches, self.heads))

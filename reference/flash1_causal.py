@@ -12,16 +12,19 @@ from torch import Tensor
 
 from .dropout import Dropout
 from .tiles import (
-    LOWEST,
+    LOG2_E,
     add_matmul_,
     block_size,
     blocks,
     broadcast_mask,
-    exp_minus,
+    exp2_minus,
     fast_memory,
     hide_,
+    hide_dead,
     hide_future_,
+    lowest,
     matmul_into,
+    natural,
     sum_dtype,
     sum_groups,
     tile,
@@ -52,11 +55,11 @@ def flash_attention_causal_forward(
     block_q, block_k = block_size(block_q, BLOCK_Q), block_size(block_k, BLOCK_K)
     scale = D**-0.5 if scale is None else scale
     mask = broadcast_mask(mask, B, H, Nq, Nk)
-    S_memory = fast_memory(Q, block_q, block_k)
+    S_memory = fast_memory(Q, K, block_q, block_k)
     P_memory = S_memory if observe is None else torch.empty_like(S_memory)  # P overwrites S unless somebody is watching
     O = Q.new_zeros(B, H, Nq, Dv, dtype=dtype)  # line 2
     l = Q.new_zeros(B, H, Nq, 1, dtype=dtype)
-    m = torch.full_like(l, LOWEST)
+    m = torch.full_like(l, lowest(dtype))
 
     for j in blocks(0, Nk, block_k):  # line 5
         Kj, Vj = tile(K, j, H), tile(V, j, H)  # line 6, (B, H, Bk, D), (B, H, Bk, Dv)
@@ -64,23 +67,24 @@ def flash_attention_causal_forward(
         for i in blocks(max(0, j.start - offset), Nq, block_q):  # line 7, from the first row that sees the first of these columns
             Qi = tile(Q, i, H) * scale  # line 8, (B, H, Bq, D)
             Oi, li, mi = O[:, :, i], l[:, :, i], m[:, :, i]  # line 8, (B, H, Bq, Dv), (B, H, Bq, 1), (B, H, Bq, 1)
-            S = matmul_into(S_memory, Qi, Kj.mT)  # line 9, (B, H, Bq, Bk)
+            S = matmul_into(S_memory, Qi, Kj.mT, LOG2_E)  # line 9, in base 2; (B, H, Bq, Bk)
             hide_(S, mask, i, j)
             hide_future_(S, i, j, offset)
-            m_tile = S.amax(-1, keepdim=True).clamp_(min=LOWEST)  # line 10
-            P = exp_minus(P_memory, S, m_tile)  # line 10
+            m_tile = S.amax(-1, keepdim=True).clamp_(min=lowest(dtype))  # line 10
+            P = exp2_minus(P_memory, S, m_tile)  # line 10
             l_tile = P.sum(-1, keepdim=True)  # line 10; before dropout: softmax is normalised over all that a row may attend
             m_new = torch.maximum(mi, m_tile)  # line 11
-            old, new = (mi - m_new).exp() * li, (m_tile - m_new).exp()  # what the past and this tile weigh against the new maximum
+            old, new = (mi - m_new).exp2() * li, (m_tile - m_new).exp2()  # what the past and this tile weigh against the new maximum
             l_new = old + new * l_tile  # line 11
             if dropout is not None:
                 P.mul_(dropout.tile(i, j, dtype))
-            divisor = l_new.masked_fill(l_new == 0, 1)  # l = 0 while a row has met only masked columns: O stays 0
+            # l = 0 while a row has met only masked columns: O stays 0
+            divisor = l_new if mask is None else l_new.masked_fill(l_new == 0, 1)
             O[:, :, i] = add_matmul_(Oi * (old / divisor), P * (new / divisor), Vj)  # line 12: O is divided by l in every step
             l[:, :, i], m[:, :, i] = l_new, m_new  # line 13
             if observe is not None:
-                observe(i=i, j=j, S=S, P=P, m=m_new, l=l_new, O=O[:, :, i])
-    return O.to(Q.dtype), l.squeeze(-1), m.squeeze(-1)
+                observe(i=i, j=j, S=natural(S), P=P, m=natural(m_new), l=l_new, O=O[:, :, i])
+    return O.to(Q.dtype), l.squeeze(-1), natural(m).squeeze(-1)
 
 
 @torch.no_grad()
@@ -93,6 +97,7 @@ def flash_attention_causal_backward(
     l: Tensor,
     m: Tensor,
     dO: Tensor,
+    dLSE: Tensor | None = None,
     *,
     scale: float | None = None,
     dropout: Dropout | None = None,
@@ -108,11 +113,14 @@ def flash_attention_causal_backward(
     block_q, block_k = block_size(block_q, BLOCK_Q), block_size(block_k, BLOCK_K)
     scale = D**-0.5 if scale is None else scale
     mask = broadcast_mask(mask, B, H, Nq, Nk)
-    S_memory, dP_memory = fast_memory(Q, block_q, block_k), fast_memory(Q, block_q, block_k)
+    S_memory, dP_memory = fast_memory(Q, K, block_q, block_k), fast_memory(Q, K, block_q, block_k)
     P_memory, dS_memory = (S_memory, dP_memory) if observe is None else (torch.empty_like(S_memory), torch.empty_like(dP_memory))
     dQ = Q.new_zeros(Q.shape, dtype=dtype)  # line 5
     dK, dV = K.new_empty(K.shape), V.new_empty(V.shape)
-    l = l.masked_fill(l == 0, 1)  # rows that attend nothing: every S is −∞, so P = 0 / 1
+    dead = l == 0  # rows that attend nothing: every S is −∞, so P = 2^(−∞ − 0) / 1 = 0
+    l, m = l.masked_fill(dead, 1), (m * LOG2_E).masked_fill_(dead, 0)
+    if mask is not None:
+        dO, dLSE = hide_dead(dead, dO, dLSE)
 
     for j in blocks(0, Nk, block_k):  # line 6
         Kj, Vj = tile(K, j, H), tile(V, j, H)  # line 7
@@ -121,10 +129,10 @@ def flash_attention_causal_backward(
         for i in blocks(max(0, j.start - offset), Nq, block_q):  # line 9, from the first row that sees the first of these columns
             Qi, Oi, dOi = tile(Q, i, H) * scale, tile(O, i, H), tile(dO, i, H)  # line 10
             li, mi = l[:, :, i, None], m[:, :, i, None]  # (B, H, Bq, 1)
-            S = matmul_into(S_memory, Qi, Kj.mT)  # line 11, (B, H, Bq, Bk)
+            S = matmul_into(S_memory, Qi, Kj.mT, LOG2_E)  # line 11, in base 2; (B, H, Bq, Bk)
             hide_(S, mask, i, j)  # line 12
             hide_future_(S, i, j, offset)
-            P = exp_minus(P_memory, S, mi).div_(li)  # line 13
+            P = exp2_minus(P_memory, S, mi).div_(li)  # line 13
             dP = matmul_into(dP_memory, dOi, Vj.mT)  # line 17
             if dropout is None:
                 add_matmul_(dVj, P.mT, dOi)  # line 16
@@ -133,11 +141,13 @@ def flash_attention_causal_backward(
                 add_matmul_(dVj, (P * Z).mT, dOi)  # lines 15, 16
                 dP.mul_(Z)  # line 18
             Di = (dOi * Oi).sum(-1, keepdim=True)  # line 19: = rowsum(P∘dP), without needing the whole row of P
+            if dLSE is not None:
+                Di -= dLSE[:, :, i, None]  # ∂LSE/∂S = P, so dS = P∘(dP − D) + P∘dLSE
             dS = torch.sub(dP, Di, out=dS_memory[: dP.numel()].view_as(dP)).mul_(P)  # line 20
             add_matmul_(dQ[:, :, i], dS, Kj * scale)  # line 21
             add_matmul_(dKj, dS.mT, Qi)  # line 22; Qi carries the scale
             if observe is not None:
-                observe(i=i, j=j, S=S, P=P, dP=dP, dS=dS, dQ=dQ[:, :, i], dK=dKj, dV=dVj)
+                observe(i=i, j=j, S=natural(S), P=P, dP=dP, dS=dS, dQ=dQ[:, :, i], dK=dKj, dV=dVj)
 
         dK[:, :, j], dV[:, :, j] = sum_groups(dKj, Hkv), sum_groups(dVj, Hkv)  # line 24
     return dQ.to(Q.dtype), dK, dV

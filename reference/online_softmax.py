@@ -8,12 +8,7 @@ needs. The same rescaling carries over to anything that was summed with weights 
 import torch
 from torch import Tensor
 
-from .tiles import LOWEST, blocks
-
-
-def lowest(x: Tensor) -> float:
-    """Where a running maximum starts: float16 ends before LOWEST."""
-    return max(LOWEST, torch.finfo(x.dtype).min)
+from .tiles import blocks, lowest
 
 
 def softmax_three_passes(x: Tensor) -> Tensor:
@@ -28,7 +23,7 @@ def softmax_three_passes(x: Tensor) -> Tensor:
 
 def summarise(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (..., N) → m, l, each (..., 1)."""
-    m = x.amax(-1, keepdim=True).clamp(min=lowest(x))
+    m = x.amax(-1, keepdim=True).clamp(min=lowest(x.dtype))
     return m, (x - m).exp().sum(-1, keepdim=True)
 
 
@@ -49,7 +44,7 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, T
 
 def softmax_online(x: Tensor, block: int = 1) -> Tensor:
     """x (..., N) → (..., N): one pass, `block` elements at a time, collects m and l; a second one divides."""
-    summary = torch.full_like(x[..., :1], lowest(x)), torch.zeros_like(x[..., :1])
+    summary = torch.full_like(x[..., :1], lowest(x.dtype)), torch.zeros_like(x[..., :1])
     for j in blocks(0, x.shape[-1], block):
         summary = merge(summary, summarise(x[..., j]))
     m, l = summary
@@ -61,7 +56,7 @@ def attention_online(x: Tensor, V: Tensor, block: int = 1) -> Tensor:
 
     This is FlashAttention for a single row: O shrinks by the same factor as l whenever a larger score turns up.
     """
-    m, l = torch.full_like(x[..., :1], lowest(x)), torch.zeros_like(x[..., :1])
+    m, l = torch.full_like(x[..., :1], lowest(x.dtype)), torch.zeros_like(x[..., :1])
     O = x.new_zeros(*x.shape[:-1], V.shape[-1])
     for j in blocks(0, x.shape[-1], block):
         m_new = torch.maximum(m, x[..., j].amax(-1, keepdim=True))

@@ -10,11 +10,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+# exp(S − m) is computed as 2^(S·log2 e − m·log2 e): on a CPU, PyTorch's exp2 is four times faster than its exp, and a GPU has only exp2 in
+# hardware. The product Q Kᵀ takes this factor along, so S and m are in base 2. Multiplied after it, two large scores would each be rounded,
+# and their small difference be lost.
 LOG2_E = math.log2(math.e)
 
-# Where the papers start a running maximum at −∞, the code starts it here: a row that has met only masked scores would otherwise compute
-# −∞ − (−∞) = NaN.
-LOWEST = -1e30
+
+def lowest(dtype: torch.dtype) -> float:
+    """Where the papers start a running maximum at −∞, the code starts it here, at the lowest finite number: a row that has met only hidden
+    scores would otherwise compute −∞ − (−∞) = NaN."""
+    return torch.finfo(dtype).min
 
 
 def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -37,7 +42,12 @@ def tile(X: Tensor, rows: slice, H: int) -> Tensor:
 
     Grouped-query attention: query head h reads key/value head h // (H / Hkv). Only this tile is ever repeated, never K or V.
     """
-    X = X[:, :, rows].to(sum_dtype(X))
+    return for_heads(X[:, :, rows], H)
+
+
+def for_heads(X: Tensor, H: int) -> Tensor:
+    """(B, H or Hkv, …) → (B, H, …) in the sum dtype."""
+    X = X if X.dtype == sum_dtype(X) else X.to(sum_dtype(X))
     return X if X.shape[1] == H else X.repeat_interleave(H // X.shape[1], dim=1)
 
 
@@ -46,17 +56,20 @@ def sum_groups(dX: Tensor, Hkv: int) -> Tensor:
     return dX if dX.shape[1] == Hkv else dX.unflatten(1, (Hkv, -1)).sum(2)
 
 
-def fast_memory(Q: Tensor, block_q: int, block_k: int) -> Tensor:
+def fast_memory(Q: Tensor, K: Tensor, block_q: int, block_k: int) -> Tensor:
     """Room for one (B, H, block_q, block_k) tile of scores, set aside once and used for every tile: so it stays in cache, a CPU's fast
     memory."""
-    return Q.new_empty(Q.shape[0] * Q.shape[1] * min(block_q, Q.shape[2]) * block_k, dtype=sum_dtype(Q))
+    rows, columns = min(block_q, Q.shape[2]), min(block_k, K.shape[2])
+    return Q.new_empty(Q.shape[0] * Q.shape[1] * rows * columns, dtype=sum_dtype(Q))
 
 
-def matmul_into(memory: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """A (B, H, m, k) @ B (B, H, k, n) → (B, H, m, n), written to the start of `memory`."""
+def matmul_into(memory: Tensor, A: Tensor, B: Tensor, factor: float = 1) -> Tensor:
+    """factor · A (B, H, m, k) @ B (B, H, k, n) → (B, H, m, n), written to the start of `memory`. The factor costs nothing."""
     shape = (*A.shape[:-1], B.shape[-1])
-    out = memory[: math.prod(shape)].view(-1, *shape[2:])
-    return torch.bmm(A.flatten(0, 1), B.flatten(0, 1), out=out).view(shape)
+    out = memory[: math.prod(shape)].view(shape)
+    product = fold(out)
+    torch.baddbmm(product, fold(A), fold(B), beta=0, alpha=factor, out=product)
+    return out
 
 
 def add_matmul_(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -64,17 +77,32 @@ def add_matmul_(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
     A view, where `flatten` would silently add to a copy of any other tensor.
     """
-    X.view(X.shape[0] * X.shape[1], *X.shape[2:]).baddbmm_(A.flatten(0, 1), B.flatten(0, 1))
+    X3 = X[0] if X.shape[0] == 1 else X.view(X.shape[0] * X.shape[1], *X.shape[2:])
+    X3.baddbmm_(fold(A), fold(B))
     return X
 
 
-def exp_minus(memory: Tensor, S: Tensor, m: Tensor) -> Tensor:
-    """exp(S − m), written to the start of `memory` (which may be where S lies): one pass for the difference, one for the power.
+def fold(X: Tensor) -> Tensor:
+    """(B, H, m, n) → (B·H, m, n), as torch.bmm takes it. One batch is indexed: cheaper than flatten, and Python's lock stays held."""
+    return X[0] if X.shape[0] == 1 else X.flatten(0, 1)
 
-    As 2^(S·log2 e − m·log2 e): on a CPU, PyTorch's exp2 is four times faster than its exp, and a GPU has only exp2 in hardware.
+
+def exp2_minus(memory: Tensor, S: Tensor, m: Tensor) -> Tensor:
+    """2^(S − m), written to the start of `memory` (which may be where S lies): one pass for the difference, one for the power."""
+    return torch.sub(S, m, out=memory[: S.numel()].view_as(S)).exp2_()
+
+
+def natural(x: Tensor) -> Tensor:
+    """A score, a maximum or a logarithm of a sum from base 2 to base e. Divided, not multiplied by ln 2: then times log2 e is x again."""
+    return x / LOG2_E
+
+
+def hide_dead(dead: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients (B, H, Nq) or (B, H, Nq, D) become 0 in the rows that attend nothing, which are set in `dead` (B, H, Nq).
+
+    There O = 0 and LSE = −∞, whatever the inputs. What comes back from O / |O| or from a logaddexp of two LSEs is NaN, and 0·NaN is NaN.
     """
-    out = memory[: S.numel()].view_as(S)
-    return torch.add(m * -LOG2_E, S, alpha=LOG2_E, out=out).exp2_()
+    return tuple(dX if dX is None else torch.where(dead if dX.dim() == 3 else dead[..., None], 0, dX) for dX in gradients)  # one pass
 
 
 def broadcast_mask(mask: Tensor | None, B: int, H: int, Nq: int, Nk: int) -> Tensor | None:
@@ -93,8 +121,8 @@ def broadcast_mask(mask: Tensor | None, B: int, H: int, Nq: int, Nk: int) -> Ten
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must have dtype torch.bool (True = may attend), got {mask.dtype}; for a 0/1 mask pass mask.bool()")
     shape = tuple(mask.shape)
-    if shape == (B, Nk):
-        mask = mask[:, None, None, :]
+    if mask.dim() == 2 and shape == (B, Nk):  # of more dimensions, no size is compared: torch.export would take it for a condition
+        mask = mask.unsqueeze(1).unsqueeze(1)
     wanted = (B, H, Nq, Nk)
     fits = mask.dim() <= 4 and all(have in (1, want) for have, want in zip(reversed(mask.shape), reversed(wanted), strict=False))
     if not fits:
@@ -114,8 +142,9 @@ def hide_future_(S: Tensor, i: slice, j: slice, offset: int) -> Tensor:
     """
     if j.stop - 1 <= i.start + offset:
         return S
-    past = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).tril_(i.start + offset - j.start)
-    return S.masked_fill_(past.logical_not_(), -math.inf)
+    diagonal = i.start + offset - j.start
+    future = S.new_full(S.shape[-2:], math.inf).triu_(diagonal + 1)  # ∞ in the future, 0 elsewhere
+    return S.tril_(diagonal).sub_(future)  # twice as fast as masked_fill_ on a CPU; tril_ first, as ∞ − ∞ is NaN
 
 
 def block_size(given: int | None, default: int) -> int:

@@ -6,42 +6,96 @@ A backend is a module with
     forward(q, k, v, mask, seed, causal, scale, dropout_p) -> (O, LSE)
     backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p) -> (dQ, dK, dV)
 
-where mask is None or a (B, H, Nq, Nk) view, seed is None exactly when there is no dropout, and dLSE may be None.
+where mask is None or a (B, H, Nq, Nk) view, seed is None exactly when there is no dropout, and dLSE may be None. The reference also has a
+second_backward, and its three functions take one argument more, the block_size of a call that sets it.
 """
 
 import warnings
 
 from torch import Tensor
 
-from . import cuda, reference
+from flash_attention import build
 
-BACKENDS = {**cuda.RUNGS, "reference": reference}
+from . import cuda, emulated, reference
+
+BACKENDS = {**cuda.RUNGS, "reference": reference, **emulated.RUNGS}
 GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.teaching)}  # a name that stands for the fastest of several
 DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
+# A rung that was chosen, not asked for by its name: what it was chosen from, None as "", then its own name. Where its kernel, forward or
+# backward, cannot be built, another choice takes its place: every backward computes from the same O and LSE.
+CHOSEN = {f"{group}/{name}": cuda.RUNGS[name] for group in ("", *GROUPS) for name in GROUPS["cuda"]}
+
+_warned: set[str] = set()
 
 
-def choose(name: str | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str:
-    """The name in BACKENDS that serves this call: the one asked for, or else the first that can and pays.
+def as_chosen(asked_for: str | None, name: str) -> str:
+    """How an op is told which backend to call, and whether another may take its place."""
+    return name if name == asked_for or name not in cuda.RUNGS else f"{asked_for or ''}/{name}"
 
-    None on a CUDA device falls back to the reference if no kernel serves the call, and warns once for each reason.
+
+def check_name(name: str | None) -> str | None:
+    """The name, if it is one that `choose` takes.
 
     Raises:
         ValueError: there is no such backend.
+    """
+    if name is not None and not (isinstance(name, str) and (name in BACKENDS or name in GROUPS)):
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, (*BACKENDS, *GROUPS)))}, got {name!r}")
+    return name
+
+
+def choose(
+    name: str | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dropout_p: float,
+    block_size: int | None = None,
+    which: int = cuda.FORWARD,
+) -> str:
+    """The name in BACKENDS that serves this call, or its backward: the one asked for, or else the first that can and pays.
+
+    None on a CUDA device falls back to the reference if no kernel serves the call, and warns once for each reason. A kernel is built when
+    it first runs. Where that has failed (`build.failures`), None and a group's name pass over it, and warn once.
+
+    Raises:
+        ValueError: there is no such backend, or its tiles are fixed and block_size is given.
         NotImplementedError: the backend asked for cannot serve the call; the message says why.
     """
     if name is None and q.device.type != "cuda":
         return "reference"
-    if name is not None and not (isinstance(name, str) and (name in BACKENDS or name in GROUPS)):
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, (*BACKENDS, *GROUPS)))}, got {name!r}")
-    reasons = []
+    check_name(name)
+    if block_size is not None:
+        if name not in (None, "reference"):
+            raise ValueError(f"block_size sets the reference's tiles and backend {name!r} has its own, got block_size {block_size}")
+        return "reference"
+    reasons: dict[str, list[str]] = {}  # and whose they are
+    unbuilt = False
     names = DEFAULT if name is None else GROUPS.get(name, (name,))
     for each in names:
-        if len(names) > 1 and each in cuda.RUNGS and not cuda.RUNGS[each].pays(q, v, dropout_p):
+        rung = cuda.RUNGS.get(each) if len(names) > 1 else None
+        if rung is not None and not rung.pays(q, v, dropout_p):
             continue
         reason = BACKENDS[each].why_not(q, k, v, mask, causal, dropout_p)
+        if reason is None and rung is not None and build.failures:
+            reason = rung.why_not_built(which, q, v, mask, causal, dropout_p)
+            unbuilt |= reason is not None
         if reason is None:
-            if reasons and name is None and each == "reference":
-                warnings.warn(f"flash_attention runs on the slow reference: {'; '.join(reasons)}", stacklevel=4)
+            if unbuilt or (reasons and name is None and each == "reference"):
+                _warn(each, _listed(reasons), once=unbuilt)
             return each
-        reasons.append(f"{each}: {reason}")
-    raise NotImplementedError(f"backend {name!r} cannot serve this call: {'; '.join(reasons)}")
+        reasons.setdefault(reason, []).append(each)
+    raise NotImplementedError(f"backend {name!r} cannot serve this call: {_listed(reasons)}")
+
+
+def _listed(reasons: dict[str, list[str]]) -> str:
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+
+
+def _warn(name: str, reasons: str, once: bool) -> None:
+    text = f"flash_attention runs on {'the slow reference' if name == 'reference' else name}: {reasons}"
+    if not (once and text in _warned):
+        _warned.add(text)
+        warnings.warn(text, stacklevel=5)

@@ -6,8 +6,10 @@ device. Nothing synchronises, nothing is copied that the kernel can read where i
 
 import ctypes
 import functools
+import math
 import struct
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,12 +17,17 @@ from torch import Tensor
 from flash_attention import allocate, build
 from flash_attention.backends.launch import MASK, NO_MASK, NO_TENSOR, PARAMS, SETTINGS, STRIDES, Launch, raise_on
 from flash_attention.reference.dropout import threshold
+from flash_attention.reference.tiles import LOG2_E, hide_dead
 
 PACK_MASK = "pack_mask.cu"
 
 PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
+# Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
+# summed from −2¹²⁷, lies below it.
+LOWEST = -(2.0**126)
+SMALLEST_SCALE = 2.0**-100
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as the one object that it is: a call looks its library up by it
@@ -37,13 +44,14 @@ class Rung:
     dropout: bool = False
     teaching: bool = False  # a step of the ladder, taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
+    device_type: ClassVar[str] = "cuda"  # of the tensors it takes
     wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
     few_rows: tuple[tuple[int, int, int], ...] = ()  # up to a head size: rows up to which a lower rung is faster, without and with dropout
 
     def why_not(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
         """Why this rung cannot serve the call, or None."""
-        if q.device.type != "cuda":
-            return f"it needs tensors on a CUDA device, got {q.device}"
+        if q.device.type != self.device_type:
+            return f"it needs tensors on {'a CUDA device' if self.device_type == 'cuda' else 'the CPU'}, got {q.device}"
         if DTYPE_NAMES.get(q.dtype) not in self.dtypes:
             return f"it computes in {', '.join(self.dtypes)}, got {q.dtype}"
         D, Dv = q.shape[3], v.shape[3]
@@ -54,7 +62,21 @@ class Rung:
             return f"it serves no dropout, got dropout_p = {dropout_p}"
         if mask is not None and not self.masks[FORWARD]:
             return f"it serves no mask, got {tuple(mask.shape)}"
-        return _why_no_kernels(self, q.device.index or 0)
+        return self._why_no_kernels(q.device.index or 0)
+
+    def _why_no_kernels(self, device: int) -> str | None:
+        return _why_no_kernels(self, device)
+
+    def why_not_built(self, which: int, q: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
+        """Why what its forward or backward needs for the call cannot be built, or None. Builds it if that has not been tried."""
+        form = None if mask is None else self._mask_form(which, mask, dropout_p > 0)
+        device = q.device.index
+        try:
+            if form not in (None, "bytes"):
+                _pack_mask_library(device)
+            _library(self, which, device, q.dtype, max(q.shape[3], v.shape[3]), causal, form, dropout_p > 0)
+        except build.BuildError as error:
+            return str(error)[:2000]  # a compiler may have much to say
 
     def runs_on(self, arch: int) -> bool:
         """Whether its kernels can be compiled for this compute capability, times ten."""
@@ -77,8 +99,8 @@ class Rung:
     ):
         """→ O (B, H, Nq, Dv), LSE (B, H, Nq)."""
         O, LSE = allocate.forward_outputs(q, v)
-        sign, scale = _positive(scale)
-        q, k, v = (self._readable(x) for x in (q if sign == 1 else q * sign, k, v))
+        factor, scale = _positive(scale)
+        q, k, v = (self._readable(x) for x in (q if factor == 1 else q * factor, k, v))
         form, mask_fields, _alive = self._mask(FORWARD, mask, seed is not None)
         tensors = q, k, v, O
         launch = self._launch(FORWARD, tensors, form, seed, causal, scale, dropout_p)
@@ -87,10 +109,13 @@ class Rung:
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, causal: bool, scale: float) -> Launch | None:
         """The launch of a forward without mask and dropout for tensors like these, wherever they begin at a multiple of 16 bytes. None if
-        the kernel cannot read them as they are."""
-        if scale <= 0 or not all(self._is_readable(x) for x in (q, k, v)):
+        the kernel cannot read them as they are, or could not be built and another has taken its place."""
+        if _positive(scale)[0] != 1 or not all(self._is_readable(x) for x in (q, k, v)):
             return None
-        return self._launch(FORWARD, (q, k, v, O), None, None, causal, scale, 0.0)
+        try:
+            return self._launch(FORWARD, (q, k, v, O), None, None, causal, scale, 0.0)
+        except build.BuildError:
+            return None
 
     def backward(
         self,
@@ -109,8 +134,10 @@ class Rung:
     ):
         """→ dQ, dK, dV, shaped as q, k, v."""
         dQ, dK, dV = allocate.backward_outputs(q, k, v)
-        sign, scale = _positive(scale)
-        q, k, v, O, dO = (self._readable(x) for x in (q if sign == 1 else q * sign, k, v, O, dO))
+        factor, scale = _positive(scale)
+        if mask is not None or (causal and q.shape[2] > k.shape[2]):  # rows may attend nothing
+            (dO,) = hide_dead(LSE.isneginf(), dO)
+        q, k, v, O, dO = (self._readable(x) for x in (q if factor == 1 else q * factor, k, v, O, dO))
         LSE, dLSE = LSE.contiguous(), None if dLSE is None else dLSE.contiguous()
         form, mask_fields, _alive = self._mask(BACKWARD, mask, seed is not None)
         tensors = q, k, v, O, dO, dQ, dK, dV
@@ -118,7 +145,7 @@ class Rung:
         workspace = torch.empty(launch.workspace_floats(), dtype=torch.float32, device=q.device)
         pointers = LSE.data_ptr(), _address(dLSE), workspace.data_ptr(), _address(seed)
         launch(q, [x.data_ptr() for x in tensors], pointers, mask_fields)
-        return (dQ if sign == 1 else dQ.mul_(sign)), dK, dV
+        return (dQ if factor == 1 else dQ.mul_(factor)), dK, dV
 
     # ---- what the kernels can read in place
 
@@ -137,18 +164,25 @@ class Rung:
         # side by side.
         return self.masks[which][:1] if dropout else self.masks[which]
 
+    def _mask_form(self, which: int, mask: Tensor, dropout: bool) -> str:
+        """The form in which this mask is best read."""
+        forms = self.mask_forms(which, dropout)
+        return "bytes" if "bytes" in forms and _is_read_once(mask) else forms[0]
+
     def _mask(self, which: int, mask: Tensor | None, dropout: bool) -> tuple[str | None, bytes, Tensor | None]:
         """The mask's form, its fields in the struct, and what must stay alive until the launch."""
         if mask is None:
             return None, NO_MASK, None
-        forms = self.mask_forms(which, dropout)
-        form = forms[0]
-        if form == "bytes" or ("bytes" in forms and _is_read_once(mask)):
+        form = self._mask_form(which, mask, dropout)
+        if form == "bytes":
             return "bytes", MASK.pack(mask.data_ptr(), *mask.stride()), mask
-        bits = pack_mask(mask, by_keys=form == "key bits")
+        bits = self._pack_mask(mask, form == "key bits")
         b, h, row, _ = (0 if n == 1 else s for n, s in zip(bits.shape, bits.stride(), strict=True))
         along_queries, along_keys = (row, 1) if form == "bits" else (int(mask.stride(2) != 0), row)
         return form, MASK.pack(bits.data_ptr(), b, h, along_queries, along_keys), bits
+
+    def _pack_mask(self, mask: Tensor, by_keys: bool) -> Tensor:
+        return pack_mask(mask, by_keys)
 
     def _launch(
         self,
@@ -161,16 +195,9 @@ class Rung:
         dropout_p: float,
     ) -> Launch:
         q, _, v, *_ = tensors
-        (B, H, Nq, D), (_, Hkv, Nk, Dv) = q.shape, v.shape
-        drop = threshold(dropout_p)
         device = q.device.index
-        return Launch(
-            library=_library(self, which, device, q.dtype, max(D, Dv), causal, mask, seed is not None),
-            tensors=tuple(field for x in tensors for field in (0, STRIDES.pack(*x.stride()[:3]))) + (8 - len(tensors)) * NO_TENSOR,
-            settings=SETTINGS.pack(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop)),
-            device=device,
-            sm_count=_sm_count(device),
-        )
+        library = _library(self, which, device, q.dtype, max(q.shape[3], v.shape[3]), causal, mask, seed is not None)
+        return Launch(library, *_fields(tensors, scale, dropout_p), device, _sm_count(device))
 
 
 RUNGS = {
@@ -221,14 +248,30 @@ RUNGS = {
 }
 
 
+def _fields(tensors: tuple[Tensor, ...], scale: float, dropout_p: float) -> tuple[tuple[int | bytes, ...], bytes]:
+    """What a Launch keeps of the tensors, and of the settings."""
+    q, _, v, *_ = tensors
+    (B, H, Nq, D), (_, Hkv, Nk, Dv) = q.shape, v.shape
+    drop = threshold(dropout_p)
+    return (
+        tuple(field for x in tensors for field in (0, STRIDES.pack(*x.stride()[:3]))) + (8 - len(tensors)) * NO_TENSOR,
+        SETTINGS.pack(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop), LOWEST / max(1, scale * LOG2_E)),
+    )
+
+
+def declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, its functions of cuda/attention.h declared to ctypes."""
+    library.attention.argtypes = library.workspace_floats.argtypes = [ctypes.c_char_p]
+    library.workspace_floats.restype = ctypes.c_int64
+    return library
+
+
 @functools.cache
 def _why_no_kernels(rung: Rung, device: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if not rung.runs_on(major * 10 + minor):
         needed = f"compute capability {rung.min_arch // 10}.{rung.min_arch % 10}{' and no other' if rung.only_min_arch else ''}"
         return f"it needs {needed}, {torch.cuda.get_device_name(device)} has {major}.{minor}"
-    if build.find_nvcc() is None:
-        return "nvcc was not found (pip install 'flash_attention[cuda]' brings one)"
     return None
 
 
@@ -238,21 +281,17 @@ def _library(rung: Rung, which: int, device: int, dtype: torch.dtype, D: int, ca
     head_dim = next(size for size in rung.head_dims if size >= D)
     arch = build.arch_of(torch.cuda.get_device_capability(device))
     wanted = build.Specialisation(rung.file(which, head_dim), arch, head_dim, DTYPE_NAMES[dtype], causal, mask, dropout)
-    library = build.load(build.build(wanted.file, arch, wanted.defines(), str(wanted)))
-    _same_size(library, PARAMS, "AttentionParams", "attention.h")
-    library.attention.argtypes = library.workspace_floats.argtypes = [ctypes.c_char_p]
-    library.workspace_floats.restype = ctypes.c_int64
-    return library
+    return declared(build.load(wanted, PARAMS.size))
 
 
-def _same_size(library: ctypes.CDLL, params: struct.Struct, name: str, file: str) -> None:
-    if library.params_size() != params.size:
-        raise build.BuildError(f"{name} has {library.params_size()} bytes in C and {params.size} in Python: {file} has changed")
+def _positive(scale: float) -> tuple[float, float]:
+    """scale as a factor of q times a scale that is positive and not tiny.
 
-
-def _positive(scale: float) -> tuple[int, float]:
-    """scale as sign · positive scale: kernels take the maximum of unscaled scores, which a negative scale would turn into the minimum."""
-    return (1, scale) if scale > 0 else (-1, -scale) if scale < 0 else (0, 1.0)
+    Kernels take the maximum of unscaled scores, which a negative scale would turn into the minimum, and sum a hidden score from −2¹²⁷,
+    which a tiny scale would bring up to the others."""
+    if abs(scale) >= SMALLEST_SCALE:
+        return math.copysign(1, scale), abs(scale)
+    return (math.copysign(SMALLEST_SCALE, scale), max(abs(scale) / SMALLEST_SCALE, SMALLEST_SCALE)) if scale else (0, 1.0)
 
 
 def _address(x: Tensor | None) -> int:
@@ -267,8 +306,7 @@ def _sm_count(device: int) -> int:
 @functools.cache
 def _pack_mask_library(device: int) -> ctypes.CDLL:
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    library = build.load(build.build(PACK_MASK, arch, [], f"{PACK_MASK} sm_{arch}"))
-    _same_size(library, PACK_PARAMS, "PackParams", PACK_MASK)
+    library = build.load(build.Specialisation(PACK_MASK, arch), PACK_PARAMS.size)
     library.pack_mask.argtypes = [ctypes.c_char_p]
     return library
 
@@ -280,7 +318,7 @@ def _is_read_once(mask: Tensor) -> bool:
     return once and j == 1 and not (b | h | i | mask.data_ptr()) % 16
 
 
-def pack_mask(mask: Tensor, by_keys: bool = False) -> Tensor:
+def pack_mask(mask: Tensor, by_keys: bool = False, launch=None) -> Tensor:
     """bool (B, H, Nq, Nk), any strides → int32 (B or 1, H or 1, Nq or 1, words): what is broadcast is packed once.
 
     Bit c % 32 of word c / 32 is set if column c is hidden; rows are padded with ones to a multiple of 128 columns. With by_keys, the rows
@@ -293,8 +331,13 @@ def pack_mask(mask: Tensor, by_keys: bool = False) -> Tensor:
     rows, columns = (Nk, Nq) if by_keys else (Nq, Nk)
     bits = torch.empty((B, H, rows, (columns + 127) // 128 * 4), dtype=torch.int32, device=mask.device)
     if bits.numel():
-        library = _pack_mask_library(mask.device.index)
-        stream = torch._C._cuda_getCurrentRawStream(mask.device.index)
-        params = PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), B, H, Nq, Nk, by_keys, mask.device.index, stream)
-        raise_on(library.pack_mask(params), library, mask)
+        (launch or _launch_pack_mask)(mask, bits, B, H, Nq, Nk, by_keys)
     return bits
+
+
+def _launch_pack_mask(mask: Tensor, bits: Tensor, *settings: int) -> None:
+    device = mask.device.index
+    library = _pack_mask_library(device)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    params = PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), *settings, device, stream)
+    raise_on(library.pack_mask(params), library, mask)

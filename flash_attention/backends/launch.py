@@ -13,10 +13,10 @@ from torch import Tensor
 
 STRIDES = struct.Struct("@3q")  # of a tensor's first three dimensions
 MASK = struct.Struct("@5q")  # address, strides
-SETTINGS = struct.Struct("@7i f i f")  # B, H, Hkv, Nq, Nk, D, Dv, scale, drop_below, keep_scale
+SETTINGS = struct.Struct("@7i f i 2f")  # B, H, Hkv, Nq, Nk, D, Dv, scale, drop_below, keep_scale, lowest
 # q, k, v, O, dO, dQ, dK, dV (address, strides), the mask, the addresses of lse, d_lse, workspace and seed, the settings, deterministic,
 # device, sm_count, the stream.
-PARAMS = struct.Struct("@" + 8 * "q 24s" + "40s 4q 40s 3i q")
+PARAMS = struct.Struct("@" + 8 * "q 24s" + "40s 4q 44s 3i q")
 NO_TENSOR = (0, bytes(STRIDES.size))
 NO_MASK = bytes(MASK.size)
 NO_POINTERS = (0, 0, 0, 0)
@@ -46,8 +46,10 @@ class Launch(NamedTuple):
         tensors = list(self.tensors)
         tensors[: 2 * len(addresses) : 2] = addresses
         deterministic = torch.are_deterministic_algorithms_enabled()
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        return PARAMS.pack(*tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, stream)
+        return PARAMS.pack(*tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, self._stream())
+
+    def _stream(self) -> int:
+        return torch._C._cuda_getCurrentRawStream(self.device)
 
 
 def raise_on(error: int, library: ctypes.CDLL, x: Tensor) -> None:

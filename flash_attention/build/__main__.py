@@ -1,64 +1,152 @@
-"""`python -m flash_attention.build`: compiles the kernels that most models use ahead of time, in parallel."""
+"""`python -m flash_attention.build`: compiles kernels ahead of time, in parallel; checks them for spills; prunes the cache."""
 
 import argparse
+import json
+import logging
 import os
+import re
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from flash_attention import build
 from flash_attention.backends.cuda import BACKWARD, FORWARD, PACK_MASK, RUNGS
-from flash_attention.build import BuildError, Specialisation, arch_of, build, cache_folder, load
+from flash_attention.build import BuildError, Specialisation
+
+ARCHS = ("75", "80", "86", "89", "90a", "100", "120")  # that every release is checked for
+KINDS = tuple(product((False, True), repeat=3))  # causal, mask, dropout
+USUAL = ((False, False, False), (True, False, False), (False, True, False), (True, True, True))  # what most models use of them
+
+
+def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=KINDS) -> list[Specialisation]:
+    """All that each rung may be asked for, in every form in which it reads a mask."""
+    wanted = [Specialisation(PACK_MASK, arch) for arch in archs]
+    for arch, rung in product(archs, RUNGS.values()):
+        if not rung.runs_on(build.arch_number(arch)):
+            continue
+        for head_dim, dtype, (causal, mask, dropout), which in product(rung.head_dims, rung.dtypes, kinds, (FORWARD, BACKWARD)):
+            if (head_dims and head_dim not in head_dims) or (dropout and not rung.dropout):
+                continue
+            forms = rung.mask_forms(which, dropout) if mask else (None,)
+            wanted += [Specialisation(rung.file(which, head_dim), arch, head_dim, dtype, causal, form, dropout) for form in forms]
+    return wanted
 
 
 def usual_set(archs: list[str], head_dims: list[int] | None = None) -> list[Specialisation]:
     """What most models use: each rung's common head sizes and dtypes, dense, causal, and with mask and dropout."""
-    wanted = []
-    for arch, rung in product(archs, RUNGS.values()):
-        if not rung.runs_on(int(arch.rstrip("af"))):
-            continue
-        for head_dim, dtype in product(head_dims or rung.head_dims, rung.dtypes):
-            for causal, mask, dropout in ((False, False, False), (True, False, False), (False, True, False), (True, True, rung.dropout)):
-                if head_dim not in rung.head_dims:
-                    continue
-                for which in (FORWARD, BACKWARD):
-                    file = rung.file(which, head_dim)
-                    forms = rung.mask_forms(which, dropout) if mask else (None,)
-                    wanted += [Specialisation(file, arch, head_dim, dtype, causal, form, dropout) for form in forms]
-    return wanted
+    return specialisations(archs, head_dims, USUAL)
+
+
+def in_parallel(one: Callable[[Specialisation], list[str]], wanted: list[Specialisation], jobs: int):
+    """Runs `one` for each. → dict of kernels and what it found, if anything; list of what it raised."""
+    found, failed = {}, []
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(wanted), unit="kernel", disable=None) as bar:
+
+        def run(kernel: Specialisation) -> None:
+            try:
+                if complaints := one(kernel):
+                    found[str(kernel)] = complaints
+            except BuildError as error:
+                failed.append(str(error))
+            bar.update()
+
+        list(pool.map(run, wanted))
+    return dict(sorted(found.items())), failed
+
+
+def check(archs: list[str], head_dims: list[int] | None, jobs: int, file: Path | None) -> bool:
+    """Compiles every specialisation for its complaints alone. The file holds one entry an architecture, and keeps those of others."""
+    results = json.loads(file.read_text()) if file and file.exists() else {}
+    good = True
+    for arch in archs:
+        started, wanted = time.perf_counter(), specialisations([arch], head_dims)
+        found, failed = in_parallel(build.inspect, wanted, jobs)
+        good &= not found and not failed
+        for kernel, complaints in found.items():
+            print(f"{kernel}: {'; '.join(complaints)}")
+        print(*failed, sep="\n", end="\n" if failed else "")
+        took = time.perf_counter() - started
+        print(f"sm_{arch}: {len(wanted)} kernels, {len(found)} with complaints, {len(failed)} failed, {took:.0f} s", flush=True)
+        compilers = build.compilers(build.find_nvcc() or "nvcc").splitlines()
+        results[arch] = {"kernels": len(wanted), "complaints": found, "failed": failed, "compilers": compilers}
+        if file:
+            file.write_text(json.dumps(results, indent=1) + "\n")
+    return good
+
+
+def compile_set(wanted: list[Specialisation], into: Path | None, jobs: int) -> bool:
+    """Compiles libraries into the cache, or into a folder for other machines."""
+    started = time.perf_counter()
+    if into:
+        into.mkdir(mode=0o755, parents=True, exist_ok=True)
+        build.refuse_if_others_write(into)
+
+    def one(kernel: Specialisation) -> list[str]:
+        library = build.build(kernel, into)
+        build.loaded(library)
+        return build.noted_complaints(library)
+
+    found, failed = in_parallel(one, wanted, jobs)
+    for kernel, complaints in found.items():
+        print(f"{kernel} is slower than it should be: {'; '.join(complaints)}", file=sys.stderr)
+    print(*failed, sep="\n", end="\n" if failed else "", file=sys.stderr)
+    took = time.perf_counter() - started
+    print(f"{len(wanted) - len(failed)} kernels in {into or build.cache_folder()}, {len(failed)} failed, {took:.0f} s")
+    return not failed
+
+
+def _arch(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d+[af]?", text):
+        raise argparse.ArgumentTypeError(f"an architecture is a number such as 80 or 90a, got {text!r}")
+    return text
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"at least 1, got {text!r}")
+    return int(text)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m flash_attention.build", description="Compile the usual kernels ahead of time.")
-    parser.add_argument("--arch", nargs="+", metavar="NN", help="architectures such as 80 or 90a (default: this machine's GPU)")
-    parser.add_argument("--head_dim", nargs="+", type=int, metavar="D", help="head sizes (default: all)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once (default %(default)s)")
+    head_dims = sorted({head_dim for rung in RUNGS.values() for head_dim in rung.head_dims})
+    parser = argparse.ArgumentParser(prog="python -m flash_attention.build", description="Compile kernels ahead of time.")
+    parser.add_argument("--arch", nargs="+", type=_arch, metavar="NN", help="such as 80 or 90a (default: this machine's GPU; --check: all)")
+    parser.add_argument("--head_dim", nargs="+", type=int, choices=head_dims, metavar="D", help="head sizes (default: all)")
+    parser.add_argument("--all", action="store_true", help="every specialisation, not only what most models use")
+    parser.add_argument("--jobs", type=_jobs, default=os.cpu_count(), help="compilers at once (default %(default)s)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--out", type=Path, metavar="DIR", help="write to DIR, for machines where FLASH_ATTENTION_KERNELS names it")
+    what.add_argument("--check", action="store_true", help="keep no library: say which kernels of the whole set spill; exit 1 if any does")
+    what.add_argument("--prune", action="store_true", help="delete from the cache what this version and this compiler do not use")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --check: the result")
     arguments = parser.parse_args()
-    if not arguments.arch and not torch.cuda.is_available():
+    if arguments.json and not arguments.check:
+        parser.error("--json is for --check")
+    try:
+        return _run(arguments, parser)
+    except (BuildError, OSError) as error:
+        parser.error(str(error))
+
+
+def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if arguments.prune:
+        deleted = build.prune()
+        print(f"{len(deleted)} files deleted from {build.cache_folder()}")
+        return 0
+    if not (arguments.arch or arguments.check or torch.cuda.is_available()):
         parser.error("there is no GPU here: name the architectures with --arch")
-    archs = arguments.arch or [arch_of(torch.cuda.get_device_capability())]
-
-    started = time.perf_counter()
-    wanted = [(PACK_MASK, arch, [], f"{PACK_MASK} sm_{arch}") for arch in archs]
-    wanted += [(s.file, s.arch, s.defines(), str(s)) for s in usual_set(archs, arguments.head_dim)]
-    failures = []
-    with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=len(wanted), unit="kernel", disable=None) as bar:
-
-        def one(job):
-            try:
-                load(build(*job, verbose=False))
-            except BuildError as error:
-                failures.append(str(error))
-            bar.update()
-
-        list(pool.map(one, wanted))
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    print(f"{len(wanted) - len(failures)} kernels in {cache_folder()}, {len(failures)} failed, {time.perf_counter() - started:.0f} s")
-    return bool(failures)
+    if arguments.check:
+        return not check(arguments.arch or ARCHS, arguments.head_dim, arguments.jobs, arguments.json)
+    build.log.setLevel(logging.ERROR)  # the progress bar says as much
+    archs = arguments.arch or [build.arch_of(torch.cuda.get_device_capability())]
+    chosen = specialisations if arguments.all else usual_set
+    return not compile_set(chosen(archs, arguments.head_dim), arguments.out, arguments.jobs)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""What a kernel does, counted by the emulator: bytes by path, bank conflicts, products, exponentials, waits. No GPU needed.
+
+python -m benchmarks.emulate --backend hopper --n 512
+"""
+
+import argparse
+
+import torch
+
+from flash_attention import flash_attention
+from flash_attention.backends import cuda, emulated
+
+
+def formulae(b: int, h: int, n: int, d: int, causal: bool, backward: bool) -> dict[str, float]:
+    """What the algorithm needs, whatever the tiles: 2 products of the forward or 5 of the backward, an exponential a score, and each tensor
+    once through the memory (lesson 5)."""
+    scores = b * h * n * (n + 1) / 2 if causal else b * h * n * n
+    tensors = 8 if backward else 4  # q, k, v, O, and then dO, dQ, dK, dV
+    return {"FLOP": (10 if backward else 4) * scores * d, "exponentials": scores, "bytes of 16-bit tensors": tensors * b * h * n * d * 2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", default="hopper", choices=tuple(cuda.RUNGS), help="the rung (default %(default)s)")
+    parser.add_argument("--b", type=int, default=1, help="batch size (default %(default)s)")
+    parser.add_argument("--h", type=int, default=1, help="heads (default %(default)s)")
+    parser.add_argument("--n", type=int, default=512, help="length (default %(default)s)")
+    parser.add_argument("--d", type=int, default=64, help="head size (default %(default)s)")
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument(
+        "--places", type=int, default=8, metavar="N", help="places with the most bank conflicts to show (default %(default)s)"
+    )
+    arguments = parser.parse_args()
+
+    q, k, v, dO = torch.randn(4, arguments.b, arguments.h, arguments.n, arguments.d, dtype=torch.float16).unbind()
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    with emulated.counting() as counts:
+        O = flash_attention(q, k, v, causal=arguments.causal, backend=f"emulated:{arguments.backend}")
+        O.backward(dO)
+    for of_call, backward in zip(counts, (False, True), strict=True):
+        print(f"\n{of_call.file}: B {arguments.b} H {arguments.h} N {arguments.n} D {arguments.d}{' causal' * arguments.causal}, float16")
+        for name, value in of_call.total.items():
+            print(f"  {name:<50}{value:>16,}")
+        print("  the algorithm needs")
+        for name, value in formulae(arguments.b, arguments.h, arguments.n, arguments.d, arguments.causal, backward).items():
+            print(f"    {name:<48}{value:>16,.0f}")
+        accesses = sorted(of_call.shared.items(), key=lambda item: item[1].least - item[1].cycles)
+        cycles, least = (sum(getattr(place, which) for _, place in accesses) for which in ("cycles", "least"))
+        print(f"  shared memory, by threads: {cycles:,} cycles, {least:,} without bank conflicts; most conflicts:")
+        for name, place in accesses[: arguments.places]:
+            if place.cycles > place.least:
+                print(f"    {name:<60}{place.instructions:>10,} instructions of a warp{place.cycles / place.least:>6.1f} × the cycles")
+        print("  waits of a thread, by place")
+        for name, times in of_call.waits.items():
+            print(f"    {name:<60}{times:>10,}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Every rung on the emulator, against naive float64: what CI can say of the kernels without a GPU.
+
+Sizes are small, and chosen so that tiles are cut at every side and every ring of shared memory wraps. Each case has another seed: another
+order of threads, copies and products.
+"""
+
+import pytest
+import torch
+from harness import Case, Problem, Target, against_truth, run_alone
+
+from flash_attention import flash_attention
+from flash_attention.backends import BACKENDS, emulated
+
+if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
+    pytest.skip(reason, allow_module_level=True)
+
+RUNGS = ("simple", "mma", "tensor_core", "hopper")
+HALF = dict.fromkeys(RUNGS, torch.float16) | {"simple": torch.float32}
+PLAIN = [  # lengths, causal; D 64
+    (65, 130, False),
+    (130, 65, True),  # rows that see nothing
+    (1, 300, False),
+    (257, 1, True),
+    (300, 460, True),
+]
+EVERYTHING = [  # lengths, causal, mask; dropout, grouped heads
+    (130, 203, False, "full"),
+    (203, 130, True, "left padding"),
+    (70, 150, False, "key, no batch"),
+    (150, 70, False, "dead rows"),
+]
+
+
+def target(name: str) -> Target:
+    return Target(f"emulated:{name}", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def another_seed(request):
+    """Every case draws its own order."""
+    emulated.options.seed = sum(map(ord, request.node.name))
+    yield
+    emulated.options.seed = 0
+
+
+@pytest.mark.parametrize(("Nq", "Nk", "causal"), PLAIN)
+@pytest.mark.parametrize("name", RUNGS)
+def check_plain(name, Nq, Nk, causal):
+    against_truth(Case(B=1, H=2, Nq=Nq, Nk=Nk, D=64, dtype=HALF[name], causal=causal), target(name))
+
+
+@pytest.mark.parametrize(("Nq", "Nk", "causal", "mask"), EVERYTHING)
+@pytest.mark.parametrize("name", ("simple", "tensor_core", "hopper"))
+def check_mask_dropout_and_grouped_heads(name, Nq, Nk, causal, mask):
+    case = Case(B=2, H=4, Hkv=2, Nq=Nq, Nk=Nk, D=64, dtype=HALF[name], causal=causal, mask=mask, dropout_p=0.25)
+    against_truth(case, target(name))
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def check_other_head_sizes(name):
+    """D 72 and Dv 40 in kernels for 96 or 128; the largest that the rung has, up to 256."""
+    against_truth(Case(B=1, H=1, Nq=100, Nk=150, D=72, Dv=40, dtype=torch.bfloat16), target(name))
+    against_truth(
+        Case(B=1, H=1, Nq=70, Nk=90, D=min(BACKENDS[f"emulated:{name}"].head_dims[-1], 256), dtype=torch.bfloat16, causal=True),
+        target(name),
+    )
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def check_strides(name):
+    """(B, N, H, D) transposed and a stride-0 batch are read as they are."""
+    dtype = HALF[name]
+    q = torch.randn(2, 70, 2, 64, dtype=dtype).transpose(1, 2)
+    k, v = torch.randn(2, 1, 2, 90, 64, dtype=dtype).expand(2, 2, 2, 90, 64)
+    O = flash_attention(q, k, v, backend=f"emulated:{name}")
+    assert O.stride() == q.stride()
+    assert torch.equal(O, flash_attention(q.contiguous(), k.contiguous(), v.contiguous(), backend=f"emulated:{name}"))
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def check_forward_does_not_depend_on_order(name):
+    """Whatever the order of threads, copies and products: the forward's bits are the same, and so are a deterministic backward's."""
+    problem = Problem.of(Case(B=1, H=2, Nq=150, Nk=300, D=64, dtype=HALF[name], causal=True), target(name))
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for seed in range(4):
+            emulated.options.seed, emulated.options.resident = seed, 1 + seed
+            results.append(problem.answer(target(name)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        emulated.options.resident = 2
+    for other in results[1:]:
+        for first, again in zip(results[0], other, strict=True):
+            assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("name", ("simple", "tensor_core", "hopper"))
+def check_dropout_is_the_reference_s(name):
+    """V = the identity shows P: what is dropped is what the reference drops, element by element."""
+    Nq, Nk, p = 70, 64, 0.3
+    q, k = torch.randn(2, 1, 2, 100, 64, dtype=HALF[name]).unbind()
+    q, k = q[:, :, :Nq], k[:, :, :Nk]
+    v = torch.eye(Nk, dtype=q.dtype).expand(1, 2, Nk, Nk)
+    torch.manual_seed(5)
+    P = flash_attention(q, k, v, dropout_p=p, backend=f"emulated:{name}")
+    torch.manual_seed(5)
+    want = flash_attention(q.float(), k.float(), v.float(), dropout_p=p, backend="reference")
+    assert torch.equal(P == 0, want == 0)
+
+
+def check_by_name_only_and_on_the_cpu():
+    """None and "cuda" never choose it; tensors elsewhere are refused."""
+    x = torch.randn(1, 1, 8, 64)
+    assert flash_attention(x, x, x).isfinite().all()
+    on_meta = x.to("meta")
+    assert "on the CPU, got meta" in BACKENDS["emulated:simple"].why_not(on_meta, on_meta, on_meta, None, False, 0.0)
+    with pytest.raises(NotImplementedError, match=r"computes in float16, bfloat16, got torch.float32"):
+        flash_attention(x, x, x, backend="emulated:hopper")
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

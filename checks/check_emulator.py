@@ -1,0 +1,192 @@
+"""The emulator reports what a GPU may forgive, and counts what a kernel does.
+
+emulator_faults.cu has a small kernel for each rule, once broken and once right: the broken one must be reported, in these words and at its
+own lines, the right one must not, whatever the order of threads, copies and products.
+"""
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_alone
+
+from flash_attention import build, flash_attention
+from flash_attention.backends import BACKENDS, emulated
+from flash_attention.build import Specialisation
+from flash_attention.build import emulated as compiler
+
+if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
+    pytest.skip(reason, allow_module_level=True)
+
+FAULTS = Path(__file__).with_name("emulator_faults.cu")
+EARLY = "|reads shared byte .*, which nobody has written"  # where a reader may come before the writer
+
+
+def race(one: str, other: str) -> str:
+    """Two accesses that nothing orders, whichever came first."""
+    return f"nothing orders .*({one}.* and {other}|{other}.* and {one})"
+
+
+REPORTS = {
+    "no_barrier": race("thread [0-9]+ writes", "thread [0-9]+ reads") + EARLY,
+    "no_syncwarp": race("thread [0-9]+ writes", "thread [0-9]+ reads") + EARLY,
+    "no_barrier_before_reuse": race("thread [0-9]+ writes", "thread [0-9]+ reads"),
+    "lanes_missing": "waits in __shfl_sync .*which ha(s|ve) ended",
+    "lanes_apart": "the lanes of a warp do different things: .* __s",
+    "barrier_of_too_few": "hangs:\n  threads 0–63 wait in bar.sync for barrier 2, to which 64 of 96 threads have come",
+    "barrier_half_full": "ended with barrier 3 half full: 32 of 64",
+    "barrier_of_two_sizes": "comes to barrier 4 for (64|128) threads, others for (64|128)",
+    "beyond_global": "writes 4 bytes outside of all memory that it was given.*; data ends at byte 16384, this is byte 16[0-9]+ of it",
+    "far_beyond_global": "reads 4 bytes outside of all memory that it was given: ",
+    "unwritten_global": "reads byte 4096 of data, which nobody has written|reads byte 4[0-9]+ of data",
+    "beyond_shared": "writes byte 49155 of dynamic shared memory, of which the launch asked for 49152|writes byte .* of dynamic shared",
+    "unwritten_shared": "thread 122 reads shared byte .*, which nobody has written",
+    "misaligned": "at an address that is not a multiple of 16",
+    "cp_async_not_awaited": race("cp.async of thread [0-9]+ .*writes", "thread [0-9]+ reads"),
+    "cp_async_of_others": race("cp.async of thread [0-9]+ .*writes", "thread [0-9]+ reads") + EARLY,
+    "cp_async_over_readers": race("cp.async of thread [0-9]+ .*writes", "thread [0-9]+ reads"),
+    "cp_async_at_the_end": "ended without waiting for its cp.async",
+    "bulk_not_awaited": race("the copy engine, for phase 0 .*writes", "thread [0-9]+ reads") + EARLY,
+    "bulk_over_readers": race("the copy engine, for phase 1 .*writes", "thread [0-9]+ reads"),
+    "bytes_too_many": "hangs:\n  threads 0–127 wait for phase 0 of the mbarrier .* where 1 of 1|0 of 1 arrivals and 16 bytes are missing",
+    "arrivals_too_few": "hangs:\n  threads 0–127 wait for phase 0 of the mbarrier .* where 1 of 128 arrivals and 0 bytes are missing",
+    "arrivals_too_many": race("the copy engine, for phase 1 .*writes", "thread [0-9]+ reads"),
+    "barrier_not_fenced": "has not been made visible to the copy engine",
+    "store_without_fence": "which thread .* wrote .* with no fence.proxy.async since",
+    "store_not_awaited": race("a bulk store of warp 0 .*reads", "thread [0-9]+ writes"),
+    "box_misplaced": "the copy engine at the shared address .* not a multiple of 128",
+    "product_not_awaited": "reads a register that a product under way writes",
+    "product_of_written_tile": race("a product of warpgroup 0 .*reads", "thread 9 writes"),
+    "product_without_fence": "a product of warpgroup 0 .* which thread .* wrote .* with no fence.proxy.async since",
+    "product_of_touched_registers": "registers that the thread has touched with no wgmma.fence since",
+    "product_of_wrong_rows": "begins within a swizzle's pattern",
+    "product_beyond_shared": "a product of warpgroup 0 .* of dynamic shared memory, of which the launch asked for 49152",
+    "product_of_three_warps": "the threads of a warpgroup do different things",
+    "registers_of_nobody": "wait for 240 registers, of which the block has",
+    "turn_taken_twice": "hangs:\n  thread 0 waits for a number in global memory to be other than [24]",
+}
+SEEDS = range(8)
+
+
+@functools.cache
+def faults() -> ctypes.CDLL:
+    library = emulated._declared(build.loaded(compiler.build_kernel(Specialisation(str(FAULTS), compiler.ARCH, 64, "float16"))))
+    library.fault.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    library.fault_names.restype = ctypes.c_char_p
+    return library
+
+
+def run_fault(name: str, broken: bool, seed: int) -> torch.Tensor:
+    """What the kernel leaves in its data [4096], of which it was given the first 1024."""
+    data = torch.arange(4096, dtype=torch.float32)
+    data[1024:] = torch.nan
+    counter = torch.zeros(1, dtype=torch.int32)
+    memories = [
+        emulated.Memory("data", data.data_ptr(), 4096, True, True),
+        emulated.Memory("data", data.data_ptr(), 4 * 4096, True, False),
+        emulated.Memory("the counter", counter.data_ptr(), 4, True, True),
+    ]
+    emulated.options.seed = seed
+    library = faults()
+    try:
+        emulated.run(
+            library, lambda _: library.fault(name.encode(), data.data_ptr(), counter.data_ptr(), broken), b"", memories, poison=False
+        )
+    finally:
+        emulated.options.seed = 0
+    return data
+
+
+def lines_of(name: str) -> range:
+    """The kernel's lines in emulator_faults.cu."""
+    text = FAULTS.read_text()
+    start = text.index(f"void {name}(")
+    end = text.index("\n}\n", start)
+    return range(text[:start].count("\n") + 1, text[:end].count("\n") + 3)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def check_fault_is_reported(name):
+    for seed in SEEDS:
+        with pytest.raises(emulated.EmulatorError) as error:
+            run_fault(name, True, seed)
+        message = str(error.value)
+        assert re.search(REPORTS[name], message), f"seed {seed}: {message}"
+        if "ended with" not in message:  # at the end of a block there is no line
+            lines = [int(line) for line in re.findall(r"emulator_faults\.cu:(\d+)", message)]
+            assert any(line in lines_of(name) for line in lines), f"{name} is in lines {lines_of(name)}: {message}"
+
+
+def check_right_twins_are_not():
+    names = faults().fault_names().decode().split()
+    assert set(REPORTS) | {"depends_on_order", "box_that_nobody_swizzled"} == set(names)
+    for name in names:
+        for seed in SEEDS:
+            try:
+                run_fault(name, False, seed)
+            except emulated.EmulatorError as error:
+                raise AssertionError(f"{name}, seed {seed}: {error}") from error
+
+
+def check_order_is_drawn():
+    """A result that depends on the order of threads differs from seed to seed; one that does not, not."""
+    results = [{tuple(run_fault("depends_on_order", broken, seed)[:128].tolist()) for seed in range(16)} for broken in (False, True)]
+    assert len(results[0]) == 1
+    assert len(results[1]) > 1
+
+
+def check_swizzled_box():
+    """A box lands where the swizzle has it: read otherwise, rows come out in pieces."""
+    data = (
+        torch.arange(1024, dtype=torch.float32)
+        .view(torch.float16)[: 4 * 128]
+        .view(4, 128)[:, :64]
+        .contiguous()
+        .view(torch.float32)
+        .flatten()
+    )
+    assert torch.equal(run_fault("box_that_nobody_swizzled", False, 0)[1024:1152], data)
+    assert not torch.equal(run_fault("box_that_nobody_swizzled", True, 0)[1024:1152], data)
+
+
+def counted(name: str, **options) -> list[emulated.Counts]:
+    """What a forward and a backward of this rung do, at B 1 H 1 N 128 D 64 unless given."""
+    shape = 1, 1, options.pop("N", 128), 64
+    q, k, v, dO = torch.randn(4, *shape, dtype=torch.float32 if name == "simple" else torch.float16).unbind()
+    with emulated.counting() as counts:
+        O = flash_attention(*(x.requires_grad_() for x in (q, k, v)), backend=f"emulated:{name}", **options)
+        O.backward(dO)
+    return counts
+
+
+@pytest.mark.parametrize("name", ("simple", "mma", "tensor_core", "hopper"))
+def check_bank_conflicts(name):
+    """What the kernels' headers claim: ldmatrix on plain rows takes 8 times the cycles, swizzled or padded rows one."""
+    for of_call in counted(name):
+        for place, (_, cycles, least) in of_call.shared.items():
+            if name == "mma" and "mma.cuh" in place:
+                assert cycles in (4 * least, 8 * least), f"{of_call.file}, {place}: {cycles} cycles, {least} at least"
+            elif name != "mma":
+                assert cycles == least, f"{of_call.file}, {place}: {cycles} cycles, {least} at least"
+
+
+@pytest.mark.parametrize(("name", "unit"), (("mma", "mma.sync"), ("tensor_core", "mma.sync"), ("hopper", "wgmma")))
+def check_counts(name, unit):
+    """Two products forward; five backward, or seven where S and dP are computed twice; an exponential a score. The tiles of `hopper` round
+    N up, and it asks for one product more than it needs, at the end of a block."""
+    N = 256
+    forward, backward = counted(name, N=N)
+    product = 2 * N * N * 64
+    assert backward.total[f"FLOP by {unit}"] == (7 if name == "mma" else 5) * product
+    assert 2 * product <= forward.total[f"FLOP by {unit}"] <= (2 if name != "hopper" else 4) * product
+    assert backward.total["exponentials"] == (2 if name == "mma" else 1) * N * N
+    assert N * N <= forward.total["exponentials"] <= 1.4 * N * N  # and one a row and tile, by which O shrinks
+    if name == "hopper":
+        assert forward.total["global bytes by tensor map, from shared memory"] == 2 * N * 64
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

@@ -1,0 +1,95 @@
+"""Each mistake of mutations.py, made in a copy of cuda/, is reported by the emulator or gives a wrong result.
+
+    python checks/check_mutations.py                 all of them, as a table of what caught each
+    python checks/check_mutations.py --only hopper   those whose description has this in it
+
+Under pytest, a sample that takes CI a minute; every mutation must still find its place.
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Problem, Report, Target
+from mutations import MUTATIONS, TURNS, Mutation
+
+from flash_attention import build
+from flash_attention.backends import BACKENDS, emulated
+
+SEEDS = range(3)  # tried until one shows it
+SAMPLE = MUTATIONS[3 :: len(MUTATIONS) // 9]
+
+if (reason := BACKENDS["emulated:simple"]._why_no_kernels(0)) and __name__ != "__main__":
+    pytest.skip(reason, allow_module_level=True)
+
+
+def caught_by(mutation: Mutation, folder: Path) -> str | None:
+    """What shows the mistake: the emulator's words, a wrong tensor, or bits that change; None if nothing does."""
+    copy = folder / "cuda"
+    shutil.copytree(build.SOURCES, copy)
+    path = copy / mutation.file
+    path.write_text(mutation.apply(path.read_text()))
+    target = Target(f"emulated:{mutation.rung}", "cpu")
+    problem = Problem.of(mutation.case, target)
+    emulated.options.sources = copy
+    torch.use_deterministic_algorithms(mutation.case is TURNS)
+    first = None
+    try:
+        for seed in SEEDS:
+            emulated.options.seed = seed
+            try:
+                result = problem.answer(target)
+            except emulated.EmulatorError as error:
+                return str(error).replace("\n", " ")
+            report = Report(str(mutation))
+            report.expect("emulated", result, problem)
+            if report.failures():
+                return "a wrong result"
+            if mutation.case is TURNS and first and any(not torch.equal(a, b) for a, b in zip(first, result, strict=True)):
+                return "gradients that change from seed to seed"
+            first = first or result
+    finally:
+        emulated.options.seed, emulated.options.sources = 0, None
+        torch.use_deterministic_algorithms(False)
+    return None
+
+
+def check_every_mutation_finds_its_place():
+    assert len(MUTATIONS) >= 60
+    for mutation in MUTATIONS:
+        text = (build.SOURCES / mutation.file).read_text()
+        assert mutation.apply(text) != text, f"{mutation} changes nothing"
+
+
+@pytest.mark.parametrize("mutation", SAMPLE, ids=str)
+def check_mutation_is_caught(mutation, tmp_path):
+    by = caught_by(mutation, tmp_path)
+    print(by)
+    assert by, f"nothing shows: {mutation}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make each mistake of mutations.py and say what catches it.")
+    parser.add_argument("--only", default="", help="mutations whose description has this in it")
+    parser.add_argument("--from", dest="start", type=int, default=0, metavar="N", help="from the N-th on (default %(default)s)")
+    arguments = parser.parse_args()
+    import tempfile
+
+    missed = 0
+    chosen = [(n, each) for n, each in enumerate(MUTATIONS) if arguments.only in str(each) and n >= arguments.start]
+    for n, mutation in chosen:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            by = caught_by(mutation, Path(folder))
+        missed += by is None
+        print(f"{n:3d}  {mutation}\n     {'MISSED' if by is None else by[:230]}  ({time.perf_counter() - started:.0f} s)", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} mutations caught")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

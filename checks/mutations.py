@@ -1,0 +1,243 @@
+"""Mistakes that a kernel's author could make, as data: a place in cuda/, what stands there, what instead, and the case that must show it.
+
+check_mutations.py applies each to a copy and expects the emulator to report it, or the result to be wrong.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from harness import Case
+
+
+def case(**options) -> Case:
+    return Case(**{"B": 1, "H": 2, "Nq": 150, "Nk": 300, "D": 64, "dtype": torch.float16, "seed": 1, **options})
+
+
+PLAIN = case()
+FLOAT32 = case(dtype=torch.float32)
+CAUSAL = case(causal=True)
+BLIND_ROWS = case(Nq=300, Nk=150, causal=True)  # the first rows see nothing
+GROUPED = case(H=4, Hkv=2)
+DROPOUT = case(dropout_p=0.25)
+MASKED = case(mask="heads share", causal=True)
+READ_ONCE = case(mask="full", Nk=304)  # each byte of the mask by one block, so it is not packed
+SHARP = case(sharp=5)  # maxima grow
+WIDE = case(D=128)
+WIDEST = case(D=256, H=1)
+WIDEST_MASKED = case(D=256, H=1, mask="heads share")
+ODD_HEAD = case(D=72, Nq=70, Nk=90)
+MANY_TILES = case(Nk=700, H=3)  # every ring wraps
+TURNS = case(Nk=700, causal=True)  # deterministic: shown by bits that change from seed to seed, or by a block that hangs
+
+NO_BARRIER, NO_WAIT = "", ""
+
+# (rung, file): what stands there (once, or the place given), what instead, the case
+TABLE = {
+    ("simple", "forward_1_simple.cu"): [
+        ("__syncthreads();  // every thread is done with the chunks", "//", FLOAT32),
+        ("__syncthreads();  // both chunks are complete", NO_BARRIER, FLOAT32),
+        ("__syncthreads();  // every thread is done with the chunk of Kj or Vj", "//", FLOAT32),
+        ("__syncthreads();  // the chunk is complete", NO_BARRIER, FLOAT32),
+        ("O_rmem[c][r][e] *= alpha_rmem[r];", ";", FLOAT32),
+        ("alpha_rmem[r] * l_rmem[r] + row_sum(sum)", "l_rmem[r] + row_sum(sum)", FLOAT32),
+        ("row_sum(sum);", "sum;", FLOAT32),
+        ("min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq)", "min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq - 64)", CAUSAL),
+    ],
+    ("simple", "simple.cuh"): [
+        ("j <= i + offset);", "j <= i + offset + 1);", CAUSAL),
+        ("d0 + d < X.columns;", "d0 + d <= X.columns;", ODD_HEAD),
+        ("i0 + warp + n * WARPS < X.rows &&", "i0 + warp + n * WARPS <= X.rows &&", FLOAT32),
+        ("if (i < X.rows && d + e < X.columns)", "if (i <= X.rows && d + e < X.columns)", FLOAT32),
+        ("may = *mask;", "may = mask[1];", case(mask="full")),
+        ("word >> (j & 24)", "word >> (j & 16)", DROPOUT),
+    ],
+    ("simple", "common.cuh"): [
+        ("return h / (p.H / p.Hkv);", "return h % p.Hkv;", GROUPED),
+        ("0x9E3779B9u", "0x9E3779B8u", DROPOUT),
+        ("(j0 >> 5) * 8 + (j0 & 7)", "(j0 >> 5) * 8 + (j0 & 7 ^ 1)", DROPOUT),
+    ],
+    ("simple", "backward_1_simple.cu"): [
+        (
+            "max(0, j0 + p.Nq - p.Nk) / BLOCK_Q * BLOCK_Q",
+            "max(0, j0 + p.Nq - p.Nk) / BLOCK_Q * BLOCK_Q + BLOCK_Q",
+            case(Nk=150, causal=True),
+        ),
+        ("__syncthreads();  // the chunk is complete", NO_BARRIER, FLOAT32, 1),
+        ("load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK, p.scale);", "load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK);", FLOAT32),
+        ("P_rmem[r][c] = P * Z;", "P_rmem[r][c] = P;", DROPOUT),
+        ("__syncthreads();  // every thread is done with the chunk of Vj or Kj", "//", FLOAT32),
+    ],
+    ("mma", "forward_2_mma.cu"): [
+        ("__syncthreads();  // every warp is done with the tiles", "//", PLAIN),
+        ("__syncthreads();  // K, V and, in the first step, Q are complete", NO_BARRIER, PLAIN),
+        ("m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));", ";", SHARP),
+        ("l += __shfl_xor_sync(0xffffffff, l, 2);", ";", PLAIN),
+        ("scale_rows(O_rmem, alpha[0], alpha[1]);", ";", SHARP),
+        ("scale_rows(O_rmem, factor[0], factor[1]);", "scale_rows(O_rmem, factor[0], factor[0]);", PLAIN),
+    ],
+    ("mma", "mma.cuh"): [
+        ("[n + lane / 16 * 8 + lane % 8][d + lane / 8 % 2 * 8]", "[n + lane / 8 % 2 * 8 + lane % 8][d + lane / 16 * 8]", PLAIN),
+        ("ptx::ldmatrix_x4_trans(b_rmem,", "ptx::ldmatrix_x4(b_rmem,", PLAIN),
+        ("j > i + offset)", "j > i + offset + 1)", CAUSAL),
+        ("if (first + row < rows && column < D)", "if (first + row < rows)", ODD_HEAD),
+        ("if (row < rows && column < D)", "if (row <= rows && column < D)", PLAIN),
+    ],
+    ("mma", "backward_2_mma.cu"): [
+        ("__syncthreads();  // every warp is done with the tiles", "//", PLAIN, 0),
+        ("__syncthreads();  // every warp is done with the tiles", "//", PLAIN, 1),
+        ("__syncthreads();  // K, V and, in the first step, Q and dO are complete", NO_BARRIER, PLAIN),
+        ("(dS_rmem[n][2 * r + e] - Delta);", "(dS_rmem[n][2 * r + e] + Delta);", PLAIN),
+        ("add_product(dK_rmem, dS_rmem, Q_smem);", "add_product(dK_rmem, dS_rmem, dO_smem);", PLAIN),
+        ("scale_rows(dQ_rmem, p.scale, p.scale);", ";", PLAIN),
+    ],
+    ("tensor_core", "forward_3_tensor_core.cu"): [
+        (
+            "ptx::cp_async_wait_group<0>();\n        __syncthreads();  // K (and V)",
+            "ptx::cp_async_wait_group<1>();\n        __syncthreads();  //",
+            PLAIN,
+        ),
+        ("__syncthreads();  // K (and V) are there for every thread", "//", PLAIN),
+        ("__syncwarp();  // every lane is done reading Q", NO_BARRIER, PLAIN),
+        ("__syncwarp();  // the warp's rows are written", "//", PLAIN),
+        ("if (k_tiles > 0) {  // where", "if (true) {  // where", BLIND_ROWS),
+        ("if (__any_sync(0xffffffff, grew))", "if (false)", SHARP),
+        ("i0 + warp_row + 16 * m + 8 * r + g + offset + 1) : p.Nk)", "i0 + warp_row + 16 * m + 8 * r + g + offset) : p.Nk)", CAUSAL),
+        ("__syncthreads();  // V is there for every thread", "//", WIDEST),
+        ("keep[m][r][(2 * k + half) % 4]", "keep[m][r ^ 1][(2 * k + half) % 4]", DROPOUT),
+    ],
+    ("tensor_core", "swizzle.cuh"): [
+        ("offset(first_row + lane % 8 + lane / 16 * 8, lane / 8 % 2)", "offset(first_row + lane % 8 + lane / 8 % 2 * 8, lane / 16)", PLAIN),
+        ("offset(lane % 16, lane / 16)", "offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)", PLAIN),
+    ],
+    ("tensor_core", "tensor_core.cuh"): [
+        ("first + row + Order::distance(r) < rows &&", "first + row + Order::distance(r) <= rows &&", PLAIN),
+        ("if (i < rows && chunk * 8 < D)", "if (i <= rows && chunk * 8 < D)", PLAIN),
+    ],
+    ("tensor_core", "mask_tile.cuh"): [
+        ("hidden |= ~first_bits(visible - 32 * w);", "hidden |= ~first_bits(visible - 32 * w + 1);", MASKED),
+        ("const int there = min(max(p.Nk - j, 0), RUN);", "const int there = RUN;", READ_ONCE),
+        ("r % 8 / 2 * RUN + r / 8 * 2 + r % 2", "r % 8 / 2 * RUN + r / 8 * 2 + 1 - r % 2", READ_ONCE),
+    ],
+    ("tensor_core", "common.cuh"): [
+        ("hidden << (7 - 2 * t - c)", "hidden << (6 - 2 * t + c)", MASKED),
+        ("keep[0] = ptx::prmt(first_02, second_02, 0xdd99);", "keep[0] = ptx::prmt(first_02, second_02, 0x99dd);", DROPOUT),
+    ],
+    ("tensor_core", "backward_3_tensor_core.cu"): [
+        ("        __syncthreads();\n        if (ONE_BARRIER) load_q(2);", "        if (ONE_BARRIER) load_q(2);", PLAIN),
+        ("if (ONE_BARRIER) load_q(2);", "if (ONE_BARRIER) load_q(3);", MANY_TILES),
+        ("if (ONE_BARRIER) ptx::cp_async_wait_group<0>();", "if (ONE_BARRIER) ptx::cp_async_wait_group<1>();", PLAIN),
+        ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn()) {}", ";", TURNS),
+        ("turn() + 1);", "turn() + 2);", TURNS),
+        ("__syncthreads();  // every warp is done with K and V", NO_BARRIER, PLAIN),
+        ("__syncthreads();  // whole rows are written", "//", PLAIN),
+        ("if (ONE_BARRIER) dS_stage ^= dS_smem ^ (dS_smem + Tile_S::BYTES);", ";", PLAIN),
+        ("if (DROPOUT) dP0 = P0 < 0 ? 0 : dP0, dP1 = P1 < 0 ? 0 : dP1;", ";", DROPOUT),
+    ],
+    ("tensor_core", "backward_workspace.cuh"): [
+        ("__syncwarp();  // the warp's rows are written", "//", PLAIN),
+        ("dQ[e] = make_float4(0, 0, 0, 0);", ";", PLAIN),
+        ("int lanes = ROW_LANES / 2; lanes > 0", "int lanes = ROW_LANES / 4; lanes > 0", PLAIN),
+    ],
+    ("tensor_core", "pack_mask.cu"): [
+        ("__shfl_down_sync(0xffffffff, hidden, 1) << 16", "__shfl_down_sync(0xffffffff, hidden, 2) << 16", MASKED),
+    ],
+    ("hopper", "forward_4_hopper.cu"): [
+        ("release(barriers.K_empty, now.stage);", ";", MANY_TILES),
+        ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS + 1);", MANY_TILES),
+        ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS - 1);", MANY_TILES),
+        ("(barrier(empty, slot.stage), slot.parity ^ 1);", "(barrier(empty, slot.stage), slot.parity);", PLAIN),
+        ("ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);", NO_WAIT, MANY_TILES),
+        ("Tile_KV::BYTES + more_bytes);", "Tile_KV::BYTES);", MASKED),
+        ("ptx::mbarrier_wait(barrier(barriers.V_full, before.stage), before.parity);", NO_WAIT, PLAIN),
+        ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", PLAIN),
+        ("ptx::wgmma_wait_group<0>();\n                        // Few tiles", "// Few tiles", PLAIN),
+        (
+            "ptx::wgmma_fence();\n#pragma unroll\n            for (int k = 0; k < BLOCK_K / 16; ++k)",
+            "for (int k = 0; k < BLOCK_K / 16; ++k)",
+            PLAIN,
+        ),
+        ("ptx::fence_proxy_async();  // of what this lane has stored", NO_BARRIER, PLAIN),
+        ("if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there", "//", case(D=256, Nq=300)),
+        ("ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_KV::PANEL_BYTES)", "ptx::descriptor(V_tile + k * 16 * ROW_BYTES)", WIDE),
+        ("ptx::advance(K_tile, d / 4 * Tile_KV::PANEL_BYTES + d % 4 * 32)", "ptx::advance(K_tile, d * 32)", WIDE),
+        (
+            "ptx::advance(Q_rows, d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32)",
+            "ptx::advance(Q_rows, d / 4 * Tile_KV::PANEL_BYTES + d % 4 * 64)",
+            PLAIN,
+        ),
+        ("(panel + more) * 64, work.i0", "panel * 64, work.i0", WIDE),
+        ("if (consumer == CONSUMERS - 1) your_turn(0);", ";", PLAIN),
+        ("if (consumer == 0) my_turn();  // meets", "//", PLAIN),
+        ("ptx::fence_mbarrier_init();", ";", PLAIN),
+        (
+            "    __syncthreads();\n\n    const int group = uniform(threadIdx.x / GROUP);",
+            "    const int group = uniform(threadIdx.x / GROUP);",
+            PLAIN,
+        ),
+        ("ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();", ";", PLAIN),
+        ("if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);", "if (work.k_tiles == 0) return;", PLAIN),
+        ("O_rmem[i] *= alpha[i >> 1 & 1];", ";", SHARP),
+    ],
+    ("hopper", "keep_bits.cuh"): [
+        ("push(r, upper ? from_other : mine[r], p);", "push(r, mine[r], p);", DROPOUT),
+        ("(low & word) | (either & (low | word))", "(low & word)", DROPOUT),
+    ],
+    ("hopper", "mask_start.cuh"): [
+        ("S[4 * (4 * w + n) + 2 * r + c]", "S[4 * (4 * w + n) + 2 * r + 1 - c]", MASKED),
+    ],
+    ("hopper", "swizzle.cuh"): [
+        ("((chunk % 8) ^ (row % 8)) * 16", "chunk % 8 * 16", PLAIN),
+    ],
+    ("hopper", "backward_4_hopper.cu"): [
+        ("ptx::fence_proxy_async();  // this thread's part of dSᵀ", NO_BARRIER, PLAIN),
+        ("meet();                    // dSᵀ is whole", "//", PLAIN),
+        ("ptx::wgmma_wait_group<0>();  // dK too", "ptx::wgmma_wait_group<1>();  //", MANY_TILES),
+        ("ptx::mbarrier_arrive(barrier(barriers.empty, stage));", ";", case(Nq=700)),
+        ("ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();", "ptx::wgmma_wait_group<2>();", PLAIN),
+        ("ptx::wgmma_wait_group<1>();  // dV and dQ are there", "ptx::wgmma_wait_group<2>();", PLAIN),
+        ("dS_smem + now.n % 2 * Tile_S::BYTES;", "dS_smem;", case(Nq=700)),
+        ("ptx::advance(K_part, k * 16 * ROW_BYTES)", "ptx::advance(K_part, k * 32)", PLAIN),
+        ("ptx::mbarrier_wait(KV_full, 0);", NO_WAIT, PLAIN),
+        ("Tile_Q::BYTES + ROWS_BYTES + more_bytes);", "Tile_Q::BYTES + more_bytes);", PLAIN),
+    ],
+    ("hopper", "backward_hopper.cuh"): [
+        ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != k_tile) {}", ";", TURNS),
+        ("workspace.turns + row / BLOCK_Q, k_tile + 1);", "workspace.turns + row / BLOCK_Q, k_tile + 2);", TURNS),
+        ("max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q - 1", "max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
+    ],
+    ("hopper", "backward_4_hopper_wide.cu"): [
+        ("ptx::wgmma_wait_group<3>();  // S is there", "ptx::wgmma_wait_group<4>();  //", WIDEST),
+        ("ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ", NO_BARRIER, WIDEST),
+        ("meet();                      // Pᵀ and dSᵀ are whole", "//", WIDEST),
+        ("if (MASK) ptx::mbarrier_arrive(mask_empty);", ";", WIDEST_MASKED),
+        ("ptx::wgmma_wait_group<1>();  // dV is there: done with dO", "ptx::wgmma_wait_group<2>();", WIDEST),
+        ("dS_of(next.n), Q_of(next.n), false);", "dS_of(n), Q_of(next.n), false);", WIDEST),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`before`, which stands once in the file (or `place` times before it), becomes `after`."""
+
+    rung: str
+    file: str
+    before: str
+    after: str
+    case: Case
+    place: int | None = None
+
+    def __str__(self) -> str:
+        first = self.before.strip().splitlines()[0].strip()
+        return f"{self.rung}, {self.file}: {first[:70]} → {self.after.strip()[:40] or 'nothing'}"
+
+    def apply(self, text: str) -> str:
+        parts = text.split(self.before)
+        if self.place is None:
+            assert len(parts) == 2, f"{self.file} has {self.before!r} {len(parts) - 1} times, not once: mutations.py needs a new place"
+        n = (self.place or 0) + 1
+        assert len(parts) > n, f"{self.file} has {self.before!r} {len(parts) - 1} times: mutations.py needs a new place"
+        return self.before.join(parts[:n]) + self.after + self.before.join(parts[n:])
+
+
+MUTATIONS = [Mutation(rung, file, *each) for (rung, file), rows in TABLE.items() for each in rows]

@@ -1,0 +1,165 @@
+#include "block.h"
+
+#include "fiber.h"
+#include "launch.h"
+
+namespace emulator {
+
+void thread_begins();
+
+thread_local Block* current = nullptr;
+static thread_local void* launcher;  // where the launcher goes on
+
+// ---- a block begins
+
+static int registers_at_start(int threads) {  // what the compiler may use if one block fills a multiprocessor: 65536 shared by all, in units of 8
+    const int each = 65536 / ((threads + 127) / 128 * 128) / 8 * 8;
+    return each < 255 ? each : 255;
+}
+
+void Block::begin(int64_t number, const Grid& of_grid, uint64_t seed) {
+    grid = of_grid;
+    index = {unsigned(number % grid.blocks.x), unsigned(number / grid.blocks.x % grid.blocks.y), unsigned(number / grid.blocks.x / grid.blocks.y)};
+    random.state = (seed * 0x9e3779b97f4a7c15 ^ number * 0xbf58476d1ce4e5b9) | 1;
+    for (int n = 0; n < 4; ++n) random();
+    const int count = grid.threads, warp_count = (count + 31) / 32;
+    threads.assign(count, Thread{});
+    warps.assign(warp_count, Warp{});
+    ready.assign(warp_count, 0);
+    ready_warps = 0;
+    for (int t = 0; t < count; ++t) {
+        threads[t].id = t, threads[t].registers = registers_at_start(count);
+        threads[t].stack = stack_of(slot * 1024 + t);
+        threads[t].stack_pointer = prepare_fiber(threads[t].stack, STACK_BYTES, thread_begins);
+        awake(t);
+    }
+    for (int w = 0; w < warp_count; ++w) warps[w].first = 32 * w, warps[w].lanes = ready[w];
+    clocks.reset(count);
+    under_way.effects.clear();
+    for (auto& each : barriers) each = {};
+    mbarriers.clear();
+    warpgroups.assign((count + 127) / 128, Warpgroup{});
+    free_registers = 65536 - registers_at_start(count) * warp_count * 32;
+    running = -1, last = random.below(count), threads_done = 0;
+}
+
+Pause Block::run() {
+    paused = Pause::waits;
+    const int thread = next();
+    if (thread >= 0) running = last = thread, emulator_switch(&launcher, threads[thread].stack_pointer);
+    running = -1;
+    return session.failed ? Pause::fault : threads_done == grid.threads ? Pause::done : paused;
+}
+
+void thread_begins() {
+    Block& block = *current;
+    call_kernel();
+    Thread& t = block.self();
+    Warp& warp = block.warp();
+    t.done = true, warp.exited |= 1u << block.lane(), ++block.threads_done;
+    for (int lane = 0; lane < 32; ++lane)
+        if (warp.at[lane].mask >> block.lane() & 1)
+            fail("thread %d waits in %s at @%x for lane %d, which has ended", warp.first + lane, warp.at[lane].what, site_offset(warp.at[lane].site), block.lane());
+    barrier_without_those_that_ended(block);
+    block.asleep(t.id);
+    block.switch_to(block.next());
+}
+
+void leave_block() {
+    void* here;
+    emulator_switch(&here, launcher);
+    __builtin_unreachable();
+}
+
+// ---- who goes on
+
+void Block::awake(int t) {
+    threads[t].wait = Wait::nothing;
+    ready[t / 32] |= 1u << t % 32, ready_warps |= 1u << t / 32;
+}
+
+void Block::asleep(int t) {
+    ready[t / 32] &= ~(1u << t % 32);
+    if (!ready[t / 32]) ready_warps &= ~(1u << t / 32);
+}
+
+int Block::next() {
+    if (!alone && running >= 0 && random.below(4096) == 0) return paused = Pause::drawn, ANOTHER_BLOCK;
+    if (!under_way.empty() && random.below(8) == 0) under_way.one(random());
+    int w = last / 32, lane = last % 32;
+    while (!ready[w] || random.below(16) == 0) {  // another warp
+        if (!ready_warps) {
+            if (!under_way.empty()) under_way.one(random());
+            else if (!wake_who_waits_for_memory()) return NOBODY;
+            continue;
+        }
+        uint32_t among = ready_warps;
+        for (uint32_t skip = random.below(__builtin_popcount(among)); skip > 0; --skip) among &= among - 1;
+        w = __builtin_ctz(among), lane = random.below(32);
+        direction = random.below(2) ? 1 : 31;
+    }
+    do lane = (lane + direction) % 32;
+    while (!(ready[w] >> lane & 1));
+    return 32 * w + lane;
+}
+
+void Block::switch_to(int thread) {
+    if (thread == NOBODY && threads_done < grid.threads && !someone_waits_for_memory()) report_deadlock(*this);
+    void** here = &self().stack_pointer;
+    if (thread == NOBODY) paused = Pause::waits;
+    running = thread;
+    if (thread >= 0) last = thread;
+    emulator_switch(here, thread < 0 ? launcher : threads[thread].stack_pointer);
+}
+
+void Block::wait(Wait what_for, const char* what, void* site, int barrier, int64_t value, const int* memory) {
+    const int me = running;
+    Thread& t = threads[me];
+    t.wait = what_for, t.what = what, t.site = site, t.barrier = barrier, t.value = value, t.memory = memory;
+    asleep(me);
+    const int thread = next();
+    if (thread != me) switch_to(thread);
+}
+
+void Block::maybe_let_others_run() {
+    if (random.below(8)) return;
+    const int thread = next();
+    if (thread != running) switch_to(thread);
+}
+
+bool Block::someone_waits_for_memory() const {
+    for (const Thread& t : threads)
+        if (t.wait == Wait::memory) return true;
+    return false;
+}
+
+bool Block::wake_who_waits_for_memory() {
+    bool any = false;
+    for (Thread& t : threads)
+        if (t.wait == Wait::memory && *t.memory != t.value) awake(t.id), any = true;
+    return any;
+}
+
+// ---- what each thread is
+
+unsigned thread_x() { return current->running; }
+unsigned threads_of_block() { return current->grid.threads; }
+Index block_index() { return current->index; }
+Index grid_size() { return current->grid.blocks; }
+
+void set_registers(int count) {
+    Block& block = *current;
+    meet(0xffffffff, "setmaxnreg", SITE, nullptr, [](Block&, Warp&, uint32_t) {});
+    Thread& t = block.self();
+    // A warp at a time gives back or takes: the block's 65536 are counted in warps of 32.
+    if (block.lane() == 0) {
+        while (32 * (count - t.registers) > block.free_registers) block.wait(Wait::registers, "setmaxnreg", SITE, 0, count);
+        block.free_registers -= 32 * (count - t.registers);
+        for (int each = 0; each < block.grid.threads; ++each)
+            if (block.threads[each].wait == Wait::registers) block.awake(each);
+    }
+    t.registers = count;
+    meet(0xffffffff, "setmaxnreg", SITE, nullptr, [](Block&, Warp&, uint32_t) {});
+}
+
+}  // namespace emulator

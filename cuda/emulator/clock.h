@@ -1,0 +1,56 @@
+// What has happened before what: a vector clock for each thread (Lamport 1978; Mattern 1988; used here as in FastTrack, Flanagan and Freund 2009).
+//
+// Component n of a thread's clock is the last tick of n of which the thread can know: everything that n did until then came before. Threads are the
+// first components. The others are agents that work on their own once they have been told what to do: what they did is known to who has waited for it.
+//
+//     a warpgroup's products     ticks are groups (wgmma.commit_group)
+//     a warp's bulk stores       groups (cp.async.bulk.commit_group)
+//     an mbarrier                phases; what the copy engine writes belongs to the phase that its bytes complete
+//     a thread's cp.async        groups (cp.async.commit_group)
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <vector>
+
+namespace emulator {
+
+constexpr int MBARRIERS = 64;  // that a block may have
+
+struct Clocks {
+    int threads = 0, length = 0;
+    bool cp_async_used = false;
+    std::vector<uint32_t> ticks;  // [threads, length]
+    // [threads, tick]: the last tick before this one that ended with a fence.proxy.async, or 0
+    std::vector<std::vector<uint32_t>> fences;
+
+    void reset(int of_threads) {
+        threads = of_threads, cp_async_used = false;
+        length = cp_async_of(threads);
+        ticks.assign(static_cast<size_t>(threads) * length, 0);
+        fences.assign(threads, std::vector<uint32_t>(2, 0));
+        for (int t = 0; t < threads; ++t) of(t)[t] = 1;
+    }
+    int products_of(int warpgroup) const { return threads + warpgroup; }
+    int bulk_of(int warp) const { return threads + 8 + warp; }
+    int mbarrier(int n) const { return threads + 8 + 32 + n; }
+    int cp_async_of(int thread) const { return threads + 8 + 32 + MBARRIERS + thread; }
+    int components() const { return cp_async_used ? length : cp_async_of(0); }
+
+    uint32_t* of(int thread) { return ticks.data() + static_cast<size_t>(thread) * length; }
+    uint32_t now(int thread) { return of(thread)[thread]; }
+
+    void join(uint32_t* to, const uint32_t* from) const {
+        for (int n = components(), c = 0; c < n; ++c) to[c] = to[c] > from[c] ? to[c] : from[c];
+    }
+    // What this thread does from here on is not part of what it has published until now.
+    void tick(int thread, bool fence = false) {
+        const uint32_t before = of(thread)[thread]++;
+        fences[thread].push_back(fence ? before : fences[thread].back());
+    }
+    // Whether a write of this thread at tick `written` was followed by a fence.proxy.async of which a clock that says `seen` knows.
+    bool fenced(int thread, uint32_t written, uint32_t seen) const { return fences[thread][seen] >= written; }
+};
+
+}  // namespace emulator

@@ -1,0 +1,181 @@
+#include "launch.h"
+
+#include <dlfcn.h>
+#include <link.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+
+#include "tensor_map.h"
+
+namespace emulator {
+
+thread_local Session session;
+
+// ---- messages
+
+static std::string format_text(const char* format, va_list list) {
+    char buffer[4096];
+    vsnprintf(buffer, sizeof buffer, format, list);
+    return buffer;
+}
+
+std::string text(const char* format, ...) {
+    va_list list;
+    va_start(list, format);
+    std::string result = format_text(format, list);
+    va_end(list);
+    return result;
+}
+
+struct Failed {};  // thrown where the launcher runs, not a thread of the block
+
+void fail(const char* format, ...) {
+    va_list list;
+    va_start(list, format);
+    session.message = format_text(format, list);
+    va_end(list);
+    if (current) {
+        const Index& at = current->index;
+        session.message += text("\n(block %u, %u, %u, seed %llu)", at.x, at.y, at.z, static_cast<unsigned long long>(session.seed));
+    }
+    session.failed = true;
+    if (!current || current->running < 0) throw Failed{};
+    leave_block();
+}
+
+int last_error() { return session.failed ? 710 : 0; }
+
+void* driver_function(const char* name) { return std::string(name) == "cuTensorMapEncodeTiled" ? reinterpret_cast<void*>(encode_tensor_map) : nullptr; }
+
+// ---- stacks, kept from launch to launch
+
+constexpr size_t MAX_STACKS = 1024 * MAX_RESIDENT;
+
+namespace {
+struct Stacks {
+    char* memory = nullptr;
+    ~Stacks() {
+        if (memory) munmap(memory, MAX_STACKS * STACK_BYTES);
+    }
+};
+}  // namespace
+
+char* stack_of(int thread) {
+    static thread_local Stacks stacks;
+    if (!stacks.memory)  // pages come into being when they are first touched
+        stacks.memory = static_cast<char*>(mmap(nullptr, MAX_STACKS * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    return stacks.memory + thread * STACK_BYTES;
+}
+
+void call_kernel() { session.kernel.thread(session.kernel.arguments); }
+
+// ---- the grid
+
+// A library's thread-local segment on this thread: the kernel's shared memory.
+static uintptr_t find_library(void* kernel, uint8_t*& window, uint32_t& bytes) {
+    Dl_info info{};
+    dladdr(kernel, &info);
+    struct Wanted {
+        uintptr_t base;
+        uint8_t* window;
+        uint32_t bytes;
+    } wanted{reinterpret_cast<uintptr_t>(info.dli_fbase), nullptr, 0};
+    dl_iterate_phdr(
+        [](dl_phdr_info* library, size_t, void* data) {
+            auto& wanted = *static_cast<Wanted*>(data);
+            if (library->dlpi_addr != wanted.base) return 0;
+            for (int n = 0; n < library->dlpi_phnum; ++n)
+                if (library->dlpi_phdr[n].p_type == PT_TLS) wanted.window = static_cast<uint8_t*>(library->dlpi_tls_data), wanted.bytes = library->dlpi_phdr[n].p_memsz;
+            return 1;
+        },
+        &wanted);
+    window = wanted.window, bytes = wanted.bytes;
+    return wanted.base;
+}
+
+// Some blocks are resident at a time, as on a multiprocessor. Only one runs, and has the window; the others' shared memory is kept aside.
+static void run_blocks(const Grid& grid, uint8_t* dynamic, void* kernel) {
+    uint8_t* window;
+    uint32_t bytes;
+    const uintptr_t library = find_library(kernel, window, bytes);
+    if (!window) fail("the library has no shared memory");
+    const int64_t count = int64_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
+    int64_t begun = 0;
+    static thread_local std::vector<std::unique_ptr<Block>> slots;
+    while (slots.size() < static_cast<size_t>(session.resident)) slots.push_back(std::make_unique<Block>()), slots.back()->slot = slots.size() - 1;
+    std::vector<Block*> resident;
+    Random random{(session.seed + session.launches) * 2 + 1};
+    Block* owner = nullptr;  // of the window
+    int in_vain = 0;         // blocks in a row that could do nothing but wait for others
+    while (true) {
+        while (resident.size() < slots.size() && begun < count) {
+            auto is_free = [&](auto& slot) { return std::find(resident.begin(), resident.end(), slot.get()) == resident.end(); };
+            Block& block = **std::find_if(slots.begin(), slots.end(), is_free);
+            if (owner) owner->shared.keep();
+            current = owner = &block;
+            block.library = library, block.alone = slots.size() == 1;
+            block.shared.begin(window, bytes, dynamic - window, grid.dynamic_bytes, dynamic - window + SHARED_MEMORY);
+            block.begin(begun, grid, session.seed + session.launches);
+            resident.push_back(&block), ++begun;
+        }
+        if (resident.empty()) return;
+        const size_t drawn = random.below(resident.size());
+        Block& block = *resident[drawn];
+        if (owner != &block) {
+            if (owner) owner->shared.keep();
+            block.shared.restore();
+        }
+        current = owner = &block;
+        switch (block.run()) {
+            case Pause::fault: return;
+            case Pause::done:
+                while (!block.under_way.empty()) block.under_way.one(block.random());
+                block_ends(block);
+                resident.erase(resident.begin() + drawn), owner = nullptr, in_vain = 0;
+                break;
+            case Pause::drawn: in_vain = 0; break;
+            case Pause::waits:
+                if (++in_vain > 64 * session.resident) report_deadlock(block);
+        }
+    }
+}
+
+void run(const Grid& grid, uint8_t* dynamic, void* kernel, void (*thread)(void*), void* arguments, long argument_bytes) {
+    if (session.failed) return;
+    const uintptr_t first = reinterpret_cast<uintptr_t>(arguments);
+    session.memories.push_back({first, first + argument_bytes, false, "the arguments", {}});
+    session.kernel = {thread, arguments};
+    ++session.launches;
+    try {
+        if (grid.threads < 1 || grid.threads > 1024) fail("a launch with %d threads a block", grid.threads);
+        if (grid.dynamic_bytes < 0 || grid.dynamic_bytes > SHARED_MEMORY) fail("a launch with %d bytes of dynamic shared memory", grid.dynamic_bytes);
+        run_blocks(grid, dynamic, kernel);
+    } catch (const Failed&) {
+    }
+    current = nullptr;
+    session.memories.pop_back();
+}
+
+}  // namespace emulator
+
+// ---- what Python calls, before a call of attention() and after it
+
+using emulator::session;
+
+// `resident` blocks at a time, 1 to 8.
+extern "C" void emulator_begin(uint64_t seed, int resident) {
+    session.seed = seed, session.resident = resident, session.launches = 0;
+    session.failed = false, session.message.clear(), session.memories.clear();
+}
+
+// Memory that kernels may read and, if writable, write; if it has not been written, they must write before they read.
+extern "C" void emulator_memory(uintptr_t first, int64_t bytes, int writable, int written, const char* name) {
+    emulator::Memory memory{first, first + bytes, writable != 0, name, {}};
+    if (!written) memory.written.assign(bytes, false);
+    session.memories.push_back(std::move(memory));
+}
+
+extern "C" const char* emulator_message() { return session.message.c_str(); }

@@ -1,0 +1,94 @@
+// What has been asked for and takes effect later: copies and products. Each at a time that is drawn, between the instruction that asks for it and the one that
+// waits for it.
+#pragma once
+
+#include <stdint.h>
+
+#include <deque>
+#include <functional>
+#include <vector>
+
+namespace emulator {
+
+// The copy engine's: in any order.
+struct UnderWay {
+    std::vector<std::function<void()>> effects;
+    bool empty() const { return effects.empty(); }
+    // One of them, whichever is drawn, takes effect.
+    void one(uint32_t drawn) {
+        const size_t n = drawn % effects.size();
+        auto effect = std::move(effects[n]);
+        effects[n] = std::move(effects.back()), effects.pop_back();
+        effect();
+    }
+};
+
+// A thread's cp.async: groups in order, the last of them open.
+struct CopyGroups {
+    struct Copy {
+        uint8_t* to;
+        const uint8_t* from;
+        int bytes, first;
+    };
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> committed;
+    uint32_t groups = 0;  // committed so far
+
+    bool under_way() const {
+        bool any = !open.empty();
+        for (const auto& group : committed) any |= !group.empty();
+        return any;
+    }
+};
+
+// The bulk stores of a warp, of which one lane asks for them and waits.
+struct BulkGroups {
+    struct Store {
+        uint32_t group;
+        std::function<void()> store;
+    };
+    std::deque<Store> under_way;  // in order; those that nobody has waited for
+    uint32_t committed = 0;
+};
+
+// Registers of a thread that a product under way reads or writes.
+struct BusyRegisters {
+    uintptr_t first, last;
+    bool written;
+    uint32_t group;
+};
+
+// When a thread last touched each 4 bytes of its stack, counted in its wgmma.fences: what it has touched since the last one, no product may use.
+struct Touched {
+    uint8_t fences = 0;          // 0: none yet
+    std::vector<uint8_t> when;   // by place in the stack
+
+    void fence(size_t stack_bytes) {
+        if (++fences == 0 || when.empty()) when.assign(stack_bytes / 4, 0), fences = 1;
+    }
+    void touch(size_t at, unsigned bytes) {
+        for (size_t n = at / 4; fences && n < (at + bytes + 3) / 4; ++n) when[n] = fences;
+    }
+    bool since_fence(size_t at, size_t bytes) const {
+        for (size_t n = at / 4; n < (at + bytes + 3) / 4; ++n)
+            if (when[n] == fences) return true;
+        return false;
+    }
+};
+
+// The products of a warpgroup, in order.
+struct Warpgroup {
+    struct Product {
+        uint32_t group;
+        std::function<void()> execute;
+    };
+    std::deque<Product> waiting;  // for their time
+    uint32_t groups = 0;          // committed so far
+    // Where its threads meet: how many have come, and to what.
+    int there = 0;
+    const char* what = nullptr;
+    void* site = nullptr;
+    void* arguments[128];
+};
+
+}  // namespace emulator

@@ -1,0 +1,233 @@
+"""The CUDA kernels on a CPU: each rung of `cuda/`, compiled by the machine's C++ compiler and run by the emulator in `cuda/emulator/`.
+
+For learning, for checking, and for work on kernels without a GPU: thousands of times slower than one, and so taken by name only,
+as in `flash_attention(q, k, v, backend="emulated:hopper")`. What a GPU may forgive raises an EmulatorError here.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from flash_attention.backends import cuda
+from flash_attention.backends.launch import MASK, NO_MASK, PARAMS, SETTINGS, STRIDES, Launch
+from flash_attention.build import Specialisation, emulated
+
+SM_COUNT = 2  # multiprocessors of the emulated device: few, so that a block that stays on one gets several works
+
+
+class EmulatorError(RuntimeError):
+    """A kernel broke a rule of CUDA, or touched memory that is not the call's. The message says which thread, what, and where."""
+
+
+@dataclass
+class Options:
+    """How this process emulates kernels: `flash_attention.backends.emulated.options.seed = 3`."""
+
+    seed: int = int(os.environ.get("FLASH_ATTENTION_EMULATOR_SEED", "0"))  # draws the order of threads, copies and products
+    resident: int = 2  # blocks that run at a time, by turns; 1 to 8
+    sources: Path | None = None  # a folder in place of this package's cuda/
+    counts: list["Counts"] | None = None  # where each launch's counts go, if they are wanted (`counting`)
+
+
+options = Options()
+
+
+class Place(NamedTuple):
+    """Accesses to shared memory at one place of a kernel, of whole warps."""
+
+    instructions: int
+    cycles: int  # that shared memory takes for them
+    least: int  # without any bank conflict
+
+
+@dataclass
+class Counts:
+    """What one call of a launcher did: forward or backward, all its kernels."""
+
+    file: str
+    total: dict[str, int] = field(default_factory=dict)
+    shared: dict[str, Place] = field(default_factory=dict)  # place → accesses
+    waits: dict[str, int] = field(default_factory=dict)  # place → how often a thread came there to wait
+
+    @classmethod
+    def read(cls, library: Path, report: str) -> "Counts":
+        counts = cls(library.stem.partition("-")[0] + ".cu")
+        for line in emulated.with_lines(report, library).splitlines():
+            kind, name, *values = line.split("\t")
+            numbers = [int(value) for value in values]
+            if kind == "total":
+                counts.total[name] = numbers[0]
+            elif kind == "waits":
+                counts.waits[name] = counts.waits.get(name, 0) + numbers[0]
+            else:  # a loop that the compiler has unrolled is several places of one line
+                before = counts.shared.get(name, (0, 0, 0))
+                counts.shared[name] = Place(*(a + b for a, b in zip(before, numbers, strict=True)))
+        return counts
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[list[Counts]]:
+    """Counts what the launches inside do.
+
+    >>> with counting() as counts:
+    ...     O = flash_attention(q, k, v, backend="emulated:hopper")
+    >>> counts[0].total["FLOP by wgmma"]
+    """
+    options.counts = []
+    try:
+        yield options.counts
+    finally:
+        options.counts = None
+
+
+class Memory(NamedTuple):
+    """Memory that a launch may touch. What is not written yet must be written before it is read. Of two that overlap, the first counts."""
+
+    name: str
+    address: int
+    bytes: int
+    writable: bool = False
+    written: bool = True
+
+
+class EmulatedLaunch(Launch):
+    """A launch that tells the emulator which memory is the call's."""
+
+    mask_form: str | None = None
+
+    def __call__(self, q: Tensor, addresses, pointers, mask: bytes = NO_MASK) -> None:
+        memories = self._tensors(addresses, q.element_size()) + self._pointers(pointers, backward=len(addresses) > 4)
+        if self.mask_form:
+            memories.append(self._mask(mask))
+        run(self.library, self.library.attention, self._params(addresses, pointers, mask), memories)
+
+    def _stream(self) -> int:
+        return 0
+
+    def _tensors(self, addresses, element_size: int) -> list[Memory]:
+        B, H, Hkv, Nq, Nk, D, Dv, *_ = SETTINGS.unpack(self.settings)
+        outputs = ("o",) if len(addresses) == 4 else ("dq", "dk", "dv")
+        shapes = {"q": (H, Nq, D), "k": (Hkv, Nk, D), "v": (Hkv, Nk, Dv), "o": (H, Nq, Dv), "d_o": (H, Nq, Dv)}
+        shapes |= {"dq": shapes["q"], "dk": shapes["k"], "dv": shapes["v"]}
+        memories = []
+        for n, (address, (name, shape)) in enumerate(zip(addresses, shapes.items(), strict=False)):
+            size = extent((B, *shape), (*STRIDES.unpack(self.tensors[2 * n + 1]), 1)) * element_size
+            memories.append(Memory(name, address, size, name in outputs, name not in outputs))
+        return memories
+
+    def _pointers(self, pointers, backward: bool) -> list[Memory]:
+        B, H, _, Nq, *_ = SETTINGS.unpack(self.settings)
+        lse, d_lse, workspace, seed = pointers
+        return [
+            Memory("lse", lse, 4 * B * H * Nq if lse else 0, not backward, backward),
+            Memory("d_lse", d_lse, 4 * B * H * Nq if d_lse else 0),
+            Memory("the workspace", workspace, 4 * self.workspace_floats() if workspace else 0, True, False),
+            Memory("the seed", seed, 8 if seed else 0),
+        ]
+
+    def _mask(self, mask: bytes) -> Memory:
+        B, H, _, Nq, Nk, *_ = SETTINGS.unpack(self.settings)
+        address, *strides = MASK.unpack(mask)
+        if self.mask_form == "bytes":
+            return Memory("the mask", address, extent((B, H, Nq, Nk), strides))
+        b, h, i, j = strides
+        rows, columns, stride = (Nq, Nk, i) if self.mask_form == "bits" else (Nk, Nq if i else 128, j)
+        return Memory("the mask's bits", address, 4 * extent((B, H, rows, (columns + 127) // 128 * 4), (b, h, stride, 1)))
+
+
+def extent(shape, strides) -> int:
+    """Elements from a tensor's first to its last."""
+    return sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1 if all(shape) else 0
+
+
+def run(library: ctypes.CDLL, function, params: bytes, memories: list[Memory], *, poison: bool = True) -> None:
+    """Calls a launcher of the library, which may touch these memories; with `poison`, what is not written yet is NaN until it is.
+
+    Raises:
+        EmulatorError: what the emulator found; places in the kernel are given as file:line.
+    """
+    library.emulator_begin(options.seed, options.resident)
+    for memory in memories:
+        if memory.bytes:
+            if poison and not memory.written:
+                ctypes.memset(memory.address, 0xFF, memory.bytes)
+            library.emulator_memory(memory.address, memory.bytes, memory.writable, memory.written, memory.name.encode())
+    library.emulator_count(options.counts is not None)
+    error = function(params)
+    if options.counts is not None:
+        options.counts.append(Counts.read(Path(library._name), library.emulator_counters().decode()))
+    message = library.emulator_message().decode() or (library.error_name(error).decode() if error else "")
+    if message:
+        raise EmulatorError(emulated.with_lines(message, Path(library._name)))
+
+
+@dataclass(frozen=True, eq=False)
+class EmulatedRung(cuda.Rung):
+    """A rung of cuda.RUNGS for tensors on the CPU."""
+
+    device_type: ClassVar[str] = "cpu"
+
+    def _why_no_kernels(self, device: int) -> str | None:
+        if sys.platform != "linux":
+            return f"the emulator needs Linux, this is {sys.platform}"
+        return None if emulated.find_compiler() else "the emulator needs a C++ compiler (g++ or clang++), and none was found"
+
+    def prepare(self, *_) -> None:
+        """No launch is kept: a CPU has time."""
+        return None
+
+    def _pack_mask(self, mask: Tensor, by_keys: bool) -> Tensor:
+        return cuda.pack_mask(mask, by_keys, _launch_pack_mask)
+
+    def _launch(self, which, tensors, mask, seed, causal, scale, dropout_p) -> EmulatedLaunch:
+        q, _, v, *_ = tensors
+        head_dim = next(size for size in self.head_dims if size >= max(q.shape[3], v.shape[3]))
+        wanted = Specialisation(
+            self.file(which, head_dim), emulated.ARCH, head_dim, cuda.DTYPE_NAMES[q.dtype], causal, mask, seed is not None
+        )
+        launch = EmulatedLaunch(_library(wanted, options.sources), *cuda._fields(tensors, scale, dropout_p), 0, SM_COUNT)
+        launch.mask_form = mask
+        return launch
+
+
+RUNGS = {
+    f"emulated:{name}": EmulatedRung(**{f.name: getattr(rung, f.name) for f in fields(rung)} | {"name": f"emulated:{name}"})
+    for name, rung in cuda.RUNGS.items()
+}
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.emulator_begin.argtypes = [ctypes.c_uint64, ctypes.c_int]
+    library.emulator_memory.argtypes = [ctypes.c_size_t, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
+    library.emulator_message.restype = library.emulator_counters.restype = ctypes.c_char_p
+    return library
+
+
+@functools.cache
+def _library(wanted: Specialisation, sources: Path | None) -> ctypes.CDLL:
+    return cuda.declared(_declared(emulated.load(wanted, PARAMS.size, sources)))
+
+
+@functools.cache
+def _pack_mask_library(sources: Path | None) -> ctypes.CDLL:
+    library = _declared(emulated.load(Specialisation(cuda.PACK_MASK, emulated.ARCH), cuda.PACK_PARAMS.size, sources))
+    library.pack_mask.argtypes = [ctypes.c_char_p]
+    return library
+
+
+def _launch_pack_mask(mask: Tensor, bits: Tensor, *settings: int) -> None:
+    library = _pack_mask_library(options.sources)
+    memories = [
+        Memory("the mask", mask.data_ptr(), extent(mask.shape, mask.stride())),
+        Memory("the mask's bits", bits.data_ptr(), 4 * bits.numel(), True, False),
+    ]
+    params = cuda.PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), *settings, 0, 0)
+    run(library, library.pack_mask, params, memories)
