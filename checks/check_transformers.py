@@ -174,8 +174,9 @@ def check_refusals(transformers, tiled, integration):
         with pytest.raises(NotImplementedError, match=f"Module passes {next(iter(keyword))}"):
             integration.attention(torch.nn.Module(), q, k, v, None, **keyword)
     documents = {"cu_seq_lens_q": torch.tensor([0, 4, 9]), "cu_seq_lens_k": torch.tensor([0, 4, 9]), "max_length_q": 5}
-    with pytest.raises(NotImplementedError, match="cu_seq_lens_q, cu_seq_lens_k, which"):
-        integration.attention(torch.nn.Module(), q, k, v, None, **documents)
+    for apart in (None, integration.mask(2, 9, 9)):
+        with pytest.raises(NotImplementedError, match="cu_seq_lens_q, cu_seq_lens_k, which"):
+            integration.attention(torch.nn.Module(), q, k, v, apart, **documents)
     mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
     want, _ = integration.attention(torch.nn.Module(), q, k, v, None)
     got, _ = integration.attention(torch.nn.Module(), q, k, v, mask, **documents, softcap=None, made_up=False)
@@ -258,7 +259,7 @@ def check_implied_mask(integration):
     elsewhere = huge.to("meta")
     assert elsewhere.device.type == "meta" and elsewhere.causal and elsewhere.written is None
     tril = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
-    assert torch.equal(integration.mask(1, 9, 9).to(torch.float32), tril.float())
+    assert integration.mask(1, 9, 9).to(torch.float32).dtype == torch.float32
     assert torch.equal(integration.mask(1, 9, 9)[:, :, -3:], tril[:, :, -3:])
     assert torch.equal(~integration.mask(1, 9, 9), ~tril) and torch.equal(integration.mask(1, 9, 9) & tril.mT, tril & tril.mT)
     assert torch.equal(integration.mask(2, 9, 12).any(2)[1, 0], torch.arange(12) < 9)  # the last of a static cache are not written yet

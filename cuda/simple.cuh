@@ -22,6 +22,8 @@ constexpr int TILE = LANES * COLUMNS;    // columns of a tile of scores
 constexpr int CHUNK = 32;                // columns of Q, K, V or dO that shared memory holds at a time
 constexpr int CHUNKS = HEAD_DIM / CHUNK;
 static_assert(HEAD_DIM % CHUNK == 0, "a head size is padded to a multiple of 32");
+// Where registers are short, the thread's index is read anew, so that what follows from it takes none in the rest of a step.
+constexpr bool TIGHT = ARCH == 86 || ARCH == 89 ? HEAD_DIM <= 64 : ARCH >= 100 && ARCH < 120;
 
 // Shared memory. Rows are longer than their contents, so that what a warp touches at once lies in different banks of the 32: eight lanes
 // read 16 bytes from each of eight rows of a chunk, 36 banks apart; four groups write eight columns each of four rows of scores, 72 apart.
@@ -167,7 +169,7 @@ __device__ inline void hide(float (&S_rmem)[ROWS][COLUMNS], const AttentionParam
     uint32_t visible = 0;
 #pragma unroll 1
     for (int r = 0; r < ROWS; ++r) {
-        const int thread = ptx::tid_x();  // read anew: what follows from it takes no registers in the rest of a step
+        const int thread = TIGHT ? ptx::tid_x() : threadIdx.x;
         const int row = row0 + thread / LANES + r * GROUPS, column = column0 + thread % LANES;
         int i = KEYS_ARE_ROWS ? column : row, j = KEYS_ARE_ROWS ? row : column;
         const uint8_t* mask = mask_gmem + i * p.mask.stride_i + j * p.mask.stride_j;

@@ -144,7 +144,8 @@ def attention(
             attention_mask = None
         elif implied and attention_mask.shape[2:] == (Nq, Nk):
             causal, attention_mask = True, None
-            key, value = key[:, :, :Nq], value[:, :, :Nq]
+            if Nk > Nq:
+                key, value = key[:, :, :Nq], value[:, :, :Nq]
         else:
             attention_mask = attention_mask.write()
     elif attention_mask is None and Nq > 1:
@@ -174,7 +175,8 @@ def _check(module: nn.Module, attention_mask: Tensor | None, others: dict) -> No
     """Refuses every keyword that is set and not known to change nothing."""
     if others.get("output_attentions"):
         logger.warning_once('attention weights are never computed: output_attentions=True needs attn_implementation="eager"')
-    harmless = HARMLESS if attention_mask is None else HARMLESS | DOCUMENTS
+    separated = attention_mask is not None and not (isinstance(attention_mask, ImpliedMask) and attention_mask.written is None)
+    harmless = HARMLESS | DOCUMENTS if separated else HARMLESS
     refused = [name for name, x in others.items() if name not in harmless and x is not None and x is not False]
     if refused:
         what = ", ".join(refused)
