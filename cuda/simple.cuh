@@ -169,8 +169,8 @@ __device__ inline void hide(float (&S_rmem)[ROWS][COLUMNS], const AttentionParam
     uint32_t visible = 0;
 #pragma unroll 1
     for (int r = 0; r < ROWS; ++r) {
-        const int thread = TIGHT ? ptx::tid_x() : threadIdx.x;
-        const int row = row0 + thread / LANES + r * GROUPS, column = column0 + thread % LANES;
+        const int thread = TIGHT ? ptx::tid_x() : 0;
+        const int row = row0 + (TIGHT ? thread / LANES : group()) + r * GROUPS, column = column0 + (TIGHT ? thread % LANES : lane());
         int i = KEYS_ARE_ROWS ? column : row, j = KEYS_ARE_ROWS ? row : column;
         const uint8_t* mask = mask_gmem + i * p.mask.stride_i + j * p.mask.stride_j;
 #pragma unroll

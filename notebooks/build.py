@@ -37,7 +37,7 @@ def hashes(notebook: NotebookNode) -> dict[str, str]:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     text = json.dumps([cell.source for cell in code])
     modules = [file for file in HERE.glob("*.py") if file != Path(__file__).resolve()]
-    kernels = (ROOT / "cuda").glob("*") if "sources" in text else []
+    kernels = [file for file in (ROOT / "cuda").iterdir() if file.is_file()] if "sources" in text else []
     results = (ROOT / "results").glob("*") if "results" in text else []
     files = [*sorted(kernels), *sorted(modules), *sorted((ROOT / "reference").glob("*.py")), *sorted(results)]
     sources = hashlib.sha256(text.encode())
