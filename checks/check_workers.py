@@ -42,8 +42,8 @@ def threads():
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Every call is for workers, in pieces of 40 rows or 50 columns."""
-    for name, value in {"WORKER_FLOPS": 0, "WORKER_STEP": 0, "WORKER_SET": 1, "ROWS": 40, "COLUMNS": 50}.items():
+    """Every call is for workers, in pieces of 40 rows or columns."""
+    for name, value in {"WORKER_FLOPS": 0, "WORKER_STEP": 0, "WORKER_SET": 1, "SPAN": 40}.items():
         monkeypatch.setattr(reference, name, value)
 
 
@@ -272,7 +272,7 @@ import os, sys, threading, time, torch
 from flash_attention import flash_attention
 from flash_attention.backends import reference
 reference.WORKER_FLOPS = reference.WORKER_STEP = 0
-reference.ROWS = 40
+reference.SPAN = 40
 torch.set_num_threads(2)
 q, k, v = torch.randn(3, 1, 2, 200, 8).unbind()
 expected = flash_attention(q, k, v)

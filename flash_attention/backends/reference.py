@@ -17,8 +17,8 @@ from flash_attention.reference.tiles import blocks, sum_dtype
 # less leaves PyTorch's cost per call showing. A worker, which has one core, takes a quarter.
 WORKING_SET = 5 << 19
 WORKER_SET = WORKING_SET // 4
-# Rows of a worker's piece in the forward, columns in the backward, where each piece also brings a dQ that is to be added.
-ROWS, COLUMNS = 1024, 2048
+# Rows of a worker's piece in the forward, columns in the backward.
+SPAN = 1024
 # A call is for workers from so many floating-point operations for each thread on: 50 ms. After an operation of PyTorch's own its threads
 # stay awake for 5 ms, in which they take the workers' cores.
 WORKER_FLOPS = 1 << 33
@@ -61,7 +61,7 @@ def forward(
         )
 
     large = _large(2, q, k, causal, block_size)
-    rows = list(blocks(0, Nq, ROWS if large else max(Nq, 1)))[::-1]  # causal: the last rows see most
+    rows = list(blocks(0, Nq, SPAN if large else max(Nq, 1)))[::-1]  # causal: the last rows see most
     each = workers.run if large else workers.in_turn
     each(piece, [(*heads, i) for heads in _heads(q, k, causal, block_size, large) for i in rows])
     return O, LSE
@@ -87,7 +87,7 @@ def backward(
     Nq, Nk = q.shape[2], k.shape[2]
     dQ, dK, dV = allocate.backward_outputs(q, k, v)
 
-    def piece(b: slice, h: slice, h_kv: slice, j: slice, dQ_sum: _Sum) -> None:
+    def piece(b: slice, h: slice, h_kv: slice, dQ_sum: _Sum, j: slice) -> None:
         dQ_part, dK[b, h_kv, j], dV[b, h_kv, j] = run(
             q[b, h].to(sum_dtype(q)),  # so that dQ comes back in this dtype, to be summed
             k[b, h_kv, j],
@@ -106,11 +106,11 @@ def backward(
         dQ_sum.add(j, dQ_part)
 
     large = _large(5, q, k, causal, block_size)
-    columns = list(blocks(0, Nk, COLUMNS if large else max(Nk, 1))) or [slice(0, 0)]
-    pieces = []
-    for b, h, h_kv in _heads(q, k, causal, block_size, large):
-        dQ_sum = _Sum(dQ[b, h], columns)
-        pieces += [(b, h, h_kv, j, dQ_sum) for j in columns]
+    columns = list(blocks(0, Nk, SPAN if large else max(Nk, 1))) or [slice(0, 0)]
+    parts = [(b, h, h_kv, _Sum(dQ[b, h], columns)) for b, h, h_kv in _heads(q, k, causal, block_size, large)]
+    # Neighbours in the list belong to different sums, so that few parts of dQ wait to be added; not too many sums are begun at a time.
+    some = (parts[n : n + workers.MAX_WORKERS] for n in range(0, len(parts), workers.MAX_WORKERS))
+    pieces = [(*part, j) for few in some for j in columns for part in few]
     each = workers.run if large else workers.in_turn
     each(piece, pieces)
     return dQ, dK, dV
@@ -130,8 +130,11 @@ class _Sum:
             self.parts[span.start] = part
             while self.spans and self.spans[0].start in self.parts:
                 part = self.parts.pop(self.spans.popleft().start)
-                self.total = part if self.total is None else self.total.add_(part)
-            if not self.spans:
+                if self.total is not None:
+                    self.total.add_(part)
+                else:  # `out` itself holds the sum, unless it would round it
+                    self.total = self.out.copy_(part) if part.dtype == self.out.dtype else part
+            if not self.spans and self.total is not self.out:
                 self.out.copy_(self.total)
                 self.total = None
 
