@@ -40,16 +40,16 @@ def run(work: Callable[..., None], pieces: Iterable[tuple]) -> None:
     inference = torch.is_inference_mode_enabled()
     jobs = []
     try:
-        for worker in _workers(threads)[: len(left)]:
-            jobs.append(worker.submit(_take, work, left, inference))
-    except RuntimeError:  # no more threads can start: a limit of the system, or the interpreter is shutting down
-        if not jobs:
-            return in_turn(work, left)
-    try:
+        try:
+            for worker in _workers(threads)[: len(left)]:
+                jobs.append(worker.submit(_take, work, left, inference))
+        except RuntimeError:  # no more threads can start: a limit of the system, or the interpreter is shutting down
+            if not jobs:
+                return in_turn(work, left)
         wait(jobs)
         for job in jobs:
             job.result()
-    finally:
+    finally:  # also where an interrupt comes before all workers have their job
         left.clear()
         jobs.clear()  # an exception's traceback keeps this frame alive, and a job its exception
 
