@@ -140,7 +140,7 @@ def _lines(places: list[str], library: Path) -> dict[str, str]:
     # -a: before each place's lines, its address; -i: its own line, then those of the functions that it is inlined in
     answer = subprocess.run([tool, "-a", "-i", "-e", str(library), *places], capture_output=True, text=True).stdout
     for place, part in zip(places, re.split(r"^0x[0-9a-f]+\n", answer, flags=re.MULTILINE)[1:], strict=True):
-        frames = [Path(line.split(" ")[0]).name for line in part.splitlines()]
+        frames = [Path(re.sub(r" \(discriminator \d+\)$", "", line)).name for line in part.splitlines()]
         frames = [frame for frame in frames if frame.partition(":")[0].endswith((".cu", ".cuh"))]  # others stand in for CUDA's headers
         if frames:
             found[place] = frames[0] + (f" (from {frames[-1]})" if frames[-1] != frames[0] else "")
