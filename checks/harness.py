@@ -91,6 +91,16 @@ def compilers() -> list:
     return ["aot_eager", pytest.param("inductor", marks=[pytest.mark.skip(reason=reason)] if reason else [])]
 
 
+def expect_error(call: Callable, error: type[Exception], words: list[str]) -> None:
+    """call() raises exactly `error`, with a message that holds all the words."""
+    with pytest.raises(Exception) as caught:
+        call()
+    message = f"{type(caught.value).__name__}: {caught.value}"
+    assert type(caught.value) is error, f"expected {error.__name__}, got {message}"
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"the message does not name {missing}: {message}"
+
+
 @dataclass
 class Case:
     """One attention problem. `mask` is None or one of MASKS; `sharp` multiplies q, so that softmax is close to one-hot."""
