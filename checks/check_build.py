@@ -397,7 +397,9 @@ def check_command(place, monkeypatch, capsys):
 
     out, found = place.folder / "out", place.folder / "found.json"
     monkeypatch.setattr(build, "loaded", lambda library: library)
+    level = build.log.level
     assert run("--out", str(out)) == 0
+    assert build.log.level == level
     assert len(list(out.glob("*.so"))) == len(set(usual_set(["75"], [32]))) == 1 + 2 * 3 * 4
     assert not place.cache.exists()
     monkeypatch.setattr(build, "find_nvcc", lambda: None)

@@ -143,10 +143,14 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("there is no GPU here: name the architectures with --arch")
     if arguments.check:
         return not check(arguments.arch or ARCHS, arguments.head_dim, arguments.jobs, arguments.json)
-    build.log.setLevel(logging.ERROR)  # the progress bar says as much
     archs = arguments.arch or [build.arch_of(torch.cuda.get_device_capability())]
     chosen = specialisations if arguments.all else usual_set
-    return not compile_set(chosen(archs, arguments.head_dim), arguments.out, arguments.jobs)
+    level = build.log.level
+    build.log.setLevel(logging.ERROR)  # the progress bar says as much
+    try:
+        return not compile_set(chosen(archs, arguments.head_dim), arguments.out, arguments.jobs)
+    finally:
+        build.log.setLevel(level)
 
 
 if __name__ == "__main__":
