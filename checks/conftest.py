@@ -4,6 +4,7 @@
 """
 
 import os
+import zlib
 
 # Many checks are tiny: threads that spin between operations would cost more than the operations, above all beside other programs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -33,6 +34,12 @@ def pytest_generate_tests(metafunc):
         targets = [t for t in TARGETS if wanted is None or t.backend in GROUPS.get(wanted, (wanted,))]
         marks = [[pytest.mark.skip(reason=t.why_not())] if t.why_not() else [] for t in targets]
         metafunc.parametrize("target", [pytest.param(t, marks=m, id=str(t)) for t, m in zip(targets, marks, strict=True)])
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """A check draws the same numbers alone and after any others."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture
