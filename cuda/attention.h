@@ -1,7 +1,8 @@
 // The C interface between Python (flash_attention/backends/cuda.py) and every kernel: one struct, one entry point a file.
 //
 // A .cu file is compiled once for each specialisation, into a shared library of its own. The constants that specialise it come from the
-// command line: -DHEAD_DIM=64 -DDTYPE=1 -DCAUSAL=0 -DMASK=0 -DDROPOUT=0. So a kernel reads as one concrete kernel.
+// command line: -DHEAD_DIM=64 -DDTYPE=1 -DCAUSAL=0 -DMASK=0 -DDROPOUT=0, and -DV_HEAD_DIM=… where V has another head size. So a kernel reads as one
+// concrete kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -46,7 +47,7 @@ struct AttentionParams {
     float* workspace;      // backward only; its size is workspace_floats()
     const int64_t* seed;   // on the device; NULL without dropout
     int32_t B, H, Hkv, Nq, Nk;
-    int32_t D, Dv;         // head sizes in memory, at most HEAD_DIM
+    int32_t D, Dv;         // head sizes in memory, at most HEAD_DIM and V_HEAD_DIM
     float scale;           // of the scores
     int32_t drop_below;    // an element whose random byte is below this is dropped
     float keep_scale;      // 1 / (keep probability), exactly 256 / (256 − drop_below)

@@ -9,6 +9,8 @@
 
 constexpr int BLOCK_K = 128;                        // 64 for each of two groups
 constexpr int BLOCK_Q = HEAD_DIM <= 64 ? 128 : 64;  // the accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers
+constexpr int HALVES = 1;
+static_assert(HEAD_DIM <= 128 && HEAD_DIM % 16 == 0 && V_HEAD_DIM == HEAD_DIM, "wider heads: backward_4_hopper_wide.cu");
 #include "backward_hopper.cuh"
 
 constexpr int N_TILES = BLOCK_Q / 8;
@@ -180,7 +182,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             add(dV_rmem, P_rmem, dO_tile);
             ptx::fence_proxy_async();  // this thread's part of dSᵀ
             meet();                    // dSᵀ is whole, and both groups are done with the other one
-            // dQ = dS K: a group computes 64 rows, or, where there are no more, 64 columns of it
+            // dQ = dS K: a group computes 64 rows, or, where there are no more, 64 columns of it; beyond the head's last they are 0
             float dQ_rmem[32];
             constexpr bool BY_ROWS = BLOCK_Q == 128;
             const uint64_t dS_part = ptx::descriptor(uniform(dS_tile + (BY_ROWS ? consumer * Tile_S::PANEL_BYTES : 0)));

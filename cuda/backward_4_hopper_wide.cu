@@ -14,18 +14,24 @@
 //
 // dK comes first, so that a tile of Q makes place for the next but one long before that is needed: shared memory holds no third.
 //
+// Where a half of the head is no whole number of panels of 64 columns, a tile has each half in panels of its own.
+//
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 256 that are multiples of 8.
 #include "common.cuh"
 
 constexpr int BLOCK_K = 64;
 constexpr int BLOCK_Q = 64;
+constexpr int HALVES = 2;
 #include "backward_hopper.cuh"
 
 constexpr int ROWS = BLOCK_Q / CONSUMERS;      // of Q: a group's columns of Sᵀ and dPᵀ
-constexpr int COLUMNS = HEAD_DIM / CONSUMERS;  // of the head: a group's columns of dK, dV and dQ
+constexpr int COLUMNS = HEAD_DIM / CONSUMERS;  // of the head: a group's columns of dK and dQ
+constexpr int V_COLUMNS = V_HEAD_DIM / CONSUMERS;  // and of dV
 constexpr int N_TILES = ROWS / 8;
-static_assert(HEAD_DIM == 256, "narrower heads: backward_4_hopper.cu");
-constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * 2 * Tile_S::BYTES + STAGES * 2 * ROWS_BYTES + MASK_BYTES;
+static_assert(HEAD_DIM > 128, "narrower heads: backward_4_hopper.cu");
+static_assert(COLUMNS > 64 && COLUMNS <= 128 && COLUMNS % 16 == 0 && V_COLUMNS <= COLUMNS && V_COLUMNS % 16 == 0, "two products are a group's columns of dQ");
+constexpr int QDO_BYTES = Tile_Q::BYTES + Tile_dO::BYTES;
+constexpr int SMEM_BYTES = Tile_K::BYTES + Tile_V::BYTES + STAGES * QDO_BYTES + 2 * 2 * Tile_S::BYTES + STAGES * 2 * ROWS_BYTES + MASK_BYTES;
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 // "full": the bytes have arrived, with those of Q the mask's. "empty": every computing thread is done with them. There is place for one tile of the
@@ -34,14 +40,22 @@ struct Barriers {
     uint64_t KV_full, Q_full[STAGES], Q_empty[STAGES], dO_full[STAGES], dO_empty[STAGES], mask_empty;
 };
 
+// Registers that take turns: the first array in place of the second, if it is as long. (A product into a part of an array that another one fills as a
+// whole is serialised.)
+template <int N, int M>
+__device__ inline auto& shared_if_equal(float (&first)[N], float (&second)[M]) {
+    if constexpr (N == M) return first;
+    else return second;
+}
+
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
     const uint32_t K_smem = ptx::smem_address(smem);                  // [BLOCK_K, HEAD_DIM]
-    const uint32_t V_smem = K_smem + Tile_K::BYTES;                   // [BLOCK_K, HEAD_DIM]
-    const uint32_t QdO_smem = V_smem + Tile_K::BYTES;                 // STAGES × (Q [BLOCK_Q, HEAD_DIM], dO [BLOCK_Q, HEAD_DIM])
-    const uint32_t PdS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;  // 2 × (Pᵀ [BLOCK_K, BLOCK_Q], dSᵀ [BLOCK_K, BLOCK_Q])
-    constexpr int ROWS_OFFSET = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * 2 * Tile_S::BYTES;
+    const uint32_t V_smem = K_smem + Tile_K::BYTES;                   // [BLOCK_K, V_HEAD_DIM]
+    const uint32_t QdO_smem = V_smem + Tile_V::BYTES;                 // STAGES × (Q [BLOCK_Q, HEAD_DIM], dO [BLOCK_Q, V_HEAD_DIM])
+    const uint32_t PdS_smem = QdO_smem + STAGES * QDO_BYTES;          // 2 × (Pᵀ [BLOCK_K, BLOCK_Q], dSᵀ [BLOCK_K, BLOCK_Q])
+    constexpr int ROWS_OFFSET = Tile_K::BYTES + Tile_V::BYTES + STAGES * QDO_BYTES + 2 * 2 * Tile_S::BYTES;
     const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
     uint8_t* mask_smem = smem + ROWS_OFFSET + STAGES * 2 * ROWS_BYTES;            // [BLOCK_K] BitRow
     const uint32_t KV_full = ptx::smem_address(&barriers.KV_full), mask_empty = ptx::smem_address(&barriers.mask_empty);
@@ -71,27 +85,29 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         ptx::setmaxnreg_dec<24>();  // all start with 168; what this group gives back, 144 · 128, is what two others can take
         if (threadIdx.x == 0) {
             const Workspace workspace(p);
-            ptx::mbarrier_arrive_expect_tx(KV_full, 2 * Tile_K::BYTES);
-            load_boxes<Tile_K, RowOrder>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-            load_boxes<Tile_K, RowOrder>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+            ptx::mbarrier_arrive_expect_tx(KV_full, Tile_K::BYTES + Tile_V::BYTES);
+            load_boxes<Tile_K, RowOrder, COLUMNS>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+            load_boxes<Tile_V, RowOrder, V_COLUMNS>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             for (Visit at(p, j0, b_kv_h); at.more(); at.advance()) {
                 const Slot<STAGES> slot = at.slot();
                 const int stage = slot.stage, i0 = at.tile * BLOCK_Q;
                 const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
-                const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, rows = K_smem + ROWS_OFFSET + stage * 2 * ROWS_BYTES;
-                auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t rows, const float* of_rows, uint32_t full, uint32_t empty, int more) {
+                const uint32_t Q_tile = QdO_smem + stage * QDO_BYTES, rows = K_smem + ROWS_OFFSET + stage * 2 * ROWS_BYTES;
+                auto load = [&](auto kind, auto half, uint32_t tile, const CUtensorMap& map, uint32_t rows, const float* of_rows, uint32_t full,
+                                uint32_t empty, int more) {
+                    using Tile = decltype(kind);
                     ptx::mbarrier_wait(empty, slot.parity ^ 1);  // passes at once in the first round
-                    ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES + ROWS_BYTES + more);
-                    load_boxes<Tile_Q>(tile, map, i0, at.bh % p.H, at.bh / p.H, full);
+                    ptx::mbarrier_arrive_expect_tx(full, Tile::BYTES + ROWS_BYTES + more);
+                    load_boxes<Tile, InOrder, decltype(half)::value>(tile, map, i0, at.bh % p.H, at.bh / p.H, full);
                     ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
                 };
-                load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), barrier(barriers.Q_empty, stage), MASK_BYTES);
+                load(Tile_Q(), std::integral_constant<int, COLUMNS>(), Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), barrier(barriers.Q_empty, stage), MASK_BYTES);
                 if (MASK) {
                     ptx::mbarrier_wait(mask_empty, (at.n & 1) ^ 1);
                     ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem), &maps.mask, one_row(p) ? 0 : i0 / BIT_COLUMNS * 4, j0, at.bh % p.H,
                                                  at.bh / p.H, barrier(barriers.Q_full, stage));
                 }
-                load(Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage),
+                load(Tile_dO(), std::integral_constant<int, V_COLUMNS>(), Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage),
                      barrier(barriers.dO_empty, stage), 0);
             }
         }
@@ -103,13 +119,15 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
         const float scale_log2 = p.scale * LOG2_E;   // exp(scale · x) = 2^(scale_log2 · x)
 
-        float dK_rmem[COLUMNS / 2], dV_rmem[COLUMNS / 2] = {};  // [BLOCK_K, COLUMNS]
+        float dK_rmem[COLUMNS / 2], dV_rmem[V_COLUMNS / 2] = {};  // [BLOCK_K, COLUMNS], [BLOCK_K, V_COLUMNS]
         float S_rmem[ROWS / 2], dP_rmem[ROWS / 2];              // [BLOCK_K, ROWS], transposed; of the tile that comes next
-        float dQ_rmem[32];                                      // [BLOCK_Q, 64]: half of the group's columns
+        float dQ_rmem[32];                                      // [BLOCK_Q, 64]: of the group's columns
+        [[maybe_unused]] float more_rmem[COLUMNS / 2 - 32];     // [BLOCK_Q, COLUMNS - 64]: of those beyond
+        auto& dQ_rest_rmem = shared_if_equal(dQ_rmem, more_rmem);
         [[maybe_unused]] KeepBits<ROWS> keep;                   // of the tile that comes next
 
         // Tile number n of the visit: where it is in shared memory.
-        auto Q_of = [&](int n) { return QdO_smem + n % STAGES * 2 * Tile_Q::BYTES; };
+        auto Q_of = [&](int n) { return QdO_smem + n % STAGES * QDO_BYTES; };
         auto dO_of = [&](int n) { return Q_of(n) + Tile_Q::BYTES; };
         auto P_of = [&](int n) { return PdS_smem + n % 2 * 2 * Tile_S::BYTES; };
         auto dS_of = [&](int n) { return P_of(n) + Tile_S::BYTES; };
@@ -120,13 +138,16 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         auto cut = [&](const Visit& at) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? at.tile * BLOCK_Q + offset + 1 : p.Nk); };
 
         // The group's columns of K Qᵀ or V dOᵀ, under way.
-        auto multiply = [&](float(&C)[ROWS / 2], uint32_t A, uint32_t B, bool from_zero) {
+        auto multiply = [&](auto half, float(&C)[ROWS / 2], uint32_t A, uint32_t B, bool from_zero) {
+            constexpr int STEPS = decltype(half)::value / 16, PANELS = (decltype(half)::value + 63) / 64;  // of a half of the head
             const uint64_t a = ptx::descriptor(uniform(A)), b = ptx::descriptor(uniform(B + consumer * ROWS * ROW_BYTES));
             ptx::wgmma_fence();
 #pragma unroll
-            for (int d = 0; d < HEAD_DIM / 16; ++d)
-                ptx::wgmma_ss<element, ROWS>(C, ptx::advance(a, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32),
-                                             ptx::advance(b, d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), !from_zero || d > 0);
+            for (int d = 0; d < 2 * STEPS; ++d) {
+                const int panel = d / STEPS * PANELS + d % STEPS / 4, column = d % STEPS % 4 * 32;
+                ptx::wgmma_ss<element, ROWS>(C, ptx::advance(a, panel * Tile_K::PANEL_BYTES + column),
+                                             ptx::advance(b, panel * Tile_Q::PANEL_BYTES + column), !from_zero || d > 0);
+            }
             ptx::wgmma_commit_group();
         };
         auto start_scores = [&](const Visit& at) {
@@ -139,10 +160,10 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 return first_bits(j >= p.Nk ? ROWS : CAUSAL ? j - offset - i0 : 0);
             });
 #endif
-            multiply(S_rmem, K_smem, Q_of(at.n), !MASK);
+            multiply(std::integral_constant<int, COLUMNS>(), S_rmem, K_smem, Q_of(at.n), !MASK);
             if (MASK) ptx::mbarrier_arrive(mask_empty);
             ptx::mbarrier_wait(barrier(barriers.dO_full, at.slot().stage), at.slot().parity);
-            multiply(dP_rmem, V_smem, dO_of(at.n), true);
+            multiply(std::integral_constant<int, V_COLUMNS>(), dP_rmem, V_smem, dO_of(at.n), true);
         };
         // Draws what dropout keeps of a tile.
         auto draw = [&](const Visit& at) {
@@ -188,27 +209,34 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         };
 
         // dV += Pᵀ dO or dK += dSᵀ Q, under way: the rows of dO and Q are the sum's index
-        auto add = [&](float(&C)[COLUMNS / 2], uint32_t A, uint32_t B, bool from_zero) {
+        auto add = [&](auto& C, uint32_t A, uint32_t B, bool from_zero) {
+            constexpr int N = sizeof(C) / sizeof(float) * 2;  // columns
             const uint64_t a = ptx::descriptor(uniform(A));
-            const uint64_t b = ptx::descriptor(uniform(B + consumer * (Tile_K::PANELS / CONSUMERS) * Tile_Q::PANEL_BYTES), Tile_Q::PANEL_BYTES);
+            const uint64_t b = ptx::descriptor(uniform(B + consumer * ((N + 63) / 64) * Tile_Q::PANEL_BYTES), Tile_Q::PANEL_BYTES);
             ptx::wgmma_fence();
 #pragma unroll
             for (int k = 0; k < BLOCK_Q / 16; ++k)
-                ptx::wgmma_ss_transposed_b<element, COLUMNS>(C, ptx::advance(a, k * 32), ptx::advance(b, k * 16 * ROW_BYTES), !from_zero || k > 0);
+                ptx::wgmma_ss_transposed_b<element, N>(C, ptx::advance(a, k * 32), ptx::advance(b, k * 16 * ROW_BYTES), !from_zero || k > 0);
             ptx::wgmma_commit_group();
         };
-        // 64 columns of dQ = dS K, under way
+        // The first 64 of the group's columns of dQ = dS K, or what is beyond, under way
         auto start_dQ = [&](int n, int half) {
             const uint64_t a = ptx::descriptor(uniform(dS_of(n)));
             const uint64_t b = ptx::descriptor(uniform(K_smem + (consumer * (Tile_K::PANELS / CONSUMERS) + half) * Tile_K::PANEL_BYTES));
             ptx::wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < BLOCK_K / 16; ++k)
-                ptx::wgmma_ss_transposed<element, 64>(dQ_rmem, ptx::advance(a, k * 16 * ROW_BYTES), ptx::advance(b, k * 16 * ROW_BYTES), k > 0);
+            for (int k = 0; k < BLOCK_K / 16; ++k) {
+                const uint64_t a_k = ptx::advance(a, k * 16 * ROW_BYTES), b_k = ptx::advance(b, k * 16 * ROW_BYTES);
+                if (half == 0) ptx::wgmma_ss_transposed<element, 64>(dQ_rmem, a_k, b_k, k > 0);
+                else ptx::wgmma_ss_transposed<element, COLUMNS - 64>(dQ_rest_rmem, a_k, b_k, k > 0);
+            }
             ptx::wgmma_commit_group();
         };
         // They are added to the tile's rows, `row` the first of them.
-        auto add_half = [&](int64_t row, int half) { add_dQ(Workspace(p), row, consumer * COLUMNS + half * 64, dQ_rmem); };
+        auto add_half = [&](int64_t row, int half) {
+            if (half == 0) add_dQ<64>(Workspace(p), row, consumer * COLUMNS, dQ_rmem);
+            else add_dQ<COLUMNS - 64>(Workspace(p), row, consumer * COLUMNS + 64, dQ_rest_rmem);
+        };
 
         ptx::mbarrier_wait(KV_full, 0);
         Visit next(p, j0, b_kv_h);
@@ -264,18 +292,23 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         // dK and dV out through the places of K and V, so that global stores are 16 bytes wide.
         meet();  // both groups are done with K
         const float dV_scale = DROPOUT ? p.keep_scale : 1.0f, dK_scale = p.scale * dV_scale;
+        constexpr int CHUNKS = Tile_K::PANELS / CONSUMERS * 8, V_CHUNKS = Tile_V::PANELS / CONSUMERS * 8;  // of a half, of 8 columns
 #pragma unroll
         for (int r = 0; r < 2; ++r)
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; ++n) {
-                const uint32_t to = Tile_K::offset(place + 8 * r, consumer * (COLUMNS / 8) + n) + 4 * t;
+                const uint32_t to = Tile_K::offset(place + 8 * r, consumer * CHUNKS + n) + 4 * t;
+                const uint32_t to_V = CHUNKS == V_CHUNKS ? to : Tile_V::offset(place + 8 * r, consumer * V_CHUNKS + n) + 4 * t;
                 ptx::st_shared(K_smem + to, ptx::cvt_pair<element>(dK_rmem[4 * n + 2 * r] * dK_scale, dK_rmem[4 * n + 2 * r + 1] * dK_scale));
-                ptx::st_shared(V_smem + to, ptx::cvt_pair<element>(dV_rmem[4 * n + 2 * r] * dV_scale, dV_rmem[4 * n + 2 * r + 1] * dV_scale));
+                if (n < V_COLUMNS / 8)
+                    ptx::st_shared(V_smem + to_V, ptx::cvt_pair<element>(dV_rmem[4 * n + 2 * r] * dV_scale, dV_rmem[4 * n + 2 * r + 1] * dV_scale));
             }
         __syncwarp();  // the warp's part is written, by lanes other than those that read it next
-        const int b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv, column = consumer * COLUMNS;
-        store_16_rows<Tile_K, RowOrder, COLUMNS>(head_of(p.dk, b, kv_h), smem, p.dk.stride_n, warp * 16, lane, j0, p.Nk, p.D, column);
-        store_16_rows<Tile_K, RowOrder, COLUMNS>(head_of(p.dv, b, kv_h), smem + Tile_K::BYTES, p.dv.stride_n, warp * 16, lane, j0, p.Nk, p.Dv, column);
+        const int b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv;
+        store_16_rows<Tile_K, RowOrder, COLUMNS>(head_of(p.dk, b, kv_h), smem, p.dk.stride_n, warp * 16, lane, j0, p.Nk, p.D, consumer * COLUMNS,
+                                                 consumer * (CHUNKS - COLUMNS / 8));
+        store_16_rows<Tile_V, RowOrder, V_COLUMNS>(head_of(p.dv, b, kv_h), smem + Tile_K::BYTES, p.dv.stride_n, warp * 16, lane, j0, p.Nk, p.Dv,
+                                                   consumer * V_COLUMNS, consumer * (V_CHUNKS - V_COLUMNS / 8));
     }
 }
 

@@ -1,5 +1,5 @@
 // What the two hopper backwards share: tiles and tensor maps, the order in which a block visits tiles of Q, the way of dQ to global memory, and the
-// launch. Includers define BLOCK_K and BLOCK_Q.
+// launch. Includers define BLOCK_K, BLOCK_Q and HALVES.
 #pragma once
 
 #include "common.cuh"
@@ -20,8 +20,12 @@ constexpr int PADDED_TO = BLOCK_Q;
 
 constexpr int STAGES = 2;  // pairs of Q and dO tiles in shared memory, each with its LSE and Delta
 
-using Tile_K = SwizzledTile<BLOCK_K, HEAD_DIM>;
-using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
+// A tile has the head's columns in HALVES parts, each filled up to whole panels: a product that takes one part finds it at the start of a panel.
+constexpr int panels_of(int columns) { return HALVES * ((columns / HALVES + 63) / 64); }
+using Tile_K = SwizzledTile<BLOCK_K, 64 * panels_of(HEAD_DIM)>;
+using Tile_V = SwizzledTile<BLOCK_K, 64 * panels_of(V_HEAD_DIM)>;
+using Tile_Q = SwizzledTile<BLOCK_Q, 64 * panels_of(HEAD_DIM)>;
+using Tile_dO = SwizzledTile<BLOCK_Q, 64 * panels_of(V_HEAD_DIM)>;
 using Tile_S = SwizzledTile<BLOCK_K, BLOCK_Q>;  // transposed: rows are keys
 constexpr int ROWS_BYTES = BLOCK_Q * 4;         // of LSE, and as many of Delta
 constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0;
@@ -71,13 +75,15 @@ __device__ inline void end_turn(const AttentionParams& p, const Workspace& works
     if (threadIdx.x == GROUP) ptx::st_release(workspace.turns + row / BLOCK_Q, k_tile + 1);
 }
 
-// Adds a group's 64 rows × 64 columns to dQ, from row `row` of the workspace and this column of the head on.
-__device__ inline void add_dQ(const Workspace& workspace, int64_t row, int column, const float (&dQ_rmem)[32]) {
+// Adds a group's 64 rows × COLUMNS columns to dQ, from row `row` of the workspace and this column of the head on; none beyond its last.
+template <int COLUMNS = 64>
+__device__ inline void add_dQ(const Workspace& workspace, int64_t row, int column, const float (&dQ_rmem)[COLUMNS / 2]) {
     const int thread = ptx::tid_x() % GROUP;  // read anew, so that what follows from it takes no registers meanwhile
     float* dQ_gmem = workspace.dQ + fragment_offset(row + thread / 32 * 16, column, thread % 32);
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
-        ptx::red_add_4(dQ_gmem + fragment_offset(0, 8 * n, 0), dQ_rmem[4 * n], dQ_rmem[4 * n + 1], dQ_rmem[4 * n + 2], dQ_rmem[4 * n + 3]);
+    for (int n = 0; n < COLUMNS / 8; ++n)
+        if (HEAD_DIM % 64 == 0 || column + 8 * n < HEAD_DIM)
+            ptx::red_add_4(dQ_gmem + fragment_offset(0, 8 * n, 0), dQ_rmem[4 * n], dQ_rmem[4 * n + 1], dQ_rmem[4 * n + 2], dQ_rmem[4 * n + 3]);
 }
 
 // The kernel, and what comes before and after it.
@@ -91,7 +97,7 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
         Maps maps = {};
         if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BOX_ROWS<Tile_K, RowOrder>);
-        if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BOX_ROWS<Tile_K, RowOrder>);
+        if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BOX_ROWS<Tile_V, RowOrder>);
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);

@@ -16,6 +16,10 @@
 #error "compile with -DHEAD_DIM=… -DDTYPE=… -DCAUSAL=… -DMASK=… -DDROPOUT=… (python -m flash_attention.build does)"
 #endif
 
+#ifndef V_HEAD_DIM
+#define V_HEAD_DIM HEAD_DIM  // V, O and their gradients have rows as long as those of Q and K
+#endif
+
 #if DTYPE == FLOAT32
 using element = float;
 #elif DTYPE == FLOAT16

@@ -32,20 +32,24 @@ constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 static_assert(CONSUMERS * (CONSUMER_REGISTERS - REGISTERS) <= REGISTERS - PRODUCER_REGISTERS, "a group would wait for registers for ever");
 constexpr int BLOCK_Q = 64 * CONSUMERS;
-constexpr int BLOCK_K = HEAD_DIM <= 128 ? 128 : 64;
+// As many keys as the registers beside O allow; above 128, as shared memory allows. A masked tile's bits lie in one BitRow, so there it divides 128.
+constexpr int BLOCK_K = HEAD_DIM <= 128 ? 128 : HEAD_DIM > 192 || MASK ? 64 : V_HEAD_DIM <= 128 ? 128 : 96;
 constexpr int STAGES = 2;                                 // pairs of K and V tiles in shared memory
 constexpr int Q_STAGES = HEAD_DIM <= 128 ? 2 : 1;         // tiles of Q
 constexpr bool AHEAD = Q_STAGES > 1;                      // the next Q arrives while this one is still in use
-constexpr int O_PANELS = HEAD_DIM > 64 && !MASK ? 2 : 1;  // of 64 columns of O, which leave together
+constexpr int V_PANELS = (V_HEAD_DIM + 63) / 64;          // of 64 columns of V and O; the last may be filled up with zeros
+constexpr int O_PANELS = V_PANELS % 2 == 0 && HEAD_DIM == V_HEAD_DIM && !MASK ? 2 : 1;  // that leave together
+static_assert(HEAD_DIM % 16 == 0 && V_HEAD_DIM % 16 == 0, "a product takes 16 columns of Q and K at a time, a store 16 of O");
 // A group skips tiles of keys that only rows of other groups see. Two groups have next to none, and under a mask registers do not suffice.
 constexpr bool SKIPS = CONSUMERS > 2 && !MASK;
 
 using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
-using Tile_KV = SwizzledTile<BLOCK_K, HEAD_DIM>;
+using Tile_K = SwizzledTile<BLOCK_K, HEAD_DIM>;
+using Tile_V = SwizzledTile<BLOCK_K, V_HEAD_DIM>;
 using Tile_O = SwizzledTile<BLOCK_Q, 64 * O_PANELS>;
 constexpr int O_ROWS = std::min(16, BOX_ROWS<Tile_O, RowOrder>);  // of a box of O: a warp's at most
 constexpr int MASK_BYTES = MASK ? BLOCK_Q * static_cast<int>(sizeof(BitRow)) : 0;
-constexpr int SMEM_BYTES = Q_STAGES * Tile_Q::BYTES + STAGES * (2 * Tile_KV::BYTES + MASK_BYTES) + Tile_O::BYTES;
+constexpr int SMEM_BYTES = Q_STAGES * Tile_Q::BYTES + STAGES * (Tile_K::BYTES + Tile_V::BYTES + MASK_BYTES) + Tile_O::BYTES;
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 struct Maps {
@@ -112,8 +116,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     __shared__ Work works[Q_STAGES];  // what each Q is for. One without keys says that there is no more.
     const uint32_t Q_smem = ptx::smem_address(smem);               // Q_STAGES × [BLOCK_Q, HEAD_DIM]
     const uint32_t K_smem = Q_smem + Q_STAGES * Tile_Q::BYTES;     // STAGES × [BLOCK_K, HEAD_DIM]
-    const uint32_t V_smem = K_smem + STAGES * Tile_KV::BYTES;      // STAGES × [BLOCK_K, HEAD_DIM]
-    const uint32_t O_smem = V_smem + STAGES * Tile_KV::BYTES;      // [BLOCK_Q, 64 · O_PANELS]
+    const uint32_t V_smem = K_smem + STAGES * Tile_K::BYTES;       // STAGES × [BLOCK_K, V_HEAD_DIM]
+    const uint32_t O_smem = V_smem + STAGES * Tile_V::BYTES;       // [BLOCK_Q, 64 · O_PANELS]
     uint8_t* mask_smem = smem + SMEM_BYTES - STAGES * MASK_BYTES;  // STAGES × [BLOCK_Q] BitRow
     auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
 
@@ -157,16 +161,18 @@ __global__ void __launch_bounds__(THREADS, 1)
             struct Keys {
                 int j0, kv_h, b;
             };
-            auto load = [&](const Slot_KV& slot, uint32_t tiles, const CUtensorMap& map, uint64_t* full, uint64_t* empty, const Keys& keys, int more_bytes) {
+            auto load = [&](auto tile, const Slot_KV& slot, uint32_t tiles, const CUtensorMap& map, uint64_t* full, uint64_t* empty, const Keys& keys,
+                            int more_bytes) {
+                using Tile = decltype(tile);
                 ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);
-                ptx::mbarrier_arrive_expect_tx(barrier(full, slot.stage), Tile_KV::BYTES + more_bytes);
+                ptx::mbarrier_arrive_expect_tx(barrier(full, slot.stage), Tile::BYTES + more_bytes);
 #pragma unroll
-                for (int panel = 0; panel < Tile_KV::PANELS; ++panel)
-                    ptx::cp_async_bulk_tensor_4d(tiles + slot.stage * Tile_KV::BYTES + panel * Tile_KV::PANEL_BYTES, &map, panel * 64, keys.j0, keys.kv_h,
-                                                 keys.b, barrier(full, slot.stage));
+                for (int panel = 0; panel < Tile::PANELS; ++panel)
+                    ptx::cp_async_bulk_tensor_4d(tiles + slot.stage * Tile::BYTES + panel * Tile::PANEL_BYTES, &map, panel * 64, keys.j0, keys.kv_h, keys.b,
+                                                 barrier(full, slot.stage));
             };
             Keys keys{}, before;  // V is asked for a tile later than K: it is needed later, and its place is in use for longer
-            auto load_V = [&] { load(Slot_KV(n - 1), V_smem, maps.v, barriers.V_full, barriers.V_empty, before, 0); };
+            auto load_V = [&] { load(Tile_V(), Slot_KV(n - 1), V_smem, maps.v, barriers.V_full, barriers.V_empty, before, 0); };
             Work work = next_with_keys();
             if (AHEAD) hand_out(work);
             while (work.k_tiles > 0) {
@@ -174,7 +180,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
                     const Slot_KV slot(n);
                     before = keys, keys = {work.j0(tile), kv_head(p, work.h), work.b};
-                    load(slot, K_smem, maps.k, barriers.K_full, barriers.K_empty, keys, MASK ? schedule.mask_bytes : 0);
+                    load(Tile_K(), slot, K_smem, maps.k, barriers.K_full, barriers.K_empty, keys, MASK ? schedule.mask_bytes : 0);
                     if (MASK)
                         ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + slot.stage * MASK_BYTES), &maps.mask, keys.j0 / BIT_COLUMNS * 4, work.i0,
                                                      work.h, work.b, barrier(barriers.K_full, slot.stage));
@@ -206,7 +212,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int offset = p.Nk - p.Nq;             // causal: row i sees columns j ≤ i + offset
         const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
 
-        float O_rmem[HEAD_DIM / 2];  // not yet divided by l
+        float O_rmem[V_HEAD_DIM / 2];  // not yet divided by l
         float S_rmem[BLOCK_K / 2];
         uint32_t P_rmem[BLOCK_K / 16][4];
         float m_rmem[2], l_rmem[2], alpha[2];  // l is this lane's share of the sum
@@ -236,21 +242,21 @@ __global__ void __launch_bounds__(THREADS, 1)
         auto multiply_QK = [&](const Slot_Q& slot_Q, const Slot_KV& slot) {
             // Uniform, because a descriptor belongs in registers that the warp shares.
             const uint64_t Q_rows = ptx::descriptor(uniform(Q_smem + slot_Q.stage * Tile_Q::BYTES + consumer * 64 * ROW_BYTES));
-            const uint64_t K_tile = ptx::descriptor(uniform(K_smem + slot.stage * Tile_KV::BYTES));
+            const uint64_t K_tile = ptx::descriptor(uniform(K_smem + slot.stage * Tile_K::BYTES));
             ptx::wgmma_fence();
 #pragma unroll
             for (int d = 0; d < HEAD_DIM / 16; ++d)
                 ptx::wgmma_ss<element, BLOCK_K>(S_rmem, ptx::advance(Q_rows, d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
-                                                ptx::advance(K_tile, d / 4 * Tile_KV::PANEL_BYTES + d % 4 * 32), MASK || d > 0);
+                                                ptx::advance(K_tile, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK || d > 0);
             ptx::wgmma_commit_group();
         };
         // O += P V, under way. Every descriptor is made anew: advanced by an addition, as above, D 64 is 2 – 3 % slower.
         auto multiply_PV = [&](const Slot_KV& slot) {
-            const uint32_t V_tile = uniform(V_smem + slot.stage * Tile_KV::BYTES);
+            const uint32_t V_tile = uniform(V_smem + slot.stage * Tile_V::BYTES);
             ptx::wgmma_fence();
 #pragma unroll
             for (int k = 0; k < BLOCK_K / 16; ++k)
-                ptx::wgmma_rs<element, HEAD_DIM>(O_rmem, P_rmem[k], ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_KV::PANEL_BYTES));
+                ptx::wgmma_rs<element, V_HEAD_DIM>(O_rmem, P_rmem[k], ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_V::PANEL_BYTES));
             ptx::wgmma_commit_group();
         };
         // S becomes 2^(scale_log2 · (S − m)); alpha is what O must be multiplied by.
@@ -355,7 +361,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 draw(work, work.j0(tile));
                 ptx::wgmma_wait_group<0>();
 #pragma unroll
-                for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = 0;
+                for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] = 0;
                 m_rmem[0] = m_rmem[1] = p.lowest, l_rmem[0] = l_rmem[1] = 0;
                 release(barriers.K_empty, Slot_KV(n).stage);
                 if (tile + 1 == work.k_tiles) release_Q(slot_Q);
@@ -382,7 +388,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                         // Few tiles raise a maximum.
                         if (HEAD_DIM == 64 || __any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1)) {
 #pragma unroll
-                            for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
+                            for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
                         }
                     }
                     ptx::wgmma_wait_group<0>();  // O is there
@@ -426,15 +432,16 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const int warp = uniform(ptx::tid_x() / 32) - 4;  // read anew, so that what follows from it takes no registers meanwhile
                 const uint32_t O_rows = O_smem + warp * 16 * ROW_BYTES, O_lane = O_smem + Tile_O::lane_a(warp * 16, lane);
 #pragma unroll
-                for (int panel = 0; panel < HEAD_DIM / 64; panel += O_PANELS) {
+                for (int panel = 0; panel < V_PANELS; panel += O_PANELS) {
                     if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there has left
                     __syncwarp();
 #pragma unroll
                     for (int k = 0; k < O_PANELS * 4; ++k) {
                         const float* O = O_rmem + 32 * panel + 8 * k;
-                        uint32_t pairs[4];
+                        uint32_t pairs[4] = {};  // beyond the last column: nothing in global memory, but the engine reads it
+                        if (64 * panel + 16 * k < V_HEAD_DIM)
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) pairs[e] = ptx::cvt_pair<element>(O[2 * e] * factor[e % 2], O[2 * e + 1] * factor[e % 2]);
+                            for (int e = 0; e < 4; ++e) pairs[e] = ptx::cvt_pair<element>(O[2 * e] * factor[e % 2], O[2 * e + 1] * factor[e % 2]);
                         ptx::stmatrix_x4(Tile_O::step(O_lane, k), pairs);
                     }
                     ptx::fence_proxy_async();  // of what this lane has stored

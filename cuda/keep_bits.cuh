@@ -22,14 +22,18 @@ constexpr int ROW_STEP = RowOrder::distance(8);  // between a lane's two rows of
 template <class Tile, class Order>
 constexpr int BOX_ROWS = std::is_same_v<Order, DealtRows> ? DealtRows::AT_ONCE : Tile::ROWS;  // of the tensor map from which a tile comes
 
-// Asks for a tile; its first row is row `first` of head h of batch b.
-template <class Tile, class Order = InOrder>
+// Asks for a tile; its first row is row `first` of head h of batch b. A tile may have the head in parts of PART columns, each with panels of its
+// own: panels then do not begin at every 64th column.
+template <class Tile, class Order = InOrder, int PART = 64 * Tile::PANELS>
 __device__ inline void load_boxes(uint32_t smem, const CUtensorMap& map, int first, int h, int b, uint32_t full) {
 #pragma unroll
-    for (int panel = 0; panel < Tile::PANELS; ++panel)
+    for (int panel = 0; panel < Tile::PANELS; ++panel) {
+        constexpr int OF_PART = (PART + 63) / 64;  // panels
+        const int column = panel / OF_PART * PART + panel % OF_PART * 64;
 #pragma unroll 1
         for (int position = 0; position < Tile::ROWS; position += BOX_ROWS<Tile, Order>)
-            ptx::cp_async_bulk_tensor_4d(smem + panel * Tile::PANEL_BYTES + position * ROW_BYTES, &map, panel * 64, first + Order::row(position), h, b, full);
+            ptx::cp_async_bulk_tensor_4d(smem + panel * Tile::PANEL_BYTES + position * ROW_BYTES, &map, column, first + Order::row(position), h, b, full);
+    }
 }
 
 // Which elements of an accumulator of COLUMNS columns are kept. Bit k of byte n of bits[r], counted from the last one drawn, is about row

@@ -114,19 +114,29 @@ __device__ inline uint64_t descriptor(uint32_t smem, uint32_t leading = 16) {
 __device__ inline uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + bytes / 16; }
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define FROM(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
-#define D16 FROM(0)
-#define D32 D16, FROM(16)
-#define D64 D32, FROM(32), FROM(48)
-#define D128 D64, FROM(64), FROM(80), FROM(96), FROM(112)
-#define LIST16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define E8(i) D4(i), D4(i + 4)
+#define D8 E8(0)
+#define D16 D8, E8(8)
+#define D32 D16, E8(16), E8(24)
+#define D40 D32, E8(32)
+#define D48 D40, E8(40)
+#define D56 D48, E8(48)
+#define D64 D56, E8(56)
+#define D80 D64, E8(64), E8(72)
+#define D96 D80, E8(80), E8(88)
+#define D128 D96, E8(96), E8(104), E8(112), E8(120)
+#define LIST8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define LIST16 LIST8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define LIST32 LIST16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define LIST64 \
-    LIST32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define LIST128                                                                                                                                   \
-    LIST64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96," \
-           "%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123," \
-           "%124,%125,%126,%127"
+#define LIST40 LIST32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define LIST48 LIST40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define LIST56 LIST48 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define LIST64 LIST56 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define LIST80 LIST64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define LIST96 LIST80 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define LIST128 \
+    LIST96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
+           "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // Both operands from shared memory, each row by row along the sum (Q and K). `accumulate` 0: D = A · B.
 template <typename T, int N>
@@ -159,14 +169,31 @@ __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                                                 \
                      : "memory");                                                                                                         \
     }
-#define WGMMA(T, TYPE)                                                        \
-    WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 32, 16, "%16", "%17", "%18")          \
-    WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 64, 32, "%32", "%33", "%34")          \
-    WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 128, 64, "%64", "%65", "%66")         \
-    WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 64, 32, "%32", "%33", "%34") \
-    WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 128, 64, "%64", "%65", "%66") \
-    WGMMA_RS(T, TYPE, 64, 32, "%32", "%33", "%34", "%35", "%36")              \
-    WGMMA_RS(T, TYPE, 128, 64, "%64", "%65", "%66", "%67", "%68")             \
+#define WGMMA(T, TYPE)                                                                 \
+    WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 32, 16, "%16", "%17", "%18")                   \
+    WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 64, 32, "%32", "%33", "%34")                   \
+    WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 96, 48, "%48", "%49", "%50")                   \
+    WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 128, 64, "%64", "%65", "%66")                  \
+    WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 16, 8, "%8", "%9", "%10")           \
+    WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 32, 16, "%16", "%17", "%18")        \
+    WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 64, 32, "%32", "%33", "%34")        \
+    WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 160, 80, "%80", "%81", "%82")       \
+    WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 192, 96, "%96", "%97", "%98")       \
+    WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 256, 128, "%128", "%129", "%130")   \
+    WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 64, 32, "%32", "%33", "%34")      \
+    WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 80, 40, "%40", "%41", "%42")      \
+    WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 96, 48, "%48", "%49", "%50")      \
+    WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 128, 64, "%64", "%65", "%66")     \
+    WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 160, 80, "%80", "%81", "%82")     \
+    WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 192, 96, "%96", "%97", "%98")     \
+    WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 256, 128, "%128", "%129", "%130") \
+    WGMMA_RS(T, TYPE, 64, 32, "%32", "%33", "%34", "%35", "%36")                       \
+    WGMMA_RS(T, TYPE, 80, 40, "%40", "%41", "%42", "%43", "%44")                       \
+    WGMMA_RS(T, TYPE, 96, 48, "%48", "%49", "%50", "%51", "%52")                       \
+    WGMMA_RS(T, TYPE, 112, 56, "%56", "%57", "%58", "%59", "%60")                      \
+    WGMMA_RS(T, TYPE, 128, 64, "%64", "%65", "%66", "%67", "%68")                      \
+    WGMMA_RS(T, TYPE, 160, 80, "%80", "%81", "%82", "%83", "%84")                      \
+    WGMMA_RS(T, TYPE, 192, 96, "%96", "%97", "%98", "%99", "%100")                     \
     WGMMA_RS(T, TYPE, 256, 128, "%128", "%129", "%130", "%131", "%132")
 WGMMA(__half, "f16")
 WGMMA(__nv_bfloat16, "bf16")
@@ -174,14 +201,26 @@ WGMMA(__nv_bfloat16, "bf16")
 #undef WGMMA_SS
 #undef WGMMA_RS
 #undef LIST128
+#undef LIST96
+#undef LIST80
 #undef LIST64
+#undef LIST56
+#undef LIST48
+#undef LIST40
 #undef LIST32
 #undef LIST16
+#undef LIST8
 #undef D128
+#undef D96
+#undef D80
 #undef D64
+#undef D56
+#undef D48
+#undef D40
 #undef D32
 #undef D16
-#undef FROM
+#undef D8
+#undef E8
 #undef D4
 
 }  // namespace ptx

@@ -59,17 +59,18 @@ __device__ inline void store_tile(element* gmem, const uint8_t* smem, int64_t st
                     *reinterpret_cast<const uint4*>(smem + Tile::offset(row + r, panel * 8 + chunk));
 }
 
-// The same for one warp: 16 rows of the tile, from row `row` on, and COLUMNS columns, from column `column` on. The tile's first row is the
-// tensor's row `first`.
+// The same for one warp: 16 rows of the tile, from row `row` on, and COLUMNS columns, from column `column` on, which the tile has `more_chunks` chunks
+// further than there. The tile's first row is the tensor's row `first`.
 template <class Tile, class Order = InOrder, int COLUMNS = HEAD_DIM>
-__device__ inline void store_16_rows(element* gmem, const uint8_t* smem, int64_t stride, int row, int lane, int first, int rows, int D, int column = 0) {
+__device__ inline void store_16_rows(element* gmem, const uint8_t* smem, int64_t stride, int row, int lane, int first, int rows, int D, int column = 0,
+                                     int more_chunks = 0) {
     constexpr int CHUNKS = COLUMNS / 8;
 #pragma unroll
     for (int n = lane; n < 16 * CHUNKS; n += 32) {
         const int r = row + n / CHUNKS, chunk = column / 8 + n % CHUNKS;
         const int i = first + Order::row(r);
         if (i < rows && chunk * 8 < D)
-            *reinterpret_cast<uint4*>(gmem + i * stride + chunk * 8) = *reinterpret_cast<const uint4*>(smem + Tile::offset(r, chunk));
+            *reinterpret_cast<uint4*>(gmem + i * stride + chunk * 8) = *reinterpret_cast<const uint4*>(smem + Tile::offset(r, chunk + more_chunks));
     }
 }
 

@@ -8,7 +8,7 @@ import ctypes
 import functools
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -28,6 +28,9 @@ FORWARD, BACKWARD = 0, 1  # which of a rung's files
 # summed from −2¹²⁷, lies below it.
 LOWEST = -(2.0**126)
 SMALLEST_SCALE = 2.0**-100
+# Kernels that have run in the emulator but have not been timed on a GPU: a call has to name their rung. True, once they are known to be faster, lets
+# `flash_attention()` choose them.
+BETWEEN_IS_TIMED = False  # `hopper` for head sizes between 64, 128 and 256, until then `hopper_between`
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as the one object that it is: a call looks its library up by it
@@ -39,10 +42,11 @@ class Rung:
     min_arch: int
     dtypes: tuple[str, ...]
     head_dims: tuple[int, ...]  # compiled sizes; a head size is padded to the next
+    pairs: tuple[tuple[int, int], ...] = ()  # compiled sizes of Q and K beside others of V
     multiple_of: int = 1  # of which head sizes, and the alignment of rows in elements
     masks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # forms (build.MASK_NUMBER) that its forward and its backward read
     dropout: bool = False
-    teaching: bool = False  # a step of the ladder, taken only by name
+    teaching: bool = False  # a step of the ladder, or not timed yet: taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
     wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
@@ -74,13 +78,25 @@ class Rung:
         try:
             if form not in (None, "bytes"):
                 _pack_mask_library(device)
-            _library(self, which, device, q.dtype, max(q.shape[3], v.shape[3]), causal, form, dropout_p > 0)
+            _library(self, which, device, q.dtype, self.compiled(q.shape[3], v.shape[3]), causal, form, dropout_p > 0)
         except build.BuildError as error:
             return str(error)[:2000]  # a compiler may have much to say
 
     def runs_on(self, arch: int) -> bool:
         """Whether its kernels can be compiled for this compute capability, times ten."""
         return arch == self.min_arch if self.only_min_arch else arch >= self.min_arch
+
+    def compiled(self, D: int, Dv: int) -> tuple[int, int]:
+        """The compiled head sizes, of Q and K and of V, to which a call's are padded: the least that hold them."""
+        sizes = (*((size, size) for size in self.head_dims), *self.pairs)
+        return min((size for size in sizes if size[0] >= D and size[1] >= Dv), key=sum)
+
+    def specialisation(
+        self, which: int, arch: str, sizes: tuple[int, int], dtype: str, causal: bool, mask: str | None, dropout: bool
+    ) -> build.Specialisation:
+        """Its forward or backward for compiled head sizes."""
+        D, Dv = sizes
+        return build.Specialisation(self.file(which, D), arch, D, dtype, causal, mask, dropout, None if Dv == D else Dv)
 
     def file(self, which: int, head_dim: int) -> str:
         """The source of its forward or backward for a compiled head size."""
@@ -196,26 +212,28 @@ class Rung:
     ) -> Launch:
         q, _, v, *_ = tensors
         device = q.device.index
-        library = _library(self, which, device, q.dtype, max(q.shape[3], v.shape[3]), causal, mask, seed is not None)
+        library = _library(self, which, device, q.dtype, self.compiled(q.shape[3], v.shape[3]), causal, mask, seed is not None)
         return Launch(library, *_fields(tensors, scale, dropout_p), device, _sm_count(device))
 
 
+HOPPER = Rung(
+    name="hopper",
+    files=("forward_4_hopper.cu", "backward_4_hopper.cu"),
+    min_arch=90,
+    only_min_arch=True,
+    dtypes=("float16", "bfloat16"),
+    head_dims=(64, 128, 256),
+    multiple_of=8,
+    masks=(("bits",), ("key bits",)),
+    dropout=True,
+    wide_backward=(128, "backward_4_hopper_wide.cu"),
+    few_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
+)
+HOPPER_BETWEEN = replace(HOPPER, name="hopper_between", head_dims=(64, 80, 96, 112, 128, 160, 192, 256), pairs=((192, 128),), teaching=True)
 RUNGS = {
     rung.name: rung
     for rung in (
-        Rung(
-            name="hopper",
-            files=("forward_4_hopper.cu", "backward_4_hopper.cu"),
-            min_arch=90,
-            only_min_arch=True,
-            dtypes=("float16", "bfloat16"),
-            head_dims=(64, 128, 256),
-            multiple_of=8,
-            masks=(("bits",), ("key bits",)),
-            dropout=True,
-            wide_backward=(128, "backward_4_hopper_wide.cu"),
-            few_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
-        ),
+        replace(HOPPER, head_dims=HOPPER_BETWEEN.head_dims, pairs=HOPPER_BETWEEN.pairs) if BETWEEN_IS_TIMED else HOPPER,
         Rung(
             name="tensor_core",
             files=("forward_3_tensor_core.cu", "backward_3_tensor_core.cu"),
@@ -244,6 +262,7 @@ RUNGS = {
             multiple_of=8,
             teaching=True,
         ),
+        HOPPER_BETWEEN,
     )
 }
 
@@ -276,12 +295,12 @@ def _why_no_kernels(rung: Rung, device: int) -> str | None:
 
 
 @functools.cache
-def _library(rung: Rung, which: int, device: int, dtype: torch.dtype, D: int, causal: bool, mask: str | None, dropout: bool) -> ctypes.CDLL:
+def _library(
+    rung: Rung, which: int, device: int, dtype: torch.dtype, sizes: tuple[int, int], causal: bool, mask: str | None, dropout: bool
+) -> ctypes.CDLL:
     """The rung's forward (0) or backward (1) for one kind of call, compiled if it must be."""
-    head_dim = next(size for size in rung.head_dims if size >= D)
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    wanted = build.Specialisation(rung.file(which, head_dim), arch, head_dim, DTYPE_NAMES[dtype], causal, mask, dropout)
-    return declared(build.load(wanted, PARAMS.size))
+    return declared(build.load(rung.specialisation(which, arch, sizes, DTYPE_NAMES[dtype], causal, mask, dropout), PARAMS.size))
 
 
 def _positive(scale: float) -> tuple[float, float]:

@@ -189,10 +189,8 @@ class EmulatedRung(cuda.Rung):
 
     def _launch(self, which, tensors, mask, seed, causal, scale, dropout_p) -> EmulatedLaunch:
         q, _, v, *_ = tensors
-        head_dim = next(size for size in self.head_dims if size >= max(q.shape[3], v.shape[3]))
-        wanted = Specialisation(
-            self.file(which, head_dim), emulated.ARCH, head_dim, cuda.DTYPE_NAMES[q.dtype], causal, mask, seed is not None
-        )
+        sizes = self.compiled(q.shape[3], v.shape[3])
+        wanted = self.specialisation(which, emulated.ARCH, sizes, cuda.DTYPE_NAMES[q.dtype], causal, mask, seed is not None)
         launch = EmulatedLaunch(_library(wanted, options.sources), *cuda._fields(tensors, scale, dropout_p), 0, SM_COUNT)
         launch.mask_form = mask
         return launch

@@ -58,6 +58,7 @@ class Specialisation(NamedTuple):
     causal: bool = False
     mask: str | None = None  # its form
     dropout: bool = False
+    v_head_dim: int | None = None  # of V and O, if it is another than Q's and K's
 
     def defines(self) -> list[str]:
         values = {"ARCH": arch_number(self.arch), "SMEM_KB": shared_memory_kb(self.arch)}
@@ -69,6 +70,8 @@ class Specialisation(NamedTuple):
                 "MASK": MASK_NUMBER[self.mask],
                 "DROPOUT": int(self.dropout),
             }
+        if self.v_head_dim is not None:
+            values["V_HEAD_DIM"] = self.v_head_dim
         return [f"-D{name}={value}" for name, value in values.items()]
 
     def flags(self) -> list[str]:
@@ -78,7 +81,8 @@ class Specialisation(NamedTuple):
         if self.head_dim is None:
             return f"{self.file} sm_{self.arch}"
         flags = {"causal": self.causal, f"mask of {self.mask}": self.mask, "dropout": self.dropout}
-        return " ".join([self.file, f"sm_{self.arch}", f"D {self.head_dim}", self.dtype, *(name for name, on in flags.items() if on)])
+        size = f"D {self.head_dim}" + (f" Dv {self.v_head_dim}" if self.v_head_dim else "")
+        return " ".join([self.file, f"sm_{self.arch}", size, self.dtype, *(name for name, on in flags.items() if on)])
 
 
 def arch_number(arch: str) -> int:

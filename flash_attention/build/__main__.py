@@ -30,12 +30,13 @@ def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=
     for arch, rung in product(archs, RUNGS.values()):
         if not rung.runs_on(build.arch_number(arch)):
             continue
-        for head_dim, dtype, (causal, mask, dropout), which in product(rung.head_dims, rung.dtypes, kinds, (FORWARD, BACKWARD)):
-            if (head_dims and head_dim not in head_dims) or (dropout and not rung.dropout):
+        sizes = [*((head_dim, head_dim) for head_dim in rung.head_dims), *rung.pairs]
+        for size, dtype, (causal, mask, dropout), which in product(sizes, rung.dtypes, kinds, (FORWARD, BACKWARD)):
+            if (head_dims and size[0] not in head_dims) or (dropout and not rung.dropout):
                 continue
             forms = rung.mask_forms(which, dropout) if mask else (None,)
-            wanted += [Specialisation(rung.file(which, head_dim), arch, head_dim, dtype, causal, form, dropout) for form in forms]
-    return wanted
+            wanted += [rung.specialisation(which, arch, size, dtype, causal, form, dropout) for form in forms]
+    return list(dict.fromkeys(wanted))  # two rungs may share some
 
 
 def usual_set(archs: list[str], head_dims: list[int] | None = None) -> list[Specialisation]:
