@@ -182,8 +182,8 @@ def _columns(q: Tensor, k: Tensor, causal: bool, dropout: bool, block_size: int 
     """Columns of the forward's tiles; None: the algorithm's own.
 
     Where few rows share a key head, a tile of K is read once from memory whatever its size, and a tile of S is narrow: it gets as many
-    columns as make it as large as for many rows, so that operations are few. Not where a tile of K and V is converted first, to lie in cache
-    for the products, or where random bits are drawn for 32 rows at least.
+    columns as make it as large as for many rows, so that operations are few. Not where a tile of K and V is converted first, which must
+    lie in cache, or where random bits are drawn, for 32 rows at least.
     """
     if block_size is not None or dropout or q.dtype != sum_dtype(q):
         return block_size
