@@ -44,7 +44,7 @@ struct AttentionParams {
     Mask mask;             // data = NULL without one
     float* lse;            // [B, H, Nq] contiguous, natural log; −inf where a row may attend nothing. NULL: a forward need not write it
     const float* d_lse;    // [B, H, Nq] contiguous, or NULL; backward only
-    float* workspace;      // backward only; its size is workspace_floats()
+    float* workspace;      // its size is workspace_floats()
     const int64_t* seed;   // on the device; NULL without dropout
     int32_t B, H, Hkv, Nq, Nk;
     int32_t D, Dv;         // head sizes in memory, at most HEAD_DIM and V_HEAD_DIM
@@ -58,12 +58,24 @@ struct AttentionParams {
     cudaStream_t stream;
 };
 
+// What follows AttentionParams in memory where forward_5_split_keys.cu is called: where the keys of each sequence lie, read by the kernel, so that
+// lengths may change between replays of a CUDA graph. All zero: as k and v say, Nk of each.
+struct KeySource {
+    const int32_t* lengths;      // [B]: keys of each sequence, at most Nk; NULL: Nk. Causal: its last query sees its last key
+    const int32_t* starts;       // [B]: keys before these are padding; NULL: 0
+    const int32_t* block_table;  // [B, pages of a sequence]: key j is row j % page_size of page block_table[b, j / page_size], and k and v are
+                                 // [pages, Hkv, page_size, D]. NULL: they are [B, Hkv, Nk, D]
+    int64_t block_table_stride;  // in elements
+    int32_t page_size;           // a multiple of 16
+    int32_t pages;               // of k and v
+};
+
 // Defined by every kernel file. Each returns a cudaError_t; 0 is success. Nothing synchronises.
 #ifdef __cplusplus
 extern "C" {
 #endif
 int attention(const AttentionParams* params);                    // launch: the forward or the backward, whichever this file is
-int64_t workspace_floats(const AttentionParams* params);         // backward: floats of workspace this launch needs; forward: 0
+int64_t workspace_floats(const AttentionParams* params);         // floats of workspace that this launch needs
 int64_t params_size(void);                                       // sizeof(AttentionParams): Python checks it against its own
 const char* error_name(int error);                               // a cudaError_t in words
 #ifdef __cplusplus

@@ -17,6 +17,7 @@ from .dropout import Dropout
 from .tiles import (
     LOG2_E,
     add_matmul_,
+    add_matmul_mT_,
     block_size,
     blocks,
     broadcast_mask,
@@ -28,7 +29,6 @@ from .tiles import (
     matmul_into,
     natural,
     sum_dtype,
-    sum_groups,
     tile,
 )
 
@@ -69,10 +69,10 @@ def flash_attention_forward(
     m = torch.full_like(l, lowest(dtype))
 
     for j in blocks(0, Nk, block_k):  # line 5
-        Kj, Vj = tile(K, j, H), tile(V, j, H)  # line 6, (B, H, Bk, D), (B, H, Bk, Dv)
+        Kj, Vj = tile(K, j), tile(V, j)  # line 6, (B, Hkv, Bk, D), (B, Hkv, Bk, Dv)
 
         for i in blocks(0, Nq, block_q):  # line 7
-            Qi = tile(Q, i, H) * scale  # line 8, (B, H, Bq, D)
+            Qi = tile(Q, i) * scale  # line 8, (B, H, Bq, D)
             Oi, li, mi = O[:, :, i], l[:, :, i], m[:, :, i]  # line 8, (B, H, Bq, Dv), (B, H, Bq, 1), (B, H, Bq, 1)
             S = matmul_into(S_memory, Qi, Kj.mT, LOG2_E)  # line 9, in base 2; (B, H, Bq, Bk)
             hide_(S, mask, i, j)
@@ -114,10 +114,10 @@ def flash_attention_backward(
     """Algorithm 4. O, l, m from the forward, dO (B, H, Nq, Dv), dLSE (B, H, Nq) or None → dQ, dK, dV, shaped and typed as Q, K, V.
 
     observe(i, j, S, P, dP, dS, dQ, dK, dV): four matrices of this tile (B, H, Bq, Bk), then of its rows and columns so far
-    dQ (B, H, Bq, D), dK (B, H, Bk, D), dV (B, H, Bk, Dv), before grouped heads are summed.
+    dQ (B, H, Bq, D), dK (B, Hkv, Bk, D), dV (B, Hkv, Bk, Dv).
     """
     B, H, Nq, D = Q.shape
-    Hkv, Nk = K.shape[1:3]
+    Nk = K.shape[2]
     dtype = sum_dtype(Q)
     block_q, block_k = block_size(block_q, BLOCK_Q), block_size(block_k, BLOCK_K)
     scale = D**-0.5 if scale is None else scale
@@ -132,30 +132,30 @@ def flash_attention_backward(
         dO, dLSE = hide_dead(dead, dO, dLSE)
 
     for j in blocks(0, Nk, block_k):  # line 6
-        Kj, Vj = tile(K, j, H), tile(V, j, H)  # line 7
+        Kj, Vj = tile(K, j), tile(V, j)  # line 7
         dKj, dVj = Kj.new_zeros(Kj.shape), Vj.new_zeros(Vj.shape)  # line 8
 
         for i in blocks(0, Nq, block_q):  # line 9
-            Qi, Oi, dOi = tile(Q, i, H) * scale, tile(O, i, H), tile(dO, i, H)  # line 10
+            Qi, Oi, dOi = tile(Q, i) * scale, tile(O, i), tile(dO, i)  # line 10
             li, mi = l[:, :, i, None], m[:, :, i, None]  # (B, H, Bq, 1)
             S = matmul_into(S_memory, Qi, Kj.mT, LOG2_E)  # line 11, in base 2; (B, H, Bq, Bk)
             hide_(S, mask, i, j)  # line 12
             P = exp2_minus(P_memory, S, mi).div_(li)  # line 13
             dP = matmul_into(dP_memory, dOi, Vj.mT)  # line 17
             if dropout is None:
-                add_matmul_(dVj, P.mT, dOi)  # line 16
+                add_matmul_mT_(dVj, P, dOi)  # line 16
             else:
                 Z = dropout.tile(i, j, dtype)  # line 14: the forward's mask, drawn again from its counters
-                add_matmul_(dVj, (P * Z).mT, dOi)  # lines 15, 16
+                add_matmul_mT_(dVj, P * Z, dOi)  # lines 15, 16
                 dP.mul_(Z)  # line 18
             Di = (dOi * Oi).sum(-1, keepdim=True)  # line 19: = rowsum(P∘dP), without needing the whole row of P
             if dLSE is not None:
                 Di -= dLSE[:, :, i, None]  # ∂LSE/∂S = P, so dS = P∘(dP − D) + P∘dLSE
             dS = torch.sub(dP, Di, out=dS_memory[: dP.numel()].view_as(dP)).mul_(P)  # line 20
             add_matmul_(dQ[:, :, i], dS, Kj * scale)  # line 21
-            add_matmul_(dKj, dS.mT, Qi)  # line 22; Qi carries the scale
+            add_matmul_mT_(dKj, dS, Qi)  # line 22; Qi carries the scale
             if observe is not None:
                 observe(i=i, j=j, S=natural(S), P=P, dP=dP, dS=dS, dQ=dQ[:, :, i], dK=dKj, dV=dVj)
 
-        dK[:, :, j], dV[:, :, j] = sum_groups(dKj, Hkv), sum_groups(dVj, Hkv)  # line 24
+        dK[:, :, j], dV[:, :, j] = dKj, dVj  # line 24
     return dQ.to(Q.dtype), dK, dV

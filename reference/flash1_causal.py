@@ -14,6 +14,7 @@ from .dropout import Dropout
 from .tiles import (
     LOG2_E,
     add_matmul_,
+    add_matmul_mT_,
     block_size,
     blocks,
     broadcast_mask,
@@ -26,7 +27,6 @@ from .tiles import (
     matmul_into,
     natural,
     sum_dtype,
-    sum_groups,
     tile,
 )
 
@@ -62,10 +62,10 @@ def flash_attention_causal_forward(
     m = torch.full_like(l, lowest(dtype))
 
     for j in blocks(0, Nk, block_k):  # line 5
-        Kj, Vj = tile(K, j, H), tile(V, j, H)  # line 6, (B, H, Bk, D), (B, H, Bk, Dv)
+        Kj, Vj = tile(K, j), tile(V, j)  # line 6, (B, Hkv, Bk, D), (B, Hkv, Bk, Dv)
 
         for i in blocks(max(0, j.start - offset), Nq, block_q):  # line 7, from the first row that sees the first of these columns
-            Qi = tile(Q, i, H) * scale  # line 8, (B, H, Bq, D)
+            Qi = tile(Q, i) * scale  # line 8, (B, H, Bq, D)
             Oi, li, mi = O[:, :, i], l[:, :, i], m[:, :, i]  # line 8, (B, H, Bq, Dv), (B, H, Bq, 1), (B, H, Bq, 1)
             S = matmul_into(S_memory, Qi, Kj.mT, LOG2_E)  # line 9, in base 2; (B, H, Bq, Bk)
             hide_(S, mask, i, j)
@@ -107,7 +107,7 @@ def flash_attention_causal_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 4 over the tiles that the diagonal leaves. Arguments, result and observe as in `flash_attention_backward`."""
     B, H, Nq, D = Q.shape
-    Hkv, Nk = K.shape[1:3]
+    Nk = K.shape[2]
     offset = Nk - Nq
     dtype = sum_dtype(Q)
     block_q, block_k = block_size(block_q, BLOCK_Q), block_size(block_k, BLOCK_K)
@@ -123,11 +123,11 @@ def flash_attention_causal_backward(
         dO, dLSE = hide_dead(dead, dO, dLSE)
 
     for j in blocks(0, Nk, block_k):  # line 6
-        Kj, Vj = tile(K, j, H), tile(V, j, H)  # line 7
+        Kj, Vj = tile(K, j), tile(V, j)  # line 7
         dKj, dVj = Kj.new_zeros(Kj.shape), Vj.new_zeros(Vj.shape)  # line 8
 
         for i in blocks(max(0, j.start - offset), Nq, block_q):  # line 9, from the first row that sees the first of these columns
-            Qi, Oi, dOi = tile(Q, i, H) * scale, tile(O, i, H), tile(dO, i, H)  # line 10
+            Qi, Oi, dOi = tile(Q, i) * scale, tile(O, i), tile(dO, i)  # line 10
             li, mi = l[:, :, i, None], m[:, :, i, None]  # (B, H, Bq, 1)
             S = matmul_into(S_memory, Qi, Kj.mT, LOG2_E)  # line 11, in base 2; (B, H, Bq, Bk)
             hide_(S, mask, i, j)  # line 12
@@ -135,19 +135,19 @@ def flash_attention_causal_backward(
             P = exp2_minus(P_memory, S, mi).div_(li)  # line 13
             dP = matmul_into(dP_memory, dOi, Vj.mT)  # line 17
             if dropout is None:
-                add_matmul_(dVj, P.mT, dOi)  # line 16
+                add_matmul_mT_(dVj, P, dOi)  # line 16
             else:
                 Z = dropout.tile(i, j, dtype)  # line 14: the forward's mask, drawn again from its counters
-                add_matmul_(dVj, (P * Z).mT, dOi)  # lines 15, 16
+                add_matmul_mT_(dVj, P * Z, dOi)  # lines 15, 16
                 dP.mul_(Z)  # line 18
             Di = (dOi * Oi).sum(-1, keepdim=True)  # line 19: = rowsum(P∘dP), without needing the whole row of P
             if dLSE is not None:
                 Di -= dLSE[:, :, i, None]  # ∂LSE/∂S = P, so dS = P∘(dP − D) + P∘dLSE
             dS = torch.sub(dP, Di, out=dS_memory[: dP.numel()].view_as(dP)).mul_(P)  # line 20
             add_matmul_(dQ[:, :, i], dS, Kj * scale)  # line 21
-            add_matmul_(dKj, dS.mT, Qi)  # line 22; Qi carries the scale
+            add_matmul_mT_(dKj, dS, Qi)  # line 22; Qi carries the scale
             if observe is not None:
                 observe(i=i, j=j, S=natural(S), P=P, dP=dP, dS=dS, dQ=dQ[:, :, i], dK=dKj, dV=dVj)
 
-        dK[:, :, j], dV[:, :, j] = sum_groups(dKj, Hkv), sum_groups(dVj, Hkv)  # line 24
+        dK[:, :, j], dV[:, :, j] = dKj, dVj  # line 24
     return dQ.to(Q.dtype), dK, dV

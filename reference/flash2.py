@@ -18,6 +18,7 @@ from .dropout import Dropout
 from .tiles import (
     LOG2_E,
     add_matmul_,
+    add_matmul_mT_,
     block_size,
     blocks,
     broadcast_mask,
@@ -29,7 +30,6 @@ from .tiles import (
     matmul_into,
     natural,
     sum_dtype,
-    sum_groups,
     tile,
 )
 
@@ -69,13 +69,13 @@ def flash_attention2_forward(
     LSE = Q.new_empty(B, H, Nq, dtype=dtype)
 
     for i in blocks(0, Nq, block_q):  # line 3
-        Qi = tile(Q, i, H) * scale  # (B, H, Bq, D), scaled here once, not in every tile
+        Qi = tile(Q, i) * scale  # (B, H, Bq, D), scaled here once, not in every tile
         Oi = Qi.new_zeros(B, H, Qi.shape[2], Dv)  # line 5
         l = Qi.new_zeros(B, H, Qi.shape[2], 1)
         m = torch.full_like(l, lowest(dtype))
 
         for j in blocks(0, Nk, block_k):  # line 6
-            Kj, Vj = tile(K, j, H), tile(V, j, H)  # (B, H, Bk, D), (B, H, Bk, Dv)
+            Kj, Vj = tile(K, j), tile(V, j)  # (B, Hkv, Bk, D), (B, Hkv, Bk, Dv)
             S = matmul_into(S_memory, Qi, Kj.mT, LOG2_E)  # line 8, in base 2; (B, H, Bq, Bk)
             hide_(S, mask, i, j)
             m_new = torch.maximum(m, S.amax(-1, keepdim=True))  # line 9
@@ -116,10 +116,10 @@ def flash_attention2_backward(
     """Algorithm 2. O, LSE from the forward, dO (B, H, Nq, Dv), dLSE (B, H, Nq) or None → dQ, dK, dV, shaped and typed as Q, K, V.
 
     observe(i, j, S, P, dP, dS, dQ, dK, dV): four matrices of this tile (B, H, Bq, Bk), then of its rows and columns so far
-    dQ (B, H, Bq, D), dK (B, H, Bk, D), dV (B, H, Bk, Dv), before grouped heads are summed.
+    dQ (B, H, Bq, D), dK (B, Hkv, Bk, D), dV (B, Hkv, Bk, Dv).
     """
     B, H, Nq, D = Q.shape
-    Hkv, Nk = K.shape[1:3]
+    Nk = K.shape[2]
     dtype = sum_dtype(Q)
     block_q, block_k = block_size(block_q, BLOCK_Q), block_size(block_k, BLOCK_K)
     scale = D**-0.5 if scale is None else scale
@@ -137,28 +137,28 @@ def flash_attention2_backward(
         Delta = Delta - dLSE  # ∂LSE/∂S = P, so dS = P∘(dP − D) + P∘dLSE
 
     for j in blocks(0, Nk, block_k):  # line 5
-        Kj, Vj = tile(K, j, H), tile(V, j, H)  # line 6
+        Kj, Vj = tile(K, j), tile(V, j)  # line 6
         dKj, dVj = Kj.new_zeros(Kj.shape), Vj.new_zeros(Vj.shape)  # line 7
 
         for i in blocks(0, Nq, block_q):  # line 8
-            Qi, dOi = tile(Q, i, H) * scale, tile(dO, i, H)  # line 9
+            Qi, dOi = tile(Q, i) * scale, tile(dO, i)  # line 9
             S = matmul_into(S_memory, Qi, Kj.mT, LOG2_E)  # line 10, in base 2; (B, H, Bq, Bk)
             hide_(S, mask, i, j)
             P = exp2_minus(P_memory, S, LSE[:, :, i, None])  # line 11: the softmax again, from LSE alone
             dP = matmul_into(dP_memory, dOi, Vj.mT)  # line 13
             if dropout is None:
-                add_matmul_(dVj, P.mT, dOi)  # line 12
+                add_matmul_mT_(dVj, P, dOi)  # line 12
             else:
                 Z = dropout.tile(i, j, dtype)  # the forward's mask, drawn again from its counters
-                add_matmul_(dVj, (P * Z).mT, dOi)
+                add_matmul_mT_(dVj, P * Z, dOi)
                 dP.mul_(Z)
             dS = torch.sub(dP, Delta[:, :, i, None], out=dS_memory[: dP.numel()].view_as(dP)).mul_(P)  # line 14
             add_matmul_(dQ[:, :, i], dS, Kj * scale)  # line 15
-            add_matmul_(dKj, dS.mT, Qi)  # line 16; Qi carries the scale
+            add_matmul_mT_(dKj, dS, Qi)  # line 16; Qi carries the scale
             if observe is not None:
                 observe(i=i, j=j, S=natural(S), P=P, dP=dP, dS=dS, dQ=dQ[:, :, i], dK=dKj, dV=dVj)
 
-        dK[:, :, j], dV[:, :, j] = sum_groups(dKj, Hkv), sum_groups(dVj, Hkv)  # line 18
+        dK[:, :, j], dV[:, :, j] = dKj, dVj  # line 18
     return dQ.to(Q.dtype), dK, dV
 
 
@@ -166,5 +166,5 @@ def row_dots(O: Tensor, dO: Tensor, block_q: int) -> Tensor:
     """rowsum(dO∘O) (B, H, Nq) in the sum dtype, a block of rows at a time so that no third tensor of O's size appears."""
     dots = O.new_empty(O.shape[:3], dtype=sum_dtype(O))
     for i in blocks(0, O.shape[2], block_q):
-        dots[:, :, i] = (tile(O, i, O.shape[1]) * tile(dO, i, O.shape[1])).sum(-1)
+        dots[:, :, i] = (tile(O, i) * tile(dO, i)).sum(-1)
     return dots

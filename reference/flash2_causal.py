@@ -17,6 +17,7 @@ from .flash2 import row_dots
 from .tiles import (
     LOG2_E,
     add_matmul_,
+    add_matmul_mT_,
     block_size,
     blocks,
     broadcast_mask,
@@ -29,7 +30,6 @@ from .tiles import (
     matmul_into,
     natural,
     sum_dtype,
-    sum_groups,
     tile,
 )
 
@@ -64,13 +64,13 @@ def flash_attention2_causal_forward(
     LSE = Q.new_empty(B, H, Nq, dtype=dtype)
 
     for i in blocks(0, Nq, block_q):  # line 3
-        Qi = tile(Q, i, H) * scale  # (B, H, Bq, D), scaled here once, not in every tile
+        Qi = tile(Q, i) * scale  # (B, H, Bq, D), scaled here once, not in every tile
         Oi = Qi.new_zeros(B, H, Qi.shape[2], Dv)  # line 5
         l = Qi.new_zeros(B, H, Qi.shape[2], 1)
         m = torch.full_like(l, lowest(dtype))
 
         for j in blocks(0, min(Nk, i.stop + offset), block_k):  # line 6, up to the last column that the last of these rows sees
-            Kj, Vj = tile(K, j, H), tile(V, j, H)  # (B, H, Bk, D), (B, H, Bk, Dv)
+            Kj, Vj = tile(K, j), tile(V, j)  # (B, Hkv, Bk, D), (B, Hkv, Bk, Dv)
             S = matmul_into(S_memory, Qi, Kj.mT, LOG2_E)  # line 8, in base 2; (B, H, Bq, Bk)
             hide_(S, mask, i, j)
             hide_future_(S, i, j, offset)
@@ -115,7 +115,7 @@ def flash_attention2_causal_backward(
     offset: row r sees columns c ≤ r + offset; Nk − Nq unless given, as it must be where K and V are some of the columns.
     """
     B, H, Nq, D = Q.shape
-    Hkv, Nk = K.shape[1:3]
+    Nk = K.shape[2]
     offset = Nk - Nq if offset is None else offset
     dtype = sum_dtype(Q)
     block_q, block_k = block_size(block_q, BLOCK_Q), block_size(block_k, BLOCK_K)
@@ -134,27 +134,27 @@ def flash_attention2_causal_backward(
         Delta = Delta - dLSE  # ∂LSE/∂S = P, so dS = P∘(dP − D) + P∘dLSE
 
     for j in blocks(0, Nk, block_k):  # line 5
-        Kj, Vj = tile(K, j, H), tile(V, j, H)  # line 6
+        Kj, Vj = tile(K, j), tile(V, j)  # line 6
         dKj, dVj = Kj.new_zeros(Kj.shape), Vj.new_zeros(Vj.shape)  # line 7
 
         for i in blocks(max(0, j.start - offset), Nq, block_q):  # line 8, from the first row that sees the first of these columns
-            Qi, dOi = tile(Q, i, H) * scale, tile(dO, i, H)  # line 9
+            Qi, dOi = tile(Q, i) * scale, tile(dO, i)  # line 9
             S = matmul_into(S_memory, Qi, Kj.mT, LOG2_E)  # line 10, in base 2; (B, H, Bq, Bk)
             hide_(S, mask, i, j)
             hide_future_(S, i, j, offset)
             P = exp2_minus(P_memory, S, LSE[:, :, i, None])  # line 11: the softmax again, from LSE alone
             dP = matmul_into(dP_memory, dOi, Vj.mT)  # line 13
             if dropout is None:
-                add_matmul_(dVj, P.mT, dOi)  # line 12
+                add_matmul_mT_(dVj, P, dOi)  # line 12
             else:
                 Z = dropout.tile(i, j, dtype)  # the forward's mask, drawn again from its counters
-                add_matmul_(dVj, (P * Z).mT, dOi)
+                add_matmul_mT_(dVj, P * Z, dOi)
                 dP.mul_(Z)
             dS = torch.sub(dP, Delta[:, :, i, None], out=dS_memory[: dP.numel()].view_as(dP)).mul_(P)  # line 14
             add_matmul_(dQ[:, :, i], dS, Kj * scale)  # line 15
-            add_matmul_(dKj, dS.mT, Qi)  # line 16; Qi carries the scale
+            add_matmul_mT_(dKj, dS, Qi)  # line 16; Qi carries the scale
             if observe is not None:
                 observe(i=i, j=j, S=natural(S), P=P, dP=dP, dS=dS, dQ=dQ[:, :, i], dK=dKj, dV=dVj)
 
-        dK[:, :, j], dV[:, :, j] = sum_groups(dKj, Hkv), sum_groups(dVj, Hkv)  # line 18
+        dK[:, :, j], dV[:, :, j] = dKj, dVj  # line 18
     return dQ.to(Q.dtype), dK, dV

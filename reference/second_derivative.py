@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from .dropout import Dropout
-from .tiles import block_size, blocks, broadcast_mask, for_heads, sum_dtype, sum_groups
+from .tiles import block_size, blocks, broadcast_mask, sum_dtype
 
 BLOCK_Q = 128
 BY_ROWS = True, False, False, True, True, True, False, False  # of gQ, gK, gV, dO, dLSE, Q, K, V: which have a row for each query
@@ -92,7 +92,18 @@ def _blocks(
 def _arguments(i: slice, columns: slice, H: int, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Views where that is possible, so that autograd tells even one and the same tensor in two places apart."""
     parts = (i if by_rows else columns for by_rows in BY_ROWS[-len(tensors) :])
-    return tuple(for_heads(x.narrow(2, part.start, part.stop - part.start), H) for x, part in zip(tensors, parts, strict=True))
+    return tuple(_for_heads(x.narrow(2, part.start, part.stop - part.start), H) for x, part in zip(tensors, parts, strict=True))
+
+
+def _for_heads(X: Tensor, H: int) -> Tensor:
+    """(B, H or Hkv, …) → (B, H, …) in the sum dtype."""
+    X = X if X.dtype == sum_dtype(X) else X.to(sum_dtype(X))
+    return X if X.shape[1] == H else X.repeat_interleave(H // X.shape[1], dim=1)
+
+
+def _sum_groups(dX: Tensor, Hkv: int) -> Tensor:
+    """(B, H, rows, D) → (B, Hkv, rows, D): a key/value head's gradient is the sum over the query heads that read it."""
+    return dX if dX.shape[1] == Hkv else dX.unflatten(1, (Hkv, -1)).sum(2)
 
 
 def _rows(visible: Tensor | None, Z: Tensor | int, scale: float, gQ, gK, gV, dO, dLSE, Q, K, V) -> tuple[Tensor, ...]:
@@ -127,5 +138,5 @@ def _gather(parts: Iterator[Sequence[Tensor]], like: Sequence[Tensor], by_rows: 
                 sofar.append(x)
             else:
                 sofar[0] = sofar[0] + x
-    whole = (torch.cat(x, 2) if rows else sum_groups(*x, y.shape[1]) for x, y, rows in zip(gathered, like, by_rows, strict=True))
+    whole = (torch.cat(x, 2) if rows else _sum_groups(*x, y.shape[1]) for x, y, rows in zip(gathered, like, by_rows, strict=True))
     return tuple(x.to(y.dtype) for x, y in zip(whole, like, strict=True))

@@ -37,23 +37,10 @@ def sum_dtype(Q: Tensor) -> torch.dtype:
     return torch.float64 if Q.dtype == torch.float64 else torch.float32
 
 
-def tile(X: Tensor, rows: slice, H: int) -> Tensor:
-    """Rows of a (B, H or Hkv, N, D) tensor as a (B, H, rows, D) tile in the sum dtype.
-
-    Grouped-query attention: query head h reads key/value head h // (H / Hkv). Only this tile is ever repeated, never K or V.
-    """
-    return for_heads(X[:, :, rows], H)
-
-
-def for_heads(X: Tensor, H: int) -> Tensor:
-    """(B, H or Hkv, …) → (B, H, …) in the sum dtype."""
-    X = X if X.dtype == sum_dtype(X) else X.to(sum_dtype(X))
-    return X if X.shape[1] == H else X.repeat_interleave(H // X.shape[1], dim=1)
-
-
-def sum_groups(dX: Tensor, Hkv: int) -> Tensor:
-    """(B, H, rows, D) → (B, Hkv, rows, D): a key/value head's gradient is the sum over the query heads that read it."""
-    return dX if dX.shape[1] == Hkv else dX.unflatten(1, (Hkv, -1)).sum(2)
+def tile(X: Tensor, rows: slice) -> Tensor:
+    """Rows of a (B, H or Hkv, N, D) tensor as a tile in the sum dtype."""
+    X = X[:, :, rows]
+    return X if X.dtype == sum_dtype(X) else X.to(sum_dtype(X))
 
 
 def fast_memory(Q: Tensor, K: Tensor, block_q: int, block_k: int) -> Tensor:
@@ -63,28 +50,47 @@ def fast_memory(Q: Tensor, K: Tensor, block_q: int, block_k: int) -> Tensor:
     return Q.new_empty(Q.shape[0] * Q.shape[1] * rows * columns, dtype=sum_dtype(Q))
 
 
+# The three products of a tile. Grouped-query attention: query head h reads key/value head h // (H / Hkv). K and V are never repeated: the
+# query heads of a group are neighbours, so their rows one after another are one taller matrix, which meets their key head in one product.
+
+
 def matmul_into(memory: Tensor, A: Tensor, B: Tensor, factor: float = 1) -> Tensor:
-    """factor · A (B, H, m, k) @ B (B, H, k, n) → (B, H, m, n), written to the start of `memory`. The factor costs nothing."""
+    """factor · A (B, H, m, k) @ B (B, Hkv, k, n) → (B, H, m, n), written to the start of `memory`. The factor costs nothing."""
     shape = (*A.shape[:-1], B.shape[-1])
     out = memory[: math.prod(shape)].view(shape)
-    product = fold(out)
-    torch.baddbmm(product, fold(A), fold(B), beta=0, alpha=factor, out=product)
+    Hkv = B.shape[1]
+    product = fold(out, Hkv)
+    torch.baddbmm(product, fold(A, Hkv), fold(B, Hkv), beta=0, alpha=factor, out=product)
     return out
 
 
 def add_matmul_(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """X += A @ B without a temporary; X (B, H, m, n) is contiguous or a block of rows of a contiguous tensor.
-
-    A view, where `flatten` would silently add to a copy of any other tensor.
-    """
-    X3 = X[0] if X.shape[0] == 1 else X.view(X.shape[0] * X.shape[1], *X.shape[2:])
-    X3.baddbmm_(fold(A), fold(B))
+    """X (B, H, m, n) += A (B, H, m, k) @ B (B, Hkv, k, n). X is contiguous or a block of rows of a contiguous tensor."""
+    Hkv = B.shape[1]
+    if X.shape[1] == Hkv or X.is_contiguous():
+        _view(X, Hkv).baddbmm_(fold(A, Hkv), fold(B, Hkv))
+    else:  # of several heads, blocks of rows do not lie one after another
+        X.add_(torch.bmm(fold(A, Hkv), fold(B, Hkv)).view(X.shape))
     return X
 
 
-def fold(X: Tensor) -> Tensor:
-    """(B, H, m, n) → (B·H, m, n), as torch.bmm takes it. One batch is indexed: cheaper than flatten, and Python's lock stays held."""
-    return X[0] if X.shape[0] == 1 else X.flatten(0, 1)
+def add_matmul_mT_(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """X (B, Hkv, m, n) += Aᵀ @ B, summed over the query heads of a group; A (B, H, k, m), B (B, H, k, n). X is contiguous."""
+    Hkv = X.shape[1]
+    _view(X, Hkv).baddbmm_(fold(A, Hkv).mT, fold(B, Hkv))
+    return X
+
+
+def fold(X: Tensor, Hkv: int) -> Tensor:
+    """(B, H or Hkv, m, n) → (B·Hkv, m·H/Hkv, n), as torch.bmm takes it: the rows of the heads of a group one after another."""
+    if X.shape[1] != Hkv:
+        return X.reshape(X.shape[0] * Hkv, -1, X.shape[3])
+    return X[0] if X.shape[0] == 1 else X.flatten(0, 1)  # one batch is indexed: cheaper than flatten, and Python's lock stays held
+
+
+def _view(X: Tensor, Hkv: int) -> Tensor:
+    """The same as a view, for a sum in place: of any other tensor `flatten` would be a copy, and the sum would be lost. A view raises."""
+    return X[0] if X.shape[0] == 1 and X.shape[1] == Hkv else X.view(X.shape[0] * Hkv, -1, X.shape[3])
 
 
 def exp2_minus(memory: Tensor, S: Tensor, m: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ SMALLEST_SCALE = 2.0**-100
 # Kernels that have run in the emulator but have not been timed on a GPU: a call has to name their rung. True, once they are known to be faster, lets
 # `flash_attention()` choose them.
 BETWEEN_IS_TIMED = False  # `hopper` for head sizes between 64, 128 and 256, until then `hopper_between`
+# Whether a call that names no rung may get `split_keys`: not before it has been timed on a GPU.
+CHOOSE_SPLIT_KEYS = False
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as the one object that it is: a call looks its library up by it
@@ -51,6 +53,8 @@ class Rung:
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
     wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
     few_rows: tuple[tuple[int, int, int], ...] = ()  # up to a head size: rows up to which a lower rung is faster, without and with dropout
+    most_rows: int | None = None  # that share a key head, where it is the one to choose
+    forward_workspace: bool = False  # whether its forward may need one
 
     def why_not(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
         """Why this rung cannot serve the call, or None."""
@@ -107,6 +111,8 @@ class Rung:
     def pays(self, q: Tensor, v: Tensor, dropout_p: float) -> bool:
         """Whether this rung, of those that can serve a call, is the one to choose."""
         head_dim, rows = max(q.shape[3], v.shape[3]), q.shape[2]
+        if self.most_rows is not None and rows * (q.shape[1] // v.shape[1]) > self.most_rows:
+            return False
         few = next((kinds for up_to, *kinds in self.few_rows if head_dim <= up_to), (0, 0))
         return rows > few[dropout_p > 0]
 
@@ -120,13 +126,14 @@ class Rung:
         form, mask_fields, _alive = self._mask(FORWARD, mask, seed is not None)
         tensors = q, k, v, O
         launch = self._launch(FORWARD, tensors, form, seed, causal, scale, dropout_p)
-        launch(q, [x.data_ptr() for x in tensors], (LSE.data_ptr(), 0, 0, _address(seed)), mask_fields)
+        workspace = torch.empty(launch.workspace_floats(), dtype=torch.float32, device=q.device) if self.forward_workspace else None
+        launch(q, [x.data_ptr() for x in tensors], (LSE.data_ptr(), 0, _address(workspace), _address(seed)), mask_fields)
         return O, LSE
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, causal: bool, scale: float) -> Launch | None:
         """The launch of a forward without mask and dropout for tensors like these, wherever they begin at a multiple of 16 bytes. None if
         the kernel cannot read them as they are, or could not be built and another has taken its place."""
-        if _positive(scale)[0] != 1 or not all(self._is_readable(x) for x in (q, k, v)):
+        if self.forward_workspace or _positive(scale)[0] != 1 or not all(self._is_readable(x) for x in (q, k, v)):
             return None
         try:
             return self._launch(FORWARD, (q, k, v, O), None, None, causal, scale, 0.0)
@@ -233,6 +240,19 @@ HOPPER_BETWEEN = replace(HOPPER, name="hopper_between", head_dims=(64, 80, 96, 1
 RUNGS = {
     rung.name: rung
     for rung in (
+        Rung(
+            name="split_keys",
+            files=("forward_5_split_keys.cu", "backward_3_tensor_core.cu"),
+            min_arch=80,
+            dtypes=("float16", "bfloat16"),
+            head_dims=(32, 64, 96, 128, 192, 256),
+            multiple_of=8,
+            masks=(("bits",), ("bits",)),
+            dropout=True,
+            teaching=not CHOOSE_SPLIT_KEYS,
+            most_rows=64,
+            forward_workspace=True,
+        ),
         replace(HOPPER, head_dims=HOPPER_BETWEEN.head_dims, pairs=HOPPER_BETWEEN.pairs) if BETWEEN_IS_TIMED else HOPPER,
         Rung(
             name="tensor_core",

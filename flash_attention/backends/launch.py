@@ -20,6 +20,9 @@ PARAMS = struct.Struct("@" + 8 * "q 24s" + "40s 4q 44s 3i q")
 NO_TENSOR = (0, bytes(STRIDES.size))
 NO_MASK = bytes(MASK.size)
 NO_POINTERS = (0, 0, 0, 0)
+# `struct KeySource`, which follows: the addresses of lengths, starts and block table, the stride of the last, page_size, pages.
+KEYS = struct.Struct("@4q 2i")
+NO_KEYS = bytes(KEYS.size)
 
 
 class Launch(NamedTuple):
@@ -30,6 +33,7 @@ class Launch(NamedTuple):
     settings: bytes
     device: int
     sm_count: int
+    keys: bytes = NO_KEYS
 
     def __call__(self, q: Tensor, addresses: Sequence[int], pointers: Sequence[int], mask: bytes = NO_MASK) -> None:
         """Enqueues the kernels on the current stream of q's device.
@@ -46,7 +50,8 @@ class Launch(NamedTuple):
         tensors = list(self.tensors)
         tensors[: 2 * len(addresses) : 2] = addresses
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return PARAMS.pack(*tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, self._stream())
+        params = PARAMS.pack(*tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, self._stream())
+        return params + self.keys
 
     def _stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.device)

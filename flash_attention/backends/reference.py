@@ -24,6 +24,8 @@ SPAN = 1024
 WORKER_FLOPS = 1 << 33
 # And from so many elements in one step: Python's cost per step is paid by one worker at a time.
 WORKER_STEP = 1 << 17
+# Elements of K in a batch.
+EVEN = 1 << 17
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
@@ -45,6 +47,7 @@ def forward(
     """→ O (B, H, Nq, Dv), LSE (B, H, Nq). block_size: rows and columns of a tile; the algorithm's own unless given."""
     run = flash2_causal.flash_attention2_causal_forward if causal else flash2.flash_attention2_forward
     Nq, Nk = q.shape[2], k.shape[2]
+    columns = _columns(q, k, causal, seed is not None, block_size)
     O, LSE = allocate.forward_outputs(q, v)
 
     def piece(b: slice, h: slice, h_kv: slice, i: slice) -> None:
@@ -57,13 +60,13 @@ def forward(
             scale=scale,
             dropout=_dropout(seed, dropout_p, b, h, (i.start, 0)),
             block_q=block_size,
-            block_k=block_size,
+            block_k=columns,
         )
 
     large = _large(2, q, k, causal, block_size)
     rows = list(blocks(0, Nq, SPAN if large else max(Nq, 1)))[::-1]  # causal: the last rows see most
     each = workers.run if large else workers.in_turn
-    each(piece, [(*heads, i) for heads in _heads(q, k, causal, block_size, large) for i in rows])
+    each(piece, [(*heads, i) for heads in _heads(q, k, causal, block_size, large, columns) for i in rows])
     return O, LSE
 
 
@@ -175,10 +178,25 @@ def _dropout(seed: Tensor | None, p: float, b: slice, h: slice, corner: tuple[in
     return None if seed is None else Dropout(p, seed, range(b.start, b.stop), range(h.start, h.stop), corner)
 
 
-def _tile(q: Tensor, k: Tensor, causal: bool, block_size: int | None) -> int:
+def _columns(q: Tensor, k: Tensor, causal: bool, dropout: bool, block_size: int | None) -> int | None:
+    """Columns of the forward's tiles; None: the algorithm's own.
+
+    Where few rows share a key head, a tile of K is read once from memory whatever its size, and a tile of S is narrow: it gets as many
+    columns as make it as large as for many rows, so that operations are few. Not where a tile of K and V is converted first, which must
+    lie in cache, or where random bits are drawn, for 32 rows at least.
+    """
+    if block_size is not None or dropout or q.dtype != sum_dtype(q):
+        return block_size
+    module = flash2_causal if causal else flash2
+    rows = max(1, q.shape[2] * (q.shape[1] // k.shape[1]))
+    return max(module.BLOCK_K, module.BLOCK_Q * module.BLOCK_K // rows)
+
+
+def _tile(q: Tensor, k: Tensor, causal: bool, block_size: int | None, columns: int | None = None) -> int:
     """Elements of a head that one step touches: a tile of S, and the rows of Q and O beside it."""
     module = flash2_causal if causal else flash2
-    rows, columns = (min(block_size or most, max(x.shape[2], 1)) for most, x in ((module.BLOCK_Q, q), (module.BLOCK_K, k)))
+    most = block_size or module.BLOCK_Q, columns or block_size or module.BLOCK_K
+    rows, columns = (min(n, max(x.shape[2], 1)) for n, x in zip(most, (q, k), strict=True))
     return rows * (columns + 2 * q.shape[3])
 
 
@@ -192,15 +210,20 @@ def _large(matmuls: int, q: Tensor, k: Tensor, causal: bool, block_size: int | N
     return flops >= WORKER_FLOPS * max(2, torch.get_num_threads()) and step >= WORKER_STEP
 
 
-def _heads(q: Tensor, k: Tensor, causal: bool, block_size: int | None, large: bool) -> Iterator[tuple[slice, slice, slice]]:
+def _heads(
+    q: Tensor, k: Tensor, causal: bool, block_size: int | None, large: bool, columns: int | None = None
+) -> Iterator[tuple[slice, slice, slice]]:
     """Batches, query heads and the key/value heads they read, for one run of the tile loop after another."""
     B, H = q.shape[:2]
     Hkv = k.shape[1]
     group = H // Hkv
-    per_head = _tile(q, k, causal, block_size)
+    per_head = _tile(q, k, causal, block_size, columns)
     working_set = WORKER_SET if large else WORKING_SET
     heads_kv = min(Hkv, max(1, working_set // (per_head * group)))
     batches = max(1, working_set // (per_head * H)) if heads_kv == Hkv else 1
+    # Heads of several batches that do not lie at equal distances are copied for each product, which costs more than it saves from here on.
+    if k.stride(0) != Hkv * k.stride(1) and k[0].numel() >= EVEN:
+        batches = 1
     for b in range(0, B, batches):
         for h in range(0, Hkv, heads_kv):
             stop = min(h + heads_kv, Hkv)

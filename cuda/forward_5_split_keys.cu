@@ -1,0 +1,477 @@
+// Forward for few rows: the keys split over the multiprocessors ("Flash-Decoding", Dao, Haziza, Massa, Sizov 2023).  sm_80 and newer.
+//
+// The idea: a generated token is one query against all keys so far. Every byte of K and V serves a handful of products, so the time is that of
+// reading them once, (bytes of K + V) / bandwidth, and the only task is to keep enough copies in flight. Rungs 3 and 4 give a block a tile
+// of 128 rows of one head: 127 of them empty, K and V read once for each query head of a group, and B·H blocks for 132 multiprocessors. Here
+//
+//   - the query heads that share a key head are packed into one tile of 16 or 32 rows, row i · group + g: K and V are read once;
+//   - the keys of a head are split over several blocks, each of which leaves its O, m and l in float32; a second kernel merges them;
+//   - in a block too each warp is on its own: it takes every fourth step of 32 keys, copies them itself into a ring of tiles (K, V, K, V, …) and
+//     has its own maximum, sum and O. No barrier stands in the loop; the warps' results are merged in shared memory at the end.
+//
+// The number of splits depends on sizes and on the number of multiprocessors only, so results repeat bit for bit.
+//
+// The lengths of the sequences may lie in device memory, and the keys in pages (KeySource in attention.h).
+//
+// Limits: float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale. Its backward is rung 3's: that needs O and LSE only.
+#include "tensor_core.cuh"
+
+constexpr int KEYS = 32;  // of a step: what a word of the mask and a call of Philox cover
+// Where shared memory has no room for two tiles of K and V of four warps, there are two.
+constexpr int WARPS = SMEM_KB < 128 && HEAD_DIM > 128 ? 2 : 4;
+constexpr int THREADS = 32 * WARPS;
+// Two blocks a multiprocessor, where they fit: one block begins and ends under the other's copies.
+constexpr int BLOCKS_PER_SM = HEAD_DIM <= 64 || (HEAD_DIM <= 128 && SMEM_KB >= 160) ? 2 : 1;
+constexpr int MOST_M_TILES = HEAD_DIM <= 128 ? 2 : 1;  // 16-row tiles of Q, as registers allow
+constexpr int N_TILES = KEYS / 8;                      // 8-column tiles of S
+constexpr int O_TILES = HEAD_DIM / 8;                  // 8-column tiles of O
+constexpr int D_STEPS = HEAD_DIM / 16;                 // steps of 16 along the head size, in Q Kᵀ
+
+template <int M_TILES>
+using Tile_Q = SwizzledTile<16 * M_TILES, HEAD_DIM>;
+using Tile_KV = SwizzledTile<KEYS, HEAD_DIM>;
+
+// A warp's ring. One tile is computed with, the others are on their way: at D 128 on sm_90 2 · 8 KB in each of eight warps, 128 KB a multiprocessor;
+// 25 bytes/ns times a latency of 1 µs is 25 KB.
+constexpr int ROOM = (SMEM_KB + 1) * 1024 / BLOCKS_PER_SM - 1024;  // the system keeps 1 KB of each block's
+constexpr int FITTING = (ROOM - Tile_Q<MOST_M_TILES>::BYTES) / (WARPS * Tile_KV::BYTES);
+constexpr int SLOTS = FITTING < 6 ? FITTING : 6;
+static_assert(SLOTS >= 2, "one tile to compute with, one on its way");
+
+// What the warps leave to each other at the end, in place of Q and the rings, 16 rows at a time.
+constexpr int PADDED = HEAD_DIM + 4;  // so that rows g of the accumulators begin in different banks
+struct Merge {
+    float O[WARPS][16][PADDED];
+    float2 ml[WARPS][16];
+};
+template <int M_TILES>
+constexpr int SMEM_BYTES = Tile_Q<M_TILES>::BYTES + WARPS * SLOTS * Tile_KV::BYTES;
+static_assert(sizeof(Merge) <= SMEM_BYTES<1>, "it takes the place of the rings");
+
+struct Call {
+    AttentionParams p;
+    KeySource keys;
+    int rows;    // of a tile of Q: 16 or 32
+    int tiles;   // of Q, for each key head
+    int splits;  // of the keys
+};
+
+// ---- workspace, where keys are split: O [blocks, rows, HEAD_DIM], not divided by l, then m and l [blocks, rows]
+__device__ inline float* partial_O(const Call& c, int64_t row) { return c.p.workspace + row * HEAD_DIM; }
+__device__ inline float2* partial_ml(const Call& c, int64_t row) {
+    const int64_t rows = static_cast<int64_t>(c.p.B) * c.p.Hkv * c.tiles * c.splits * c.rows;
+    return reinterpret_cast<float2*>(c.p.workspace + rows * HEAD_DIM) + row;
+}
+
+// ---- which keys
+
+struct Sequence {
+    int start, length;  // keys [start, length) may be attended
+};
+__device__ inline Sequence sequence(const Call& c, int b) {
+    return {c.keys.starts ? max(c.keys.starts[b], 0) : 0, c.keys.lengths ? min(max(c.keys.lengths[b], 0), c.p.Nk) : c.p.Nk};
+}
+
+// ---- the end of a row
+
+// Sums that were taken against different maxima, as one.
+__device__ inline float weight(const Call& c, float m, float m_all) { return ptx::ex2((m - m_all) * (c.p.scale * LOG2_E)); }
+
+__device__ inline float final_factor(const Call& c, int b, float m, float l) {
+    const Sequence keys = sequence(c, b);
+    if (m == c.p.lowest && keys.length <= keys.start) return 0;  // nothing to attend
+    return factor_of_row(c.p, m, c.p.scale * LOG2_E, (DROPOUT ? c.p.keep_scale : 1.0f) / l);
+}
+__device__ inline void store_lse(const Call& c, int b, int h, int i, float m, float l) {
+    if (c.p.lse) c.p.lse[(static_cast<int64_t>(b) * c.p.H + h) * c.p.Nq + i] = m * c.p.scale + logf(l);
+}
+
+// ---- one block: one tile of packed rows against one split of the keys
+
+template <int M_TILES>
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const __grid_constant__ Call c) {
+    constexpr int ROWS = 16 * M_TILES;
+    extern __shared__ __align__(1024) uint8_t smem[];
+    const AttentionParams& p = c.p;
+    const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
+    const int g = lane / 4, t = lane % 4;                                     // this lane's row and column pair in an 8×8 fragment
+    const uint32_t Q_smem = ptx::smem_address(smem);                          // [ROWS, HEAD_DIM]
+    const uint32_t ring = Q_smem + Tile_Q<M_TILES>::BYTES + warp * SLOTS * Tile_KV::BYTES;  // SLOTS × [KEYS, HEAD_DIM]
+
+    const int split = blockIdx.x % c.splits, tile = blockIdx.x / c.splits % c.tiles;
+    const int head = blockIdx.x / c.splits / c.tiles, h_kv = head % p.Hkv, b = head / p.Hkv;
+    const int group = p.H / p.Hkv, rows = p.Nq * group, row0 = tile * ROWS;  // packed rows of a key head, and the tile's first
+
+    const Sequence keys = sequence(c, b);
+    const int offset = keys.length - p.Nq;  // causal: row i sees columns j ≤ i + offset
+    // Keys that the tile's last row sees, in steps: those of this split, of which every WARPS-th is this warp's.
+    const int limit = CAUSAL ? min(keys.length, (min(row0 + ROWS, rows) - 1) / group + offset + 1) : keys.length;
+    const int first_step = keys.start / KEYS, steps = max(0, (max(limit, 0) + KEYS - 1) / KEYS - first_step);
+    const int in_split = (steps + c.splits - 1) / c.splits;
+    const int begin = first_step + min(split * in_split, steps), end = first_step + min((split + 1) * in_split, steps);
+    const int count = max(0, (end - begin - warp + WARPS - 1) / WARPS);
+
+    if (c.splits > 1 && begin == end) {  // no keys: the merge passes over such rows without reading their O
+        if (threadIdx.x < ROWS) *partial_ml(c, static_cast<int64_t>(blockIdx.x) * ROWS + threadIdx.x) = make_float2(p.lowest, 0);
+        return;
+    }
+
+    for (int n = threadIdx.x; n < ROWS * Tile_Q<M_TILES>::PANELS * 8; n += THREADS) {
+        const int row = n / (Tile_Q<M_TILES>::PANELS * 8), chunk = n % (Tile_Q<M_TILES>::PANELS * 8);
+        const int i = (row0 + row) / group, h = h_kv * group + (row0 + row) % group;
+        ptx::cp_async_16(Q_smem + Tile_Q<M_TILES>::offset(row, chunk), head_of(p.q, b, h) + i * p.q.stride_n + chunk * 8,
+                         row0 + row < rows && chunk * 8 < p.D);
+    }
+    ptx::cp_async_commit_group();
+
+    // The n-th tile of this warp: K of step n / 2, or V. Where keys lie in pages, lane 2·s + e knows where the e-th 16 keys of step s of 16 begin.
+    uint32_t page_K = 0, page_V = 0;
+    auto load = [&](int n, uint32_t smem) {
+        const bool is_K = n % 2 == 0;
+        const Tensor4& X = is_K ? p.k : p.v;
+        const int D = is_K ? p.D : p.Dv;
+        const uint32_t stride = static_cast<uint32_t>(X.stride_n / 8);  // offsets are in 16-byte units, as in load_tile
+        const int j0 = (begin + warp + n / 2 * WARPS) * KEYS;
+        uint32_t from[2];
+        if (c.keys.block_table) {
+            if (n % 32 == 0) {
+                const int j = (begin + warp + (n / 2 + lane / 2) * WARPS) * KEYS + lane % 2 * 16;
+                const int page = j < limit ? c.keys.block_table[b * c.keys.block_table_stride + j / c.keys.page_size] : 0;
+                const int row = j % c.keys.page_size;
+                page_K = head_unit(p.k, page, h_kv) + row * static_cast<uint32_t>(p.k.stride_n / 8);
+                page_V = head_unit(p.v, page, h_kv) + row * static_cast<uint32_t>(p.v.stride_n / 8);
+            }
+#pragma unroll
+            for (int e = 0; e < 2; ++e) from[e] = __shfl_sync(0xffffffff, is_K ? page_K : page_V, n % 32 / 2 * 2 + e);
+        } else {
+            from[0] = head_unit(X, b, h_kv) + j0 * stride, from[1] = from[0] + 16 * stride;
+        }
+        const int row = lane / 8, chunk = lane % 8;  // eight lanes copy 128 bytes of a row
+#pragma unroll
+        for (int r = 0; r < KEYS; r += 4)
+#pragma unroll
+            for (int panel = 0; panel < Tile_KV::PANELS; ++panel)
+                // Where not valid, the address may lie outside the tensor; nothing is read there.
+                ptx::cp_async_16(smem + Tile_KV::offset(row + r, panel * 8 + chunk),
+                                 static_cast<const uint4*>(X.data) + from[r / 16] + (row + r % 16) * stride + panel * 8 + chunk,
+                                 j0 + row + r < limit && j0 + row + r >= keys.start && panel * 64 + chunk * 8 < D);
+    };
+    int filled = 0, to_fill = 0;  // tiles asked for, and the slot that the next one gets
+    auto fill = [&]() {           // commits even where nothing is left, so that tile n is group n + 1
+        if (filled < 2 * count) load(filled, ring + to_fill * Tile_KV::BYTES);
+        ptx::cp_async_commit_group();
+        ++filled, to_fill = to_fill + 1 == SLOTS ? 0 : to_fill + 1;
+    };
+    int slot = 0;
+    // The next tile of the ring, once it is there. The slot before it is free now, and filled again.
+    auto next = [&]() {
+        ptx::cp_async_wait_group<SLOTS - 2>();
+        __syncwarp();  // the tile is there for every lane, and every lane is done with the one before it
+        fill();
+        const uint32_t tile = ring + slot * Tile_KV::BYTES;
+        slot = slot + 1 == SLOTS ? 0 : slot + 1;
+        return tile;
+    };
+#pragma unroll
+    for (int n = 0; n < SLOTS - 1; ++n) fill();
+
+    float O_rmem[M_TILES][O_TILES][4] = {};        // not yet divided by l
+    float m_rmem[M_TILES][2], l_rmem[M_TILES][2];  // of rows g and g + 8; l is this lane's share of the sum
+    int i_rmem[M_TILES][2];                        // their queries
+    [[maybe_unused]] int h_rmem[M_TILES][2];       // and heads
+    [[maybe_unused]] uint32_t hidden_origin[M_TILES][2], hidden_next[M_TILES][2];  // where their words of the mask begin; the next step's
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            m_rmem[m][r] = p.lowest, l_rmem[m][r] = 0;
+            const int row = min(row0 + 16 * m + 8 * r + g, rows - 1);
+            i_rmem[m][r] = row / group, h_rmem[m][r] = h_kv * group + row % group;
+            if (MASK) {
+                hidden_origin[m][r] =
+                    static_cast<uint32_t>(b * p.mask.stride_b + h_rmem[m][r] * p.mask.stride_h + i_rmem[m][r] * p.mask.stride_i);
+                hidden_next[m][r] = count ? static_cast<const uint32_t*>(p.mask.data)[hidden_origin[m][r] + begin + warp] : 0;
+            }
+        }
+    const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
+    [[maybe_unused]] const uint2 key = DROPOUT ? dropout_key(p) : uint2{};
+
+    ptx::cp_async_wait_group<SLOTS - 1>();
+    __syncthreads();  // Q is there for every thread
+
+    for (int n = 0; n < count; ++n) {
+        const int step = begin + warp + n * WARPS, j0 = step * KEYS;
+
+        float S_rmem[M_TILES][N_TILES][4] = {};  // S = Q Kᵀ, summed from 0 or from where the mask says
+#if MASK
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                start_sums(hidden_next[m][r], t, [&](int k, int e) -> float& { return S_rmem[m][k][2 * r + e]; });
+                if (n + 1 < count) hidden_next[m][r] = static_cast<const uint32_t*>(p.mask.data)[hidden_origin[m][r] + step + WARPS];
+            }
+#endif
+        const uint32_t K_smem = next() + Tile_KV::lane_b(0, lane);
+#pragma unroll
+        for (int d = 0; d < D_STEPS; ++d) {
+            uint32_t Q_rmem[M_TILES][4];
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+                ptx::ldmatrix_x4(Q_rmem[m], Tile_Q<M_TILES>::step(Q_smem + Tile_Q<M_TILES>::lane_a(0, lane), d) + m * 16 * ROW_BYTES);
+#pragma unroll
+            for (int k = 0; k < N_TILES; k += 2) {
+                uint32_t K_rmem[4];
+                ptx::ldmatrix_x4(K_rmem, Tile_KV::step(K_smem, d) + k * 8 * ROW_BYTES);
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m) {
+                    ptx::mma_m16n8k16<element>(S_rmem[m][k], Q_rmem[m], K_rmem[0], K_rmem[1]);
+                    ptx::mma_m16n8k16<element>(S_rmem[m][k + 1], Q_rmem[m], K_rmem[2], K_rmem[3]);
+                }
+            }
+        }
+
+        // Hide what lies before the first key, beyond the diagonal or beyond the last key.
+        const int first_visible = CAUSAL ? min(limit, row0 / group + offset + 1) : limit;
+        if (j0 < keys.start || j0 + KEYS > first_visible) {
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int visible = CAUSAL ? min(limit, i_rmem[m][r] + offset + 1) : limit;
+#pragma unroll
+                    for (int k = 0; k < N_TILES; ++k)
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) {
+                            const int j = j0 + 8 * k + 2 * t + e;
+                            if (j < keys.start || j >= visible) S_rmem[m][k][2 * r + e] = -CUDART_INF_F;
+                        }
+                }
+        }
+
+        // Online softmax: P overwrites S.
+        float alpha[M_TILES][2];
+        bool grew = false;
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float m_new = m_rmem[m][r];
+#pragma unroll
+                for (int k = 0; k < N_TILES; ++k) m_new = fmaxf(m_new, fmaxf(S_rmem[m][k][2 * r], S_rmem[m][k][2 * r + 1]));
+                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
+                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
+                alpha[m][r] = ptx::ex2((m_rmem[m][r] - m_new) * scale_log2);
+                grew |= m_new > m_rmem[m][r];
+                m_rmem[m][r] = m_new;
+                const float m_log2 = m_new * scale_log2;
+                float sum = 0;
+#pragma unroll
+                for (int k = 0; k < N_TILES; ++k) {
+                    S_rmem[m][k][2 * r] = ptx::ex2(fmaf(S_rmem[m][k][2 * r], scale_log2, -m_log2));
+                    S_rmem[m][k][2 * r + 1] = ptx::ex2(fmaf(S_rmem[m][k][2 * r + 1], scale_log2, -m_log2));
+                    sum += S_rmem[m][k][2 * r] + S_rmem[m][k][2 * r + 1];
+                }
+                l_rmem[m][r] = l_rmem[m][r] * alpha[m][r] + sum;
+            }
+        if (__any_sync(0xffffffff, grew)) {  // a maximum grew
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                for (int o = 0; o < O_TILES; ++o) {
+                    O_rmem[m][o][0] *= alpha[m][0], O_rmem[m][o][1] *= alpha[m][0];
+                    O_rmem[m][o][2] *= alpha[m][1], O_rmem[m][o][3] *= alpha[m][1];
+                }
+        }
+
+        // O += P V
+        uint32_t P_rmem[M_TILES][KEYS / 16][4];
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                [[maybe_unused]] uint32_t keep[4];  // for each of four 8-column tiles, the lane's pair of columns
+#if DROPOUT
+                const int i = i_rmem[m][r], h = h_rmem[m][r], word = i % 32 / 8;  // neighbouring rows are other heads, each with its own bits
+                const uint4 even = dropout_bytes(key, b, h, i, j0 + 2 * t), odd = dropout_bytes(key, b, h, i, j0 + 2 * t + 1);
+                keep_pairs(keep, word == 0 ? even.x : word == 1 ? even.y : word == 2 ? even.z : even.w,
+                           word == 0 ? odd.x : word == 1 ? odd.y : word == 2 ? odd.z : odd.w, p);
+#endif
+#pragma unroll
+                for (int k = 0; k < N_TILES; ++k) {
+                    uint32_t pair = ptx::cvt_pair<element>(S_rmem[m][k][2 * r], S_rmem[m][k][2 * r + 1]);
+                    if (DROPOUT) pair &= keep[k];
+                    P_rmem[m][k / 2][k % 2 * 2 + r] = pair;
+                }
+            }
+        const uint32_t V_smem = next() + Tile_KV::lane_b_trans(lane);
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; ++k)
+#pragma unroll
+            for (int o = 0; o < O_TILES; o += 2) {
+                uint32_t V_rmem[4];
+                ptx::ldmatrix_x4_trans(V_rmem, Tile_KV::step(V_smem, o / 2) + k * 16 * ROW_BYTES);
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m) {
+                    ptx::mma_m16n8k16<element>(O_rmem[m][o], P_rmem[m][k], V_rmem[0], V_rmem[1]);
+                    ptx::mma_m16n8k16<element>(O_rmem[m][o + 1], P_rmem[m][k], V_rmem[2], V_rmem[3]);
+                }
+            }
+    }
+
+    // The warps' sums become one, 16 rows at a time: O / l, or the block's part of it.
+    ptx::cp_async_wait_group<0>();
+    Merge& merge = *reinterpret_cast<Merge*>(smem);
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+        __syncthreads();  // every warp is done with Q, its ring and the 16 rows before
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float l = l_rmem[m][r];
+            l += __shfl_xor_sync(0xffffffff, l, 1);
+            l += __shfl_xor_sync(0xffffffff, l, 2);
+            if (t == 0) merge.ml[warp][8 * r + g] = make_float2(m_rmem[m][r], l);
+#pragma unroll
+            for (int o = 0; o < O_TILES; ++o)
+                *reinterpret_cast<float2*>(&merge.O[warp][8 * r + g][8 * o + 2 * t]) = make_float2(O_rmem[m][o][2 * r], O_rmem[m][o][2 * r + 1]);
+        }
+        __syncthreads();  // all warps' sums are there
+        for (int n = threadIdx.x; n < 16 * O_TILES; n += THREADS) {
+            const int r = n / O_TILES, column = n % O_TILES * 8, row = row0 + 16 * m + r;
+            if (row >= rows) continue;
+            float m_all = p.lowest, l = 0, O[8] = {};
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) m_all = fmaxf(m_all, merge.ml[w][r].x);
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                const float factor = weight(c, merge.ml[w][r].x, m_all);
+                l += factor * merge.ml[w][r].y;
+#pragma unroll
+                for (int e = 0; e < 8; ++e) O[e] = fmaf(factor, merge.O[w][r][column + e], O[e]);
+            }
+            if (c.splits > 1) {
+                const int64_t place = static_cast<int64_t>(blockIdx.x) * ROWS + 16 * m + r;
+                float4* to = reinterpret_cast<float4*>(partial_O(c, place) + column);
+                to[0] = make_float4(O[0], O[1], O[2], O[3]), to[1] = make_float4(O[4], O[5], O[6], O[7]);
+                if (column == 0) *partial_ml(c, place) = make_float2(m_all, l);
+            } else {
+                const int i = row / group, h = h_kv * group + row % group;
+                const float factor = final_factor(c, b, m_all, l);
+                uint4 x;
+                x.x = ptx::cvt_pair<element>(O[0] * factor, O[1] * factor), x.y = ptx::cvt_pair<element>(O[2] * factor, O[3] * factor);
+                x.z = ptx::cvt_pair<element>(O[4] * factor, O[5] * factor), x.w = ptx::cvt_pair<element>(O[6] * factor, O[7] * factor);
+                if (column < p.Dv) *reinterpret_cast<uint4*>(head_of(p.o, b, h) + i * p.o.stride_n + column) = x;
+                if (column == 0) store_lse(c, b, h, i, m_all, l);
+            }
+        }
+    }
+}
+
+// ---- the splits' parts of one row become one. Each warp takes every fourth split.
+
+constexpr int MERGE_WARPS = 4;
+constexpr int LANE_COLUMNS = (HEAD_DIM + 127) / 128;  // times four
+
+__global__ void __launch_bounds__(32 * MERGE_WARPS) merge_kernel(const __grid_constant__ Call c) {
+    __shared__ __align__(16) float O_smem[MERGE_WARPS][HEAD_DIM];
+    const AttentionParams& p = c.p;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int group = p.H / p.Hkv, rows = p.Nq * group;
+    const int row = blockIdx.x % rows, head = blockIdx.x / rows, h_kv = head % p.Hkv, b = head / p.Hkv;
+    const int i = row / group, h = h_kv * group + row % group;
+    const int64_t first = (static_cast<int64_t>(head) * c.tiles + row / c.rows) * c.splits * c.rows + row % c.rows;  // the first split's row
+
+    float m_all = p.lowest, l = 0;
+    for (int split = lane; split < c.splits; split += 32) m_all = fmaxf(m_all, partial_ml(c, first + static_cast<int64_t>(split) * c.rows)->x);
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) m_all = fmaxf(m_all, __shfl_xor_sync(0xffffffff, m_all, lanes));
+    for (int split = lane; split < c.splits; split += 32) {
+        const float2 ml = *partial_ml(c, first + static_cast<int64_t>(split) * c.rows);
+        l += weight(c, ml.x, m_all) * ml.y;
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) l += __shfl_xor_sync(0xffffffff, l, lanes);
+
+    float O[LANE_COLUMNS][4] = {};
+#pragma unroll 4
+    for (int split = warp; split < c.splits; split += MERGE_WARPS) {
+        const int64_t place = first + static_cast<int64_t>(split) * c.rows;
+        const float2 ml = *partial_ml(c, place);
+        if (ml.x == p.lowest && ml.y == 0) continue;  // it has no keys, and perhaps no O
+        const float factor = weight(c, ml.x, m_all);
+#pragma unroll
+        for (int n = 0; n < LANE_COLUMNS; ++n) {
+            const int column = 128 * n + 4 * lane;
+            if (column >= HEAD_DIM) continue;
+            const float4 x = *reinterpret_cast<const float4*>(partial_O(c, place) + column);
+            O[n][0] = fmaf(factor, x.x, O[n][0]), O[n][1] = fmaf(factor, x.y, O[n][1]);
+            O[n][2] = fmaf(factor, x.z, O[n][2]), O[n][3] = fmaf(factor, x.w, O[n][3]);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < LANE_COLUMNS; ++n)
+        if (128 * n + 4 * lane < HEAD_DIM)
+            *reinterpret_cast<float4*>(&O_smem[warp][128 * n + 4 * lane]) = make_float4(O[n][0], O[n][1], O[n][2], O[n][3]);
+    __syncthreads();  // all warps' sums are there
+
+    const int column = 2 * threadIdx.x;  // a pair a thread: 128 threads reach HEAD_DIM
+    if (column < p.Dv) {
+        float x = 0, y = 0;
+#pragma unroll
+        for (int w = 0; w < MERGE_WARPS; ++w) x += O_smem[w][column], y += O_smem[w][column + 1];
+        const float factor = final_factor(c, b, m_all, l);
+        *reinterpret_cast<uint32_t*>(head_of(p.o, b, h) + i * p.o.stride_n + column) = ptx::cvt_pair<element>(x * factor, y * factor);
+    }
+    if (threadIdx.x == 0) store_lse(c, b, h, i, m_all, l);
+}
+
+// ---- launching
+
+// How many splits: the number for which the last block ends first, counted in steps of a warp. A block's beginning and end cost about as much as three
+// steps, the merge as much as two. Depends on sizes and on the number of multiprocessors only.
+inline Call planned(const AttentionParams& p, const KeySource& keys) {
+    const int64_t packed = static_cast<int64_t>(p.Nq) * (p.H / p.Hkv);
+    Call c{p, keys, packed > 16 && MOST_M_TILES > 1 ? 32 : 16, 0, 1};
+    c.tiles = static_cast<int>(tiles_of(packed, c.rows));
+    const int64_t blocks = static_cast<int64_t>(p.B) * p.Hkv * c.tiles, at_once = static_cast<int64_t>(p.sm_count) * BLOCKS_PER_SM;
+    const int64_t steps = tiles_of(tiles_of(p.Nk, KEYS), WARPS);  // of a warp, unless split
+    int64_t best = INT64_MAX;
+    for (int64_t splits = 1; splits <= steps && splits <= 256 && (splits == 1 || blocks * splits <= 8 * at_once); ++splits) {
+        const int64_t time = tiles_of(blocks * splits, static_cast<int>(at_once)) * (tiles_of(steps, static_cast<int>(splits)) + 3) + (splits > 1 ? 2 : 0);
+        if (time < best) best = time, c.splits = static_cast<int>(splits);
+    }
+    return c;
+}
+inline Call planned(const AttentionParams* params) { return planned(*params, *reinterpret_cast<const KeySource*>(params + 1)); }
+
+extern "C" int64_t workspace_floats(const AttentionParams* params) {
+    const Call c = planned(params);
+    return c.splits == 1 ? 0 : static_cast<int64_t>(c.p.B) * c.p.Hkv * c.tiles * c.splits * c.rows * (HEAD_DIM + 2);
+}
+
+template <int M_TILES>
+inline cudaError_t launch_forward(const Call& c, int64_t blocks) {
+    const cudaError_t error = cudaFuncSetAttribute(forward_kernel<M_TILES>, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES<M_TILES>);
+    if (error != cudaSuccess) return error;
+    launch_kernel(forward_kernel<M_TILES>, static_cast<unsigned>(blocks), THREADS, SMEM_BYTES<M_TILES>, c.p.stream, c);
+    return cudaGetLastError();
+}
+
+extern "C" int attention(const AttentionParams* params) {
+    const Call c = planned(params);
+    const AttentionParams& p = c.p;
+    const bool paged = c.keys.block_table != nullptr;
+    const int batches = paged ? c.keys.pages : p.B, length = paged ? c.keys.page_size : p.Nk;
+    if (paged && (c.keys.page_size <= 0 || c.keys.page_size % 16)) return cudaErrorInvalidValue;
+    const bool fits = units_fit(p.k, batches, p.Hkv, length) && units_fit(p.v, batches, p.Hkv, length);
+    const bool mask_fits = !MASK || units_fit(p.mask.stride_b, p.mask.stride_h, p.mask.stride_i, p.B, p.H, p.Nq, 1);
+    if (!fits || !mask_fits) return cudaErrorInvalidValue;
+    const int64_t packed = static_cast<int64_t>(p.Nq) * (p.H / p.Hkv), blocks = static_cast<int64_t>(p.B) * p.Hkv * c.tiles * c.splits;
+    if (!numbers_fit(p, {blocks, p.B * p.Hkv * packed, packed + 64})) return cudaErrorInvalidConfiguration;
+    if (p.B == 0 || p.Nq == 0) return cudaSuccess;
+    DeviceGuard guard(p.device);
+    const cudaError_t error = c.rows == 16 ? launch_forward<1>(c, blocks) : launch_forward<MOST_M_TILES>(c, blocks);
+    if (error != cudaSuccess || c.splits == 1) return error;
+    launch_kernel(merge_kernel, static_cast<unsigned>(p.B * p.Hkv * packed), 32 * MERGE_WARPS, 0, p.stream, c);
+    return cudaGetLastError();
+}
