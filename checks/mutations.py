@@ -221,7 +221,7 @@ TABLE = {
     ],
     ("hopper_between", "forward_4_hopper.cu"): [
         ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
-        ("V_HEAD_DIM <= 128 ? 128 : 96;", "V_HEAD_DIM <= 128 ? 128 : 128;", HEAD_192),
+        ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
     ],
     ("hopper_between", "backward_hopper.cuh"): [
         ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),

@@ -28,8 +28,8 @@ FORWARD, BACKWARD = 0, 1  # which of a rung's files
 # summed from −2¹²⁷, lies below it.
 LOWEST = -(2.0**126)
 SMALLEST_SCALE = 2.0**-100
-# Kernels that have run in the emulator but have not been timed on a GPU: a call has to name their rung. True, once they are known to be faster, lets
-# `flash_attention()` choose them.
+# Kernels that have run in the emulator but have not been timed on a GPU: a call has to name their rung. True, once they are known to be
+# faster, lets `flash_attention()` choose them.
 BETWEEN_IS_TIMED = False  # `hopper` for head sizes between 64, 128 and 256, until then `hopper_between`
 WIDE_IS_TIMED = False  # `hopper_wide`
 
