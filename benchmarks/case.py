@@ -25,6 +25,7 @@ class Case:
     mask: str = "none"
     dropout_p: float = 0.0
     backward: bool = False
+    dv: int | None = None  # the head size of v, if it is another
 
     @property
     def mask_kind(self) -> str:
@@ -39,14 +40,15 @@ class Case:
         options = ["forward + backward" if self.backward else "forward", *(["causal"] if self.causal else []), f"mask {self.mask}"]
         options += [f"dropout {self.dropout_p:g}"] if self.dropout_p else []
         sizes = f"q_len {self.q_len}, kv_len {self.kv_len}, " if lengths else ""
-        return f"{', '.join(options)}; b {self.b}, h {self.h}, {sizes}d {self.d}, {self.dtype}"
+        head = f"d {self.d}" + (f" dv {self.dv}" if self.dv else "")
+        return f"{', '.join(options)}; b {self.b}, h {self.h}, {sizes}{head}, {self.dtype}"
 
 
 class Inputs(NamedTuple):
     q: Tensor  # (b, h, q_len, d)
     k: Tensor  # (b, h, kv_len, d)
-    v: Tensor  # (b, h, kv_len, d)
-    dO: Tensor | None  # (b, h, q_len, d), the gradient that a backward starts from
+    v: Tensor  # (b, h, kv_len, dv)
+    dO: Tensor | None  # (b, h, q_len, dv), the gradient that a backward starts from
     mask: Tensor | None  # (b, kv_len) or (b, h, q_len, kv_len), True = may attend
 
 
@@ -57,12 +59,15 @@ def random_inputs(case: Case, seed: int = 0) -> Inputs:
     """
     generator = torch.Generator(case.device).manual_seed(seed)
 
-    def normal(length: int) -> Tensor:
-        shape = (case.b, case.h, length, case.d)
+    dv = case.dv or case.d
+
+    def normal(length: int, d: int) -> Tensor:
+        shape = (case.b, case.h, length, d)
         return torch.randn(shape, generator=generator, dtype=getattr(torch, case.dtype), device=case.device)
 
-    q, k, v = (normal(length).requires_grad_(case.backward) for length in (case.q_len, case.kv_len, case.kv_len))
-    dO = normal(case.q_len) if case.backward else None
+    sizes = (case.q_len, case.d), (case.kv_len, case.d), (case.kv_len, dv)
+    q, k, v = (normal(*size).requires_grad_(case.backward) for size in sizes)
+    dO = normal(case.q_len, dv) if case.backward else None
     mask = None
     if case.mask != "none":
         shape = (case.b, case.kv_len) if case.mask == "key" else (case.b, case.h, case.q_len, case.kv_len)
@@ -77,12 +82,10 @@ def causal_rows(case: Case, rows: slice) -> Tensor:
     return torch.arange(case.kv_len, device=case.device) <= r + case.kv_len - case.q_len
 
 
-# Two matrix products of 2·b·h·q_len·kv_len·d operations in the forward, five in the backward.
-PARTS = {"forward": 1.0, "backward": 2.5, "total": 3.5}
-
-
 def tera_operations(case: Case, part: str) -> float:
-    """Floating-point operations /1e12 of "forward", "backward" or both ("total"), as the field counts them: 4·b·h·q_len·kv_len·d for a
-    forward, halved if causal, whatever the mask; what a backward recomputes is not counted."""
-    forward = 4 * case.b * case.h * case.q_len * case.kv_len * case.d / (2 if case.causal else 1)
-    return forward * (PARTS[part] if case.backward else 1) / 1e12
+    """Floating-point operations /1e12 of "forward", "backward" or both ("total"), as the field counts them: matrix products of
+    2·b·h·q_len·kv_len·d each, two in a forward and five in a backward, halved if causal, whatever the mask; what a backward recomputes is
+    not counted."""
+    product, dv = 2 * case.b * case.h * case.q_len * case.kv_len / (2 if case.causal else 1), case.dv or case.d
+    forward, backward = product * (case.d + dv), product * (3 * case.d + 2 * dv)
+    return {"forward": forward, "backward": backward, "total": forward + backward}[part if case.backward else "forward"] / 1e12

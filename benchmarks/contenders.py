@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks import flash_attention_3
 from benchmarks.case import Case, Inputs, causal_rows
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS, choose, emulated
@@ -27,7 +28,7 @@ SDPA_KERNELS = {
 
 
 class Contender(NamedTuple):
-    type: str  # one of TYPES, or "flex"
+    type: str  # one of TYPES, "flex" or "fa3"
     backend: str = ""  # of flash: a name in BACKENDS; of sdpa: one in SDPA_KERNELS, or "" for the one PyTorch picks
 
     def __str__(self) -> str:
@@ -42,7 +43,9 @@ class Runner:
 
     def __init__(self, contender: Contender, case: Case, inputs: Inputs):
         self.contender, self.case, self.inputs = contender, case, inputs
-        attend = {"normal": _normal, "flash": _flash, "sdpa": _sdpa, "flex": _flex}[contender.type](contender.backend, case, inputs)
+        attend = {"normal": _normal, "flash": _flash, "sdpa": _sdpa, "flex": _flex, "fa3": _fa3}[contender.type](
+            contender.backend, case, inputs
+        )
         q, k, v, dO, _ = inputs
         self.stages: dict[str, Callable[[Any], Any]] = {"forward": lambda _: attend(q, k, v)}
         if case.backward:
@@ -90,6 +93,8 @@ def why_not(contender: Contender, case: Case) -> str | None:
     """Why this contender had better not be run here, or None."""
     if contender.type == "flex" and torch.device(case.device).type != "cuda":
         return "on a CPU it has no backward"
+    if contender.type == "fa3":
+        return flash_attention_3.why_not(case)
     if contender.type != "normal":
         return None
     # Scores and probabilities, and copies of them while masking; with a backward the gradients of both.
@@ -115,7 +120,7 @@ def refusal(runner: Runner) -> str | None:
         torch.cuda.empty_cache()
         return "out of memory"
     except RuntimeError as error:
-        if type not in ("sdpa", "flex"):
+        if type not in ("sdpa", "flex", "fa3"):
             raise
         return " ".join(str(error).splitlines()[:2])  # the second line of a compiler's complaint is the one that says something
     return None
@@ -184,3 +189,7 @@ def _flex(backend: str, case: Case, inputs: Inputs) -> Callable:
     # For this shape alone, and never silently uncompiled.
     attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return lambda q, k, v: attend(q, k, v, block_mask=blocks)
+
+
+def _fa3(backend: str, case: Case, inputs: Inputs) -> Callable:
+    return lambda q, k, v: flash_attention_3.attend(q, k, v, case.causal)

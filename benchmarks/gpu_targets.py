@@ -12,6 +12,8 @@ alone. Kernels that are not compiled yet are compiled before the clock starts; `
     bert     float16, key mask and dropout, against length: normal attention, time and memory
     float32  the kernel that computes in float32, with head sizes up to 512
     host     the CPU's time for a call so small that the GPU waits for it
+    between  bfloat16, head sizes between 64, 128 and 256: FlashAttention-3, if it is installed (flash_attention_3.py), and PyTorch's choice
+    wide     bfloat16, D 512: normal and memory-efficient attention
     rungs    every rung of cuda/ (only when asked for: nothing to reach, it is the table of cuda/README.md)
 
 `--device cpu --quick` runs all of this where there is no GPU: small, with the reference as flash attention, judging nothing.
@@ -42,8 +44,10 @@ from flash_attention.backends.cuda import RUNGS
 
 NORMAL, SDPA, FLEX = Contender("normal"), Contender("sdpa"), Contender("flex")
 FA2, CUDNN, EFFICIENT = Contender("sdpa", "flash"), Contender("sdpa", "cudnn"), Contender("sdpa", "efficient")
-NAMES = {FA2: "FA2", CUDNN: "cuDNN", FLEX: "Flex", EFFICIENT: "efficient", NORMAL: "normal", SDPA: "SDPA"}
+FA3 = Contender("fa3")
+NAMES = {FA2: "FA2", FA3: "FA3", CUDNN: "cuDNN", FLEX: "Flex", EFFICIENT: "efficient", NORMAL: "normal", SDPA: "SDPA"}
 HOPPER, TENSOR_CORE, SIMPLE = "hopper", "tensor_core", "simple"
+BETWEEN, WIDE = "hopper_between", "hopper_wide"
 CHOSEN = "cuda"  # the rung that flash_attention() chooses itself
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 
@@ -189,8 +193,27 @@ def host() -> list[Job]:
     return [partial(run_host, each, SDPA if each.mask == "key" else FA2) for each in cases]
 
 
+def between() -> list[Job]:
+    targets = Target(FORWARD, f"over {FA3}", 1.0), Target(BACKWARD, f"over {FA3}", 0.9)
+    sizes = *((d, None) for d in (72, 80, 96, 112, 160, 192)), (192, 128)
+    cases = [Case(4, 16, 4096, 4096, d, "bfloat16", causal=causal, backward=True, dv=dv) for d, dv in sizes for causal in (False, True)]
+    return [partial(run, Task(case, (FA3, SDPA), () if case.causal else targets, (BETWEEN, HOPPER))) for case in cases]
+
+
+def wide() -> list[Job]:
+    jobs = []
+    for causal, forward, backward in ((False, 1.2, 0.6), (True, 5, 1.4)):
+        case = Case(1, 2, 16384, 16384, 512, "bfloat16", causal=causal, backward=True)
+        targets = [Target(FORWARD, f"over {NORMAL}", forward), Target(BACKWARD, f"over {NORMAL}", backward)]
+        targets += [Target(part, f"over {EFFICIENT}", 3) for part in (FORWARD, BACKWARD)]
+        jobs.append(partial(run, Task(case, (NORMAL, EFFICIENT), tuple(targets), (WIDE,))))
+    more = (Case(4, 16, 2048, 2048, d, "bfloat16", causal=causal, backward=True) for d in (320, 384, 512) for causal in (False, True))
+    return jobs + [partial(run, Task(case, (NORMAL, EFFICIENT), flash=(WIDE,))) for case in more]
+
+
 def rungs() -> list[Job]:
-    ladder = tuple(rung.name for rung in sorted(RUNGS.values(), key=lambda rung: rung.files))
+    first = {rung.files: rung.name for rung in reversed(RUNGS.values()) if rung.head_dims[0] <= 64}  # of those with the same kernels
+    ladder = tuple(first[files] for files in sorted(first))
     jobs = []
     for dtype, rivals in (("bfloat16", (FA2, CUDNN)), ("float32", (EFFICIENT,))):
         for d in (64, 128):
@@ -207,6 +230,8 @@ GROUPS: dict[str, Callable[[], list[Job]]] = {
     "bert": bert,
     "float32": float32,
     "host": host,
+    "between": between,
+    "wide": wide,
     "rungs": rungs,
 }
 
@@ -339,7 +364,8 @@ def _label(case: Case) -> str:
     options = [case.dtype, *(["causal"] if case.causal else []), *(["key mask"] if case.mask == "key" else [])]
     options += ["dense mask"] if case.mask == "full" else []
     options += [f"dropout {case.dropout_p:g}"] if case.dropout_p else []
-    return f"B {case.b} H {case.h} N {case.q_len} D {case.d} {' '.join(options)}"
+    head = f"D {case.d}" + (f" Dv {case.dv}" if case.dv else "")
+    return f"B {case.b} H {case.h} N {case.q_len} {head} {' '.join(options)}"
 
 
 # ---- telling

@@ -99,7 +99,7 @@ def check_gpu_targets_on_a_cpu(tmp_path):
         assert row["name"] == "flash (reference)" and all(target["met"] is None for target in row["targets"]), row
         found = row.get("measured", {})
         assert all(figures["check"]["passed"] for name, figures in found.items() if name == row["name"]), row
-        if row["group"] in ("grid", "mask", "dropout", "float32", "rungs") and row["case"]:
+        if row["group"] in ("grid", "mask", "dropout", "float32", "between", "wide", "rungs") and row["case"]:
             times = {name: figures[stages[row["part"]]] for name, figures in found.items() if "skipped" not in figures}
             assert row["ms"] == times.pop(row["name"]) and row["tflops"] > 0, row
             over = {key.removeprefix("over "): value for key, value in row.items() if key.startswith("over ")}

@@ -66,10 +66,41 @@ def check_other_head_sizes(name):
     )
 
 
-@pytest.mark.parametrize("name", RUNGS)
+# Each size that hopper_between compiles, and hopper_wide's with panels that are not full, in part or not at all; D, Dv.
+MORE_SIZES = {
+    "hopper_between": [(72, 72), (96, 88), (112, 112), (160, 160), (192, 192), (192, 128), (184, 40)],
+    "hopper_wide": [(512, 512), (384, 264), (296, 320), (512, 72)],
+}
+MORE = [(name, *sizes, kind) for name, each in MORE_SIZES.items() for sizes in each for kind in range(2)]
+
+
+@pytest.mark.parametrize(("name", "D", "Dv", "kind"), MORE)
+def check_sizes_between_and_wide(name, D, Dv, kind):
+    """Tiles cut at the end and by the diagonal; with everything that a call may have."""
+    plain = Case(B=1, H=1, Nq=70, Nk=150, D=D, Dv=Dv, dtype=torch.bfloat16, causal=True)
+    everything = Case(B=1, H=2, Hkv=1, Nq=150, Nk=70, D=D, Dv=Dv, dtype=torch.float16, mask="dead rows", dropout_p=0.25)
+    against_truth((plain, everything)[kind], target(name))
+
+
+@pytest.mark.parametrize("kind", range(2))
+def check_wide_rings_wrap(kind):
+    """More tiles than shared memory holds, more works than blocks; forward and gradients do not depend on the order of anything."""
+    case = Case(B=1, H=3, Hkv=1, Nq=(300, 130)[kind], Nk=(130, 300)[kind], D=320, dtype=torch.float16, causal=kind == 1)
+    against_truth(case, target("hopper_wide"))
+    results = []
+    problem = Problem.of(case, target("hopper_wide"))
+    for seed in range(2):
+        emulated.options.seed, emulated.options.resident = seed, 1 + seed
+        results.append(problem.answer(target("hopper_wide")))
+    emulated.options.resident = 2
+    for first, again in zip(*results, strict=True):
+        assert torch.equal(first, again), "all gradients of hopper_wide repeat bit for bit, without being asked to"
+
+
+@pytest.mark.parametrize("name", (*RUNGS, "hopper_wide"))
 def check_strides(name):
     """(B, N, H, D) transposed and a stride-0 batch are read as they are."""
-    dtype = HALF[name]
+    dtype = HALF.get(name, torch.float16)
     q = torch.randn(2, 70, 2, 64, dtype=dtype).transpose(1, 2)
     k, v = torch.randn(2, 1, 2, 90, 64, dtype=dtype).expand(2, 2, 2, 90, 64)
     O = flash_attention(q, k, v, backend=f"emulated:{name}")
@@ -95,11 +126,11 @@ def check_forward_does_not_depend_on_order(name):
             assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("name", ("simple", "tensor_core", "hopper"))
+@pytest.mark.parametrize("name", ("simple", "tensor_core", "hopper", "hopper_wide"))
 def check_dropout_is_the_reference_s(name):
     """V = the identity shows P: what is dropped is what the reference drops, element by element."""
     Nq, Nk, p = 70, 64, 0.3
-    q, k = torch.randn(2, 1, 2, 100, 64, dtype=HALF[name]).unbind()
+    q, k = torch.randn(2, 1, 2, 100, 64, dtype=HALF.get(name, torch.float16)).unbind()
     q, k = q[:, :, :Nq], k[:, :, :Nk]
     v = torch.eye(Nk, dtype=q.dtype).expand(1, 2, Nk, Nk)
     torch.manual_seed(5)

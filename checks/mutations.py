@@ -25,6 +25,12 @@ SHARP = case(sharp=5)  # maxima grow
 WIDE = case(D=128)
 WIDEST = case(D=256, H=1)
 WIDEST_MASKED = case(D=256, H=1, mask="heads share")
+HEAD_96 = case(D=96, H=1)
+HEAD_192 = case(D=192, H=1)
+HEAD_512 = case(D=512, H=1, Nq=130, Nk=200)
+HEAD_512_CAUSAL = case(D=512, H=2, Nq=150, Nk=200, causal=True)
+HEAD_512_MASKED = case(D=512, H=1, Nq=130, Nk=200, mask="heads share")
+HEAD_320 = case(D=320, H=1, Nq=130, Nk=200)
 ODD_HEAD = case(D=72, Nq=70, Nk=90)
 MANY_TILES = case(Nk=700, H=3)  # every ring wraps
 TURNS = case(Nk=700, causal=True)  # deterministic: shown by bits that change from seed to seed, or by a block that hangs
@@ -212,6 +218,44 @@ TABLE = {
         ("if (MASK) ptx::mbarrier_arrive(mask_empty);", ";", WIDEST_MASKED),
         ("ptx::wgmma_wait_group<1>();  // dV is there: done with dO", "ptx::wgmma_wait_group<2>();", WIDEST),
         ("dS_of(next.n), Q_of(next.n), false);", "dS_of(n), Q_of(next.n), false);", WIDEST),
+    ],
+    ("hopper_between", "forward_4_hopper.cu"): [
+        ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
+        ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
+    ],
+    ("hopper_between", "backward_hopper.cuh"): [
+        ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
+    ],
+    ("hopper_between", "keep_bits.cuh"): [
+        ("panel / OF_PART * PART + panel % OF_PART * 64;", "panel * 64;", HEAD_192),
+    ],
+    ("hopper_between", "backward_4_hopper_wide.cu"): [
+        ("d / STEPS * PANELS + d % STEPS / 4", "d / 4", HEAD_192),
+        ("p.D, consumer * COLUMNS,", "p.D, consumer * 128,", HEAD_192),
+    ],
+    ("hopper_wide", "forward_5_wide.cu"): [
+        ("ptx::wgmma_wait_group<1>();  // the panel before has been read", ";", HEAD_512),
+        ("release(barriers.K_empty[before]);", ";", HEAD_512),
+        ("if (++stage == RING) stage = 0, parity ^= 1;", "if (++stage == RING) stage = 0;", HEAD_512),
+        ("if (panel == K_PANELS / 2 - 1 && n > 0) load_V(before);", "if (panel == K_PANELS / 2 - 1 && n > 0) load_V(keys);", HEAD_512),
+        ("columns_from(p.o, part * PART)", "columns_from(p.o, part * 128)", HEAD_512),
+        ("ptx::mbarrier_arrive(barrier(barriers.mask_empty));", ";", HEAD_512_MASKED),
+        ("work.part == 0 && t == 0", "work.part == 1 && t == 1", HEAD_512),
+        ("(K_PANELS < RING ? K_PANELS : RING) - 1) hand_out(work);", "K_PANELS - 1) hand_out(work);", HEAD_512),
+        ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", HEAD_512),
+    ],
+    ("hopper_wide", "backward_5_wide.cu"): [
+        ("if (n > 0) ptx::bar_sync(PLACE_IS_FREE, CONSUMERS * GROUP);", ";", HEAD_512),
+        ("ptx::bar_sync(P_IS_THERE, CONSUMERS * GROUP);", ";", HEAD_512),
+        ("ptx::fence_proxy_async();  // this thread's part of dSᵀ", NO_BARRIER, HEAD_512),
+        ("meet();  // dSᵀ is there", "ptx::bar_arrive(1, CONSUMERS * GROUP);", HEAD_512),
+        ("ptx::wgmma_wait_group<1>();  // the last tile has been added", ";  //", HEAD_512),
+        ("ptx::wgmma_wait_group<1>();  // Sᵀ is there", "ptx::wgmma_wait_group<2>();  //", HEAD_512),
+        ("ptx::mbarrier_arrive(barrier(barriers.rows_empty[n % 2]));", ";", case(D=512, H=1, Nq=300, Nk=70)),
+        ("max(0, j0 - (p.Nk - p.Nq)) / BLOCK * BLOCK", "max(0, j0 - (p.Nk - p.Nq) + BLOCK) / BLOCK * BLOCK", HEAD_512_CAUSAL),
+        ("min(i0 + BLOCK, p.Nq) + p.Nk - p.Nq)) : p.Nk; }", "i0 + p.Nk - p.Nq)) : p.Nk; }", HEAD_512_CAUSAL),
+        ("? (HALF - panel % OF_HALF * 64) / 16 : 4;", "? 4 : 4;", HEAD_320),
+        ("column += 32 * 8)", "column += 64 * 8)", HEAD_512),
     ],
 }
 

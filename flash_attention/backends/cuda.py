@@ -28,11 +28,12 @@ FORWARD, BACKWARD = 0, 1  # which of a rung's files
 # summed from −2¹²⁷, lies below it.
 LOWEST = -(2.0**126)
 SMALLEST_SCALE = 2.0**-100
-# Kernels that have run in the emulator but have not been timed on a GPU: a call has to name their rung. True, once they are known to be faster, lets
-# `flash_attention()` choose them.
+# Kernels that have run in the emulator but have not been timed on a GPU: a call has to name their rung. True, once they are known to be
+# faster, lets `flash_attention()` choose them.
 BETWEEN_IS_TIMED = False  # `hopper` for head sizes between 64, 128 and 256, until then `hopper_between`
 # Whether a call that names no rung may get `split_keys`: not before it has been timed on a GPU.
 CHOOSE_SPLIT_KEYS = False
+WIDE_IS_TIMED = False  # `hopper_wide`
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as the one object that it is: a call looks its library up by it
@@ -237,6 +238,15 @@ HOPPER = Rung(
     few_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
 )
 HOPPER_BETWEEN = replace(HOPPER, name="hopper_between", head_dims=(64, 80, 96, 112, 128, 160, 192, 256), pairs=((192, 128),), teaching=True)
+HOPPER_WIDE = replace(
+    HOPPER,
+    name="hopper_wide",
+    files=("forward_5_wide.cu", "backward_5_wide.cu"),
+    head_dims=(320, 384, 512),
+    wide_backward=None,
+    few_rows=(),
+    teaching=not WIDE_IS_TIMED,
+)
 RUNGS = {
     rung.name: rung
     for rung in (
@@ -264,6 +274,7 @@ RUNGS = {
             masks=(("bits", "bytes"), ("bits",)),
             dropout=True,
         ),
+        HOPPER_WIDE,  # behind all that take narrower heads
         Rung(
             name="simple",
             files=("forward_1_simple.cu", "backward_1_simple.cu"),

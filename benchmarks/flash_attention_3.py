@@ -1,0 +1,64 @@
+"""FlashAttention-3 as its authors build it, where that is installed: from their own package, or from xformers' wheel, which has it too."""
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Case
+
+PLACES = ("flash_attn_3", "xformers.flash_attn_3")  # packages that hold its library, _C*.so
+
+
+@cache
+def operators():
+    """torch.ops.flash_attn_3, or None: it is not installed, or cannot be loaded here."""
+    for place in PLACES:
+        package, _, folder = place.partition(".")
+        spec = importlib.util.find_spec(package)
+        for root in (spec.submodule_search_locations or []) if spec else []:
+            for library in sorted((Path(root) / folder).glob("_C*.so")):
+                try:
+                    torch.ops.load_library(str(library))
+                except OSError:
+                    continue
+                return torch.ops.flash_attn_3
+    return None
+
+
+def why_not(case: Case) -> str | None:
+    """Why it is not measured here, or None."""
+    if torch.device(case.device).type != "cuda" or torch.cuda.get_device_capability(case.device) != (9, 0):
+        return "it runs on compute capability 9.0 alone"
+    if max(case.d, case.dv or 0) > 256:
+        return "it takes head sizes up to 256"
+    if case.mask != "none" or case.dropout_p:
+        return "it takes no mask and no dropout"
+    return None if operators() else f"it was found in neither {' nor '.join(PLACES)}"
+
+
+class _Attention(torch.autograd.Function):
+    """Its two operators take (B, N, H, D)."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        O, LSE, *_ = operators().fwd(q, k, v, is_causal=causal)
+        ctx.save_for_backward(q, k, v, O, LSE)
+        ctx.causal = causal
+        return O.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, dO: Tensor):
+        q, k, v, O, LSE = ctx.saved_tensors
+        gradients = tuple(torch.empty_like(x) for x in (q, k, v))
+        dq, dk, dv = gradients
+        operators().bwd(dO.transpose(1, 2), q, k, v, O, LSE, dq=dq, dk=dk, dv=dv, is_causal=ctx.causal)
+        return (*(x.transpose(1, 2) for x in gradients), None)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """(B, H, N, D) → (B, H, N, Dv), with gradients; causal is aligned bottom-right."""
+    return _Attention.apply(q, k, v, causal)

@@ -1,0 +1,443 @@
+// Forward for heads of 320 to 512 columns: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608) again, in two halves of V.  sm_90a.
+//
+// The idea: O of 128 rows × 512 columns in float32 is as many numbers as a multiprocessor has registers. So a block computes all of S, but only half
+// of the columns of V and O; the other half is another block's, which computes the same S again. That is 3 products' worth of arithmetic for 2, at a
+// full tile of 128 rows. The other way out, 64 rows with all of O, computes nothing twice, but reads K and V twice as often: 1 byte for every 64
+// operations, 15 TB/s at the tensor cores' full speed, and the L2 cache gives 6. What a block here reads is 1 byte for every 128.
+//
+// Change from forward_4_hopper.cu: a tile of Q and one of K are 192 KB of the 227. So K comes by panels of 64 columns, through a ring of places in
+// shared memory: each is released when the product that reads it is over, in the middle of the sum over the head. Both groups are at the same
+// panel, so they take no turns; the softmax of both runs under O += P V of the tile before.
+//
+// Serves everything in the interface for float16 and bfloat16, head sizes up to 512 that are multiples of 8, positive scale.
+#include <algorithm>
+
+#include "keep_bits.cuh"
+#include "mask_start.cuh"
+#include "ptx_hopper.cuh"
+#include "swizzle.cuh"
+#include "tensor_core.cuh"
+#include "tensor_map.cuh"
+
+#if DTYPE == FLOAT32 || (MASK && MASK != MASK_OF_BITS)
+#error "this rung computes in 16-bit types, under masks of bits"
+#endif
+
+// ---- tile sizes. A warpgroup owns 64 rows of Q.
+constexpr int GROUP = 128;  // threads
+constexpr int CONSUMERS = 2;
+constexpr int THREADS = GROUP * (1 + CONSUMERS);
+constexpr int BLOCK_Q = 64 * CONSUMERS;
+constexpr int BLOCK_K = HEAD_DIM <= 384 ? 128 : 64;  // O, S and P share a thread's 232 registers: 96 + 64 + 32, or 128 + 32 + 16
+constexpr int PART = V_HEAD_DIM / 2;                 // columns of V and O that a block computes
+static_assert(HEAD_DIM % 64 == 0 && PART % 32 == 0 && PART <= 256, "whole panels of K, and a product's columns of V");
+
+using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
+using Tile_V = SwizzledTile<BLOCK_K, PART>;
+using Tile_O = SwizzledTile<BLOCK_Q, 64>;
+constexpr int O_ROWS = std::min(16, BOX_ROWS<Tile_O, RowOrder>);  // of a box of O: a warp's at most
+constexpr int K_PANELS = HEAD_DIM / 64;                           // of a tile of K
+constexpr int PANEL_BYTES = BLOCK_K * ROW_BYTES;                  // of one of them
+constexpr int MASK_BYTES = MASK ? BLOCK_Q * static_cast<int>(sizeof(BitRow)) : 0;
+constexpr int OTHER_BYTES = Tile_Q::BYTES + Tile_V::BYTES + Tile_O::BYTES + MASK_BYTES;
+constexpr int RING = std::min(K_PANELS, (SMEM_KB * 1024 - 1024 - OTHER_BYTES) / PANEL_BYTES);  // panels of K in shared memory
+constexpr int SMEM_BYTES = OTHER_BYTES + RING * PANEL_BYTES;
+static_assert(RING >= 3, "choose smaller tiles");
+
+struct Maps {
+    CUtensorMap q, k, v[2], o[2], mask;  // of V and O one for each part: what lies beyond its last column is outside of the tensor
+};
+
+// "full": the bytes have arrived, with those of a tile's first panel of K the mask's. "empty": the computing warps are done with them.
+struct Barriers {
+    uint64_t Q_full, Q_empty, K_full[RING], K_empty[RING], V_full, V_empty, mask_empty;
+};
+
+// A place of the ring, and the parity of the barriers' phase that fills it.
+struct Place {
+    int stage = 0, parity = 0;
+    __device__ void advance() {
+        if (++stage == RING) stage = 0, parity ^= 1;
+    }
+};
+
+// ---- who computes what. A block stays on its multiprocessor and takes one work after another.
+
+// A tile of Q and a part of O's columns, against the tiles of keys that it sees, from the last to the first, since those that are cut come last.
+struct Work {
+    int i0, h, b, part;  // first row, query head, batch, 0 or 1
+    int k_tiles;
+
+    // First key of the n-th tile.
+    __device__ int j0(int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
+};
+
+// Where the LSE of row i of the work's head is kept.
+__device__ inline float& LSE_of(const AttentionParams& p, const Work& work, int i) {
+    return p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + i];
+}
+
+// Of the tiles of keys, from the first, those that some row of the tile sees. Tiles beyond are never visited.
+__device__ inline int tiles_seen(const AttentionParams& p, int i0) {
+    const int columns = i0 >= p.Nq ? 0 : CAUSAL ? max(0, min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq)) : p.Nk;
+    return (columns + BLOCK_K - 1) / BLOCK_K;
+}
+
+// How works are dealt out to blocks, as in forward_4_hopper.cu: units, head by head, each a tile of Q or, causal, a pair of tiles that mirror each other. The
+// parts of a unit are neighbours, since they read the same Q and K.
+struct Schedule {
+    int units, parts;      // all units times parts; parts that V has
+    int q_tiles, of_head;  // of one head: tiles, units
+    int mask_bytes;        // that come with a tile of K
+
+    // The block's m-th work. False if there are not so many.
+    __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
+        const int blocks = gridDim.x, n = (CAUSAL ? m / 2 : m) * blocks + blockIdx.x;
+        if (n >= units) return false;
+        const int unit = n / parts, bh = unit / of_head, first = bh * of_head;
+        // Turned by one place a round, so that a block does not have the same one of every head.
+        const int place = (unit + first * parts / blocks) % of_head;
+        const bool from_end = CAUSAL && m % 2 == 0;
+        // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
+        const bool again = CAUSAL && m % 2 && 2 * place + 1 == q_tiles;
+        const int i0 = again ? p.Nq : (from_end ? q_tiles - 1 - place : place) * BLOCK_Q;
+        work = {i0, bh % p.H, bh / p.H, n % parts, tiles_seen(p, i0)};
+        return true;
+    }
+};
+
+__global__ void __launch_bounds__(THREADS, 1)
+    forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, const __grid_constant__ Schedule schedule) {
+    extern __shared__ __align__(1024) uint8_t smem[];
+    __shared__ __align__(8) Barriers barriers;
+    __shared__ Work shared_work;                              // what Q is for. One without keys says that there is no more.
+    const uint32_t Q_smem = ptx::smem_address(smem);          // [BLOCK_Q, HEAD_DIM]
+    const uint32_t K_smem = Q_smem + Tile_Q::BYTES;           // RING × [BLOCK_K, 64]
+    const uint32_t V_smem = K_smem + RING * PANEL_BYTES;      // [BLOCK_K, PART]
+    const uint32_t O_smem = V_smem + Tile_V::BYTES;           // [BLOCK_Q, 64]
+    uint8_t* mask_smem = smem + SMEM_BYTES - MASK_BYTES;      // [BLOCK_Q] BitRow
+    auto barrier = [](uint64_t& of) { return ptx::smem_address(&of); };
+
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(barrier(barriers.Q_full), 1);
+        ptx::mbarrier_init(barrier(barriers.Q_empty), GROUP * CONSUMERS);
+        ptx::mbarrier_init(barrier(barriers.V_full), 1);
+        ptx::mbarrier_init(barrier(barriers.V_empty), 4 * CONSUMERS);
+        ptx::mbarrier_init(barrier(barriers.mask_empty), GROUP * CONSUMERS);
+        for (int stage = 0; stage < RING; ++stage) {
+            ptx::mbarrier_init(barrier(barriers.K_full[stage]), 1);
+            ptx::mbarrier_init(barrier(barriers.K_empty[stage]), 4 * CONSUMERS);
+        }
+        ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+
+    const int group = uniform(threadIdx.x / GROUP);
+    if (group == 0) {
+        ptx::setmaxnreg_dec<40>();  // all start with 168; what this group gives back, 128 · 128, is what two others can take
+        if (threadIdx.x == 0) {
+            // ---- the producer: one thread hands out works and asks for every tile, in the order in which their places become empty
+            int m = 0, q = 0, n = 0;  // of all works, tiles of Q, tiles of keys
+            Place place;
+            auto next_with_keys = [&] {
+                Work work;
+                while (schedule.deal(p, m++, work))
+                    if (work.k_tiles > 0) return work;
+                return Work{};
+            };
+            // A wait for "empty" passes at once in a place's first round.
+            auto hand_out = [&](const Work& work) {
+                const uint32_t full = barrier(barriers.Q_full);
+                ptx::mbarrier_wait(barrier(barriers.Q_empty), q++ & 1 ^ 1);
+                shared_work = work;  // seen by those who have waited for "full"
+                if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);
+                ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES);
+                load_boxes<Tile_Q, RowOrder>(Q_smem, maps.q, work.i0, work.h, work.b, full);
+            };
+            struct Keys {
+                int j0, kv_h, b, part;
+            };
+            // V is asked for in the middle of the next tile's K: it is needed later, and its place is in use for longer.
+            auto load_V = [&](const Keys& keys) {
+                const uint32_t full = barrier(barriers.V_full);
+                ptx::mbarrier_wait(barrier(barriers.V_empty), n - 1 & 1 ^ 1);
+                ptx::mbarrier_arrive_expect_tx(full, Tile_V::BYTES);
+                load_boxes<Tile_V>(V_smem, maps.v[keys.part], keys.j0, keys.kv_h, keys.b, full);
+            };
+            Keys keys{}, before;
+            Work work = next_with_keys();
+            while (work.k_tiles > 0) {
+                for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
+                    before = keys, keys = {work.j0(tile), kv_head(p, work.h), work.b, work.part};
+#pragma unroll 1
+                    for (int panel = 0; panel < K_PANELS; ++panel, place.advance()) {
+                        const uint32_t full = barrier(barriers.K_full[place.stage]);
+                        const bool with_mask = MASK && panel == 0;
+                        ptx::mbarrier_wait(barrier(barriers.K_empty[place.stage]), place.parity ^ 1);
+                        ptx::mbarrier_arrive_expect_tx(full, PANEL_BYTES + (with_mask ? schedule.mask_bytes : 0));
+                        ptx::cp_async_bulk_tensor_4d(K_smem + place.stage * PANEL_BYTES, &maps.k, panel * 64, keys.j0, keys.kv_h, keys.b, full);
+                        if (with_mask) {
+                            ptx::mbarrier_wait(barrier(barriers.mask_empty), n & 1 ^ 1);
+                            ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem), &maps.mask, keys.j0 / BIT_COLUMNS * 4, work.i0, work.h, work.b, full);
+                        }
+                        if (panel == K_PANELS / 2 - 1 && n > 0) load_V(before);
+                        // The ring's places become empty without this work's Q, but no more than those.
+                        if (tile == 0 && panel == (K_PANELS < RING ? K_PANELS : RING) - 1) hand_out(work);
+                    }
+                }
+                work = next_with_keys();
+            }
+            if (n > 0) load_V(keys);
+            hand_out(work);
+        } else if (threadIdx.x / 32 == 1) {
+            // ---- another warp, otherwise idle: works without keys, whose O is 0
+            Work work;
+            for (int m = 0; schedule.deal(p, m, work); ++m)
+                for (int i = work.i0; work.k_tiles == 0 && i < min(p.Nq, work.i0 + BLOCK_Q); ++i) {
+                    element* O = head_of(p.o, work.b, work.h) + i * p.o.stride_n;
+                    for (int d = work.part * PART + threadIdx.x % 32; d < min(p.Dv, (work.part + 1) * PART); d += 32) O[d] = element(0.0f);
+                    if (p.lse && work.part == 0 && threadIdx.x % 32 == 0) LSE_of(p, work, i) = -CUDART_INF_F;
+                }
+        }
+    } else {
+        // ---- the consumers: 64 rows each
+        ptx::setmaxnreg_inc<232>();
+        const int consumer = group - 1, lane = threadIdx.x % 32, t = lane % 4;
+        // Of the tile, this thread has the rows at two places 8 apart: first_row and first_row + ROW_STEP.
+        const int first_row = RowOrder::row((threadIdx.x - GROUP) / 32 * 16 + lane / 4);
+        const int offset = p.Nk - p.Nq;             // causal: row i sees columns j ≤ i + offset
+        const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
+
+        float O_rmem[PART / 2];  // not yet divided by l
+        float S_rmem[BLOCK_K / 2];
+        uint32_t P_rmem[BLOCK_K / 16][4];
+        float m_rmem[2], l_rmem[2], alpha[2];  // l is this lane's share of the sum
+        Place place;                           // of the next panel of K
+        int n = 0;                             // of all tiles of keys
+
+        // One lane of every warp arrives at an "empty" barrier, once its products that read the place are over.
+        auto release = [&](uint64_t& empty) {
+            if (lane == 0) ptx::mbarrier_arrive(barrier(empty));
+        };
+        // How many of the tile's columns, from its first, a row sees: r as in first_row + ROW_STEP·r.
+        auto visible = [&](int i0, int j0, int r) { return (CAUSAL ? min(p.Nk, i0 + first_row + ROW_STEP * r + offset + 1) : p.Nk) - j0; };
+        // Whether some row does not see the whole tile.
+        auto cut = [&](int i0, int j0) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk); };
+
+        // S = Q Kᵀ, under way, but for the last panel's place, which finish_QK releases. Panels are released one behind: while one is multiplied, the next is
+        // asked for.
+        auto multiply_QK = [&](int i0, int j0) {
+            const uint64_t Q_rows = ptx::descriptor(uniform(Q_smem + consumer * 64 * ROW_BYTES));
+#pragma unroll
+            for (int panel = 0; panel < K_PANELS; ++panel) {
+                const int before = place.stage == 0 ? RING - 1 : place.stage - 1;
+                ptx::mbarrier_wait(barrier(barriers.K_full[place.stage]), place.parity);
+                if (panel == 0) {
+#if MASK
+                    const bool diagonal = CAUSAL && cut(i0, j0);
+                    const bool shared = one_row(p);
+                    start_S<BLOCK_K>(S_rmem, mask_smem, j0 % BIT_COLUMNS, shared ? 0 : first_row, shared ? 0 : ROW_STEP, t,
+                                     [&](int r, int w) { return diagonal ? ~first_bits(visible(i0, j0, r) - 32 * w) : 0; });
+                    ptx::mbarrier_arrive(barrier(barriers.mask_empty));
+#endif
+                }
+                ptx::wgmma_fence();
+                const uint64_t K_panel = ptx::descriptor(uniform(K_smem + place.stage * PANEL_BYTES));
+#pragma unroll
+                for (int d = 0; d < 4; ++d)
+                    ptx::wgmma_ss<element, BLOCK_K>(S_rmem, ptx::advance(Q_rows, panel * Tile_Q::PANEL_BYTES + d * 32), ptx::advance(K_panel, d * 32),
+                                                    MASK || panel > 0 || d > 0);
+                ptx::wgmma_commit_group();
+                if (panel > 0) {
+                    ptx::wgmma_wait_group<1>();  // the panel before has been read
+                    release(barriers.K_empty[before]);
+                }
+                place.advance();
+            }
+        };
+        // Once S is there.
+        auto finish_QK = [&](bool last_of_work) {
+            release(barriers.K_empty[place.stage == 0 ? RING - 1 : place.stage - 1]);
+            // Q's by every thread, since every one has read which work it is for.
+            if (last_of_work) ptx::mbarrier_arrive(barrier(barriers.Q_empty));
+        };
+        // O += P V of tile number `tile` of all, under way.
+        auto multiply_PV = [&](int tile) {
+            ptx::mbarrier_wait(barrier(barriers.V_full), tile & 1);
+            const uint32_t V_tile = uniform(V_smem);
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < BLOCK_K / 16; ++k)
+                ptx::wgmma_rs<element, PART>(O_rmem, P_rmem[k], ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_V::PANEL_BYTES));
+            ptx::wgmma_commit_group();
+        };
+        // S becomes 2^(scale_log2 · (S − m)); alpha is what O must be multiplied by.
+        auto softmax = [&](int i0, int j0) {
+            if (!MASK && cut(i0, j0)) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int columns = visible(i0, j0, r) - 2 * t;  // from this lane's first
+#pragma unroll
+                    for (int i = 0; i < BLOCK_K / 8; ++i)
+#pragma unroll
+                        for (int c = 0; c < 2; ++c)
+                            if (8 * i + c >= columns) S_rmem[4 * i + 2 * r + c] = -CUDART_INF_F;
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float m_new = m_rmem[r];
+#pragma unroll
+                for (int i = 0; i < BLOCK_K / 8; ++i) m_new = fmaxf(m_new, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
+                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
+                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
+                alpha[r] = ptx::ex2((m_rmem[r] - m_new) * scale_log2);
+                m_rmem[r] = m_new;
+                const float m_log2 = m_new * scale_log2;
+                float sum = 0;
+#pragma unroll
+                for (int i = 0; i < BLOCK_K / 8; ++i)
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        float& x = S_rmem[4 * i + 2 * r + c];
+                        x = ptx::ex2(fmaf(x, scale_log2, -m_log2));
+                        sum += x;
+                    }
+                l_rmem[r] = l_rmem[r] * alpha[r] + sum;
+            }
+        };
+        // Draws what dropout keeps of the tile.
+        [[maybe_unused]] KeepBits<BLOCK_K> keep;
+        auto draw = [&](const Work& work, int j0) {
+            if (!DROPOUT) return;
+            const int thread = ptx::tid_x() - GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+            const int row = RowOrder::row(thread / 32 * 16 + thread % 32 / 4);
+            keep.draw_rows(p, work.b, work.h, work.i0 + row, j0, thread % 32);
+        };
+        // The accumulators of S, in pairs, are the A operand of O += P V as they lie.
+        auto round_P = [&] {
+#pragma unroll
+            for (int k = 0; k < BLOCK_K / 16; ++k)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    P_rmem[k][e] = ptx::cvt_pair<element>(S_rmem[8 * k + 2 * e], S_rmem[8 * k + 2 * e + 1]);
+                    if (DROPOUT) P_rmem[k][e] &= keep.pair(e % 2, 2 * k + e / 2);
+                }
+        };
+
+        for (int q = 0;; ++q) {
+            ptx::mbarrier_wait(barrier(barriers.Q_full), q & 1);
+            const Work work = {uniform(shared_work.i0), uniform(shared_work.h), uniform(shared_work.b), uniform(shared_work.part), uniform(shared_work.k_tiles)};
+            if (work.k_tiles == 0) break;
+
+            // The first tile has no predecessor whose product could run under its softmax.
+            multiply_QK(work.i0, work.j0(0));
+            draw(work, work.j0(0));
+            ptx::wgmma_wait_group<0>();
+#pragma unroll
+            for (int i = 0; i < PART / 2; ++i) O_rmem[i] = 0;
+            m_rmem[0] = m_rmem[1] = p.lowest, l_rmem[0] = l_rmem[1] = 0;
+            finish_QK(work.k_tiles == 1);
+            softmax(work.i0, work.j0(0));
+            round_P();
+            ++n;
+            for (int tile = 1; tile < work.k_tiles; ++tile, ++n) {
+                multiply_QK(work.i0, work.j0(tile));
+                multiply_PV(n - 1);
+                draw(work, work.j0(tile));
+                ptx::wgmma_wait_group<1>();  // S is there
+                finish_QK(tile + 1 == work.k_tiles);
+                softmax(work.i0, work.j0(tile));
+                // As in forward_4_hopper.cu: the condition, which always holds, keeps the wait for O behind the exponentials that its product should run under.
+                if (scale_log2 > 0) {
+                    ptx::wgmma_wait_group<0>();
+                    // Few tiles raise a maximum.
+                    if (__any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1)) {
+#pragma unroll
+                        for (int i = 0; i < PART / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
+                    }
+                }
+                ptx::wgmma_wait_group<0>();  // O is there
+                release(barriers.V_empty);
+                round_P();
+            }
+            multiply_PV(n - 1);
+            ptx::wgmma_wait_group<0>();
+            release(barriers.V_empty);
+
+            // O /= l, and out through shared memory, each warp its own rows, which the copy engine takes from there.
+            float LSE[2], factor[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float l = l_rmem[r];
+                l += __shfl_xor_sync(0xffffffff, l, 1);
+                l += __shfl_xor_sync(0xffffffff, l, 2);
+                LSE[r] = m_rmem[r] * p.scale + ptx::lg2(l) * LN_2;
+                factor[r] = factor_of_row(p, m_rmem[r], scale_log2, (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l));
+            }
+            const int warp = uniform(ptx::tid_x() / 32) - 4;  // read anew, so that what follows from it takes no registers meanwhile
+            const uint32_t O_rows = O_smem + warp * 16 * ROW_BYTES, O_lane = O_smem + Tile_O::lane_a(warp * 16, lane);
+#pragma unroll
+            for (int panel = 0; panel < Tile_V::PANELS; ++panel) {
+                if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there has left
+                __syncwarp();
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const float* O = O_rmem + 32 * panel + 8 * k;
+                    uint32_t pairs[4] = {};  // beyond the part's last column: nothing in global memory, but the engine reads it
+                    if (64 * panel + 16 * k < PART)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) pairs[e] = ptx::cvt_pair<element>(O[2 * e] * factor[e % 2], O[2 * e + 1] * factor[e % 2]);
+                    ptx::stmatrix_x4(Tile_O::step(O_lane, k), pairs);
+                }
+                ptx::fence_proxy_async();  // of what this lane has stored
+                __syncwarp();
+                if (lane == 0) {
+#pragma unroll
+                    for (int row = 0; row < 16; row += O_ROWS)
+                        ptx::cp_async_bulk_tensor_4d_store(&maps.o[work.part], panel * 64, work.i0 + RowOrder::row(warp * 16 + row), work.h, work.b,
+                                                           O_rows + row * ROW_BYTES);
+                    ptx::cp_async_bulk_commit_group();
+                }
+            }
+            // Both parts have found the same LSE.
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int i = work.i0 + first_row + ROW_STEP * r;
+                if (p.lse && work.part == 0 && t == 0 && i < p.Nq) LSE_of(p, work, i) = LSE[r];
+            }
+        }
+        if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // shared memory is the block's until then
+    }
+}
+
+extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
+
+// Columns of a (B, H, N, D) tensor from `first` on.
+inline Tensor4 columns_from(const Tensor4& t, int first) { return {static_cast<element*>(t.data) + first, t.stride_b, t.stride_h, t.stride_n}; }
+
+extern "C" int attention(const AttentionParams* params) {
+    const AttentionParams& p = *params;
+    if (p.B == 0 || p.Nq == 0) return cudaSuccess;
+    const int parts = static_cast<int>(tiles_of(p.Dv, PART));
+    const int64_t q_tiles = tiles_of(p.Nq, BLOCK_Q), of_head = CAUSAL ? (q_tiles + 1) / 2 : q_tiles, units = of_head * p.H * p.B * parts;
+    if (!numbers_fit(p, {2 * units})) return cudaErrorInvalidConfiguration;  // the number of a block's next unit, too
+    DeviceGuard guard(p.device);
+    // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
+    cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+    Maps maps;
+    if (error == cudaSuccess) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BOX_ROWS<Tile_Q, RowOrder>);
+    if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
+    for (int part = 0; part < parts; ++part) {
+        const int columns = std::min(PART, p.Dv - part * PART);
+        if (error == cudaSuccess) error = make_tensor_map(&maps.o[part], columns_from(p.o, part * PART), p.B, p.H, p.Nq, columns, O_ROWS);
+        if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.v[part], columns_from(p.v, part * PART), p.B, p.Hkv, p.Nk, columns, BLOCK_K);
+    }
+    if (error == cudaSuccess && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_Q);
+    if (error != cudaSuccess) return error;
+    const int mask_bytes = !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES;
+    const Schedule schedule = {static_cast<int>(units), parts, static_cast<int>(q_tiles), static_cast<int>(of_head), mask_bytes};
+    const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));
+    launch_kernel(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
+    return cudaGetLastError();
+}
