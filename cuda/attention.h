@@ -1,7 +1,7 @@
 // The C interface between Python (flash_attention/backends/cuda.py) and every kernel: one struct, one entry point a file.
 //
 // A .cu file is compiled once for each specialisation, into a shared library of its own. The constants that specialise it come from the
-// command line: -DHEAD_DIM=64 -DDTYPE=1 -DCAUSAL=0 -DMASK=0 -DDROPOUT=0. So a kernel reads as one concrete kernel.
+// command line: -DHEAD_DIM=64 -DDTYPE=1 -DCAUSAL=0 -DINTERVAL=0 -DMASK=0 -DDROPOUT=0. So a kernel reads as one concrete kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,6 +33,15 @@ struct Mask {
     int64_t stride_b, stride_h, stride_i, stride_j;
 };
 
+// What the rows of an INTERVAL kernel see (visible.cuh): read by no other.
+struct Seen {
+    const int32_t* spans;  // start and stop of row (b, h, i) at spans[b·stride_b + h·stride_h + i·stride_i + {0, 1}·stride_e]; NULL without them
+    int64_t stride_b, stride_h, stride_i, stride_e;
+    int32_t left, right;         // limits of a window; −1: none
+    int32_t diagonal;            // row i stands at column i + diagonal
+    int32_t q_offset, k_offset;  // where the first row and column stand in a larger whole: dropout's bits and spans count from its beginning
+};
+
 struct AttentionParams {
     Tensor4 q;             // [B, H, Nq, D]
     Tensor4 k;             // [B, Hkv, Nk, D]
@@ -43,7 +52,7 @@ struct AttentionParams {
     Mask mask;             // data = NULL without one
     float* lse;            // [B, H, Nq] contiguous, natural log; −inf where a row may attend nothing. NULL: a forward need not write it
     const float* d_lse;    // [B, H, Nq] contiguous, or NULL; backward only
-    float* workspace;      // backward only; its size is workspace_floats()
+    float* workspace;      // its size is workspace_floats()
     const int64_t* seed;   // on the device; NULL without dropout
     int32_t B, H, Hkv, Nq, Nk;
     int32_t D, Dv;         // head sizes in memory, at most HEAD_DIM
@@ -55,6 +64,7 @@ struct AttentionParams {
     int32_t device;        // CUDA device of every pointer
     int32_t sm_count;      // its number of multiprocessors
     cudaStream_t stream;
+    Seen seen;
 };
 
 // Defined by every kernel file. Each returns a cudaError_t; 0 is success. Nothing synchronises.
@@ -62,7 +72,7 @@ struct AttentionParams {
 extern "C" {
 #endif
 int attention(const AttentionParams* params);                    // launch: the forward or the backward, whichever this file is
-int64_t workspace_floats(const AttentionParams* params);         // backward: floats of workspace this launch needs; forward: 0
+int64_t workspace_floats(const AttentionParams* params);         // floats of workspace this launch needs; of a forward 0, but for spans
 int64_t params_size(void);                                       // sizeof(AttentionParams): Python checks it against its own
 const char* error_name(int error);                               // a cudaError_t in words
 #ifdef __cplusplus

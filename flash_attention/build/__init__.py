@@ -58,6 +58,7 @@ class Specialisation(NamedTuple):
     causal: bool = False
     mask: str | None = None  # its form
     dropout: bool = False
+    interval: bool = False  # each row sees an interval of its own
 
     def defines(self) -> list[str]:
         values = {"ARCH": arch_number(self.arch), "SMEM_KB": shared_memory_kb(self.arch)}
@@ -68,6 +69,7 @@ class Specialisation(NamedTuple):
                 "CAUSAL": int(self.causal),
                 "MASK": MASK_NUMBER[self.mask],
                 "DROPOUT": int(self.dropout),
+                "INTERVAL": int(self.interval),
             }
         return [f"-D{name}={value}" for name, value in values.items()]
 
@@ -77,7 +79,7 @@ class Specialisation(NamedTuple):
     def __str__(self) -> str:
         if self.head_dim is None:
             return f"{self.file} sm_{self.arch}"
-        flags = {"causal": self.causal, f"mask of {self.mask}": self.mask, "dropout": self.dropout}
+        flags = {"causal": self.causal, "intervals": self.interval, f"mask of {self.mask}": self.mask, "dropout": self.dropout}
         return " ".join([self.file, f"sm_{self.arch}", f"D {self.head_dim}", self.dtype, *(name for name, on in flags.items() if on)])
 
 

@@ -20,8 +20,8 @@ from flash_attention.backends.cuda import BACKWARD, FORWARD, PACK_MASK, RUNGS
 from flash_attention.build import BuildError, Specialisation
 
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")  # that every release is checked for
-KINDS = tuple(product((False, True), repeat=3))  # causal, mask, dropout
-USUAL = ((False, False, False), (True, False, False), (False, True, False), (True, True, True))  # what most models use of them
+KINDS = tuple(product(("all", "causal", "interval"), (False, True), (False, True)))  # what a row sees, mask, dropout
+USUAL = (("all", False, False), ("causal", False, False), ("all", True, False), ("causal", True, True))  # what most models use of them
 
 
 def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=KINDS) -> list[Specialisation]:
@@ -30,11 +30,17 @@ def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=
     for arch, rung in product(archs, RUNGS.values()):
         if not rung.runs_on(build.arch_number(arch)):
             continue
-        for head_dim, dtype, (causal, mask, dropout), which in product(rung.head_dims, rung.dtypes, kinds, (FORWARD, BACKWARD)):
-            if (head_dims and head_dim not in head_dims) or (dropout and not rung.dropout):
+        for head_dim, dtype, (visible, mask, dropout), which in product(rung.head_dims, rung.dtypes, kinds, (FORWARD, BACKWARD)):
+            if (
+                (head_dims and head_dim not in head_dims)
+                or (dropout and not rung.dropout)
+                or (visible == "interval" and not rung.intervals)
+            ):
                 continue
             forms = rung.mask_forms(which, dropout) if mask else (None,)
-            wanted += [Specialisation(rung.file(which, head_dim), arch, head_dim, dtype, causal, form, dropout) for form in forms]
+            kind = dtype, visible == "causal"
+            more = dropout, visible == "interval"
+            wanted += [Specialisation(rung.file(which, head_dim), arch, head_dim, *kind, form, *more) for form in forms]
     return wanted
 
 
