@@ -6,6 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash_attention.call import Call, Settings
+from flash_attention.reference.tiles import broadcast_mask
+
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 MASKS = ("none", "key", "full")
 
@@ -74,6 +77,12 @@ def random_inputs(case: Case, seed: int = 0) -> Inputs:
         mask = torch.empty(shape, dtype=torch.bool, device=case.device).bernoulli_(0.5, generator=generator)
         mask[..., 0] = True
     return Inputs(q, k, v, dO, mask)
+
+
+def call_of(case: Case, inputs: Inputs) -> Call:
+    """The case as a backend is asked about it."""
+    mask = broadcast_mask(inputs.mask, case.b, case.h, case.q_len, case.kv_len)
+    return Call.of(*inputs[:3], mask, None, Settings(1.0, case.dropout_p, right=0 if case.causal else None))
 
 
 def causal_rows(case: Case, rows: slice) -> Tensor:

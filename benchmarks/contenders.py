@@ -13,11 +13,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import flash_attention_3
-from benchmarks.case import Case, Inputs, causal_rows
+from benchmarks.case import Case, Inputs, call_of, causal_rows
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS, choose, emulated
 from flash_attention.reference import normal_attention, normal_attention_causal
-from flash_attention.reference.tiles import broadcast_mask
 
 TYPES = ("normal", "flash", "sdpa")
 SDPA_KERNELS = {
@@ -74,18 +73,16 @@ def contenders(type: str, backend: str | None, case: Case, inputs: Inputs) -> li
     Raises:
         NotImplementedError: the backend asked for cannot serve this case; the message says why.
     """
-    q, k, v, _, mask = inputs
-    mask = broadcast_mask(mask, case.b, case.h, case.q_len, case.kv_len)
-    call = q, k, v, mask, case.causal, case.dropout_p
+    call = call_of(case, inputs)
     if type == "normal":
         return [Contender("normal")]
     if type == "flash":
-        return [Contender("flash", choose(backend, *call))]
+        return [Contender("flash", choose(backend, call))]
     if type == "sdpa":
         return [Contender("sdpa")]
     here = {name: each for name, each in BACKENDS.items() if name not in emulated.RUNGS}  # an emulator's time says nothing
-    flash = [name for name, each in here.items() if each.why_not(*call) is None] if backend is None else [choose(backend, *call)]
-    sdpa = ["", *SDPA_KERNELS] if q.is_cuda else [""]
+    flash = [name for name, each in here.items() if each.why_not(call) is None] if backend is None else [choose(backend, call)]
+    sdpa = ["", *SDPA_KERNELS] if inputs.q.is_cuda else [""]
     return [Contender("normal"), *(Contender("flash", name) for name in flash), *(Contender("sdpa", name) for name in sdpa)]
 
 

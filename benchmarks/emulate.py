@@ -9,6 +9,7 @@ import torch
 
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS, cuda, emulated
+from flash_attention.call import Call, Settings
 from flash_attention.command_line import positive, run
 
 
@@ -34,7 +35,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     q, k, v, dO = torch.randn(4, arguments.b, arguments.h, arguments.n, arguments.d, dtype=torch.float16).unbind()
-    if reason := BACKENDS[f"emulated:{arguments.backend}"].why_not(q, k, v, None, arguments.causal, 0.0):
+    if reason := BACKENDS[f"emulated:{arguments.backend}"].why_not(
+        Call.of(q, k, v, None, None, Settings(1.0, right=0 if arguments.causal else None))
+    ):
         parser.error(reason)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     with emulated.counting() as counts:

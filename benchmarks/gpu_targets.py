@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.case import Case, Inputs, random_inputs, tera_operations
+from benchmarks.case import Case, Inputs, call_of, random_inputs, tera_operations
 from benchmarks.compare import Row, WrongResult, compare
 from benchmarks.contenders import Contender, Runner, refusal, why_not
 from benchmarks.measure import host_time, matmul_limit, time_alternating
@@ -243,10 +243,10 @@ def run(task: Task, place: Place) -> list[Row]:
     """A row for each part of each flash contender, with ratios to the rivals."""
     case = place.fit(task.case)
     inputs = _inputs(case, task.one_mask)
-    call = inputs.q, inputs.k, inputs.v, inputs.mask, case.causal, case.dropout_p
+    call = call_of(case, inputs)
     # Elsewhere all names stand for the reference. Of several rungs those are left out that do not serve the case.
     flash = [place.flash(name) for name in task.flash]
-    flash = [each for each in dict.fromkeys(flash) if len(flash) == 1 or BACKENDS[each.backend].why_not(*call) is None]
+    flash = [each for each in dict.fromkeys(flash) if len(flash) == 1 or BACKENDS[each.backend].why_not(call) is None]
     label = _label(case) + ((", one mask" if task.one_mask else ", a mask a head") if case.mask == "full" else "")
 
     def measured(case: Case, inputs: Inputs) -> dict[Contender, Row]:

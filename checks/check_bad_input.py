@@ -8,7 +8,7 @@ import math
 import numpy
 import pytest
 import torch
-from harness import ALGORITHMS, run_alone
+from harness import ALGORITHMS, call_of, run_alone
 
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS, choose, cuda
@@ -181,8 +181,8 @@ def check_choice(monkeypatch):
         for dropout_p, limit in zip((0.0, 0.1), limits, strict=True):
             for rows, rung in ((1, "tensor_core"), (limit, "tensor_core"), (limit + 1, "hopper")):
                 x = torch.empty(1, 1, rows, head_dim)
-                assert choose("cuda", x, x, x, None, False, dropout_p) == rung
-                assert choose("hopper", x, x, x, None, False, dropout_p) == "hopper"
+                assert choose("cuda", call_of(x, x, x, dropout_p=dropout_p)) == rung
+                assert choose("hopper", call_of(x, x, x, dropout_p=dropout_p)) == "hopper"
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5, 7), (2, 4, 0, 7), (2, 4, 5, 0), (2, 4, 0, 0), (0, 4, 0, 0)], ids=str)

@@ -25,9 +25,10 @@ from harness import run_alone
 
 from flash_attention import build, flash_attention
 from flash_attention.backends import choose, cuda, reference
-from flash_attention.backends.launch import NO_MASK, NO_TENSOR, SETTINGS
+from flash_attention.backends.launch import NO_INTERVAL, NO_MASK, NO_TENSOR, SETTINGS
 from flash_attention.build import BuildError, Specialisation
 from flash_attention.build.__main__ import ARCHS, main, specialisations, usual_set
+from flash_attention.call import Call, Form, Settings
 
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
 
@@ -107,7 +108,7 @@ LIBRARIES = (
 def params(B=1, H=1, Nq=1, Nk=1) -> bytes:
     """A call whose tensors all have address and strides 0."""
     settings = SETTINGS.pack(B, H, H, Nq, Nk, 32, 32, 1.0, 0, 1.0, -1e30)
-    return cuda.PARAMS.pack(*8 * NO_TENSOR, NO_MASK, 0, 0, 0, 0, settings, False, 0, 132, 0)
+    return cuda.PARAMS.pack(*8 * NO_TENSOR, NO_MASK, 0, 0, 0, 0, settings, False, 0, 132, 0, 0, NO_INTERVAL)
 
 
 @needs_nvcc
@@ -443,18 +444,15 @@ def rungs(monkeypatch):
             raise BuildError(f"nvcc could not compile {kernel}")
         return SimpleNamespace(params_size=lambda: (cuda.PACK_PARAMS if kernel.file == cuda.PACK_MASK else cuda.PARAMS).size)
 
-    def compute(which: int, name: str):
-        def method(rung, *call):
-            q, _, v, mask = call[2 * which : 2 * which + 4]
-            causal, _, dropout_p = call[-3:]
-            form = None if mask is None else rung._mask_form(which, mask, dropout_p > 0)
-            if form not in (None, "bytes"):
-                cuda._pack_mask_library(q.device.index)
-            cuda._library(rung, which, q.device.index, q.dtype, max(q.shape[3], v.shape[3]), causal, form, dropout_p > 0)
-            state.served.append(f"{rung.name} {name}")
-            return getattr(reference, name)(*call)
+    def plan(rung, which: int, call):
+        rung._libraries(which, call)
+        compute = reference.plan(which, call)
 
-        return method
+        def served(*tensors):
+            state.served.append(f"{rung.name} {('forward', 'backward')[which]}")
+            return compute(*tensors)
+
+        return served
 
     def no_library(*_):
         return SimpleNamespace(attention=SimpleNamespace(), workspace_floats=SimpleNamespace(), pack_mask=SimpleNamespace())
@@ -466,10 +464,9 @@ def rungs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a stand-in")
     for name, value in (
-        ("why_not", lambda rung, q, *call: cuda._why_no_kernels(rung, 0)),
+        ("why_not", lambda rung, call: cuda._why_no_kernels(rung, 0)),
         ("pays", lambda *call: True),
-        ("forward", compute(cuda.FORWARD, "forward")),
-        ("backward", compute(cuda.BACKWARD, "backward")),
+        ("plan", plan),
     ):
         monkeypatch.setattr(cuda.Rung, name, value)
     forget(cuda._library, cuda._pack_mask_library, cuda._why_no_kernels)
@@ -560,26 +557,27 @@ def check_by_name(rungs):
 def check_ops_and_transforms(rungs):
     """The ops, which compiled graphs call with the name as it was asked for, and functorch take the next rung, too."""
     q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
-    O, LSE = reference.forward(q, k, v, None, None, False, 0.25, 0.0)
+    O, LSE = reference.forward(Settings(0.25), q, k, v, None, None, None)
     rungs.broken.update((FORWARDS[0], BACKWARDS[0]))
     with warned("runs on tensor_core: hopper"):
         for _ in range(2):
-            results = torch.ops.flash_attention.forward(q, k, v, None, None, False, 0.25, 0.0, "cuda")
+            results = torch.ops.flash_attention.forward(q, k, v, None, None, None, *Settings(0.25, backend="cuda"))
             assert torch.equal(results[0], O)
             assert torch.equal(results[1], LSE)
     with warned("runs on tensor_core: hopper"):
-        torch.ops.flash_attention.backward(O, None, q, k, v, None, O, LSE, None, False, 0.25, 0.0, "cuda")
+        torch.ops.flash_attention.backward(O, None, q, k, v, None, None, O, LSE, None, *Settings(0.25, backend="cuda"))
     with warned():
         torch.func.grad(lambda q: flash_attention(q, k, v, backend="cuda").sum())(q)
     assert {name.split()[0] for name in rungs.served} == {"tensor_core"}
     with pytest.raises(BuildError):
-        torch.ops.flash_attention.forward(q, k, v, None, None, False, 0.25, 0.0, "hopper")
+        torch.ops.flash_attention.forward(q, k, v, None, None, None, *Settings(0.25, backend="hopper"))
 
 
 def check_none_takes_the_reference(rungs, monkeypatch):
     """None on a CUDA device, where no kernel can be built: the reference, one warning, and each reason once."""
-    q = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float16, shape=(2, 3, 20, 16))
-    assert choose(None, q, q, q, None, False, 0.0) == "hopper"
+    q = Form(torch.Size((2, 3, 20, 16)), (960, 320, 16, 1), torch.float16, torch.device("cuda:0"))
+    call = Call(q, q, q, None, None, Settings(1.0))
+    assert choose(None, call) == "hopper"
 
     def no_nvcc(kernel: Specialisation):
         rungs.tried.append(kernel.file)
@@ -589,7 +587,7 @@ def check_none_takes_the_reference(rungs, monkeypatch):
     with contextlib.suppress(BuildError):
         build.load(Specialisation("forward_4_hopper.cu", "90a", 64, "float16"), cuda.PARAMS.size)
     with warned("flash_attention runs on the slow reference: hopper, tensor_core, simple: nvcc was not found"):
-        assert [choose(None, q, q, q, None, False, 0.0) for _ in range(3)] == ["reference"] * 3
+        assert [choose(None, call) for _ in range(3)] == ["reference"] * 3
     assert rungs.tried == FORWARDS
 
 

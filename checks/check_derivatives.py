@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from harness import CPU, Case, Target, run_alone
+from harness import CPU, Case, Target, call_of, run_alone
 from torch.autograd import forward_ad
 from torch.autograd.functional import hvp, jacobian, vhp
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS
+from flash_attention.call import Settings
 from flash_attention.reference import normal_attention, normal_attention_causal
 
 ops = torch.ops.flash_attention
@@ -189,7 +190,8 @@ def op_arguments(settings: dict):
     case = Case(**TINY | settings)
     q, k, v, mask = case.inputs("cpu")
     mask = None if mask is None else (mask[:, None, None] if mask.dim() == 2 else mask).expand(1, 2, case.Nq, case.Nk)
-    rest = mask, torch.tensor(7) if case.dropout_p else None, case.causal, 0.5, case.dropout_p, "reference", None
+    rest = mask, None, torch.tensor(7) if case.dropout_p else None
+    rest += Settings(0.5, case.dropout_p, right=0 if case.causal else None, backend="reference")
     random = torch.Generator().manual_seed(1)
     gQ, gK, gV, dO, dLSE = (
         torch.randn(shape, generator=random, dtype=torch.float64)
@@ -203,7 +205,7 @@ def op_arguments(settings: dict):
     def backward(dO, dLSE, q, k, v):
         with torch.no_grad():
             O, LSE = ops.forward(q, k, v, *rest)
-        return ops.backward(dO, dLSE, q, k, v, rest[0], O, LSE, *rest[1:])
+        return ops.backward(dO, dLSE, q, k, v, *rest[:2], O, LSE, *rest[2:])
 
     def second_backward(*inputs):
         return ops.second_backward(*inputs, *rest)
@@ -235,7 +237,7 @@ def check_ops_transformed():
     q3 = torch.stack([q, 2 * q])
 
     def flash(q):
-        return ops.forward(q, k, v, None, None, False, 0.5, 0.0, "reference", None)[0]
+        return ops.forward(q, k, v, None, None, None, *Settings(0.5, backend="reference"))[0]
 
     def normal(q):
         return normal_attention(q, k, v, scale=0.5)
@@ -343,7 +345,7 @@ def check_dead_rows_stop_nan():
     def derivatives(sent: float):
         dO = torch.ones_like(v[:, :, :1].expand_as(q)).masked_fill(dead[:, None], sent)
         gradients = ops.second_backward(*(torch.ones_like(each) for each in x), dO, dO[..., 0], *x, mask.expand(1, 2, 3, 2),
-                                        None, False, 0.5, 0.0, "reference", None)  # fmt: skip
+                                        None, None, *Settings(0.5, backend="reference"))  # fmt: skip
         third = torch.autograd.grad(gradients, x, [y.detach().cos() for y in gradients])
         return *gradients, *third
 
@@ -370,8 +372,8 @@ def check_forward_mode(target):
             same("forward mode", ask, flash, normal)
         return
     q, k, v = torch.randn(3, 1, 2, 16, 64, dtype=torch.float16, device=target.device).unbind()
-    if BACKENDS[target.backend].why_not(q, k, v, None, False, 0.0):
-        pytest.skip(BACKENDS[target.backend].why_not(q, k, v, None, False, 0.0))
+    if BACKENDS[target.backend].why_not(call_of(q, k, v)):
+        pytest.skip(BACKENDS[target.backend].why_not(call_of(q, k, v)))
     for transform in (lambda f: jvp(f, (q,), (q,))[1], lambda f: jacfwd(f)(q)):
         with pytest.raises(NotImplementedError, match=r"forward mode.*reference"):
             transform(lambda q: flash_attention(q, k, v, backend=target.backend))

@@ -6,7 +6,7 @@ order of threads, copies and products.
 
 import pytest
 import torch
-from harness import Case, Problem, Target, against_truth, run_alone
+from harness import Case, Problem, Target, against_truth, call_of, run_alone
 
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS, emulated
@@ -145,7 +145,7 @@ def check_by_name_only_and_on_the_cpu():
     x = torch.randn(1, 1, 8, 64)
     assert flash_attention(x, x, x).isfinite().all()
     on_meta = x.to("meta")
-    assert "on the CPU, got meta" in BACKENDS["emulated:simple"].why_not(on_meta, on_meta, on_meta, None, False, 0.0)
+    assert "on the CPU, got meta" in BACKENDS["emulated:simple"].why_not(call_of(on_meta, on_meta, on_meta))
     with pytest.raises(NotImplementedError, match=r"computes in float16, bfloat16, got torch.float32"):
         flash_attention(x, x, x, backend="emulated:hopper")
 

@@ -25,6 +25,7 @@ from harness import (
 )
 
 from flash_attention import flash_attention
+from flash_attention.call import Settings
 from flash_attention.reference import normal_attention
 from flash_attention.reference.online_softmax import attention_online, softmax_online
 
@@ -66,8 +67,8 @@ def check_what_comes_back_to_dead_rows(target, causal, bad):
     report.expect("autograd", result, problem)
     mask = None if problem.mask is None else problem.mask.expand(*problem.q.shape[:3], problem.k.shape[2])
     op = torch.ops.flash_attention.backward
-    settings = None, causal, case.D**-0.5, 0.0, target.backend
-    gradients = op(dO, dLSE, problem.q, problem.k, problem.v, mask, result.O, result.LSE, *settings)
+    settings = Settings(case.D**-0.5, right=0 if causal else None, backend=target.backend)
+    gradients = op(dO, dLSE, problem.q, problem.k, problem.v, mask, None, result.O, result.LSE, None, *settings)
     report.expect("op", Result(result.O, result.LSE, *gradients), problem)
     report.expect("naive", naive(case, *call, dO, problem.dLSE)._replace(LSE=result.LSE), problem)  # its own LSE may be 16-bit
     report.verdict()
@@ -128,11 +129,12 @@ def check_dead_rows_twice(causal):
     dO, dLSE = case.gradient("cpu", *O.shape), case.gradient("cpu", *LSE.shape)
     gQ, gK, gV = (case.gradient("cpu", *x.shape) for x in (q, k, v))
     second = torch.ops.flash_attention.second_backward
+    settings = Settings(8**-0.5, right=0 if causal else None, backend="reference")
     wide = mask.expand(1, 2, 30, 20)
 
     def cotangents(bad: float):
         filled = (x.masked_fill(dead if x.dim() == 3 else dead[..., None], bad) for x in (gQ, dO, dLSE))
-        return second(next(filled), gK, gV, *filled, q, k, v, wide, None, causal, 8**-0.5, 0.0, "reference")
+        return second(next(filled), gK, gV, *filled, q, k, v, wide, None, None, *settings)
 
     got, want = cotangents(math.nan), cotangents(0.0)
     for name, x, y in zip(("dO", "dLSE", "Q", "K", "V"), got, want, strict=True):

@@ -25,6 +25,7 @@ from harness import (
     Result,
     Target,
     against_truth,
+    call_of,
     dtype_served,
     flash,
     run_alone,
@@ -35,7 +36,8 @@ from harness import (
 
 from flash_attention import flash_attention, reference
 from flash_attention.backends import BACKENDS
-from flash_attention.backends.launch import NO_POINTERS, SETTINGS, STRIDES
+from flash_attention.backends.cuda import FORWARD
+from flash_attention.backends.launch import SETTINGS, STRIDES, Addresses
 from flash_attention.reference import normal_attention, normal_attention_causal
 
 CHECKS = Path(__file__).parent
@@ -214,14 +216,14 @@ def check_strides_beyond_reach(target):
     anywhere = x.as_strided(x.shape, (2**36, 2**36, 64, 1))
     assert torch.equal(flash_attention(anywhere, anywhere, anywhere, backend=target.backend), want)
     # No GPU holds a second batch that far away, so the launch of one is made up.
-    launch = BACKENDS[target.backend].prepare(x, x, x, want, False, 0.125)
+    launch = BACKENDS[target.backend].plan(FORWARD, call_of(x, x, x)).launch
     two_batches = SETTINGS.pack(2, *SETTINGS.unpack(launch.settings)[1:])
     addresses = [each.data_ptr() for each in (x, x, x, want)]
     for strides in (1, 3, 5):  # of q, k and v among the fields
         fields = list(launch.tensors)
         fields[strides] = STRIDES.pack(2**36, *STRIDES.unpack(fields[strides])[1:])
         with pytest.raises(RuntimeError, match="invalid argument"):
-            launch._replace(tensors=tuple(fields), settings=two_batches)(x, addresses, NO_POINTERS)
+            launch._replace(tensors=tuple(fields), settings=two_batches)(x, addresses, Addresses())
 
 
 @CAUSAL

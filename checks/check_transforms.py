@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS
+from flash_attention.call import Settings
 from flash_attention.reference import normal_attention, normal_attention_causal
 
 CAUSAL = pytest.mark.parametrize("causal", (False, True), ids=("general", "causal"))
@@ -131,10 +132,11 @@ def check_vmap_keeps_masks_small(target, shape, monkeypatch):
     seen = []
     backend = BACKENDS[target.backend]
 
-    def noting(f, place):
+    def noting(which, call):
+        f, place = backend.plan(which, call), (3, 5)[which]
         return lambda *arguments: (seen.append(arguments[place].untyped_storage().nbytes()), f(*arguments))[1]
 
-    watched = SimpleNamespace(why_not=backend.why_not, forward=noting(backend.forward, 3), backward=noting(backend.backward, 5))
+    watched = SimpleNamespace(why_not=backend.why_not, plan=noting)
     monkeypatch.setitem(BACKENDS, target.backend, watched)
     q, k, v, _ = served(target, Nq=9, Nk=17, D=16).inputs(target.device)
     mask = torch.ones(shape, dtype=torch.bool, device=target.device)
@@ -255,9 +257,7 @@ def check_no_second_derivative(target, monkeypatch):
     name = target.backend
     if hasattr(BACKENDS[name], "second_backward"):
         name = "without second derivative"
-        monkeypatch.setitem(
-            BACKENDS, name, SimpleNamespace(**{f: getattr(BACKENDS[target.backend], f) for f in ("why_not", "forward", "backward")})
-        )
+        monkeypatch.setitem(BACKENDS, name, SimpleNamespace(**{f: getattr(BACKENDS[target.backend], f) for f in ("why_not", "plan")}))
     x = served(target, **SMALL).inputs(target.device)[0].requires_grad_()
     (first,) = torch.autograd.grad(flash_attention(x, x, x, backend=name).float().square().sum(), x, create_graph=True)
     assert first.isfinite().all()
@@ -434,13 +434,13 @@ def check_opcheck(target, settings):
     if mask is not None:
         mask = (mask[:, None, None] if mask.dim() == 2 else mask).expand(2, case.H, 9, 14)
     seed = torch.tensor(1234, device=target.device) if case.dropout_p else None
-    options = (seed, case.causal, 0.25, case.dropout_p, target.backend, None)
+    options = (None, seed, *Settings(0.25, case.dropout_p, right=0 if case.causal else None, backend=target.backend))
     ops = torch.ops.flash_attention
     O, LSE = ops.forward(q, k, v, mask, *options)
     dO = torch.randn_like(O)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(ops.forward.default, (*leaves, mask, *options))
-    torch.library.opcheck(ops.backward.default, (dO, dLSE, q, k, v, mask, O, LSE, *options))
+    torch.library.opcheck(ops.backward.default, (dO, dLSE, q, k, v, mask, None, O, LSE, *options[1:]))
     if hasattr(BACKENDS[target.backend], "second_backward"):
         g = (torch.randn_like(x) for x in (q, k, v))
         dLSE = torch.randn_like(LSE)

@@ -17,6 +17,7 @@ from harness import CPU, Case, Problem, run_alone
 
 from flash_attention import flash_attention
 from flash_attention.backends import reference, workers
+from flash_attention.call import Settings
 
 pytestmark = pytest.mark.skipif(not workers.AVAILABLE, reason="this PyTorch has one number of threads for the whole process")
 
@@ -226,7 +227,9 @@ def check_modes(small_pieces):
         assert torch.equal(watched.as_subclass(torch.Tensor), expected)
     assert seen[0] == seen[1], f"calls seen with one thread and with two differ in {seen[0] ^ seen[1]}"
     trained = q.clone().requires_grad_()
-    assert torch.equal(torch.ops.flash_attention.forward(trained, k, v, None, None, False, 8**-0.5, 0.0, "reference")[0], expected)
+    assert torch.equal(
+        torch.ops.flash_attention.forward(trained, k, v, None, None, None, *Settings(8**-0.5, backend="reference"))[0], expected
+    )
 
 
 def check_several_callers(small_pieces):

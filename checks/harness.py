@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flash_attention import command_line, reference
 from flash_attention.backends import BACKENDS, GROUPS
+from flash_attention.call import Call, Settings
 from flash_attention.reference import Dropout, normal_attention, normal_attention_causal
 from flash_attention.reference.tiles import sum_dtype
 
@@ -52,9 +53,16 @@ CPU = Target("reference", "cpu")
 TARGETS = [CPU, Target("reference", "cuda"), *(Target(name, "cuda") for name in ON_CUDA)]
 
 
+def call_of(q, k, v, mask=None, causal=False, dropout_p=0.0, window=None, spans=None, **settings) -> Call:
+    """The call as a backend is asked about it."""
+    left, right = window or (None, None)
+    spans = None if spans is None else spans.expand(*q.shape[:3], 2)
+    return Call.of(q, k, v, mask, spans, Settings(1.0, dropout_p, left, 0 if causal else right, **settings))
+
+
 def skip_unless_served(target: Target, *call) -> None:
-    """Skip, with the backend's own reason, a call (q, k, v, mask, causal, dropout_p) that it does not claim to serve."""
-    reason = BACKENDS[target.backend].why_not(*call)
+    """Skip, with the backend's own reason, a call (the arguments of `call_of`) that it does not claim to serve."""
+    reason = BACKENDS[target.backend].why_not(call_of(*call))
     if reason:
         pytest.skip(f"{target.backend}: {reason}")
 
@@ -78,7 +86,7 @@ def skip_unless_masks(target: Target) -> None:
 def dtype_served(target: Target) -> torch.dtype:
     """float32 if the backend has it, else float16: for checks of structure, which one dtype is enough for."""
     x = torch.empty(1, 1, 1, 64, device=target.device)
-    return torch.float16 if BACKENDS[target.backend].why_not(x, x, x, None, False, 0.0) else torch.float32
+    return torch.float16 if BACKENDS[target.backend].why_not(call_of(x, x, x)) else torch.float32
 
 
 def compilers() -> list:

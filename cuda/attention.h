@@ -1,7 +1,7 @@
 // The C interface between Python (flash_attention/backends/cuda.py) and every kernel: one struct, one entry point a file.
 //
 // A .cu file is compiled once for each specialisation, into a shared library of its own. The constants that specialise it come from the
-// command line: -DHEAD_DIM=64 -DDTYPE=1 -DCAUSAL=0 -DMASK=0 -DDROPOUT=0, and -DV_HEAD_DIM=… where V has another head size. So a kernel reads as one
+// command line: -DHEAD_DIM=64 -DDTYPE=1 -DCAUSAL=0 -DINTERVAL=0 -DMASK=0 -DDROPOUT=0, and -DV_HEAD_DIM=… where V has another head size. So a kernel reads as one
 // concrete kernel.
 #pragma once
 
@@ -34,6 +34,15 @@ struct Mask {
     int64_t stride_b, stride_h, stride_i, stride_j;
 };
 
+// What the rows of an INTERVAL kernel see (visible.cuh): read by no other.
+struct Seen {
+    const int32_t* spans;  // start and stop of row (b, h, i) at spans[b·stride_b + h·stride_h + i·stride_i + {0, 1}·stride_e]; NULL without them
+    int64_t stride_b, stride_h, stride_i, stride_e;
+    int32_t left, right;         // limits of a window; −1: none
+    int32_t diagonal;            // row i stands at column i + diagonal
+    int32_t q_offset, k_offset;  // where the first row and column stand in a larger whole: dropout's bits and spans count from its beginning
+};
+
 struct AttentionParams {
     Tensor4 q;             // [B, H, Nq, D]
     Tensor4 k;             // [B, Hkv, Nk, D]
@@ -56,6 +65,7 @@ struct AttentionParams {
     int32_t device;        // CUDA device of every pointer
     int32_t sm_count;      // its number of multiprocessors
     cudaStream_t stream;
+    Seen seen;
 };
 
 // What follows AttentionParams in memory where forward_5_split_keys.cu is called: where the keys of each sequence lie, read by the kernel, so that

@@ -18,6 +18,14 @@
 constexpr int ROWS_KV = HEAD_DIM <= 64 ? 4 : HEAD_DIM <= 256 ? 2 : 1;  // keys of a tile, in one thread
 constexpr int ROWS_Q = HEAD_DIM <= 128 ? 4 : 2;                        // queries of a tile, in one thread
 
+static_assert(ROWS_Q * GROUPS == TILE, "summaries of intervals are of this many rows, in both kernels");
+
+// ---- workspace: Delta of every row, then summaries of spans
+__host__ __device__ inline int64_t delta_floats(const AttentionParams& p) { return static_cast<int64_t>(p.B) * p.H * p.Nq; }
+#if INTERVAL
+__host__ __device__ inline int64_t summaries_offset(const AttentionParams& p) { return whole_chunks(delta_floats(p)); }
+#endif
+
 // A row that may attend nothing has LSE = −inf, but P = exp(S − LSE) = 0; so has a row that does not exist.
 __device__ inline float lse_of_row(const float* LSE_gmem, int i, int Nq) {
     const float LSE = i < Nq ? LSE_gmem[i] : -CUDART_INF_F;
@@ -65,8 +73,17 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
         const float* Delta_gmem = p.workspace + (LSE_gmem - p.lse);                  // [Nq]
         const uint8_t* mask_gmem = mask_of(p, b, h);                                 // [Nq, Nk]
 
-        // line 8; causal: from the tile of the first row that sees the first of these columns
-        for (int i0 = CAUSAL ? max(0, j0 + p.Nq - p.Nk) / BLOCK_Q * BLOCK_Q : 0; i0 < p.Nq; i0 += BLOCK_Q) {
+        // line 8, over the tiles in which some row sees some of these columns
+#if INTERVAL
+        const Interval tiles = tiles_of_keys(p, j0, BLOCK_K, BLOCK_Q);
+        for (int i0 = tiles.start * BLOCK_Q; i0 < tiles.stop * BLOCK_Q; i0 += BLOCK_Q) {
+            const Bounds seen = bounds_of_tile(p, summaries_offset(p), b, h, i0);
+            if (!seen.see_some(j0, BLOCK_K)) continue;
+            const bool whole = seen.see_whole(j0, BLOCK_K);
+#else
+        for (int i0 = first_row_of(p, j0) / BLOCK_Q * BLOCK_Q; i0 < p.Nq; i0 += BLOCK_Q) {
+            constexpr bool whole = false;
+#endif
             // lines 9 and 10: Sᵀ = Kj Qiᵀ, the scale going with Qi
             float P_rmem[ROWS_KV][COLUMNS] = {};  // Sᵀ, which (P∘Z)ᵀ will overwrite
             for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
@@ -88,7 +105,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
             }
 
             // line 11: P = exp(S − LSE), the softmax again, from LSE alone; line 14: dS = P∘(dP∘Z − Delta)
-            hide<true>(P_rmem, p, mask_gmem, j0, i0);
+            hide<true>(P_rmem, p, mask_gmem, whole, b, h, j0, i0);
             const uint32_t kept = DROPOUT ? kept_scores<true, ROWS_KV>(p, b, h, j0, i0) : 0;  // the forward's mask, drawn again
 #pragma unroll
             for (int c = 0; c < COLUMNS; ++c) {
@@ -165,8 +182,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
         Delta_rmem[r] = i < p.Nq ? Delta_gmem[i] : 0;
     }
 
-    const int columns = CAUSAL ? min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq) : p.Nk;
+#if INTERVAL
+    const Bounds seen = bounds_of_tile(p, summaries_offset(p), b, h, i0);
+    for (int j0 = seen.some.start / BLOCK_K * BLOCK_K; j0 < seen.some.stop; j0 += BLOCK_K) {
+        const bool whole = seen.see_whole(j0, BLOCK_K);
+#else
+    const int columns = stop_of_rows(p, i0, BLOCK_Q);
     for (int j0 = 0; j0 < columns; j0 += BLOCK_K) {
+        constexpr bool whole = false;
+#endif
         // line 10: S = Qi Kjᵀ
         float S_rmem[ROWS_Q][COLUMNS] = {};
         for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
@@ -188,7 +212,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
         }
 
         // line 11: P = exp(S − LSE); line 14: dS = P∘(dP∘Z − Delta)
-        hide<false>(S_rmem, p, mask_gmem, i0, j0);
+        hide<false>(S_rmem, p, mask_gmem, whole, b, h, i0, j0);
         const uint32_t kept = DROPOUT ? kept_scores<false, ROWS_Q>(p, b, h, i0, j0) : 0;
 #pragma unroll
         for (int r = 0; r < ROWS_Q; ++r)
@@ -217,7 +241,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
 }
 
 extern "C" int64_t workspace_floats(const AttentionParams* params) {
-    return static_cast<int64_t>(params->B) * params->H * params->Nq;  // Delta
+#if INTERVAL
+    if (params->seen.spans) return summaries_offset(*params) + Summaries::floats(*params, TILE, 1, false);
+#endif
+    return delta_floats(*params);
 }
 
 extern "C" int attention(const AttentionParams* params) {
@@ -226,6 +253,9 @@ extern "C" int attention(const AttentionParams* params) {
     const int64_t dkv_blocks = tiles_of(p.Nk, ROWS_KV * GROUPS) * p.Hkv * p.B, dq_blocks = tiles_of(p.Nq, ROWS_Q * GROUPS) * p.H * p.B;
     if (!numbers_fit(p, {delta_blocks, dkv_blocks, dq_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
+#if INTERVAL
+    if (const cudaError_t error = summarise_spans(p, p.workspace + summaries_offset(p), TILE, 0); error != cudaSuccess) return error;
+#endif
     cudaError_t error = launch(delta_kernel, delta_blocks, THREADS, p);
     if (error == cudaSuccess) error = launch(dkv_kernel, dkv_blocks, THREADS, p);
     if (error == cudaSuccess) error = launch(dq_kernel, dq_blocks, THREADS, p);

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(THREADS) dkv_kernel(const __grid_constant__ At
         const float* Delta_gmem = p.workspace + (LSE_gmem - p.lse);                  // [Nq]
 
         // line 8; causal: from the tile of the first row that sees the first of these columns
-        for (int i0 = CAUSAL ? max(0, j0 + p.Nq - p.Nk) / BLOCK_Q * BLOCK_Q : 0; i0 < p.Nq; i0 += BLOCK_Q) {
+        for (int i0 = first_row_of(p, j0) / BLOCK_Q * BLOCK_Q; i0 < p.Nq; i0 += BLOCK_Q) {
             // line 9
             __syncthreads();  // every warp is done with the tiles that these take the place of
             load_tile(Q_smem, Q_gmem, p.q.stride_n, i0, p.Nq, p.D);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(THREADS) dq_kernel(const __grid_constant__ Att
         Delta_rmem[r] = i < p.Nq ? Delta_gmem[i] : 0;
     }
 
-    const int columns = CAUSAL ? min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq) : p.Nk;
+    const int columns = stop_of_rows(p, i0, BLOCK_Q);
     for (int j0 = 0; j0 < columns; j0 += BLOCK_K) {
         __syncthreads();  // every warp is done with the tiles that these take the place of
         load_tile(K_smem, K_gmem, p.k.stride_n, j0, p.Nk, p.D);

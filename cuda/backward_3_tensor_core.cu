@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
     const int b = keys.b, j0 = keys.tile * BLOCK_K;
     const int warp = uniform(threadIdx.x / 32);
     const int warp_k = warp / WARPS_Q, warp_q = warp % WARPS_Q;
-    const int offset = p.Nk - p.Nq;                                       // causal: row i sees columns j ≤ i + offset
+    [[maybe_unused]] const int offset = diagonal(p);                      // causal: row i sees columns j ≤ i + offset
     const Workspace workspace(p);
     // This block's turn to add to dQ, if deterministic, and, for dropout, its batch. Large head sizes leave no registers to keep them in.
     auto turn = [&] { return HEAD_DIM > 192 ? keys_of_block(p).tile : keys.tile; };
@@ -114,18 +114,31 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
     // line 8: the tiles of Q that see some of these keys, of every query head that shares them. Causal: from the last one down, so that the blocks
     // of a head are at the same tile at about the same time, which then stays in L2; taking turns (below), they must be.
     const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q;
-    const int begin = CAUSAL ? q_tiles - 1 : 0, end = CAUSAL ? max(0, j0 - offset) / BLOCK_Q - 1 : q_tiles;
+    [[maybe_unused]] const int begin = CAUSAL ? q_tiles - 1 : 0, end = CAUSAL ? max(0, j0 - offset) / BLOCK_Q - 1 : q_tiles;
     const int group = p.H / p.Hkv, end_h = (keys.h + 1) * group;
     struct Place {
         int h, tile;  // query head and tile of Q
         int stage;    // where in shared memory
     };
+#if INTERVAL
+    const Visits visits = {Summaries(p, workspace.summaries(p), BLOCK_Q, BLOCK_K), b, keys.tile, BLOCK_Q, BLOCK_K, end_h};
+#endif
     auto advance = [&](Place& at) {
         at.stage = at.stage == STAGES - 1 ? 0 : at.stage + 1;
+#if INTERVAL
+        --at.tile;
+        visits.settle(p, at.h, at.tile);
+#else
         at.tile += CAUSAL ? -1 : 1;
         if (at.tile == end) at.tile = begin, ++at.h;
+#endif
     };
+#if INTERVAL
+    Place now = {keys.h * group, 0, 0};
+    visits.start(p, now.h, now.tile);
+#else
     Place now = {q_tiles > 0 ? keys.h * group : end_h, begin, 0};
+#endif
 
     // line 9: copies the tile that is `steps` ahead.
     auto load_q = [&](int steps) {
@@ -174,7 +187,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         const float* LSE_smem = rows_smem + now.stage * 2 * BLOCK_Q + warp_q * PASSES * Q_COLUMNS;
         const float* Delta_smem = LSE_smem + BLOCK_Q;
         const uint32_t P_smem = dS_stage + S_STAGES * Tile_S::BYTES;
+#if INTERVAL
+        const bool tile_cut = !visits.bounds(p, now.h, now.tile).see_whole(j0, BLOCK_K);
+#else
         const bool tile_cut = j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk);  // by the end of the keys or the diagonal
+#endif
 #pragma unroll PASS_UNROLL
         for (int pass = 0; pass < PASSES; ++pass) {
             const uint32_t pass_rows = (warp_q * PASSES + pass) * Q_COLUMNS * ROW_BYTES;
@@ -219,7 +236,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
             }
 
 #if MASK
-            const bool cut = (CAUSAL && tile_cut) || __any_sync(0xffffffff, mask_word != 0);  // bits beyond Nk are set
+            const bool cut = (LIMITED && tile_cut) || __any_sync(0xffffffff, mask_word != 0);  // bits beyond Nk are set
 #else
             const bool cut = tile_cut;
 #endif
@@ -234,7 +251,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
 #if MASK
                         hidden = __shfl_sync(0xffffffff, mask_word, 8 * n + 2 * t + e) >> (warp_k * K_ROWS % 32 + g);
 #endif
+#if INTERVAL
+                        const Interval seen = keys_of_row(p, b, now.h, i + 8 * n + e);
+                        hidden |= ~first_bits(seen.stop - j) | first_bits(seen.start - j);
+#else
                         if (CAUSAL || !MASK) hidden |= ~first_bits((CAUSAL ? min(p.Nk, i + 8 * n + e + offset + 1) : p.Nk) - j);
+#endif
 #pragma unroll
                         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
@@ -249,7 +271,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const int i = i0 + (warp_q * PASSES + pass) * Q_COLUMNS, j = j0 + warp_k * K_ROWS;
-                const uint4 bytes = dropout_bytes(key, batch(), now.h, i / 32 * 32 + 2 * t + e, j / 32 * 32 + g);
+                const uint4 bytes = dropout_bytes(key, batch(), now.h, global_row(p, i / 32 * 32 + 2 * t + e), global_column(p, j / 32 * 32 + g));
                 const bool second = Q_COLUMNS == 16 && i % 32 == 16;  // 16 columns take two of the four words,
                 const int shift = K_ROWS == 16 ? j % 32 : 0;          // 16 rows two of a word's four bytes
                 const uint32_t words[4] = {(second ? bytes.z : bytes.x) >> shift, (second ? bytes.w : bytes.y) >> shift, bytes.z >> shift,
@@ -335,10 +357,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
             [&](auto& b, int k, int n) { ptx::ldmatrix_x4_trans(b, K_smem + Tile_K::step(K_lane_b_trans, n * DQ_WARPS_D) + k * 16 * ROW_BYTES); });
 
         const int64_t row = (static_cast<int64_t>(b) * p.H + now.h) * workspace.rows + i0;
+#if INTERVAL
+        auto my_turn = [&] { return visits.turn(p, now.h, now.tile); };
+#else
+        auto& my_turn = turn;
+#endif
         if (p.deterministic) {
             // Blocks add to a tile in the order of their keys. They start in that order too, so the one waited for is running or done.
             if (threadIdx.x == 0)
-                while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn()) {}
+                while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != my_turn()) {}
             __syncthreads();  // our turn, for every thread
         }
         float* dQ_gmem = workspace.dQ + fragment_offset(row + dq_row, dq_warp_d * 16, lane);
@@ -353,7 +380,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         if (p.deterministic) {
             __threadfence();  // this thread's additions come before the next block's
             __syncthreads();  // everybody's additions are made
-            if (threadIdx.x == 0) ptx::st_release(workspace.turns + row / BLOCK_Q, turn() + 1);
+            if (threadIdx.x == 0) ptx::st_release(workspace.turns + row / BLOCK_Q, my_turn() + 1);
         }
 
         if (ONE_BARRIER) dS_stage ^= dS_smem ^ (dS_smem + Tile_S::BYTES);
@@ -399,6 +426,9 @@ extern "C" int attention(const AttentionParams* params) {
     DeviceGuard guard(p.device);
     cudaError_t error = cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     if (error != cudaSuccess) return error;
+#if INTERVAL
+    if (error = summarise_spans(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K); error != cudaSuccess) return error;
+#endif
     if (all_rows > 0) launch_kernel(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);
     if (k_blocks > 0) launch_kernel(backward_kernel, static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream, p, p.scale * LOG2_E);
     if (all_rows > 0) launch_kernel(finish_dq_kernel, static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p);

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
     const int k_tile = blockIdx.x % k_tiles, b_kv_h = blockIdx.x / k_tiles;  // b_kv_h = b·Hkv + kv_h
-    const int j0 = k_tile * BLOCK_K, offset = p.Nk - p.Nq;                   // causal: row i sees columns j ≤ i + offset
+    const int j0 = k_tile * BLOCK_K, offset = diagonal(p);                   // causal: row i sees columns j ≤ i + offset
 
     if (threadIdx.x == 0) {
         ptx::mbarrier_init(KV_full, 1);
@@ -54,13 +54,13 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
         // ---- the producer: one thread asks for every tile
-        ptx::setmaxnreg_dec<24>();  // all start with 168; what this group gives back, 144 · 128, is what two others can take
+        ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             const Workspace workspace(p);
             ptx::mbarrier_arrive_expect_tx(KV_full, 2 * Tile_K::BYTES);
             load_boxes<Tile_K, RowOrder>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             load_boxes<Tile_K, RowOrder>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-            for (Visit at(p, j0, b_kv_h); at.more(); at.advance()) {
+            for (Visit at(p, j0, b_kv_h); at.more(); at.advance(p)) {
                 const Slot<STAGES> slot = at.slot();
                 const int stage = slot.stage, i0 = at.tile * BLOCK_Q;
                 const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         }
     } else {
         // ---- the consumers: 64 keys each
-        ptx::setmaxnreg_inc<240>();
+        ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
         const int consumer = group - 1, warp = threadIdx.x % GROUP / 32, lane = threadIdx.x % 32, t = lane % 4;
         const int place = consumer * 64 + warp * 16 + lane / 4;  // in the tile of keys; this thread has it and the one 8 further,
         const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
         float dK_rmem[HEAD_DIM / 2] = {}, dV_rmem[HEAD_DIM / 2] = {};
         ptx::mbarrier_wait(KV_full, 0);
-        for (Visit now(p, j0, b_kv_h); now.more(); now.advance()) {
+        for (Visit now(p, j0, b_kv_h); now.more(); now.advance(p)) {
             const Slot<STAGES> slot = now.slot();
             const int stage = slot.stage, i0 = now.tile * BLOCK_Q;
             const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, dO_tile = Q_tile + Tile_Q::BYTES;
@@ -99,7 +99,11 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             const float* Delta_smem = LSE_smem + BLOCK_Q;
 
             // Whether some key of the tile is not seen by all rows.
+#if INTERVAL
+            const bool cut = !now.whole(p, j0);
+#else
             const bool cut = j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk);
+#endif
 
             // Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, under way
             float S_rmem[BLOCK_Q / 2], dP_rmem[BLOCK_Q / 2];
@@ -117,7 +121,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             // Key j is seen by the rows from j − offset on.
             start_S<BLOCK_Q>(S_rmem, mask_smem + stage * MASK_BYTES, i0 % BIT_COLUMNS, first_row, ROW_STEP, t, [&](int r, int w) {
                 const int j = j0 + first_row + ROW_STEP * r;
-                return !cut ? 0 : j >= p.Nk ? ~0u : CAUSAL ? first_bits(j - offset - i0 - 32 * w) : 0;
+                return !cut || INTERVAL ? 0 : j >= p.Nk ? ~0u : CAUSAL ? first_bits(j - offset - i0 - 32 * w) : 0;
             });
 #endif
             multiply(S_rmem, K_smem, Q_tile, !MASK);
@@ -140,11 +144,19 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                     float &P0 = S_rmem[4 * n + 2 * r], &P1 = S_rmem[4 * n + 2 * r + 1];
                     P0 = ptx::ex2(fmaf(P0, scale_log2, -LSE.x));
                     P1 = ptx::ex2(fmaf(P1, scale_log2, -LSE.y));
+#if INTERVAL
+                    if (cut) {
+                        const int j = j0 + first_row + ROW_STEP * r, i = i0 + 8 * n + 2 * t;
+                        if (!keys_of_row(p, now.bh / p.H, now.bh % p.H, i).holds(j)) P0 = 0;
+                        if (!keys_of_row(p, now.bh / p.H, now.bh % p.H, i + 1).holds(j)) P1 = 0;
+                    }
+#else
                     if (!MASK && cut) {
                         const int j = j0 + first_row + ROW_STEP * r, i = i0 + 8 * n + 2 * t;
                         if (j >= p.Nk || (CAUSAL && j > i + offset)) P0 = 0;
                         if (j >= p.Nk || (CAUSAL && j > i + 1 + offset)) P1 = 0;
                     }
+#endif
                     P_rmem[n / 2][n % 2 * 2 + r] = ptx::cvt_pair<element>(P0, P1) & (DROPOUT ? keep.pair(r, n) : ~0u);
                 }
             };
@@ -197,9 +209,10 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::wgmma_wait_group<1>();  // dV and dQ are there
             const Workspace workspace(p);
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
-            take_turn(p, workspace, row, k_tile);
+            const int turn = now.turn(p, k_tile);
+            take_turn(p, workspace, row, turn);
             add_dQ(workspace, row + (BY_ROWS ? consumer * 64 : 0), BY_ROWS ? 0 : consumer * 64, dQ_rmem);
-            end_turn(p, workspace, row, k_tile);
+            end_turn(p, workspace, row, turn);
             ptx::wgmma_wait_group<0>();  // dK too: done with Q and dO
             ptx::mbarrier_arrive(barrier(barriers.empty, stage));
         }

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
     const int k_tile = blockIdx.x % k_tiles, b_kv_h = blockIdx.x / k_tiles;  // b_kv_h = b·Hkv + kv_h
-    const int j0 = k_tile * BLOCK_K, offset = p.Nk - p.Nq;                   // causal: row i sees columns j ≤ i + offset
+    const int j0 = k_tile * BLOCK_K, offset = diagonal(p);                   // causal: row i sees columns j ≤ i + offset
 
     if (threadIdx.x == 0) {
         ptx::mbarrier_init(KV_full, 1);
@@ -82,13 +82,13 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
         // ---- the producer: one thread asks for every tile
-        ptx::setmaxnreg_dec<24>();  // all start with 168; what this group gives back, 144 · 128, is what two others can take
+        ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             const Workspace workspace(p);
             ptx::mbarrier_arrive_expect_tx(KV_full, Tile_K::BYTES + Tile_V::BYTES);
             load_boxes<Tile_K, RowOrder, COLUMNS>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             load_boxes<Tile_V, RowOrder, V_COLUMNS>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-            for (Visit at(p, j0, b_kv_h); at.more(); at.advance()) {
+            for (Visit at(p, j0, b_kv_h); at.more(); at.advance(p)) {
                 const Slot<STAGES> slot = at.slot();
                 const int stage = slot.stage, i0 = at.tile * BLOCK_Q;
                 const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         }
     } else {
         // ---- the consumers
-        ptx::setmaxnreg_inc<240>();
+        ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
         const int consumer = group - 1, warp = threadIdx.x % GROUP / 32, lane = threadIdx.x % 32, t = lane % 4;
         const int place = warp * 16 + lane / 4;  // in the tile of keys; this thread has it and the one 8 further,
         const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
@@ -135,7 +135,11 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         // A tile's first row in the workspace.
         auto first_row_of = [&](const Visit& at) { return static_cast<int64_t>(at.bh) * Workspace(p).rows + at.tile * BLOCK_Q; };
         // Whether some key of the block is not seen by all rows of a tile.
+#if INTERVAL
+        auto cut = [&](const Visit& at) { return !at.whole(p, j0); };
+#else
         auto cut = [&](const Visit& at) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? at.tile * BLOCK_Q + offset + 1 : p.Nk); };
+#endif
 
         // The group's columns of K Qᵀ or V dOᵀ, under way.
         auto multiply = [&](auto half, float(&C)[ROWS / 2], uint32_t A, uint32_t B, bool from_zero) {
@@ -157,7 +161,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             const int i0 = at.tile * BLOCK_Q + consumer * ROWS;
             start_S<ROWS>(S_rmem, mask_smem, i0 % BIT_COLUMNS, first_row, ROW_STEP, t, [&](int r, int) {
                 const int j = j0 + first_row + ROW_STEP * r;
-                return first_bits(j >= p.Nk ? ROWS : CAUSAL ? j - offset - i0 : 0);
+                return INTERVAL ? 0u : first_bits(j >= p.Nk ? ROWS : CAUSAL ? j - offset - i0 : 0);
             });
 #endif
             multiply(std::integral_constant<int, COLUMNS>(), S_rmem, K_smem, Q_of(at.n), !MASK);
@@ -172,7 +176,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         // S becomes P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys. Beyond the end of the rows LSE is ∞.
         auto make_P = [&](const Visit& at) {
             const float* LSE_smem = rows_smem + at.slot().stage * 2 * BLOCK_Q + consumer * ROWS + 2 * t;
-            const bool is_cut = !MASK && cut(at);
+            const bool is_cut = (INTERVAL || !MASK) && cut(at);
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
                 const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + 8 * n);
@@ -183,8 +187,13 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                     P1 = ptx::ex2(fmaf(P1, scale_log2, -LSE.y));
                     if (is_cut) {
                         const int j = j0 + first_row + ROW_STEP * r, i = at.tile * BLOCK_Q + consumer * ROWS + 8 * n + 2 * t;
+#if INTERVAL
+                        if (!keys_of_row(p, at.bh / p.H, at.bh % p.H, i).holds(j)) P0 = 0;
+                        if (!keys_of_row(p, at.bh / p.H, at.bh % p.H, i + 1).holds(j)) P1 = 0;
+#else
                         if (j >= p.Nk || (CAUSAL && j > i + offset)) P0 = 0;
                         if (j >= p.Nk || (CAUSAL && j > i + 1 + offset)) P1 = 0;
+#endif
                     }
                     ptx::st_shared(P_of(at.n) + Tile_S::offset(place + 8 * r, consumer * N_TILES + n) + 4 * t,
                                    ptx::cvt_pair<element>(P0, P1) & (DROPOUT ? keep.pair(r, n) : ~0u));
@@ -251,8 +260,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             meet();
             add(dK_rmem, dS_of(0), Q_of(0), true);
             int64_t row = first_row_of(next);
+            int turn = next.turn(p, k_tile);
             int n = 0;
-            for (next.advance(); next.more(); next.advance(), ++n) {
+            for (next.advance(p); next.more(); next.advance(p), ++n) {
                 start_scores(next);
                 start_dQ(n, 0);
                 add(dV_rmem, P_of(n), dO_of(n), false);
@@ -263,7 +273,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 ptx::wgmma_wait_group<2>();  // dP is there
                 make_dS(next);
                 ptx::wgmma_wait_group<1>();  // the first half of dQ is there
-                take_turn(p, Workspace(p), row, k_tile);
+                take_turn(p, Workspace(p), row, turn);
                 add_half(row, 0);
                 start_dQ(n, 1);
                 ptx::wgmma_wait_group<1>();  // dV is there: done with dO
@@ -272,18 +282,18 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 meet();                      // Pᵀ and dSᵀ are whole, and both groups are done with the other ones
                 add(dK_rmem, dS_of(next.n), Q_of(next.n), false);
                 add_half(row, 1);
-                end_turn(p, Workspace(p), row, k_tile);
-                row = first_row_of(next);
+                end_turn(p, Workspace(p), row, turn);
+                row = first_row_of(next), turn = next.turn(p, k_tile);
             }
             start_dQ(n, 0);
             add(dV_rmem, P_of(n), dO_of(n), false);
             ptx::wgmma_wait_group<1>();
-            take_turn(p, Workspace(p), row, k_tile);
+            take_turn(p, Workspace(p), row, turn);
             add_half(row, 0);
             start_dQ(n, 1);
             ptx::wgmma_wait_group<0>();
             add_half(row, 1);
-            end_turn(p, Workspace(p), row, k_tile);
+            end_turn(p, Workspace(p), row, turn);
         } else {
 #pragma unroll
             for (int i = 0; i < COLUMNS / 2; ++i) dK_rmem[i] = 0;

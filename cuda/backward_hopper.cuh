@@ -36,6 +36,27 @@ struct Maps {
 
 // The tiles of Q that see some of a block's keys, of every query head that shares them: head bh = b·H + h, tile, and the how-manieth it is. Causal:
 // from the last tile down, so that the blocks of a head are at the same tile at about the same time; taking turns, they must be.
+#if INTERVAL
+struct Visit {
+    const Visits visits;
+    int bh, tile, n = 0;
+
+    __device__ Visit(const AttentionParams& p, int j0, int b_kv_h)
+        : visits{Summaries(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K), 0, j0 / BLOCK_K, BLOCK_Q, BLOCK_K, (b_kv_h + 1) * (p.H / p.Hkv)},
+          bh(b_kv_h * (p.H / p.Hkv)) {
+        visits.start(p, bh, tile);
+    }
+    __device__ bool more() const { return bh < visits.end_h; }
+    __device__ void advance(const AttentionParams& p) {
+        --tile, ++n;
+        visits.settle(p, bh, tile);
+    }
+    __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
+    // Whether every row of the tile sees all of the block's keys; how many blocks before this one add to its dQ.
+    __device__ bool whole(const AttentionParams& p, int j0) const { return visits.bounds(p, bh, tile).see_whole(j0, BLOCK_K); }
+    __device__ int turn(const AttentionParams& p, int) const { return visits.turn(p, bh, tile); }
+};
+#else
 struct Visit {
     int begin, end, end_bh;
     int bh, tile, n = 0;
@@ -43,36 +64,41 @@ struct Visit {
     __device__ Visit(const AttentionParams& p, int j0, int b_kv_h) {
         const int tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, group = p.H / p.Hkv;
         begin = CAUSAL ? tiles - 1 : 0;
-        end = CAUSAL ? max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q - 1 : tiles;
+        end = CAUSAL ? max(0, j0 - diagonal(p)) / BLOCK_Q - 1 : tiles;
         end_bh = (b_kv_h + 1) * group;
         bh = begin == end || (CAUSAL && begin < end) ? end_bh : b_kv_h * group;
         tile = begin;
     }
     __device__ bool more() const { return bh < end_bh; }
-    __device__ void advance() {
+    __device__ void advance(const AttentionParams&) {
         tile += CAUSAL ? -1 : 1;
         if (tile == end) tile = begin, ++bh;
         ++n;
     }
     __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
+    __device__ int turn(const AttentionParams&, int k_tile) const { return k_tile; }
 };
+#endif
+
+// Registers of the producer's threads and of the others: all start with 168; what 128 give back is what 256 can take.
+constexpr int PRODUCER_REGISTERS = INTERVAL ? 40 : 24, CONSUMER_REGISTERS = INTERVAL ? 232 : 240;
 
 // Both groups are there.
 __device__ inline void meet() { ptx::bar_sync(1, CONSUMERS * GROUP); }
 
 // Deterministic: blocks add to a tile in the order of their keys, `row` the tile's first in the workspace. They start in that order too, so the one
 // waited for is running or done.
-__device__ inline void take_turn(const AttentionParams& p, const Workspace& workspace, int64_t row, int k_tile) {
+__device__ inline void take_turn(const AttentionParams& p, const Workspace& workspace, int64_t row, int turn) {
     if (!p.deterministic) return;
     if (threadIdx.x == GROUP)
-        while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != k_tile) {}
+        while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}
     meet();  // our turn, for every thread
 }
-__device__ inline void end_turn(const AttentionParams& p, const Workspace& workspace, int64_t row, int k_tile) {
+__device__ inline void end_turn(const AttentionParams& p, const Workspace& workspace, int64_t row, int turn) {
     if (!p.deterministic) return;
     __threadfence();  // this thread's additions come before the next block's
     meet();           // everybody's additions are made
-    if (threadIdx.x == GROUP) ptx::st_release(workspace.turns + row / BLOCK_Q, k_tile + 1);
+    if (threadIdx.x == GROUP) ptx::st_release(workspace.turns + row / BLOCK_Q, turn + 1);
 }
 
 // Adds a group's 64 rows × COLUMNS columns to dQ, from row `row` of the workspace and this column of the head on; none beyond its last.
@@ -91,6 +117,9 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
     const int64_t all_rows = Workspace::all_rows(p), k_blocks = tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B;
     if (!numbers_fit(p, {all_rows / PREPARE_ROWS, k_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
+#if INTERVAL
+    if (const cudaError_t error = summarise_spans(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K); error != cudaSuccess) return error;
+#endif
     if (all_rows > 0) launch_kernel(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);
     if (k_blocks > 0) {
         // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.

@@ -16,8 +16,18 @@ struct Workspace {
         turns = reinterpret_cast<int*>(Delta + all_rows);
     }
     static int64_t floats(const AttentionParams& p) {
+#if INTERVAL
+        if (p.seen.spans) return Workspace(p).summaries(p) - p.workspace + Summaries::floats(p, BLOCK_Q, BLOCK_K, true);
+#endif
         return all_rows(p) * (HEAD_DIM + 2) + all_rows(p) / BLOCK_Q;
     }
+#if INTERVAL
+    // Where summaries of spans begin, behind the rest.
+    __host__ __device__ float* summaries(const AttentionParams& p) const {
+        const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * rows;
+        return p.workspace + whole_chunks(all_rows * (HEAD_DIM + 2) + all_rows / BLOCK_Q);
+    }
+#endif
     static int64_t all_rows(const AttentionParams& p) { return tiles_of(p.Nq, PADDED_TO) * PADDED_TO * p.H * p.B; }
 };
 

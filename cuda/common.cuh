@@ -13,7 +13,7 @@
 #include "ptx.cuh"
 
 #ifndef HEAD_DIM
-#error "compile with -DHEAD_DIM=… -DDTYPE=… -DCAUSAL=… -DMASK=… -DDROPOUT=… (python -m flash_attention.build does)"
+#error "compile with -DHEAD_DIM=… -DDTYPE=… -DCAUSAL=… -DINTERVAL=… -DMASK=… -DDROPOUT=… (python -m flash_attention.build does)"
 #endif
 
 #ifndef V_HEAD_DIM
@@ -109,7 +109,7 @@ __device__ inline uint32_t first_bits(int count) { return count >= 32 ? ~0u : co
 // but what was summed under another maximum has another e. Up to |M| = 2²⁴ that is a factor of 2 at most, between scores that float32 itself can
 // hardly tell apart. Beyond, O becomes NaN instead of a wrong number.
 __device__ inline float factor_of_row(const AttentionParams& p, float m, float scale_log2, float one_over_l) {
-    const bool dead = m == p.lowest && (MASK || CAUSAL || p.Nk == 0);  // where nothing hides, every score was −∞: NaN
+    const bool dead = m == p.lowest && (MASK || CAUSAL || INTERVAL || p.Nk == 0);  // where nothing hides, every score was −∞: NaN
     const float factor = fabsf(m * scale_log2) < 0x1p24f ? one_over_l : CUDART_NAN_F;
     return dead ? 0 : factor;
 }

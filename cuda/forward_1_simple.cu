@@ -17,6 +17,7 @@
 constexpr int ROWS = HEAD_DIM < 256 ? 4 : 2;  // of a tile, in one thread
 constexpr int BLOCK_Q = ROWS * GROUPS;        // 64
 constexpr int BLOCK_K = TILE;                 // 64
+static_assert(BLOCK_Q == TILE, "summaries of intervals are of this many rows");
 
 // ---- a row's maximum and sum, over the lanes that share it
 
@@ -53,9 +54,16 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) m_rmem[r] = -FLT_MAX;  // not −∞: a row that has met only hidden scores would compute −∞ − (−∞) = NaN
 
-    // line 6; causal: up to the last column that the last of these rows sees
-    const int columns = CAUSAL ? min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq) : p.Nk;
+    // line 6, over the columns that some of these rows see
+#if INTERVAL
+    const Bounds seen = bounds_of_tile(p, 0, b, h, i0);
+    for (int j0 = seen.some.start / BLOCK_K * BLOCK_K; j0 < seen.some.stop; j0 += BLOCK_K) {
+        const bool whole = seen.see_whole(j0, BLOCK_K);
+#else
+    const int columns = stop_of_rows(p, i0, BLOCK_Q);
     for (int j0 = 0; j0 < columns; j0 += BLOCK_K) {
+        constexpr bool whole = false;
+#endif
         // lines 7 and 8: S = Qi Kjᵀ, the scale going with Qi
         float S_rmem[ROWS][COLUMNS] = {};
         for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
@@ -67,7 +75,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         }
 
         // Hidden before the maximum is taken, so that no hidden score, however large, can push the others towards 0.
-        hide<false>(S_rmem, p, mask_gmem, i0, j0);
+        hide<false>(S_rmem, p, mask_gmem, whole, b, h, i0, j0);
 
         // line 9, a row at a time
         float alpha_rmem[ROWS], P_rmem[ROWS][COLUMNS];
@@ -113,7 +121,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     // lines 12 and 14: O /= l. l = 0 only where a row may attend nothing: there O = 0 already.
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        const bool may_be_dead = MASK || CAUSAL || p.Nk == 0;  // otherwise every score was −∞, and O is NaN
+        const bool may_be_dead = MASK || LIMITED || p.Nk == 0;  // otherwise every score was −∞, and O is NaN
         const float factor = may_be_dead && l_rmem[r] == 0 ? 0 : 1 / l_rmem[r];
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c)
@@ -132,12 +140,19 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     }
 }
 
+#if INTERVAL
+extern "C" int64_t workspace_floats(const AttentionParams* params) { return Summaries::floats(*params, BLOCK_Q, 1, false); }
+#else
 extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
+#endif
 
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
     const int64_t blocks = tiles_of(p.Nq, BLOCK_Q) * p.H * p.B;
     if (!numbers_fit(p, {blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
+#if INTERVAL
+    if (const cudaError_t error = summarise_spans(p, p.workspace, BLOCK_Q, 0); error != cudaSuccess) return error;
+#endif
     return launch(forward_kernel, blocks, THREADS, p);
 }

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     const float scale_log2 = p.scale * LOG2_E;           // exp(scale · x) = 2^(scale_log2 · x)
 
     // line 6; causal: up to the last column that the last of these rows sees
-    const int columns = CAUSAL ? min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq) : p.Nk;
+    const int columns = stop_of_rows(p, i0, BLOCK_Q);
     for (int j0 = 0; j0 < columns; j0 += BLOCK_K) {
         // line 7
         __syncthreads();  // every warp is done with the tiles that these take the place of

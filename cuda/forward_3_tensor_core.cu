@@ -16,7 +16,7 @@
 // As many columns as leave the registers room for S, O and what masks or drops. The assembler fits more for sm_90, and nearly as much for sm_100.
 #define ROOMY (ARCH == 90 || (ARCH >= 100 && ARCH < 120 && !(CAUSAL && (MASK || HEAD_DIM <= 64))))
 #ifndef BLOCK_K
-#define WIDE (HEAD_DIM <= 64 && ROOMY && !(MASK && (CAUSAL || DROPOUT)))
+#define WIDE (HEAD_DIM <= 64 && ROOMY && !INTERVAL && !(MASK && (CAUSAL || DROPOUT)))
 #define BLOCK_K (WIDE ? 128 : HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && ROOMY) ? 64 : 32)
 #endif
 #ifndef BLOCKS_PER_SM
@@ -71,15 +71,22 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int g = lane / 4, t = lane % 4;              // this lane's row and column pair in an 8×8 fragment
     const int warp_row = warp * ROWS_PER_WARP;         // the warp's first row in the tile
-    const int offset = p.Nk - p.Nq;                    // causal: row i sees columns j ≤ i + offset
+    [[maybe_unused]] const int offset = diagonal(p);   // causal: row i sees columns j ≤ i + offset
 
     const uint32_t K_head = head_unit(p.k, b, kv_head(p, h)), V_head = head_unit(p.v, b, kv_head(p, h));
 
     [[maybe_unused]] const uint32_t mask_origin = MASK ? MaskTile::origin(p, b, h, i0, threadIdx.x) : 0;
 
-    // Columns that the last row of this tile sees; tiles beyond are never visited.
+    // From the first tile of columns that some of these rows see, to the last; none beyond is visited.
+#if INTERVAL
+    const Bounds seen = bounds_of_rows(p, reinterpret_cast<const Bounds*>(p.workspace), blockIdx.x, i0, BLOCK_Q);  // blocks are tiles in their order
+    const int first_tile = seen.some.start / BLOCK_K;
+    const int k_tiles = max(first_tile, (seen.some.stop + BLOCK_K - 1) / BLOCK_K);
+#else
     const int columns = CAUSAL ? max(0, min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + offset)) : p.Nk;
+    constexpr int first_tile = 0;
     const int k_tiles = (columns + BLOCK_K - 1) / BLOCK_K;
+#endif
 
     auto load_K = [&](int j) {
         load_tile<Tile_KV, THREADS, Order>(KV_smem + stage(j) * 2 * Tile_KV::BYTES, p.k, K_head, j * BLOCK_K, p.Nk, p.D, copying_thread());
@@ -89,7 +96,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         load_tile<Tile_KV, THREADS, Order>(KV_smem + (stage(j) * 2 + 1) * Tile_KV::BYTES, p.v, V_head, j * BLOCK_K, p.Nk, p.Dv, copying_thread());
     };
 
-    if (k_tiles > 0) {  // where no row sees anything, nothing is copied that could still arrive when O takes Q's place
+    if (k_tiles > first_tile) {  // where no row sees anything, nothing is copied that could still arrive when O takes Q's place
         load_tile<Tile_Q, THREADS>(Q_smem, p.q, head_unit(p.q, b, h), i0, p.Nq, p.D, copying_thread());
         load_K(k_tiles - 1);
         if (STAGES == 2) load_V(k_tiles - 1);
@@ -115,19 +122,25 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         ptx::cp_async_wait_group<0>();
         __syncthreads();  // K (and V) are there for every thread, and every warp is done with what the next copy overwrites
         if (STAGES == 1) load_V(j);
-        if (STAGES == 2 && j > 0) load_K(j - 1), load_V(j - 1);
+        if (STAGES == 2 && j > first_tile) load_K(j - 1), load_V(j - 1);
         ptx::cp_async_commit_group();
 
         float S_rmem[M_TILES][N_TILES][4] = {};  // S = Q Kᵀ, summed from 0 or from where the mask says
         if (MASK) {
             const int thread = thread_anew();
-            const int first_row_sees = i0 + thread / 32 * ROWS_PER_WARP + thread % 32 / 4 + offset + 1 - j0;  // columns of this tile, causally
+            [[maybe_unused]] const int first_row_sees = i0 + thread / 32 * ROWS_PER_WARP + thread % 32 / 4 + offset + 1 - j0;  // columns of this tile, causally
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
+#if INTERVAL
+                    const int row = i0 + thread / 32 * ROWS_PER_WARP + thread % 32 / 4 + 16 * m + 8 * r;
+                    const Interval keys = cut ? keys_of_row(p, b, h, row) : Interval{j0, j0 + BLOCK_K};
+                    MaskTile::start<true>(S_rmem[m], 2 * r, mask_smem + stage(j) * MaskTile::SIZE, 2 * m + r, cut, keys.stop - j0, thread, keys.start - j0);
+#else
                     const int visible = min(p.Nk - j0, first_row_sees + 16 * m + 8 * r);
                     MaskTile::start<CAUSAL>(S_rmem[m], 2 * r, mask_smem + stage(j) * MaskTile::SIZE, 2 * m + r, cut, visible, thread);
+#endif
                 }
         }
         const uint32_t K_lane = K_smem + Tile_KV::lane_b(0, lane);
@@ -154,12 +167,22 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
             for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
+#if INTERVAL
+                    const Interval keys = keys_of_row(p, b, h, i0 + warp_row + 16 * m + 8 * r + g);
+                    const int from = keys.start - j0 - 2 * t, to = keys.stop - j0 - 2 * t;  // counted from this lane's first column
+#pragma unroll
+                    for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                        for (int c = 0; c < 2; ++c)
+                            if (8 * n + c < from || 8 * n + c >= to) S_rmem[m][n][2 * r + c] = -CUDART_INF_F;
+#else
                     const int visible = (CAUSAL ? min(p.Nk, i0 + warp_row + 16 * m + 8 * r + g + offset + 1) : p.Nk) - j0;  // columns from j0 on
 #pragma unroll
                     for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
                         for (int c = 0; c < 2; ++c)
                             if (8 * n + c >= visible - 2 * t) S_rmem[m][n][2 * r + c] = -CUDART_INF_F;
+#endif
                 }
         }
 #endif
@@ -167,7 +190,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         if (STAGES == 1) {
             ptx::cp_async_wait_group<0>();
             __syncthreads();  // V is there for every thread, and every warp is done with K and the mask's words
-            if (j > 0) load_K(j - 1);
+            if (j > first_tile) load_K(j - 1);
             ptx::cp_async_commit_group();
         }
 
@@ -214,7 +237,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 #if DROPOUT
             const uint2 key = TIGHT ? dropout_key(p) : kept_key;
             const int thread = thread_anew();
-            const int row_group = (i0 + warp_row) / 32 * 32 + thread % 32 / 4, column_group = j0 + 32 * w + thread % 4 * 2;
+            const int row_group = global_row(p, (i0 + warp_row) / 32 * 32 + thread % 32 / 4), column_group = global_column(p, j0 + 32 * w + thread % 4 * 2);
             const uint4 even = dropout_bytes(key, b, h, row_group, column_group), odd = dropout_bytes(key, b, h, row_group, column_group + 1);
             uint32_t keep[M_TILES][2][4];  // of rows g and g + 8, for each of four 8-column tiles, the lane's pair of columns
             if (ROWS_PER_WARP == 32 || warp_row % 32 == 0) keep_pairs(keep[0][0], even.x, odd.x, p), keep_pairs(keep[0][1], even.y, odd.y, p);
@@ -250,8 +273,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     };
 
     // Right to left: the tiles that the diagonal or the end of the sequence cuts come first; in the others nothing is hidden.
+#if INTERVAL
+    for (int j = k_tiles - 1; j >= first_tile; --j) step(j, !seen.see_whole(j * BLOCK_K, BLOCK_K));
+#else
     const int uncut = min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk) / BLOCK_K;  // tiles in which every row sees every column
     for (int j = k_tiles - 1; j >= 0; --j) step(j, j >= uncut);
+#endif
 
     const Rows out = TIGHT ? rows_of_block(p) : rows;
     // O /= l, and out through shared memory, each warp in its own rows of Q's place, so that global stores are 16 bytes wide.
@@ -283,7 +310,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     }
 }
 
+#if INTERVAL
+extern "C" int64_t workspace_floats(const AttentionParams* params) { return Summaries::floats(*params, BLOCK_Q, 1, false); }
+#else
 extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
+#endif
 
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
@@ -295,6 +326,9 @@ extern "C" int attention(const AttentionParams* params) {
     if (p.B == 0 || p.Nq == 0) return cudaSuccess;
     DeviceGuard guard(p.device);
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+#if INTERVAL
+    if (error == cudaSuccess) error = summarise_spans(p, p.workspace, BLOCK_Q, 0);
+#endif
     if (error != cudaSuccess) return error;
     launch_kernel(forward_kernel, static_cast<unsigned>(blocks), THREADS, SMEM_BYTES, p.stream, p);
     return cudaGetLastError();

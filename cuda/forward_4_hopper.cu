@@ -24,7 +24,7 @@
 
 // ---- tile sizes. A warpgroup owns 64 rows of Q, and has as many registers as the block leaves it.
 constexpr int GROUP = 128;  // threads
-constexpr int CONSUMERS = HEAD_DIM <= 64 && !DROPOUT ? 3 : 2;  // drawing two words at a time for dropout takes the registers that three leave
+constexpr int CONSUMERS = HEAD_DIM <= 64 && !DROPOUT && !INTERVAL ? 3 : 2;  // dropout, two words at a time, takes the registers that three leave
 constexpr int THREADS = GROUP * (1 + CONSUMERS);
 // Registers of a thread: as many for all at the start; then the producer's group gives back what the others take.
 constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
@@ -41,7 +41,7 @@ constexpr int V_PANELS = (V_HEAD_DIM + 63) / 64;          // of 64 columns of V 
 constexpr int O_PANELS = V_PANELS % 2 == 0 && HEAD_DIM == V_HEAD_DIM && !MASK ? 2 : 1;  // that leave together
 static_assert(HEAD_DIM % 16 == 0 && V_HEAD_DIM % 16 == 0, "a product takes 16 columns of Q and K at a time, a store 16 of O");
 // A group skips tiles of keys that only rows of other groups see. Two groups have next to none, and under a mask registers do not suffice.
-constexpr bool SKIPS = CONSUMERS > 2 && !MASK;
+constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL;
 
 using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
 using Tile_K = SwizzledTile<BLOCK_K, HEAD_DIM>;
@@ -67,9 +67,15 @@ struct Barriers {
 struct Work {
     int i0, h, b;  // first row, query head, batch
     int k_tiles;
+#if INTERVAL
+    int first_tile;
+    Interval all;  // that every row sees
 
+    __device__ int j0(int n) const { return (first_tile + k_tiles - 1 - n) * BLOCK_K; }
+#else
     // First key of the n-th tile.
     __device__ int j0(int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
+#endif
 };
 
 // Where the LSE of row i of the work's head is kept.
@@ -79,7 +85,7 @@ __device__ inline float& LSE_of(const AttentionParams& p, const Work& work, int 
 
 // Of the tiles of keys, from the first, those that some of `rows` rows from i0 on see. Tiles beyond are never visited.
 __device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
-    const int columns = i0 >= p.Nq ? 0 : CAUSAL ? max(0, min(p.Nk, min(i0 + rows, p.Nq) + p.Nk - p.Nq)) : p.Nk;
+    const int columns = i0 >= p.Nq ? 0 : CAUSAL ? max(0, stop_of_rows(p, i0, rows)) : p.Nk;
     return (columns + BLOCK_K - 1) / BLOCK_K;
 }
 
@@ -101,7 +107,13 @@ struct Schedule {
         // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
         const bool again = CAUSAL && m % 2 && 2 * place + 1 == q_tiles;
         const int i0 = again ? p.Nq : (from_end ? q_tiles - 1 - place : place) * BLOCK_Q;
+#if INTERVAL
+        const Bounds seen = bounds_of_rows(p, reinterpret_cast<const Bounds*>(p.workspace), static_cast<int64_t>(bh) * q_tiles + place, i0, BLOCK_Q);
+        const int first_tile = seen.some.start / BLOCK_K;
+        work = {i0, bh % p.H, bh / p.H, max(0, (seen.some.stop + BLOCK_K - 1) / BLOCK_K - first_tile), first_tile, seen.all};
+#else
         work = {i0, bh % p.H, bh / p.H, tiles_seen(p, i0, BLOCK_Q)};
+#endif
         return true;
     }
 };
@@ -209,7 +221,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int consumer = group - 1, lane = threadIdx.x % 32, t = lane % 4;
         // Of the tile, this thread has the rows at two places 8 apart: first_row and first_row + ROW_STEP.
         const int first_row = RowOrder::row((threadIdx.x - GROUP) / 32 * 16 + lane / 4);
-        const int offset = p.Nk - p.Nq;             // causal: row i sees columns j ≤ i + offset
+        const int offset = diagonal(p);             // causal: row i sees columns j ≤ i + offset
         const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
 
         float O_rmem[V_HEAD_DIM / 2];  // not yet divided by l
@@ -224,18 +236,35 @@ __global__ void __launch_bounds__(THREADS, 1)
         // Q's by every thread, since every one has read which work it is for.
         auto release_Q = [&](const Slot_Q& slot) { ptx::mbarrier_arrive(barrier(barriers.Q_empty, slot.stage)); };
         // How many of the tile's columns, from its first, a row sees: r as in first_row + ROW_STEP·r.
-        auto visible = [&](int i0, int j0, int r) { return (CAUSAL ? min(p.Nk, i0 + first_row + ROW_STEP * r + offset + 1) : p.Nk) - j0; };
+        [[maybe_unused]] auto visible = [&](int i0, int j0, int r) { return (CAUSAL ? min(p.Nk, i0 + first_row + ROW_STEP * r + offset + 1) : p.Nk) - j0; };
         // Whether some row does not see the whole tile.
-        auto cut = [&](int i0, int j0) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk); };
+#if INTERVAL
+        auto cut = [&](const Work& work, int j0) { return j0 < work.all.start || j0 + BLOCK_K > work.all.stop; };
+        // Columns of the tile, from its first, of which row r sees those from the start on, before the stop.
+        auto interval = [&](const Work& work, int j0, int r) {
+            const Interval keys = keys_of_row(p, work.b, work.h, work.i0 + first_row + ROW_STEP * r);
+            return Interval{keys.start - j0, keys.stop - j0};
+        };
+#else
+        auto cut = [&](const Work& work, int j0) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? work.i0 + offset + 1 : p.Nk); };
+#endif
 
         // Waits for K, and for the mask, from which S's sums start.
-        auto await_K = [&](const Slot_KV& slot, int i0, int j0) {
+        auto await_K = [&](const Slot_KV& slot, const Work& work, int j0) {
             ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
 #if MASK
-            const bool diagonal = CAUSAL && cut(i0, j0);
+            const bool edge = LIMITED && cut(work, j0);
             const bool shared = one_row(p);
             start_S<BLOCK_K>(S_rmem, mask_smem + slot.stage * MASK_BYTES, j0 % BIT_COLUMNS, shared ? 0 : first_row, shared ? 0 : ROW_STEP, t,
-                             [&](int r, int w) { return diagonal ? ~first_bits(visible(i0, j0, r) - 32 * w) : 0; });
+#if INTERVAL
+                             [&](int r, int w) {
+                                 if (!edge) return 0u;
+                                 const Interval keys = interval(work, j0, r);
+                                 return ~first_bits(keys.stop - 32 * w) | first_bits(keys.start - 32 * w);
+                             });
+#else
+                             [&](int r, int w) { return edge ? ~first_bits(visible(work.i0, j0, r) - 32 * w) : 0; });
+#endif
 #endif
         };
         // S = Q Kᵀ, under way.
@@ -260,16 +289,22 @@ __global__ void __launch_bounds__(THREADS, 1)
             ptx::wgmma_commit_group();
         };
         // S becomes 2^(scale_log2 · (S − m)); alpha is what O must be multiplied by.
-        auto softmax = [&](int i0, int j0) {
-            if (!MASK && cut(i0, j0)) {
+        auto softmax = [&](const Work& work, int j0) {
+            if (!MASK && cut(work, j0)) {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    const int columns = visible(i0, j0, r) - 2 * t;  // from this lane's first
+#if INTERVAL
+                    const Interval keys = interval(work, j0, r);
+                    const int hidden = keys.start - 2 * t, columns = keys.stop - 2 * t;  // from this lane's first
+#else
+                    constexpr int hidden = 0;
+                    const int columns = visible(work.i0, j0, r) - 2 * t;  // from this lane's first
+#endif
 #pragma unroll
                     for (int i = 0; i < BLOCK_K / 8; ++i)
 #pragma unroll
                         for (int c = 0; c < 2; ++c)
-                            if (8 * i + c >= columns) S_rmem[4 * i + 2 * r + c] = -CUDART_INF_F;
+                            if (8 * i + c >= columns || (INTERVAL && 8 * i + c < hidden)) S_rmem[4 * i + 2 * r + c] = -CUDART_INF_F;
                 }
             }
 #pragma unroll
@@ -322,7 +357,12 @@ __global__ void __launch_bounds__(THREADS, 1)
             const Slot_Q slot(q);
             ptx::mbarrier_wait(barrier(barriers.Q_full, slot.stage), slot.parity);
             const Work& work = works[slot.stage];
+#if INTERVAL
+            return Work{uniform(work.i0),      uniform(work.h),          uniform(work.b),
+                        uniform(work.k_tiles), uniform(work.first_tile), {uniform(work.all.start), uniform(work.all.stop)}};
+#else
             return Work{uniform(work.i0), uniform(work.h), uniform(work.b), uniform(work.k_tiles)};
+#endif
         };
         // How many tiles of keys this group skips. One at least it computes, so that every work goes the same way.
         auto skipped = [&](const Work& work) {
@@ -353,7 +393,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (work.k_tiles > 0) {
             int tile = skipped(work);
             skip(tile);
-            await_K(Slot_KV(n), work.i0, work.j0(tile));
+            await_K(Slot_KV(n), work, work.j0(tile));
             multiply_first();
             while (true) {
                 const Slot_Q slot_Q(q);
@@ -365,12 +405,12 @@ __global__ void __launch_bounds__(THREADS, 1)
                 m_rmem[0] = m_rmem[1] = p.lowest, l_rmem[0] = l_rmem[1] = 0;
                 release(barriers.K_empty, Slot_KV(n).stage);
                 if (tile + 1 == work.k_tiles) release_Q(slot_Q);
-                softmax(work.i0, work.j0(tile));
+                softmax(work, work.j0(tile));
                 round_P();
                 ++tile, ++n;
                 for (; tile < work.k_tiles; ++tile, ++n) {
                     const Slot_KV now(n), before(n - 1);
-                    await_K(now, work.i0, work.j0(tile));
+                    await_K(now, work, work.j0(tile));
                     my_turn();
                     multiply_QK(slot_Q, now);
                     ptx::mbarrier_wait(barrier(barriers.V_full, before.stage), before.parity);
@@ -380,7 +420,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     ptx::wgmma_wait_group<1>();  // S is there
                     release(barriers.K_empty, now.stage);
                     if (tile + 1 == work.k_tiles) release_Q(slot_Q);
-                    softmax(work.i0, work.j0(tile));
+                    softmax(work, work.j0(tile));
                     // The compiler would put the wait for O before the exponentials that O's product should run under, but moves it over no branch:
                     // the condition, which always holds, gives D 256 15 % and D 128 2 %. At D 64 it costs 2 to 4 %.
                     if (HEAD_DIM == 64 || scale_log2 > 0) {
@@ -403,7 +443,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 if (AHEAD) {
                     next = take();
                     tile = skipped(next);
-                    if (tile == 0 && next.k_tiles > 0) await_K(Slot_KV(n), next.i0, next.j0(0));
+                    if (tile == 0 && next.k_tiles > 0) await_K(Slot_KV(n), next, next.j0(0));
                 }
                 ptx::mbarrier_wait(barrier(barriers.V_full, last.stage), last.parity);
                 multiply_PV(last);
@@ -412,7 +452,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                         ptx::wgmma_wait_group<0>();
                         release(barriers.V_empty, last.stage);
                         skip(tile);
-                        await_K(Slot_KV(n), next.i0, next.j0(tile));
+                        await_K(Slot_KV(n), next, next.j0(tile));
                     }
                     multiply_first();
                 }
@@ -466,7 +506,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 if (next.k_tiles == 0) break;
                 if (!AHEAD) {
                     tile = 0;
-                    await_K(Slot_KV(n), next.i0, next.j0(0));
+                    await_K(Slot_KV(n), next, next.j0(0));
                     multiply_first();
                 }
                 work = next;
@@ -478,7 +518,11 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
+#if INTERVAL
+extern "C" int64_t workspace_floats(const AttentionParams* params) { return Summaries::floats(*params, BLOCK_Q, 1, false); }
+#else
 extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
+#endif
 
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
@@ -494,6 +538,9 @@ extern "C" int attention(const AttentionParams* params) {
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_Q);
+#if INTERVAL
+    if (error == cudaSuccess) error = summarise_spans(p, p.workspace, BLOCK_Q, 0);
+#endif
     if (error != cudaSuccess) return error;
     const Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES};
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));

@@ -47,7 +47,7 @@ struct KeepBits {
     // Of query rows `row` and row + ROW_STEP, keys from j0 on.
     __device__ void draw_rows(const AttentionParams& p, int b, int h, int row, int j0, int lane) {
         draw(p, lane, [&](uint2 key, int column, bool upper, uint32_t(&mine)[2], uint32_t(&theirs)[2]) {
-            const uint4 words = dropout_bytes(key, b, h, row, j0 + column);
+            const uint4 words = dropout_bytes(key, b, h, global_row(p, row), global_column(p, j0 + column));
             mine[0] = upper ? words.y : words.x, mine[1] = upper ? words.w : words.z;
             theirs[0] = upper ? words.x : words.y, theirs[1] = upper ? words.z : words.w;
         });
@@ -55,7 +55,7 @@ struct KeepBits {
     // Of keys `row` and row + ROW_STEP, queries from i0 on: byte y of a word is about key 8·y, so the lanes' bytes change places with the words.
     __device__ void draw_keys(const AttentionParams& p, int b, int h, int row, int i0, int lane) {
         draw(p, lane, [&](uint2 key, int column, bool upper, uint32_t(&mine)[2], uint32_t(&theirs)[2]) {
-            const uint4 words = dropout_bytes(key, b, h, i0 + column, row);
+            const uint4 words = dropout_bytes(key, b, h, global_row(p, i0 + column), global_column(p, row));
             const uint32_t my_bytes = upper ? 0x7351 : 0x6240, their_bytes = upper ? 0x6240 : 0x7351;
             auto gather = [&](uint32_t(&to)[2], uint32_t bytes) {
                 const uint32_t xy = ptx::prmt(words.x, words.y, bytes), zw = ptx::prmt(words.z, words.w, bytes);

@@ -31,14 +31,15 @@ struct MaskOfBits {
                                          static_cast<const uint32_t*>(p.mask.data) + (origin + static_cast<uint32_t>(j0) / 32));
     }
     // This lane's part of row r of the ROWS_PER_WARP / 8 that it shares: S[n][first] and S[n][first + 1]. Where `cut`, which only CAN_CUT
-    // allows, columns of the tile from `visible` on are hidden too.
+    // allows, columns of the tile from `visible` on are hidden too, and in an INTERVAL kernel those before `from`.
     template <bool CAN_CUT, int N_TILES>
-    __device__ static void start(float (&S)[N_TILES][4], int first, const uint8_t* smem, int r, bool cut, int visible, int thread) {
+    __device__ static void start(float (&S)[N_TILES][4], int first, const uint8_t* smem, int r, bool cut, int visible, int thread, [[maybe_unused]] int from = 0) {
         const Row row = reinterpret_cast<const Row*>(smem)[thread / 32 * ROWS_PER_WARP + 8 * r + thread % 32 / 4];
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) {
             uint32_t hidden = row.word[w];
             if (CAN_CUT && cut) hidden |= ~first_bits(visible - 32 * w);
+            if (INTERVAL && cut) hidden |= first_bits(from - 32 * w);
             start_sums(hidden, thread % 4, [&](int n, int c) -> float& { return S[4 * w + n][first + c]; });
         }
     }
@@ -83,7 +84,7 @@ struct MaskOfBytes {
             }
     }
     template <bool CAN_CUT, int N_TILES>
-    __device__ static void start(float (&S)[N_TILES][4], int first, const uint8_t* smem, int r, bool cut, int visible, int thread) {
+    __device__ static void start(float (&S)[N_TILES][4], int first, const uint8_t* smem, int r, bool cut, int visible, int thread, [[maybe_unused]] int from = 0) {
 #pragma unroll
         for (int n = 0; n < RUNS; ++n) {
             const Run run = reinterpret_cast<const Run*>(smem)[(r * RUNS + n) * THREADS + thread];
@@ -91,6 +92,7 @@ struct MaskOfBytes {
             for (int w = 0; w < RUN / 4; ++w) {
                 uint32_t may = run.word[w];
                 if (CAN_CUT && cut) may &= first_bits(8 * (visible - n * Order::GROUP - thread % 4 * RUN - 4 * w));
+                if (INTERVAL && cut) may &= ~first_bits(8 * (from - n * Order::GROUP - thread % 4 * RUN - 4 * w));
                 const uint32_t signs = 0x80808080u - may;
 #pragma unroll
                 for (int c = 0; c < 4; ++c) S[n * (Order::GROUP / 8) + 2 * w + c / 2][first + c % 2] = start_of_sum(signs, c);

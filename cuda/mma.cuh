@@ -8,10 +8,10 @@
 // So a row lies in four neighbouring lanes, which find its maximum and its sum by shuffles.
 #pragma once
 
-#include "common.cuh"
+#include "visible.cuh"
 
-#if MASK || DROPOUT || DTYPE == FLOAT32
-#error "this rung serves float16 and bfloat16, and neither a mask nor dropout"
+#if MASK || DROPOUT || INTERVAL || DTYPE == FLOAT32
+#error "this rung serves float16 and bfloat16, and neither masks, intervals nor dropout"
 #endif
 static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= 128, "the tiles must fit in the 48 KB that a kernel may declare");
 
@@ -113,7 +113,7 @@ __device__ inline void add_product(float (&X_rmem)[D_TILES][4], const float (&P_
 // keys; with KEYS_ARE_ROWS, the other way round.
 template <bool KEYS_ARE_ROWS, int N_TILES>
 __device__ inline void hide(float (&S_rmem)[N_TILES][4], const AttentionParams& p, int row0, int column0) {
-    const int offset = p.Nk - p.Nq;  // causal: row i sees columns j ≤ i + offset
+    const int offset = diagonal(p);  // causal: row i sees columns j ≤ i + offset
     const int first_i = KEYS_ARE_ROWS ? column0 : row0;
     const int last_j = KEYS_ARE_ROWS ? row0 + WARP_ROWS - 1 : column0 + 8 * N_TILES - 1;
     if (last_j < p.Nk && (!CAUSAL || last_j <= first_i + offset)) return;  // wholly inside, and wholly in the past

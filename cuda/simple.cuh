@@ -11,7 +11,7 @@
 // call of Philox serves.
 #pragma once
 
-#include "common.cuh"
+#include "visible.cuh"
 
 constexpr int THREADS = HEAD_DIM < 256 ? 128 : 256;
 constexpr int BLOCKS_PER_SM = 1;         // at least. Kernels may use all registers: spilling a few to fit one block more is slower
@@ -157,13 +157,15 @@ __device__ inline const uint8_t* mask_of(const AttentionParams& p, int b, int h)
 __device__ inline bool bit(uint32_t bits, int r, int c) { return bits >> (COLUMNS * r + c) & 1; }
 
 // Scores that may not be attended become −∞. The tile's rows are queries and its columns keys; with KEYS_ARE_ROWS, the other way round.
+// whole: every query sees every key of the tile, as far as intervals go.
 template <bool KEYS_ARE_ROWS, int ROWS>
-__device__ inline void hide(float (&S_rmem)[ROWS][COLUMNS], const AttentionParams& p, const uint8_t* mask_gmem, int row0, int column0) {
+__device__ inline void hide(float (&S_rmem)[ROWS][COLUMNS], const AttentionParams& p, const uint8_t* mask_gmem, [[maybe_unused]] bool whole,
+                            [[maybe_unused]] int b, [[maybe_unused]] int h, int row0, int column0) {
     static_assert(ROWS * COLUMNS <= 32, "one bit for each score");
-    const int offset = p.Nk - p.Nq;  // causal: row i sees columns j ≤ i + offset
+    [[maybe_unused]] const int offset = diagonal(p);  // causal: row i sees columns j ≤ i + offset
     const int i0 = KEYS_ARE_ROWS ? column0 : row0, j0 = KEYS_ARE_ROWS ? row0 : column0;
     const int last = j0 + (KEYS_ARE_ROWS ? ROWS * GROUPS : TILE) - 1;
-    if (!MASK && last < p.Nk && (!CAUSAL || last <= i0 + offset)) return;  // wholly inside, and wholly in the past
+    if (!MASK && (INTERVAL ? whole : last < p.Nk && (!CAUSAL || last <= i0 + offset))) return;  // wholly inside, and wholly in the past
 
     // First as bits, one row after another: the addresses of all rows at once would not fit in registers.
     uint32_t visible = 0;
@@ -176,6 +178,7 @@ __device__ inline void hide(float (&S_rmem)[ROWS][COLUMNS], const AttentionParam
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) {
             bool may = i < p.Nq && j < p.Nk && (!CAUSAL || j <= i + offset);
+            if (INTERVAL) may = may && keys_of_row(p, b, h, i).holds(j);
             if (MASK && may) may = *mask;
             visible |= static_cast<uint32_t>(may) << (COLUMNS * r + c);
             (KEYS_ARE_ROWS ? i : j) += LANES;
@@ -188,6 +191,15 @@ __device__ inline void hide(float (&S_rmem)[ROWS][COLUMNS], const AttentionParam
         for (int c = 0; c < COLUMNS; ++c)
             if (!bit(visible, r, c)) S_rmem[r][c] = -CUDART_INF_F;
 }
+
+// ---- intervals: where their summaries lie in the workspace, of tiles of TILE rows
+
+#if INTERVAL
+__device__ inline Bounds bounds_of_tile(const AttentionParams& p, int64_t offset, int b, int h, int i0) {
+    const int64_t tile = (static_cast<int64_t>(b) * p.H + h) * ((p.Nq + TILE - 1) / TILE) + i0 / TILE;
+    return bounds_of_rows(p, reinterpret_cast<const Bounds*>(p.workspace + offset), tile, i0, TILE);
+}
+#endif
 
 // ---- dropout
 
@@ -202,7 +214,7 @@ __device__ inline uint32_t kept_scores(const AttentionParams& p, int b, int h, i
         for (int c0 = 0; c0 < COLUMNS; c0 += 4) {
             const int row = row0 + group() + r * GROUPS, column = column0 + lane() + c0 * LANES;
             int i = KEYS_ARE_ROWS ? column : row, j = KEYS_ARE_ROWS ? row : column;
-            const uint4 bytes = dropout_bytes(key, b, h, i, j);  // serves this column and those 8, 16 and 24 further
+            const uint4 bytes = dropout_bytes(key, b, h, global_row(p, i), global_column(p, j));  // serves this column and those 8, 16 and 24 further
 #pragma unroll
             for (int c = c0; c < c0 + 4; ++c) {
                 const uint32_t word = i & 16 ? (i & 8 ? bytes.w : bytes.z) : (i & 8 ? bytes.y : bytes.x);  // word i / 8 % 4

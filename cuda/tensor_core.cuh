@@ -4,6 +4,7 @@
 #include "common.cuh"
 #include "ptx.cuh"
 #include "swizzle.cuh"
+#include "visible.cuh"
 
 // x, which all lanes of the warp have in common: now the compiler knows, and can keep it in a register that the warp shares.
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }

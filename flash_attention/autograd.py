@@ -12,7 +12,8 @@ torch.compile), a rule for vmap and one for autograd, so that torch.func's trans
 Most calls have nobody looking on; they skip the ops and go from the Function, or without gradients from `attention`, to the backend.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -20,67 +21,69 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from flash_attention import allocate, build
-from flash_attention.backends import BACKENDS, CHOSEN, choose, reference
+from flash_attention import allocate, backends, shortcut
+from flash_attention.backends import reference
 from flash_attention.backends.cuda import BACKWARD, FORWARD
+from flash_attention.call import SCHEMA, Call, Form, Settings
 from flash_attention.shortcut import nobody_looks_on
 
 library = torch.library.Library("flash_attention", "DEF")
 ops = torch.ops.flash_attention
-SETTINGS = "Tensor? seed, bool causal, float scale, float dropout_p, str backend, int? block_size=None"
-library.define(f"forward(Tensor q, Tensor k, Tensor v, Tensor? mask, {SETTINGS}) -> (Tensor, Tensor)")
+REST = f"Tensor? seed, {SCHEMA}"
+library.define(f"forward(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? spans, {REST}) -> (Tensor, Tensor)")
 library.define(
-    "backward(Tensor dO, Tensor? dLSE, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor O, Tensor LSE, "
-    f"{SETTINGS}) -> (Tensor, Tensor, Tensor)"
+    "backward(Tensor dO, Tensor? dLSE, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? spans, Tensor O, Tensor LSE, "
+    f"{REST}) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
-    "second_backward(Tensor gQ, Tensor gK, Tensor gV, Tensor dO, Tensor dLSE, Tensor q, Tensor k, Tensor v, Tensor? mask, "
-    f"{SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "second_backward(Tensor gQ, Tensor gK, Tensor gV, Tensor dO, Tensor dLSE, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? spans, "
+    f"{REST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+NO_SETTINGS = (None,) * len(Settings._fields)  # their gradients
 
 
-def attention(
-    q, k, v, mask, seed, causal: bool, scale: float, dropout_p: float, backend: str, block_size: int | None
-) -> tuple[Tensor, Tensor]:
-    """O and LSE, differentiable, from checked arguments (`flash_attention.interface` checks them)."""
-    arguments = q, k, v, mask, seed, causal, scale, dropout_p, backend, block_size
-    if not nobody_looks_on(q, k, v) or forward_ad._current_level >= 0:
-        return ops.forward(*arguments)
+def attention(plan: Callable | None, q, k, v, mask, spans, seed, settings: Settings) -> tuple[Tensor, Tensor]:
+    """O and LSE, differentiable, from checked arguments (`flash_attention.interface` checks them). plan: what computes the forward where
+    nobody looks on; None calls the op."""
+    arguments = q, k, v, mask, spans, seed
+    if plan is None:
+        return ops.forward(*arguments, *settings)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return Attention.apply(_forward, *arguments)
-    return _forward(*arguments)
+        return Attention.apply(plan, *arguments, *settings)
+    return plan(*arguments)
 
 
 class Attention(Function):
-    """(q, k, v) → (O, LSE). `compute` computes them: the backend itself, or the op below its autograd rule."""
+    """(q, k, v) → (O, LSE). `compute` computes them: a backend's plan, or a function that calls the op below its autograd rule."""
 
     @staticmethod
     def forward(ctx, compute, *arguments):
-        q, k, v, mask, seed, *ctx.settings = arguments
-        O, LSE = compute(*arguments)
-        ctx.save_for_backward(q, k, v, mask, seed, O, LSE)
-        if compute is not _forward:
-            ctx.save_for_forward(q, k, v, mask, seed)  # for jvp, which plain calls have no use for
+        q, k, v, mask, spans, seed, *ctx.settings = arguments
+        is_op = isinstance(compute, FunctionType)
+        O, LSE = compute(*arguments) if is_op else compute(*arguments[:6])
+        ctx.save_for_backward(q, k, v, mask, spans, seed, O, LSE)
+        if is_op:
+            ctx.save_for_forward(q, k, v, mask, spans, seed)  # for jvp, which plain calls have no use for
         ctx.set_materialize_grads(False)  # LSE is rarely differentiated: None tells the backward to skip its gradient
         return O, LSE
 
     @staticmethod
     def backward(ctx, dO, dLSE):
-        q, k, v, mask, seed, O, LSE = ctx.saved_tensors
+        q, k, v, mask, spans, seed, O, LSE = ctx.saved_tensors
         if dO is None and dLSE is None:
-            return (None,) * 11
+            return (None,) * 7 + NO_SETTINGS
         dO = torch.zeros_like(O) if dO is None else dO
         # Only create_graph=True, as torch.func always has it, leaves gradients enabled here.
         looked_on = torch.is_grad_enabled() or not nobody_looks_on(q, k, v) or forward_ad._current_level >= 0
         backward = ops.backward if looked_on or type(dO) is not Tensor or _batched(dO, dLSE) else _backward
-        return None, *backward(dO, dLSE, q, k, v, mask, O, LSE, seed, *ctx.settings), *(None,) * 7
+        return None, *backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, *ctx.settings), None, None, None, *NO_SETTINGS
 
     @staticmethod
     def jvp(ctx, _, *tangents):
         with _set_fwd_grad_enabled(True):  # for transforms around this one
-            q, k, v, mask, seed = _primals(ctx)
+            q, k, v, mask, spans, seed = _primals(ctx)
             dO, dLSE = q.new_zeros(*q.shape[:3], v.shape[3]), allocate.lse(q).zero_()  # any: what is wanted does not depend on them
-            return ops.second_backward(*_filled(tangents[:3], (q, k, v)), dO, dLSE, q, k, v, mask, seed, *ctx.settings)[:2]
+            return ops.second_backward(*_filled(tangents[:3], (q, k, v)), dO, dLSE, q, k, v, mask, spans, seed, *ctx.settings)[:2]
 
 
 def _batched(*gradients: Tensor | None) -> bool:
@@ -108,9 +111,9 @@ class AttentionBackward(Function):
 
     @staticmethod
     def forward(ctx, compute, *arguments):
-        dO, dLSE, q, k, v, mask, O, LSE, seed, *ctx.settings = arguments
-        ctx.save_for_backward(dO, dLSE, q, k, v, mask, seed)
-        ctx.save_for_forward(dO, dLSE, q, k, v, mask, O, LSE, seed)
+        dO, dLSE, q, k, v, mask, spans, O, LSE, seed, *ctx.settings = arguments
+        ctx.save_for_backward(dO, dLSE, q, k, v, mask, spans, seed)
+        ctx.save_for_forward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed)
         return compute(*arguments)
 
     @staticmethod
@@ -119,16 +122,16 @@ class AttentionBackward(Function):
         to_dLSE = dLSE is not None
         dLSE = dLSE if to_dLSE else allocate.lse(q).zero_()
         gradients = ops.second_backward(gQ, gK, gV, dO, dLSE, q, *rest, *ctx.settings)
-        return None, gradients[0], gradients[1] if to_dLSE else None, *gradients[2:], *(None,) * 9
+        return None, gradients[0], gradients[1] if to_dLSE else None, *gradients[2:], *(None,) * 5, *NO_SETTINGS
 
     @staticmethod
     def jvp(ctx, _, *tangents):
         with _set_fwd_grad_enabled(True):
-            dO, dLSE, q, k, v, mask, O, LSE, seed = _primals(ctx)
+            dO, dLSE, q, k, v, mask, spans, O, LSE, seed = _primals(ctx)
             to_dO, to_q, to_k, to_v = _filled((tangents[0], *tangents[2:5]), (dO, q, k, v))
-            linear = ops.backward(to_dO, tangents[1], q, k, v, mask, O, LSE, seed, *ctx.settings)
+            linear = ops.backward(to_dO, tangents[1], q, k, v, mask, spans, O, LSE, seed, *ctx.settings)
             dLSE = allocate.lse(q).zero_() if dLSE is None else dLSE
-            _, _, *curved = ops.second_backward(to_q, to_k, to_v, dO, dLSE, q, k, v, mask, seed, *ctx.settings)
+            _, _, *curved = ops.second_backward(to_q, to_k, to_v, dO, dLSE, q, k, v, mask, spans, seed, *ctx.settings)
             return tuple(x + y for x, y in zip(linear, curved, strict=True))
 
 
@@ -137,60 +140,39 @@ class AttentionSecondBackward(Function):
 
     @staticmethod
     def forward(ctx, compute, *arguments):
-        ctx.save_for_backward(*arguments[:10])
-        ctx.settings = arguments[10:]
+        ctx.save_for_backward(*arguments[:11])
+        ctx.settings = Settings(*arguments[11:])
         return compute(*arguments)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        *inputs, mask, seed = ctx.saved_tensors
+        *inputs, mask, spans, seed = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:9]
-        return None, *reference.second_backward_vjp(cotangents, inputs, needed, mask, seed, *ctx.settings), *(None,) * 8
+        gradients = reference.second_backward_vjp(ctx.settings, cotangents, inputs, needed, mask, spans, seed)
+        return None, *gradients, None, None, None, *NO_SETTINGS
 
 
 # ---- the ops: real, shape-only, vmapped
 
 
-def _backend(which, name, q, k, v, mask, causal, dropout_p, block_size):
-    """A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda" the fastest kernel. Who has chosen before
-    (`as_chosen`) chooses again only where kernels could not be built."""
-    if name in BACKENDS and block_size is None:
-        return BACKENDS[name]
-    if name in CHOSEN and not build.failures:
-        return CHOSEN[name]
-    return BACKENDS[choose(name.split("/")[0] or None, q, k, v, mask, causal, dropout_p, block_size, which)]
+def _forward(q, k, v, mask, spans, seed, *settings):
+    call = Call.of(q, k, v, mask, spans, Settings(*settings))
+    return backends.plan(FORWARD, call)(q, k, v, mask, spans, seed)
 
 
-def _forward(q, k, v, mask, seed, causal, scale, dropout_p, backend, block_size=None):
-    choice = FORWARD, backend, q, k, v, mask, causal, dropout_p, block_size
-    arguments = q, k, v, mask, seed, causal, scale, dropout_p, *_given(block_size)
-    try:
-        return _backend(*choice).forward(*arguments)
-    except build.BuildError:  # now it is known, and a choice passes over it; one asked for by name raises again
-        return _backend(*choice).forward(*arguments)
+def _backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, *settings):
+    arguments = dO, dLSE, q, k, v, mask, spans, O, LSE, seed
+    return shortcut.plan_backward(arguments, settings)(*arguments)
 
 
-def _backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p, backend, block_size=None):
-    choice = BACKWARD, backend, q, k, v, mask, causal, dropout_p, block_size
-    arguments = dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p, *_given(block_size)
-    try:
-        return _backend(*choice).backward(*arguments)
-    except build.BuildError:  # as in _forward
-        return _backend(*choice).backward(*arguments)
-
-
-def _second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, seed, causal, scale, dropout_p, backend, block_size=None):
-    chosen = _backend(BACKWARD, backend, q, k, v, mask, causal, dropout_p, block_size)
+def _second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, spans, seed, *settings):
+    settings = Settings(*settings)
+    chosen = backends.resolve(BACKWARD, Call(*map(Form.of, (q, k, v, mask, spans)), settings))
     if not hasattr(chosen, "second_backward"):
         raise NotImplementedError(
             "the backward of a CUDA kernel cannot be differentiated again, nor the forward in forward mode; backend='reference' can"
         )
-    return chosen.second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, seed, causal, scale, dropout_p, block_size)
-
-
-def _given(block_size: int | None) -> tuple[int, ...]:
-    """What a call that sets its tiles hands to the backend beyond the other arguments."""
-    return () if block_size is None else (block_size,)
+    return chosen.second_backward(settings, gQ, gK, gV, dO, dLSE, q, k, v, mask, spans, seed)
 
 
 def _fake_forward(q, k, v, *_):
@@ -241,8 +223,6 @@ def _differentiable(op, function):
     then computes inside the next."""
 
     def rule(keyset, *arguments):
-        arguments = (*arguments, None)[: len(op._schema.arguments)]  # the dispatcher leaves out a block_size of None
-
         def compute(*arguments):
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
@@ -263,9 +243,9 @@ def _differentiable(op, function):
 
 
 for _name, _real, _fake, _tensors, _function in (
-    ("forward", _forward, _fake_forward, 4, Attention),
-    ("backward", _backward, _fake_backward, 8, AttentionBackward),
-    ("second_backward", _second_backward, _fake_second_backward, 9, AttentionSecondBackward),
+    ("forward", _forward, _fake_forward, 5, Attention),
+    ("backward", _backward, _fake_backward, 9, AttentionBackward),
+    ("second_backward", _second_backward, _fake_second_backward, 10, AttentionSecondBackward),
 ):
     _op = getattr(ops, _name).default
     library.impl(_name, _real, "CompositeExplicitAutograd")

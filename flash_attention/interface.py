@@ -4,11 +4,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from flash_attention import shortcut
-from flash_attention.autograd import attention
+from flash_attention import backends, shortcut
+from flash_attention.autograd import Attention, attention
 from flash_attention.backends import as_chosen, check_name, choose
+from flash_attention.backends.cuda import FORWARD
+from flash_attention.call import Call, Settings
 from flash_attention.reference.tiles import broadcast_mask
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -25,6 +28,8 @@ def flash_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    spans: Tensor | None = None,
     backend: str | None = None,
     block_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -42,6 +47,11 @@ def flash_attention(
         dropout_p: probability in [0, 1) of dropping an entry of softmax's result, rounded to a multiple of 1/256; what is kept is divided
             by the exact keep probability. Active whenever it is not 0. `torch.manual_seed` governs it.
         return_lse: return LSE = log Σ exp(scores) too. It is differentiable.
+        window: (left, right), each None for no limit: row r, which stands at column p = r + Nk − Nq, sees columns p − left ≤ c ≤ p + right.
+            With causal, right is 0.
+        spans: int32 (B or 1, H or 1, Nq, 2): row r sees columns spans[…, r, 0] ≤ c < spans[…, r, 1]. `flash_attention.spans` makes them, for
+            documents packed one after another. Read through its strides. With causal, window or a mask, all must allow; columns
+            that no row of a tile sees cost nothing.
         backend: None takes the fastest that serves this call; a name from `flash_attention.backends.BACKENDS` asks for one.
         block_size: rows and columns of a tile of scores. It makes the call run on the reference, on any device: a kernel's tiles are fixed.
 
@@ -61,21 +71,29 @@ def flash_attention(
     >>> flash_attention(q, k, v, causal=True).shape
     torch.Size([2, 8, 100, 64])
     """
-    if has_torch_function_variadic(q, k, v, mask):
-        options = {"causal": causal, "scale": scale, "dropout_p": dropout_p, "return_lse": return_lse}
+    if has_torch_function_variadic(q, k, v, mask, spans):
+        options = {"causal": causal, "scale": scale, "dropout_p": dropout_p, "return_lse": return_lse, "window": window, "spans": spans}
         options |= {"backend": backend, "block_size": block_size}
-        return handle_torch_function(flash_attention, (q, k, v, mask), q, k, v, mask, **options)
-    call = shortcut.signature(q, k, v, causal, scale, dropout_p, backend) if mask is None and block_size is None else None
-    result = None if call is None else shortcut.repeat(call, q, k, v, return_lse)
-    if result is None:
-        result = _attention(q, k, v, mask, causal, scale, dropout_p, backend, block_size, call)
+        return handle_torch_function(flash_attention, (q, k, v, mask, spans), q, k, v, mask, **options)
+    key = None
+    if mask is None and spans is None and block_size is None:
+        key = shortcut.signature(q, k, v, causal, scale, dropout_p, window, backend)
+    kept = None if key is None else shortcut.kept(key, q, k, v)
+    if kept is None:
+        result = _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, backend, block_size, key)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        result = Attention.apply(kept.plan, q, k, v, None, None, None, *kept.settings)
+    else:
+        result = kept.plan.repeat(q, k, v, return_lse)
     return result if return_lse else result[0]
 
 
-def _attention(q, k, v, mask, causal, scale, dropout_p, backend, block_size, call) -> tuple[Tensor, Tensor]:
-    """O and LSE of any call, from arguments as they came; its launch is kept if it is one that can be repeated."""
+def _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, backend, block_size, key) -> tuple[Tensor, Tensor]:
+    """O and LSE of any call, from arguments as they came; its plan is kept if it is one that can be repeated."""
     causal, scale, dropout_p, block_size = map(_python_number, (causal, scale, dropout_p, block_size))
-    _check(q, k, v, causal, scale, dropout_p, block_size)
+    if isinstance(window, (tuple, list)):
+        window = tuple(map(_python_number, window))
+    _check(q, k, v, causal, scale, dropout_p, window, spans, block_size)
     if _autocasts(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -83,16 +101,24 @@ def _attention(q, k, v, mask, causal, scale, dropout_p, backend, block_size, cal
         mask = broadcast_mask(mask, *q.shape[:3], k.shape[2])
         if mask.device != q.device:
             raise ValueError(f"q and mask must be on one device, got {q.device} and {mask.device}")
+    if spans is not None:
+        spans = spans.expand(*q.shape[:3], 2)
     seed = _seed(q) if dropout_p else None
     scale = q.shape[3] ** -0.5 if scale is None else torch.sym_float(scale)
+    left, right = window or (None, None)
+    settings = Settings(scale, float(dropout_p), left, 0 if bool(causal) else right, check_name(backend) or "", block_size)
     # Choosing looks at the machine and at real tensors. What only stands for one (while compiling, on the meta device, a FakeTensor or
     # another subclass) leaves the choice to the op, when it runs.
-    later = torch.compiler.is_compiling() or q.is_meta or type(q) is not Tensor
-    name = check_name(backend) or "" if later else choose(backend, q, k, v, mask, causal, dropout_p, block_size)
-    result = attention(q, k, v, mask, seed, bool(causal), scale, float(dropout_p), as_chosen(backend, name), block_size)
-    if call is not None:
-        shortcut.keep(call, q, k, v, result[0], causal, scale, name)
-    return result
+    if torch.compiler.is_compiling() or q.is_meta or type(q) is not Tensor:
+        return attention(None, q, k, v, mask, spans, seed, settings)
+    call = Call.of(q, k, v, mask, spans, settings)
+    settings = settings._replace(backend=as_chosen(backend, choose(backend, call)))
+    if not shortcut.nobody_looks_on(q, k, v) or forward_ad._current_level >= 0:
+        return attention(None, q, k, v, mask, spans, seed, settings)
+    plan = backends.plan(FORWARD, call._replace(settings=settings))
+    if key is not None:
+        shortcut.keep(key, plan, settings)
+    return attention(plan, q, k, v, mask, spans, seed, settings)
 
 
 def _python_number(x):
@@ -111,7 +137,7 @@ def _autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _check(q, k, v, causal, scale, dropout_p, block_size) -> None:
+def _check(q, k, v, causal, scale, dropout_p, window, spans, block_size) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -145,7 +171,34 @@ def _check(q, k, v, causal, scale, dropout_p, block_size) -> None:
         raise ValueError(f"scale must be finite, got {scale}")
     if not isinstance(dropout_p, NUMBERS) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be a probability in [0, 1), got {dropout_p!r}")
+    if window is not None:
+        _check_window(window)
+    if spans is not None:
+        _check_spans(spans, q)
     if block_size is not None and (not isinstance(block_size, int) or isinstance(block_size, bool)):
         raise TypeError(f"block_size must be an integer or None, got {block_size!r}")
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
+
+
+def _check_window(window) -> None:
+    if not isinstance(window, tuple) or len(window) != 2:
+        raise TypeError(f"window must be None or a pair (left, right), got {window!r}")
+    for name, limit in zip(("left", "right"), window, strict=True):
+        if limit is not None and (not isinstance(limit, (int, torch.SymInt)) or isinstance(limit, bool)):
+            raise TypeError(f"window must hold integers or None, got {limit!r} for its {name}")
+        if limit is not None and limit < 0:
+            raise ValueError(f"window must not be negative (None is no limit), got {limit} for its {name}")
+
+
+def _check_spans(spans, q: Tensor) -> None:
+    if not isinstance(spans, Tensor):
+        raise TypeError(f"spans must be an int32 tensor (B or 1, H or 1, Nq, 2) or None, got {type(spans).__name__}")
+    if spans.dtype != torch.int32:
+        raise TypeError(f"spans must be int32, got {spans.dtype}")
+    B, H, Nq, _ = q.shape
+    shape = tuple(spans.shape)
+    if len(shape) != 4 or shape[0] not in (1, B) or shape[1] not in (1, H) or shape[2:] != (Nq, 2):
+        raise ValueError(f"spans must have shape (B or 1, H or 1, Nq, 2) = ({B} or 1, {H} or 1, {Nq}, 2), got {shape}")
+    if spans.device != q.device:
+        raise ValueError(f"q and spans must be on one device, got {q.device} and {spans.device}")

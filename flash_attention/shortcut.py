@@ -1,30 +1,30 @@
 """A call like one before it: straight to its kernel.
 
-On the host, most of a small call's time goes into checking it, choosing a backend and preparing the launch. Shapes, strides, dtypes
-and settings determine all of that: for the plainest kind of call (no mask, no dropout, no gradients, nobody looking on) the launch is
-kept, and the next such call only fills in addresses.
+On the host, most of a small call's time goes into checking it, choosing a backend and making its plan. Shapes, strides, dtypes and settings
+determine all of that: for the plainest kind of call (no mask, no spans, no dropout, nobody looking on) the plan that served it is kept, and
+the next such call only fills in addresses. So are plans of backwards.
 """
 
-from collections.abc import Hashable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flash_attention import allocate
+from flash_attention import backends
 from flash_attention.backends import cuda
-from flash_attention.backends.launch import Launch
+from flash_attention.call import Call, Settings
 
-CAPACITY = 1024  # of kept launches: where lengths grow without end, the table starts anew
+CAPACITY = 1024  # of kept plans: where lengths grow without end, the table starts anew
 
 
 class Kept(NamedTuple):
-    launch: Launch
-    O_is_like_q: bool  # allocate.is_like, not to be worked out again
+    plan: cuda.Forward
+    settings: Settings
 
 
-_kept: dict[Hashable, Kept] = {}
+_kept: dict[Hashable, Any] = {}  # Kept by what `signature` gives, and plans of backwards
 
 
 def nobody_looks_on(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -41,13 +41,12 @@ def nobody_looks_on(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def signature(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, dropout_p: float, backend: str | None) -> Hashable | None:
-    """What determines the launch of this call, or None if it is not of the plainest kind. Nothing has been checked yet."""
+def signature(q: Tensor, k: Tensor, v: Tensor, causal, scale, dropout_p, window, backend) -> Hashable | None:
+    """What determines the plan of this call, or None if it is not of the plainest kind. Nothing has been checked yet."""
     plain = (
         nobody_looks_on(q, k, v)
         and q.is_cuda
         and q.layout is k.layout is v.layout is torch.strided
-        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cuda")
         # By type, because True == 1 and 0.0 == False, of which only one is a valid argument.
@@ -55,6 +54,7 @@ def signature(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
         and (scale is None or type(scale) is float)
         and type(dropout_p) is float
         and dropout_p == 0
+        and (window is None or type(window) is tuple)
         and (backend is None or type(backend) is str)
     )
     if not plain:
@@ -64,25 +64,49 @@ def signature(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
     except RuntimeError:  # of a nested tensor, which has no shape and is refused later
         return None
     dtypes = q.dtype, k.dtype, v.dtype
-    return shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, backend
+    key = shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, window, backend
+    return key if window is None else (*key, *map(type, window))
 
 
-def repeat(call: Hashable, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> tuple[Tensor, Tensor | None] | None:
-    """O and, if asked for, LSE of a call whose launch is kept, or None."""
-    kept = _kept.get(call)
-    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    if kept is None or (addresses[0] | addresses[1] | addresses[2]) % 16:
+def kept(key: Hashable, q: Tensor, k: Tensor, v: Tensor) -> Kept | None:
+    """What is kept of a call like this one, if it serves this one too."""
+    try:
+        found = _kept.get(key)
+    except TypeError:  # a window that holds something unhashable, and is refused later
         return None
-    O = torch.empty_like(q) if kept.O_is_like_q else allocate.output(q, v)
-    LSE = allocate.lse(q) if lse else None
-    kept.launch(q, (*addresses, O.data_ptr()), (LSE.data_ptr() if lse else 0, 0, 0, 0))
-    return O, LSE
+    if found is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return None
+    return found
 
 
-def keep(call: Hashable, q: Tensor, k: Tensor, v: Tensor, O: Tensor, causal: bool, scale: float, backend: str) -> None:
-    """Prepares the launch of the next call like this one, which has been checked and served by `backend`."""
-    launch = cuda.RUNGS[backend].prepare(q, k, v, O, causal, scale) if backend in cuda.RUNGS else None
-    if launch is not None:
-        if len(_kept) >= CAPACITY:
-            _kept.clear()
-        _kept[call] = Kept(launch, allocate.is_like(q, q.shape[2], v.shape[3]))
+def keep(key: Hashable, plan: Callable, settings: Settings) -> None:
+    """Keeps the plan of a call that has been checked, unless something has to be done before or after its launch."""
+    if isinstance(plan, cuda.Forward) and plan.is_plain:
+        _keep(key, Kept(plan, settings))
+
+
+def plan_backward(arguments: tuple[Tensor | None, ...], settings: tuple) -> Callable:
+    """What computes the backward of these arguments of the op, kept or made."""
+    dO, _, q, k, v, mask, spans, O, _, _ = arguments
+    key = None
+    if q.is_cuda and mask is None and spans is None:
+        tensors = dO, q, k, v, O
+        key = (
+            tuple(x.shape for x in tensors),
+            tuple(x.stride() for x in tensors),
+            tuple(x.dtype for x in tensors),
+            q.device,
+            tuple(settings),
+        )
+        if (plan := _kept.get(key)) is not None:
+            return plan
+    plan = backends.plan(cuda.BACKWARD, Call.of(q, k, v, mask, spans, Settings(*settings), O, dO))
+    if key is not None and isinstance(plan, cuda.Backward):
+        _keep(key, plan)
+    return plan
+
+
+def _keep(key: Hashable, plan) -> None:
+    if len(_kept) >= CAPACITY:
+        _kept.clear()
+    _kept[key] = plan

@@ -6,9 +6,11 @@ from .flash1_causal import flash_attention_causal_backward, flash_attention_caus
 from .flash2 import flash_attention2_backward, flash_attention2_forward
 from .flash2_causal import flash_attention2_causal_backward, flash_attention2_causal_forward
 from .naive import normal_attention, normal_attention_causal
+from .visible import Visible
 
 __all__ = [
     "Dropout",
+    "Visible",
     "flash_attention2_backward",
     "flash_attention2_causal_backward",
     "flash_attention2_causal_forward",

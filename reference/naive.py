@@ -8,12 +8,12 @@ Memory grows with Nq · Nk. Plain differentiable PyTorch in the inputs' dtype: a
 
 import math
 
-import torch
 from einops import einsum, repeat
 from torch import Tensor
 
 from .dropout import Dropout
 from .tiles import broadcast_mask
+from .visible import Visible
 
 
 def normal_attention(
@@ -24,12 +24,13 @@ def normal_attention(
     *,
     scale: float | None = None,
     dropout: Dropout | None = None,
+    visible: Visible | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Q (B, H, Nq, D), K (B, Hkv, Nk, D), V (B, Hkv, Nk, Dv) → O (B, H, Nq, Dv), and LSE (B, H, Nq) if asked for.
 
     mask: bool, (B, Nk) for keys or broadcastable to (B, H, Nq, Nk), True = may attend. A row that may attend nothing gets O = 0, LSE =
-    −inf and zero gradients. scale: 1/√D unless given.
+    −inf and zero gradients. visible: which columns each row sees; all unless given. scale: 1/√D unless given.
     """
     B, H, Nq, D = Q.shape
     Hkv, Nk = K.shape[1:3]
@@ -42,6 +43,10 @@ def normal_attention(
         # Checked here, then used in its own shape: a (B, 1, 1, Nk) mask costs B·Nk work, not B·H·Nq·Nk.
         broadcast_mask(mask, B, H, Nq, Nk)
         mask = mask[:, None, None, :] if mask.shape == (B, Nk) else mask
+    if visible is not None:
+        seen = visible.dense(slice(0, Nq), slice(0, Nk), Q.device)
+        mask = seen if mask is None else mask & seen
+    if mask is not None:
         dead = ~mask.any(
             -1, keepdim=True
         )  # rows that attend nothing: hiding none of their scores keeps NaN away, zeroing the result makes it right
@@ -62,9 +67,4 @@ def normal_attention(
 def normal_attention_causal(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None = None, **options) -> Tensor | tuple[Tensor, Tensor]:
     """Row r sees columns c ≤ r + Nk − Nq (aligned bottom-right), and only those that `mask`, if given, allows too. Otherwise as
     `normal_attention`."""
-    B, H, Nq, _ = Q.shape
-    Nk = K.shape[2]
-    past = torch.ones(Nq, Nk, dtype=torch.bool, device=Q.device).tril(Nk - Nq)
-    if mask is not None:
-        past = past & broadcast_mask(mask, B, H, Nq, Nk)
-    return normal_attention(Q, K, V, past.expand(1, 1, Nq, Nk) if mask is None else past, **options)
+    return normal_attention(Q, K, V, mask, visible=Visible(Q.shape[2], K.shape[2], right=0), **options)

@@ -21,6 +21,7 @@ from torch.func import vjp
 
 from .dropout import Dropout
 from .tiles import block_size, blocks, broadcast_mask, sum_dtype
+from .visible import Visible
 
 BLOCK_Q = 128
 BY_ROWS = True, False, False, True, True, True, False, False  # of gQ, gK, gV, dO, dLSE, Q, K, V: which have a row for each query
@@ -37,14 +38,14 @@ def flash_attention_second_backward(
     V: Tensor,
     mask: Tensor | None = None,
     *,
-    causal: bool = False,
+    visible: Visible | None = None,
     scale: float | None = None,
     dropout: Dropout | None = None,
     block_q: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Cotangents of dO (B, H, Nq, Dv), dLSE (B, H, Nq), Q, K and V, from gQ, gK, gV shaped as Q, K, V. Differentiable, in N² memory."""
     inputs = gQ, gK, gV, dO, dLSE, Q, K, V
-    parts = (rows(*arguments(inputs)) for rows, arguments in _blocks(Q, K, mask, causal, scale, dropout, block_q))
+    parts = (rows(*arguments(inputs)) for rows, arguments in _blocks(Q, K, mask, visible, scale, dropout, block_q))
     return _gather(parts, inputs[3:], BY_ROWS[3:])
 
 
@@ -71,7 +72,7 @@ def second_backward_vjp(
 
 
 def _blocks(
-    Q: Tensor, K: Tensor, mask: Tensor | None, causal: bool, scale: float | None, dropout: Dropout | None, block_q: int | None
+    Q: Tensor, K: Tensor, mask: Tensor | None, visible: Visible | None, scale: float | None, dropout: Dropout | None, block_q: int | None
 ) -> Iterator[tuple[Callable, Callable]]:
     """For each block of rows: `_rows` there, and what takes its arguments, or its results, from tensors that hold all rows."""
     B, H, Nq, D = Q.shape
@@ -81,12 +82,12 @@ def _blocks(
     columns = slice(0, Nk)
     rows = [slice(0, 0)] if Nq == 0 else blocks(0, Nq, block_size(block_q, BLOCK_Q))
     for i in rows:
-        visible = None if mask is None else mask[:, :, i]
-        if causal:
-            past = torch.ones(i.stop - i.start, Nk, dtype=torch.bool, device=Q.device).tril(i.start + Nk - Nq)
-            visible = past if visible is None else visible & past
+        may = None if mask is None else mask[:, :, i]
+        if visible is not None:
+            seen = visible.dense(i, columns, Q.device)
+            may = seen if may is None else may & seen
         Z = 1 if dropout is None else dropout.tile(i, columns, sum_dtype(Q))
-        yield partial(_rows, visible, Z, scale), partial(_arguments, i, columns, H)
+        yield partial(_rows, may, Z, scale), partial(_arguments, i, columns, H)
 
 
 def _arguments(i: slice, columns: slice, H: int, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -106,14 +107,14 @@ def _sum_groups(dX: Tensor, Hkv: int) -> Tensor:
     return dX if dX.shape[1] == Hkv else dX.unflatten(1, (Hkv, -1)).sum(2)
 
 
-def _rows(visible: Tensor | None, Z: Tensor | int, scale: float, gQ, gK, gV, dO, dLSE, Q, K, V) -> tuple[Tensor, ...]:
-    """The formula for one block of rows, with K and V repeated for every query head. visible: bool, broadcasts to (B, H, Bq, Nk)."""
+def _rows(may: Tensor | None, Z: Tensor | int, scale: float, gQ, gK, gV, dO, dLSE, Q, K, V) -> tuple[Tensor, ...]:
+    """The formula for one block of rows, with K and V repeated for every query head. may: bool, broadcasts to (B, H, Bq, Nk)."""
     S, dLSE = Q @ K.mT * scale, dLSE.unsqueeze(-1)  # (B, H, Bq, Nk), (B, H, Bq, 1)
-    if visible is None:
+    if may is None:
         P = S.softmax(-1)
     else:
-        dead = ~visible.any(-1, keepdim=True)  # rows that attend nothing: P = 0, and NaN that was sent to them goes no further
-        P = S.masked_fill(~(visible | dead), -math.inf).softmax(-1).masked_fill(dead, 0)
+        dead = ~may.any(-1, keepdim=True)  # rows that attend nothing: P = 0, and NaN that was sent to them goes no further
+        P = S.masked_fill(~(may | dead), -math.inf).softmax(-1).masked_fill(dead, 0)
         gQ, dO, dLSE = (x.masked_fill(dead, 0) for x in (gQ, dO, dLSE))
     T, dP = P * Z, (dO @ V.mT) * Z
     inner = dP - (P * dP).sum(-1, keepdim=True) + dLSE  # dS = P∘inner

@@ -141,18 +141,6 @@ def hide_(S: Tensor, mask: Tensor | None, i: slice, j: slice) -> Tensor:
     return S if mask is None else S.masked_fill_(~mask[:, :, i, j], -math.inf)
 
 
-def hide_future_(S: Tensor, i: slice, j: slice, offset: int) -> Tensor:
-    """In place: row r keeps columns c ≤ r + offset, with offset = Nk − Nq (the last row sees the last column).
-
-    A tile that lies wholly in the past has nothing to hide and is left alone.
-    """
-    if j.stop - 1 <= i.start + offset:
-        return S
-    diagonal = i.start + offset - j.start
-    future = S.new_full(S.shape[-2:], math.inf).triu_(diagonal + 1)  # ∞ in the future, 0 elsewhere
-    return S.tril_(diagonal).sub_(future)  # twice as fast as masked_fill_ on a CPU; tril_ first, as ∞ − ∞ is NaN
-
-
 def block_size(given: int | None, default: int) -> int:
     """The caller's block size, or the default."""
     if given is None:

@@ -1,25 +1,28 @@
 """The implementations behind `flash_attention()`, fastest first, and the choice between them.
 
-A backend is a module with
+A backend is a module or a rung with
 
-    why_not(q, k, v, mask, causal, dropout_p) -> str | None     why it cannot serve this call, or None if it can
-    forward(q, k, v, mask, seed, causal, scale, dropout_p) -> (O, LSE)
-    backward(dO, dLSE, q, k, v, mask, O, LSE, seed, causal, scale, dropout_p) -> (dQ, dK, dV)
+    why_not(call) -> str | None     why it cannot serve this call, or None if it can
+    plan(which, call)               what computes its FORWARD or BACKWARD, for tensors like the call's:
 
-where mask is None or a (B, H, Nq, Nk) view, seed is None exactly when there is no dropout, and dLSE may be None. The reference also has a
-second_backward, and its three functions take one argument more, the block_size of a call that sets it.
+        forward(q, k, v, mask, spans, seed) -> (O, LSE)
+        backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed) -> (dQ, dK, dV)
+
+where mask is None or a (B, H, Nq, Nk) view, spans None or a (B, H, Nq, 2) view, seed None exactly when there is no dropout, and dLSE may be
+None. The reference also has a second_backward.
 """
 
 import warnings
-
-from torch import Tensor
+from collections.abc import Callable
 
 from flash_attention import build
+from flash_attention.call import Call
 
 from . import cuda, emulated, reference
 
 BACKENDS = {**cuda.RUNGS, "reference": reference, **emulated.RUNGS}
-GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.teaching)}  # a name that stands for the fastest of several
+# A name that stands for the fastest of several.
+GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.teaching and rung.timed)}
 DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
 # A rung that was chosen, not asked for by its name: what it was chosen from, None as "", then its own name. Where its kernel, forward or
 # backward, cannot be built, another choice takes its place: every backward computes from the same O and LSE.
@@ -44,17 +47,7 @@ def check_name(name: str | None) -> str | None:
     return name
 
 
-def choose(
-    name: str | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    dropout_p: float,
-    block_size: int | None = None,
-    which: int = cuda.FORWARD,
-) -> str:
+def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
     """The name in BACKENDS that serves this call, or its backward: the one asked for, or else the first that can and pays.
 
     None on a CUDA device falls back to the reference if no kernel serves the call, and warns once for each reason. A kernel is built when
@@ -64,7 +57,8 @@ def choose(
         ValueError: there is no such backend, or its tiles are fixed and block_size is given.
         NotImplementedError: the backend asked for cannot serve the call; the message says why.
     """
-    if name is None and q.device.type != "cuda":
+    block_size = call.settings.block_size
+    if name is None and call.q.device.type != "cuda":
         return "reference"
     check_name(name)
     if block_size is not None:
@@ -76,11 +70,13 @@ def choose(
     names = DEFAULT if name is None else GROUPS.get(name, (name,))
     for each in names:
         rung = cuda.RUNGS.get(each) if len(names) > 1 else None
-        if rung is not None and not rung.pays(q, v, dropout_p):
+        if rung is not None and not rung.pays(call):
             continue
-        reason = BACKENDS[each].why_not(q, k, v, mask, causal, dropout_p)
+        reason = BACKENDS[each].why_not(call)
+        if reason is None and name is None and rung is not None and call.visible == "interval" and not cuda.INTERVALS_TIMED:
+            reason = "its kernels for windows and spans have not been timed on a GPU yet, and are taken by name only"
         if reason is None and rung is not None and build.failures:
-            reason = rung.why_not_built(which, q, v, mask, causal, dropout_p)
+            reason = rung.why_not_built(which, call)
             unbuilt |= reason is not None
         if reason is None:
             if unbuilt or (reasons and name is None and each == "reference"):
@@ -88,6 +84,25 @@ def choose(
             return each
         reasons.setdefault(reason, []).append(each)
     raise NotImplementedError(f"backend {name!r} cannot serve this call: {_listed(reasons)}")
+
+
+def resolve(which: int, call: Call):
+    """The backend of a call whose settings name it. A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda"
+    the fastest kernel. Who has chosen before (`as_chosen`) chooses again only where kernels could not be built."""
+    name = call.settings.backend
+    if name in BACKENDS and call.settings.block_size is None:
+        return BACKENDS[name]
+    if name in CHOSEN and not build.failures:
+        return CHOSEN[name]
+    return BACKENDS[choose(name.split("/")[0] or None, call, which)]
+
+
+def plan(which: int, call: Call) -> Callable:
+    """What computes the call's forward or backward."""
+    try:
+        return resolve(which, call).plan(which, call)
+    except build.BuildError:  # now it is known, and a choice passes over it; one asked for by name raises again
+        return resolve(which, call).plan(which, call)
 
 
 def _listed(reasons: dict[str, list[str]]) -> str:

@@ -9,13 +9,26 @@ import functools
 import math
 import struct
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_attention import allocate, build
-from flash_attention.backends.launch import MASK, NO_MASK, NO_TENSOR, PARAMS, SETTINGS, STRIDES, Launch, raise_on
+from flash_attention.backends.launch import (
+    INTERVAL,
+    MASK,
+    NO_INTERVAL,
+    NO_MASK,
+    NO_TENSOR,
+    PARAMS,
+    SETTINGS,
+    STRIDES,
+    Addresses,
+    Launch,
+    raise_on,
+)
+from flash_attention.call import Call, Form
 from flash_attention.reference.dropout import threshold
 from flash_attention.reference.tiles import LOG2_E, hide_dead
 
@@ -23,17 +36,13 @@ PACK_MASK = "pack_mask.cu"
 
 PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+# Whether None chooses kernels for calls with windows, spans or offsets. They have run on the emulator alone so far; by name they are taken.
+INTERVALS_TIMED = False
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
 # Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
 # summed from −2¹²⁷, lies below it.
 LOWEST = -(2.0**126)
 SMALLEST_SCALE = 2.0**-100
-# Kernels that have run in the emulator but have not been timed on a GPU: a call has to name their rung. True, once they are known to be
-# faster, lets `flash_attention()` choose them.
-BETWEEN_IS_TIMED = False  # `hopper` for head sizes between 64, 128 and 256, until then `hopper_between`
-# Whether a call that names no rung may get `split_keys`: not before it has been timed on a GPU.
-CHOOSE_SPLIT_KEYS = False
-WIDE_IS_TIMED = False  # `hopper_wide`
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as the one object that it is: a call looks its library up by it
@@ -49,7 +58,9 @@ class Rung:
     multiple_of: int = 1  # of which head sizes, and the alignment of rows in elements
     masks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # forms (build.MASK_NUMBER) that its forward and its backward read
     dropout: bool = False
-    teaching: bool = False  # a step of the ladder, or not timed yet: taken only by name
+    intervals: bool = False  # rows that see an interval of their own: windows, spans, parts of a larger whole
+    teaching: bool = False  # a step of the ladder, taken only by name
+    timed: bool = True  # on a GPU; until a rung has been, it is taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
     wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
@@ -57,51 +68,71 @@ class Rung:
     most_rows: int | None = None  # that share a key head, where it is the one to choose
     forward_workspace: bool = False  # whether its forward may need one
 
-    def why_not(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
+    def why_not(self, call: Call) -> str | None:
         """Why this rung cannot serve the call, or None."""
-        if q.device.type != self.device_type:
-            return f"it needs tensors on {'a CUDA device' if self.device_type == 'cuda' else 'the CPU'}, got {q.device}"
-        if DTYPE_NAMES.get(q.dtype) not in self.dtypes:
-            return f"it computes in {', '.join(self.dtypes)}, got {q.dtype}"
-        D, Dv = q.shape[3], v.shape[3]
-        if max(D, Dv) > self.head_dims[-1] or D % self.multiple_of or Dv % self.multiple_of:
+        if call.q.device.type != self.device_type:
+            return f"it needs tensors on {'a CUDA device' if self.device_type == 'cuda' else 'the CPU'}, got {call.q.device}"
+        if DTYPE_NAMES.get(call.q.dtype) not in self.dtypes:
+            return f"it computes in {', '.join(self.dtypes)}, got {call.q.dtype}"
+        D, Dv = call.q.shape[3], call.v.shape[3]
+        if call.head_dim > self.head_dims[-1] or D % self.multiple_of or Dv % self.multiple_of:
             kind = f"multiples of {self.multiple_of} " if self.multiple_of > 1 else ""
             return f"it takes head sizes {kind}up to {self.head_dims[-1]}, got D = {D}, Dv = {Dv}"
-        if dropout_p and not self.dropout:
-            return f"it serves no dropout, got dropout_p = {dropout_p}"
-        if mask is not None and not self.masks[FORWARD]:
-            return f"it serves no mask, got {tuple(mask.shape)}"
-        return self._why_no_kernels(q.device.index or 0)
+        if call.has_dropout and not self.dropout:
+            return f"it serves no dropout, got dropout_p = {call.settings.dropout_p}"
+        if call.mask is not None and not self.masks[FORWARD]:
+            return f"it serves no mask, got {tuple(call.mask.shape)}"
+        if call.visible == "interval":
+            return self._why_no_interval(call) or self._why_no_kernels(call.q.device.index or 0)
+        return self._why_no_kernels(call.q.device.index or 0)
+
+    def _why_no_interval(self, call: Call) -> str | None:
+        settings = call.settings
+        if not self.intervals:
+            what = "spans" if call.spans is not None else "offsets" if not settings.is_whole else f"({settings.left}, {settings.right})"
+            return f"it serves no windows or spans, got {what}"
+        offsets = settings.q_offset, settings.k_offset
+        if call.has_dropout and any(offset % 64 for offset in offsets):
+            return f"with dropout it takes offsets that are multiples of 64, got {offsets}"
+        Nq, Nk = call.q.shape[2], call.k.shape[2]
+        if max(map(abs, (*offsets, settings.diagonal_of(Nq, Nk)))) >= 2**30 or Nq + Nk >= 2**30:
+            return f"it numbers rows and columns up to 2³⁰, got Nq = {Nq}, Nk = {Nk}, offsets {offsets}"
+        return None
 
     def _why_no_kernels(self, device: int) -> str | None:
         return _why_no_kernels(self, device)
 
-    def why_not_built(self, which: int, q: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
+    def why_not_built(self, which: int, call: Call) -> str | None:
         """Why what its forward or backward needs for the call cannot be built, or None. Builds it if that has not been tried."""
-        form = None if mask is None else self._mask_form(which, mask, dropout_p > 0)
-        device = q.device.index
         try:
-            if form not in (None, "bytes"):
-                _pack_mask_library(device)
-            _library(self, which, device, q.dtype, self.compiled(q.shape[3], v.shape[3]), causal, form, dropout_p > 0)
+            self._libraries(which, call)
         except build.BuildError as error:
             return str(error)[:2000]  # a compiler may have much to say
+        return None
+
+    def _libraries(self, which: int, call: Call) -> ctypes.CDLL:
+        """The library that the call's forward or backward runs, and before it that which packs its mask."""
+        form, device = self._mask_form(which, call), call.q.device.index
+        if form not in (None, "bytes"):
+            _pack_mask_library(device)
+        return _library(self, which, device, DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout)
 
     def runs_on(self, arch: int) -> bool:
         """Whether its kernels can be compiled for this compute capability, times ten."""
         return arch == self.min_arch if self.only_min_arch else arch >= self.min_arch
 
-    def compiled(self, D: int, Dv: int) -> tuple[int, int]:
-        """The compiled head sizes, of Q and K and of V, to which a call's are padded: the least that hold them."""
+    def compiled(self, call: Call) -> tuple[int, int]:
+        """The compiled head sizes, of Q and K and of V, to which the call's are padded: the least that hold them."""
         sizes = (*((size, size) for size in self.head_dims), *self.pairs)
-        return min((size for size in sizes if size[0] >= D and size[1] >= Dv), key=sum)
+        return min((size for size in sizes if size[0] >= call.q.shape[3] and size[1] >= call.v.shape[3]), key=sum)
 
     def specialisation(
-        self, which: int, arch: str, sizes: tuple[int, int], dtype: str, causal: bool, mask: str | None, dropout: bool
+        self, which: int, arch: str, dtype: str, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool
     ) -> build.Specialisation:
-        """Its forward or backward for compiled head sizes."""
+        """What its forward or backward for one kind of call is compiled from. sizes: compiled ones, of Q and K and of V."""
         D, Dv = sizes
-        return build.Specialisation(self.file(which, D), arch, D, dtype, causal, mask, dropout, None if Dv == D else Dv)
+        kind = dtype, visible == "causal", mask, dropout, visible == "interval"
+        return build.Specialisation(self.file(which, D), arch, D, *kind, None if Dv == D else Dv)
 
     def file(self, which: int, head_dim: int) -> str:
         """The source of its forward or backward for a compiled head size."""
@@ -109,78 +140,24 @@ class Rung:
             return self.wide_backward[1]
         return self.files[which]
 
-    def pays(self, q: Tensor, v: Tensor, dropout_p: float) -> bool:
+    def pays(self, call: Call) -> bool:
         """Whether this rung, of those that can serve a call, is the one to choose."""
-        head_dim, rows = max(q.shape[3], v.shape[3]), q.shape[2]
-        if self.most_rows is not None and rows * (q.shape[1] // v.shape[1]) > self.most_rows:
+        if self.most_rows is not None and call.q.shape[2] * (call.q.shape[1] // call.k.shape[1]) > self.most_rows:
             return False
-        few = next((kinds for up_to, *kinds in self.few_rows if head_dim <= up_to), (0, 0))
-        return rows > few[dropout_p > 0]
+        few = next((kinds for up_to, *kinds in self.few_rows if call.head_dim <= up_to), (0, 0))
+        return call.q.shape[2] > few[call.has_dropout]
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, causal: bool, scale: float, dropout_p: float
-    ):
-        """→ O (B, H, Nq, Dv), LSE (B, H, Nq)."""
-        O, LSE = allocate.forward_outputs(q, v)
-        factor, scale = _positive(scale)
-        q, k, v = (self._readable(x) for x in (q if factor == 1 else q * factor, k, v))
-        form, mask_fields, _alive = self._mask(FORWARD, mask, seed is not None)
-        tensors = q, k, v, O
-        launch = self._launch(FORWARD, tensors, form, seed, causal, scale, dropout_p)
-        workspace = torch.empty(launch.workspace_floats(), dtype=torch.float32, device=q.device) if self.forward_workspace else None
-        launch(q, [x.data_ptr() for x in tensors], (LSE.data_ptr(), 0, _address(workspace), _address(seed)), mask_fields)
-        return O, LSE
-
-    def prepare(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, causal: bool, scale: float) -> Launch | None:
-        """The launch of a forward without mask and dropout for tensors like these, wherever they begin at a multiple of 16 bytes. None if
-        the kernel cannot read them as they are, or could not be built and another has taken its place."""
-        if self.forward_workspace or _positive(scale)[0] != 1 or not all(self._is_readable(x) for x in (q, k, v)):
-            return None
-        try:
-            return self._launch(FORWARD, (q, k, v, O), None, None, causal, scale, 0.0)
-        except build.BuildError:
-            return None
-
-    def backward(
-        self,
-        dO: Tensor,
-        dLSE: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        O: Tensor,
-        LSE: Tensor,
-        seed: Tensor | None,
-        causal: bool,
-        scale: float,
-        dropout_p: float,
-    ):
-        """→ dQ, dK, dV, shaped as q, k, v."""
-        dQ, dK, dV = allocate.backward_outputs(q, k, v)
-        factor, scale = _positive(scale)
-        if mask is not None or (causal and q.shape[2] > k.shape[2]):  # rows may attend nothing
-            (dO,) = hide_dead(LSE.isneginf(), dO)
-        q, k, v, O, dO = (self._readable(x) for x in (q if factor == 1 else q * factor, k, v, O, dO))
-        LSE, dLSE = LSE.contiguous(), None if dLSE is None else dLSE.contiguous()
-        form, mask_fields, _alive = self._mask(BACKWARD, mask, seed is not None)
-        tensors = q, k, v, O, dO, dQ, dK, dV
-        launch = self._launch(BACKWARD, tensors, form, seed, causal, scale, dropout_p)
-        workspace = torch.empty(launch.workspace_floats(), dtype=torch.float32, device=q.device)
-        pointers = LSE.data_ptr(), _address(dLSE), workspace.data_ptr(), _address(seed)
-        launch(q, [x.data_ptr() for x in tensors], pointers, mask_fields)
-        return (dQ if factor == 1 else dQ.mul_(factor)), dK, dV
+    def plan(self, which: int, call: Call) -> "Forward | Backward":
+        """What computes the call's forward or backward."""
+        return (Forward, Backward)[which].of(self, call)
 
     # ---- what the kernels can read in place
 
-    def _is_readable(self, x: Tensor) -> bool:
+    def reads(self, x: Form) -> bool:
         """The last dimension is contiguous and, where the kernel copies 16 bytes at a time, rows begin at multiples of 16 bytes."""
-        b, h, i, d = x.stride()
+        b, h, i, d = x.stride
         n = self.multiple_of
-        return (d == 1 or x.shape[3] == 1) and (n == 1 or not ((b | h | i) % n or x.data_ptr() % 16))
-
-    def _readable(self, x: Tensor) -> Tensor:
-        return x if self._is_readable(x) else x.clone(memory_format=torch.contiguous_format)
+        return (d == 1 or x.shape[3] == 1) and (n == 1 or not (b | h | i) % n)
 
     def mask_forms(self, which: int, dropout: bool) -> tuple[str, ...]:
         """The forms in which this rung's forward or backward reads a mask, the usual one first."""
@@ -188,40 +165,118 @@ class Rung:
         # side by side.
         return self.masks[which][:1] if dropout else self.masks[which]
 
-    def _mask_form(self, which: int, mask: Tensor, dropout: bool) -> str:
-        """The form in which this mask is best read."""
-        forms = self.mask_forms(which, dropout)
-        return "bytes" if "bytes" in forms and _is_read_once(mask) else forms[0]
-
-    def _mask(self, which: int, mask: Tensor | None, dropout: bool) -> tuple[str | None, bytes, Tensor | None]:
-        """The mask's form, its fields in the struct, and what must stay alive until the launch."""
-        if mask is None:
-            return None, NO_MASK, None
-        form = self._mask_form(which, mask, dropout)
-        if form == "bytes":
-            return "bytes", MASK.pack(mask.data_ptr(), *mask.stride()), mask
-        bits = self._pack_mask(mask, form == "key bits")
-        b, h, row, _ = (0 if n == 1 else s for n, s in zip(bits.shape, bits.stride(), strict=True))
-        along_queries, along_keys = (row, 1) if form == "bits" else (int(mask.stride(2) != 0), row)
-        return form, MASK.pack(bits.data_ptr(), b, h, along_queries, along_keys), bits
+    def _mask_form(self, which: int, call: Call) -> str | None:
+        """The form in which the call's mask is best read."""
+        if call.mask is None:
+            return None
+        forms = self.mask_forms(which, call.has_dropout)
+        return "bytes" if "bytes" in forms and call.mask_is_aligned and _is_read_once(call.mask) else forms[0]
 
     def _pack_mask(self, mask: Tensor, by_keys: bool) -> Tensor:
         return pack_mask(mask, by_keys)
 
-    def _launch(
-        self,
-        which: int,
-        tensors: tuple[Tensor, ...],
-        mask: str | None,
-        seed: Tensor | None,
-        causal: bool,
-        scale: float,
-        dropout_p: float,
-    ) -> Launch:
-        q, _, v, *_ = tensors
-        device = q.device.index
-        library = _library(self, which, device, q.dtype, self.compiled(q.shape[3], v.shape[3]), causal, mask, seed is not None)
-        return Launch(library, *_fields(tensors, scale, dropout_p), device, _sm_count(device))
+    def launch(self, which: int, call: Call, tensors: tuple[Form, ...], scale: float) -> Launch:
+        """Of kernels that read and write tensors of these forms; `scale` is positive."""
+        device = call.q.device.index
+        return Launch(self._libraries(which, call), *_fields(call, tensors, scale), device, _sm_count(device))
+
+
+class Forward(NamedTuple):
+    """A rung's forward for tensors like a call's: made once, for all calls like it."""
+
+    rung: Rung
+    call: Call
+    launch: Launch
+    mask_form: str | None
+    factor: float  # of q
+    copied: tuple[bool, ...]  # of q, k, v: which the kernel cannot read as they are
+    O_is_like_q: bool  # allocate.is_like, not to be worked out again
+    workspace: int  # floats
+
+    @classmethod
+    def of(cls, rung: Rung, call: Call, copied: tuple[bool, ...] = (False,) * 3) -> "Forward":
+        factor, scale = _positive(call.settings.scale)
+        inputs, copied = _as_read(rung, (call.q, call.k, call.v), copied)
+        q, v = (x.empty() for x in (call.q, call.v))
+        O_is_like_q = allocate.is_like(q, q.shape[2], v.shape[3])
+        launch = rung.launch(FORWARD, call, (*inputs, Form.of(allocate.output(q, v))), scale)
+        has_spans = call.spans is not None
+        workspace = launch.workspace_floats(has_spans) if has_spans or rung.forward_workspace else 0
+        return cls(rung, call, launch, rung._mask_form(FORWARD, call), factor, copied, O_is_like_q, workspace)
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing comes before or after the launch."""
+        return self.factor == 1 and not any(self.copied) and self.mask_form is None and not self.call.has_dropout and not self.workspace
+
+    def repeat(self, q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor | None]:
+        """O and, if asked for, LSE, of a plain plan for tensors at multiples of 16 bytes."""
+        O = torch.empty_like(q) if self.O_is_like_q else allocate.output(q, v)
+        LSE = allocate.lse(q) if lse else None
+        self.launch(q, (q.data_ptr(), k.data_ptr(), v.data_ptr(), O.data_ptr()), Addresses(LSE.data_ptr() if lse else 0))
+        return O, LSE
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spans: Tensor | None, seed: Tensor | None):
+        """→ O (B, H, Nq, Dv), LSE (B, H, Nq)."""
+        tensors = (q if self.factor == 1 else q * self.factor), k, v
+        if (copied := _to_copy(self.rung, tensors, self.copied)) != self.copied:
+            return self.of(self.rung, self.call, copied)(q, k, v, mask, spans, seed)
+        O, LSE = allocate.forward_outputs(q, v)
+        tensors = *_as_contiguous(tensors, copied), O
+        workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device) if self.workspace else None
+        mask_fields, _alive = _mask_fields(self.rung, self.mask_form, mask)
+        others = Addresses(LSE.data_ptr(), 0, _address(workspace), _address(seed), _address(spans), mask_fields)
+        self.launch(q, [x.data_ptr() for x in tensors], others)
+        return O, LSE
+
+
+class Backward(NamedTuple):
+    """A rung's backward for tensors like a call's."""
+
+    rung: Rung
+    call: Call
+    launch: Launch
+    mask_form: str | None
+    factor: float  # of q
+    copied: tuple[bool, ...]  # of q, k, v, O, dO: which the kernel cannot read as they are
+    hides_dead: bool  # rows may attend nothing
+    workspace: int  # floats
+
+    @classmethod
+    def of(cls, rung: Rung, call: Call, copied: tuple[bool, ...] = (False,) * 5) -> "Backward":
+        factor, scale = _positive(call.settings.scale)
+        visible = call.settings.visible(call.q.shape[2], call.k.shape[2], None)
+        hides_dead = call.mask is not None or call.spans is not None or visible.blinds
+        dO = call.dO
+        if hides_dead:
+            hidden = hide_dead(torch.empty(dO.shape[:3], dtype=torch.bool, device="meta"), dO.empty())[0]
+            dO = dO._replace(stride=hidden.stride())
+        inputs, copied = _as_read(rung, (call.q, call.k, call.v, call.O, dO), copied)
+        outputs = map(Form.of, allocate.backward_outputs(*(x.empty() for x in (call.q, call.k, call.v))))
+        launch = rung.launch(BACKWARD, call, (*inputs, *outputs), scale)
+        workspace = launch.workspace_floats(call.spans is not None)
+        return cls(rung, call, launch, rung._mask_form(BACKWARD, call), factor, copied, hides_dead, workspace)
+
+    @property
+    def is_plain(self) -> bool:
+        """Shapes, strides and settings are all that it depends on."""
+        return self.mask_form is None and self.call.spans is None
+
+    def __call__(self, dO, dLSE, q, k, v, mask, spans, O, LSE, seed):
+        """→ dQ, dK, dV, shaped as q, k, v."""
+        if self.hides_dead:
+            (dO,) = hide_dead(LSE.isneginf(), dO)
+        tensors = (q if self.factor == 1 else q * self.factor), k, v, O, dO
+        if (copied := _to_copy(self.rung, tensors, self.copied)) != self.copied:
+            return self.of(self.rung, self.call, copied)(dO, dLSE, q, k, v, mask, spans, O, LSE, seed)
+        dQ, dK, dV = allocate.backward_outputs(q, k, v)
+        tensors = *_as_contiguous(tensors, copied), dQ, dK, dV
+        LSE, dLSE = LSE.contiguous(), None if dLSE is None else dLSE.contiguous()
+        mask_fields, _alive = _mask_fields(self.rung, self.mask_form, mask)
+        workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device)
+        others = Addresses(LSE.data_ptr(), _address(dLSE), workspace.data_ptr(), _address(seed), _address(spans), mask_fields)
+        self.launch(q, [x.data_ptr() for x in tensors], others)
+        return (dQ if self.factor == 1 else dQ.mul_(self.factor)), dK, dV
 
 
 HOPPER = Rung(
@@ -234,19 +289,23 @@ HOPPER = Rung(
     multiple_of=8,
     masks=(("bits",), ("key bits",)),
     dropout=True,
+    intervals=True,
     wide_backward=(128, "backward_4_hopper_wide.cu"),
     few_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
 )
-HOPPER_BETWEEN = replace(HOPPER, name="hopper_between", head_dims=(64, 80, 96, 112, 128, 160, 192, 256), pairs=((192, 128),), teaching=True)
+# The same kernels, compiled for more head sizes: once these are timed, they are hopper's.
+HOPPER_BETWEEN = replace(HOPPER, name="hopper_between", head_dims=(64, 80, 96, 112, 128, 160, 192, 256), pairs=((192, 128),), timed=False)
 HOPPER_WIDE = replace(
     HOPPER,
     name="hopper_wide",
     files=("forward_5_wide.cu", "backward_5_wide.cu"),
     head_dims=(320, 384, 512),
+    intervals=False,
     wide_backward=None,
     few_rows=(),
-    teaching=not WIDE_IS_TIMED,
+    timed=False,
 )
+
 RUNGS = {
     rung.name: rung
     for rung in (
@@ -259,11 +318,11 @@ RUNGS = {
             multiple_of=8,
             masks=(("bits",), ("bits",)),
             dropout=True,
-            teaching=not CHOOSE_SPLIT_KEYS,
+            timed=False,
             most_rows=64,
             forward_workspace=True,
         ),
-        replace(HOPPER, head_dims=HOPPER_BETWEEN.head_dims, pairs=HOPPER_BETWEEN.pairs) if BETWEEN_IS_TIMED else HOPPER,
+        HOPPER,
         Rung(
             name="tensor_core",
             files=("forward_3_tensor_core.cu", "backward_3_tensor_core.cu"),
@@ -273,6 +332,7 @@ RUNGS = {
             multiple_of=8,
             masks=(("bits", "bytes"), ("bits",)),
             dropout=True,
+            intervals=True,
         ),
         HOPPER_WIDE,  # behind all that take narrower heads
         Rung(
@@ -283,6 +343,7 @@ RUNGS = {
             head_dims=(32, 64, 96, 128, 192, 256, 512),
             masks=(("bytes",), ("bytes",)),
             dropout=True,
+            intervals=True,
         ),
         Rung(
             name="mma",
@@ -298,15 +359,55 @@ RUNGS = {
 }
 
 
-def _fields(tensors: tuple[Tensor, ...], scale: float, dropout_p: float) -> tuple[tuple[int | bytes, ...], bytes]:
-    """What a Launch keeps of the tensors, and of the settings."""
+def _as_read(rung: Rung, tensors: tuple[Form, ...], copied: tuple[bool, ...]) -> tuple[list[Form], tuple[bool, ...]]:
+    """The forms in which kernels get these tensors, and which of them are copied for that: those of `copied`, and those that cannot be read."""
+    copied = tuple(copy or not rung.reads(x) for x, copy in zip(tensors, copied, strict=True))
+    return [x.contiguous() if copy else x for x, copy in zip(tensors, copied, strict=True)], copied
+
+
+def _to_copy(rung: Rung, tensors: tuple[Tensor, ...], copied: tuple[bool, ...]) -> tuple[bool, ...]:
+    """`copied`, and beside them those that begin between multiples of 16 bytes where the kernel copies 16 at a time."""
+    if rung.multiple_of == 1:
+        return copied
+    return tuple(copy or x.data_ptr() % 16 != 0 for x, copy in zip(tensors, copied, strict=True))
+
+
+def _as_contiguous(tensors: tuple[Tensor, ...], copied: tuple[bool, ...]) -> list[Tensor]:
+    return [x.clone(memory_format=torch.contiguous_format) if copy else x for x, copy in zip(tensors, copied, strict=True)]
+
+
+def _mask_fields(rung: Rung, form: str | None, mask: Tensor | None) -> tuple[bytes, Tensor | None]:
+    """The mask's fields in the struct, and what must stay alive until the launch."""
+    if form is None:
+        return NO_MASK, None
+    if form == "bytes":
+        return MASK.pack(mask.data_ptr(), *mask.stride()), mask
+    bits = rung._pack_mask(mask, form == "key bits")
+    b, h, row, _ = (0 if n == 1 else s for n, s in zip(bits.shape, bits.stride(), strict=True))
+    along_queries, along_keys = (row, 1) if form == "bits" else (int(mask.stride(2) != 0), row)
+    return MASK.pack(bits.data_ptr(), b, h, along_queries, along_keys), bits
+
+
+def _fields(call: Call, tensors: tuple[Form, ...], scale: float) -> tuple[tuple[int | bytes, ...], bytes, bytes]:
+    """What a Launch keeps of the tensors, of the settings, and of what each row sees."""
     q, _, v, *_ = tensors
     (B, H, Nq, D), (_, Hkv, Nk, Dv) = q.shape, v.shape
-    drop = threshold(dropout_p)
+    drop = threshold(call.settings.dropout_p)
     return (
-        tuple(field for x in tensors for field in (0, STRIDES.pack(*x.stride()[:3]))) + (8 - len(tensors)) * NO_TENSOR,
+        tuple(field for x in tensors for field in (0, STRIDES.pack(*x.stride[:3]))) + (8 - len(tensors)) * NO_TENSOR,
         SETTINGS.pack(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop), LOWEST / max(1, scale * LOG2_E)),
+        _interval(call) if call.visible == "interval" else NO_INTERVAL,
     )
+
+
+def _interval(call: Call) -> bytes:
+    """`struct Interval` of attention.h. A limit that no row reaches is none."""
+    settings, Nq, Nk = call.settings, call.q.shape[2], call.k.shape[2]
+    diagonal = settings.diagonal_of(Nq, Nk)
+    left = -1 if settings.left is None or diagonal + Nq - 1 - settings.left <= 0 else settings.left
+    right = -1 if settings.right is None or diagonal + settings.right >= Nk - 1 else settings.right
+    strides = (0, 0, 0, 0) if call.spans is None else call.spans.stride
+    return INTERVAL.pack(*strides, left, right, diagonal, settings.q_offset, settings.k_offset)
 
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -327,11 +428,11 @@ def _why_no_kernels(rung: Rung, device: int) -> str | None:
 
 @functools.cache
 def _library(
-    rung: Rung, which: int, device: int, dtype: torch.dtype, sizes: tuple[int, int], causal: bool, mask: str | None, dropout: bool
+    rung: Rung, which: int, device: int, dtype: str, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool
 ) -> ctypes.CDLL:
     """The rung's forward (0) or backward (1) for one kind of call, compiled if it must be."""
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    return declared(build.load(rung.specialisation(which, arch, sizes, DTYPE_NAMES[dtype], causal, mask, dropout), PARAMS.size))
+    return declared(build.load(rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout), PARAMS.size))
 
 
 def _positive(scale: float) -> tuple[float, float]:
@@ -361,11 +462,11 @@ def _pack_mask_library(device: int) -> ctypes.CDLL:
     return library
 
 
-def _is_read_once(mask: Tensor) -> bool:
+def _is_read_once(mask: Form) -> bool:
     """Whether a forward reads each byte of the mask once, and may read 16 at a time. Then packing, which reads them too, saves nothing."""
-    b, h, i, j = mask.stride()
+    b, h, i, j = mask.stride
     once = all(stride or n == 1 for n, stride in zip(mask.shape[:3], (b, h, i), strict=True))
-    return once and j == 1 and not (b | h | i | mask.data_ptr()) % 16
+    return once and j == 1 and not (b | h | i) % 16
 
 
 def pack_mask(mask: Tensor, by_keys: bool = False, launch=None) -> Tensor:

@@ -17,8 +17,9 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from flash_attention.backends import cuda
-from flash_attention.backends.launch import MASK, NO_MASK, PARAMS, SETTINGS, STRIDES, Launch
+from flash_attention.backends.launch import INTERVAL, MASK, PARAMS, SETTINGS, STRIDES, Addresses, Launch
 from flash_attention.build import Specialisation, emulated
+from flash_attention.call import Call, Form
 
 SM_COUNT = 2  # multiprocessors of the emulated device: few, so that a block that stays on one gets several works
 
@@ -103,11 +104,12 @@ class EmulatedLaunch(Launch):
 
     mask_form: str | None = None
 
-    def __call__(self, q: Tensor, addresses, pointers, mask: bytes = NO_MASK) -> None:
-        memories = self._tensors(addresses, q.element_size()) + self._pointers(pointers, backward=len(addresses) > 4)
+    def __call__(self, q: Tensor, tensors, others: Addresses) -> None:
+        backward = len(tensors) > 4
+        memories = self._tensors(tensors, q.element_size()) + self._others(others, backward)
         if self.mask_form:
-            memories.append(self._mask(mask))
-        run(self.library, self.library.attention, self._params(addresses, pointers, mask), memories)
+            memories.append(self._mask(others.mask))
+        run(self.library, self.library.attention, self._params(tensors, others), memories)
 
     def _stream(self) -> int:
         return 0
@@ -123,14 +125,16 @@ class EmulatedLaunch(Launch):
             memories.append(Memory(name, address, size, name in outputs, name not in outputs))
         return memories
 
-    def _pointers(self, pointers, backward: bool) -> list[Memory]:
+    def _others(self, others: Addresses, backward: bool) -> list[Memory]:
         B, H, _, Nq, *_ = SETTINGS.unpack(self.settings)
-        lse, d_lse, workspace, seed = pointers
+        workspace = 4 * self.workspace_floats(others.spans != 0) if others.workspace else 0
+        spans = 4 * extent((B, H, Nq, 2), INTERVAL.unpack(self.interval)[:4]) if others.spans else 0
         return [
-            Memory("lse", lse, 4 * B * H * Nq if lse else 0, not backward, backward),
-            Memory("d_lse", d_lse, 4 * B * H * Nq if d_lse else 0),
-            Memory("the workspace", workspace, 4 * self.workspace_floats() if workspace else 0, True, False),
-            Memory("the seed", seed, 8 if seed else 0),
+            Memory("lse", others.lse, 4 * B * H * Nq if others.lse else 0, not backward, backward),
+            Memory("d_lse", others.d_lse, 4 * B * H * Nq if others.d_lse else 0),
+            Memory("the workspace", others.workspace, workspace, True, False),
+            Memory("the seed", others.seed, 8 if others.seed else 0),
+            Memory("the spans", others.spans, spans),
         ]
 
     def _mask(self, mask: bytes) -> Memory:
@@ -180,19 +184,15 @@ class EmulatedRung(cuda.Rung):
             return f"the emulator needs Linux, this is {sys.platform}"
         return None if emulated.find_compiler() else "the emulator needs a C++ compiler (g++ or clang++), and none was found"
 
-    def prepare(self, *_) -> None:
-        """No launch is kept: a CPU has time."""
-        return None
-
     def _pack_mask(self, mask: Tensor, by_keys: bool) -> Tensor:
         return cuda.pack_mask(mask, by_keys, _launch_pack_mask)
 
-    def _launch(self, which, tensors, mask, seed, causal, scale, dropout_p) -> EmulatedLaunch:
-        q, _, v, *_ = tensors
-        sizes = self.compiled(q.shape[3], v.shape[3])
-        wanted = self.specialisation(which, emulated.ARCH, sizes, cuda.DTYPE_NAMES[q.dtype], causal, mask, seed is not None)
-        launch = EmulatedLaunch(_library(wanted, options.sources), *cuda._fields(tensors, scale, dropout_p), 0, SM_COUNT)
-        launch.mask_form = mask
+    def launch(self, which: int, call: Call, tensors: tuple[Form, ...], scale: float) -> EmulatedLaunch:
+        form = self._mask_form(which, call)
+        kind = cuda.DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout
+        wanted = self.specialisation(which, emulated.ARCH, *kind)
+        launch = EmulatedLaunch(_library(wanted, options.sources), *cuda._fields(call, tensors, scale), 0, SM_COUNT)
+        launch.mask_form = form
         return launch
 
 

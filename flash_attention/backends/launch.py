@@ -14,15 +14,27 @@ from torch import Tensor
 STRIDES = struct.Struct("@3q")  # of a tensor's first three dimensions
 MASK = struct.Struct("@5q")  # address, strides
 SETTINGS = struct.Struct("@7i f i 2f")  # B, H, Hkv, Nq, Nk, D, Dv, scale, drop_below, keep_scale, lowest
+INTERVAL = struct.Struct("@4q 5i 4x")  # strides of spans; left and right (−1: no limit), diagonal, q_offset, k_offset
 # q, k, v, O, dO, dQ, dK, dV (address, strides), the mask, the addresses of lse, d_lse, workspace and seed, the settings, deterministic,
-# device, sm_count, the stream.
-PARAMS = struct.Struct("@" + 8 * "q 24s" + "40s 4q 44s 3i q")
+# device, sm_count, the stream, the address of spans, the interval.
+PARAMS = struct.Struct("@" + 8 * "q 24s" + "40s 4q 44s 3i q q 56s")
 NO_TENSOR = (0, bytes(STRIDES.size))
 NO_MASK = bytes(MASK.size)
-NO_POINTERS = (0, 0, 0, 0)
+NO_INTERVAL = bytes(INTERVAL.size)
 # `struct KeySource`, which follows: the addresses of lengths, starts and block table, the stride of the last, page_size, pages.
 KEYS = struct.Struct("@4q 2i")
 NO_KEYS = bytes(KEYS.size)
+
+
+class Addresses(NamedTuple):
+    """What a launch needs beside its tensors' addresses; 0 for what there is not."""
+
+    lse: int = 0
+    d_lse: int = 0
+    workspace: int = 0
+    seed: int = 0
+    spans: int = 0
+    mask: bytes = NO_MASK  # its form in the struct, address and strides
 
 
 class Launch(NamedTuple):
@@ -31,26 +43,28 @@ class Launch(NamedTuple):
     library: ctypes.CDLL
     tensors: tuple[int | bytes, ...]  # the first 16 fields of the struct, with 0 for each address
     settings: bytes
+    interval: bytes
     device: int
     sm_count: int
     keys: bytes = NO_KEYS
 
-    def __call__(self, q: Tensor, addresses: Sequence[int], pointers: Sequence[int], mask: bytes = NO_MASK) -> None:
-        """Enqueues the kernels on the current stream of q's device.
+    def __call__(self, q: Tensor, tensors: Sequence[int], others: Addresses) -> None:
+        """Enqueues the kernels on the current stream of q's device. `tensors` are the addresses of q, k, v, O and, of a backward, dO, dQ, dK,
+        dV."""
+        raise_on(self.library.attention(self._params(tensors, others)), self.library, q)
 
-        addresses are those of q, k, v, O and, of a backward, dO, dQ, dK, dV; pointers those of LSE, dLSE, the workspace and the seed, 0 for
-        what there is not.
-        """
-        raise_on(self.library.attention(self._params(addresses, pointers, mask)), self.library, q)
+    def workspace_floats(self, has_spans: bool) -> int:
+        """Of a launch with spans, or without."""
+        return self.library.workspace_floats(self._params((), Addresses(spans=int(has_spans))))
 
-    def workspace_floats(self) -> int:
-        return self.library.workspace_floats(self._params((), NO_POINTERS, NO_MASK))
-
-    def _params(self, addresses: Sequence[int], pointers: Sequence[int], mask: bytes) -> bytes:
+    def _params(self, addresses: Sequence[int], others: Addresses) -> bytes:
         tensors = list(self.tensors)
         tensors[: 2 * len(addresses) : 2] = addresses
+        *pointers, spans, mask = others
         deterministic = torch.are_deterministic_algorithms_enabled()
-        params = PARAMS.pack(*tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, self._stream())
+        params = PARAMS.pack(
+            *tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, self._stream(), spans, self.interval
+        )
         return params + self.keys
 
     def _stream(self) -> int:

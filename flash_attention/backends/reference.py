@@ -2,7 +2,8 @@
 dtype."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from threading import Lock
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from flash_attention import allocate
 from flash_attention.backends import workers
-from flash_attention.reference import Dropout, flash2, flash2_causal, second_derivative
+from flash_attention.call import Call, Settings
+from flash_attention.reference import Dropout, Visible, flash2, flash2_causal, second_derivative
 from flash_attention.reference.tiles import blocks, sum_dtype
 
 # Elements that one step of the tile loop touches (10 MB in float32). Measured on 2 cores with 1 MB of L2 each: more falls out of cache,
@@ -26,91 +28,91 @@ WORKER_FLOPS = 1 << 33
 WORKER_STEP = 1 << 17
 # Elements of K in a batch.
 EVEN = 1 << 17
+# Rows of a tile where windows or spans cut it.
+NARROW_Q = 128
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> str | None:
+def why_not(call: Call) -> str | None:
     """The reference serves every call."""
     return None
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    block_size: int | None = None,
-):
-    """→ O (B, H, Nq, Dv), LSE (B, H, Nq). block_size: rows and columns of a tile; the algorithm's own unless given."""
-    run = flash2_causal.flash_attention2_causal_forward if causal else flash2.flash_attention2_forward
+def plan(which: int, call: Call) -> Callable:
+    """The forward or backward below, with the call's settings."""
+    return partial((forward, backward)[which], call.settings)
+
+
+def forward(settings: Settings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spans: Tensor | None, seed: Tensor | None):
+    """→ O (B, H, Nq, Dv), LSE (B, H, Nq)."""
     Nq, Nk = q.shape[2], k.shape[2]
-    columns = _columns(q, k, causal, seed is not None, block_size)
+    visible = settings.visible(Nq, Nk, spans)
     O, LSE = allocate.forward_outputs(q, v)
+    sizes = block_q, block_k = _forward_block_sizes(q, k, visible, settings)
 
     def piece(b: slice, h: slice, h_kv: slice, i: slice) -> None:
-        j = slice(0, max(0, i.stop + Nk - Nq) if causal else Nk)  # up to the last column that rows i see, where they too are aligned
-        O[b, h, i], LSE[b, h, i] = run(
+        seen = visible.of_heads(b, h)
+        j = seen.columns(i)
+        O[b, h, i], LSE[b, h, i] = flash2.flash_attention2_forward(
             q[b, h, i],
             k[b, h_kv, j],
             v[b, h_kv, j],
             None if mask is None else mask[b, h, i, j],
-            scale=scale,
-            dropout=_dropout(seed, dropout_p, b, h, (i.start, 0)),
-            block_q=block_size,
-            block_k=columns,
+            scale=settings.scale,
+            dropout=_dropout(settings, seed, b, h, (i.start, j.start)),
+            visible=seen.part(i, j),
+            block_q=block_q,
+            block_k=block_k,
         )
 
-    large = _large(2, q, k, causal, block_size)
+    large = _large(2, q, k, visible, settings)
     rows = list(blocks(0, Nq, SPAN if large else max(Nq, 1)))[::-1]  # causal: the last rows see most
     each = workers.run if large else workers.in_turn
-    each(piece, [(*heads, i) for heads in _heads(q, k, causal, block_size, large, columns) for i in rows])
+    each(piece, [(*heads, i) for heads in _heads(q, k, sizes, large) for i in rows])
     return O, LSE
 
 
 def backward(
+    settings: Settings,
     dO: Tensor,
     dLSE: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    spans: Tensor | None,
     O: Tensor,
     LSE: Tensor,
     seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    block_size: int | None = None,
 ):
     """→ dQ, dK, dV, shaped as q, k, v."""
-    run = flash2_causal.flash_attention2_causal_backward if causal else flash2.flash_attention2_backward
     Nq, Nk = q.shape[2], k.shape[2]
+    visible = settings.visible(Nq, Nk, spans)
     dQ, dK, dV = allocate.backward_outputs(q, k, v)
+    sizes = block_q, block_k = _block_sizes(visible, settings)
 
     def piece(b: slice, h: slice, h_kv: slice, dQ_sum: _Sum, j: slice) -> None:
-        dQ_part, dK[b, h_kv, j], dV[b, h_kv, j] = run(
-            q[b, h].to(sum_dtype(q)),  # so that dQ comes back in this dtype, to be summed
+        seen = visible.of_heads(b, h)
+        i = seen.rows(j)
+        dQ_part, dK[b, h_kv, j], dV[b, h_kv, j] = flash2.flash_attention2_backward(
+            q[b, h, i].to(sum_dtype(q)),  # so that dQ comes back in this dtype, to be summed
             k[b, h_kv, j],
             v[b, h_kv, j],
-            None if mask is None else mask[b, h, :, j],
-            O[b, h],
-            LSE[b, h],
-            dO[b, h],
-            None if dLSE is None else dLSE[b, h],
-            scale=scale,
-            dropout=_dropout(seed, dropout_p, b, h, (0, j.start)),
-            block_q=block_size,
-            block_k=block_size,
-            **({"offset": Nk - Nq - j.start} if causal else {}),
+            None if mask is None else mask[b, h, i, j],
+            O[b, h, i],
+            LSE[b, h, i],
+            dO[b, h, i],
+            None if dLSE is None else dLSE[b, h, i],
+            scale=settings.scale,
+            dropout=_dropout(settings, seed, b, h, (i.start, j.start)),
+            visible=seen.part(i, j),
+            block_q=block_q,
+            block_k=block_k,
         )
-        dQ_sum.add(j, dQ_part)
+        dQ_sum.add(j, i, dQ_part)
 
-    large = _large(5, q, k, causal, block_size)
+    large = _large(5, q, k, visible, settings)
     columns = list(blocks(0, Nk, SPAN if large else max(Nk, 1))) or [slice(0, 0)]
-    parts = [(b, h, h_kv, _Sum(dQ[b, h], columns)) for b, h, h_kv in _heads(q, k, causal, block_size, large)]
+    parts = [(b, h, h_kv, _Sum(dQ[b, h], columns)) for b, h, h_kv in _heads(q, k, sizes, large)]
     # Neighbours in the list belong to different sums, so that few parts of dQ wait to be added; not too many sums are begun at a time.
     some = (parts[n : n + workers.MAX_WORKERS] for n in range(0, len(parts), workers.MAX_WORKERS))
     pieces = [(*part, j) for few in some for j in columns for part in few]
@@ -128,96 +130,105 @@ class _Sum:
         self.total: Tensor | None = None
         self.lock = Lock()
 
-    def add(self, span: slice, part: Tensor) -> None:
+    def add(self, span: slice, rows: slice, part: Tensor) -> None:
+        """The part of one span, which is about these rows of `out`."""
         with self.lock:
-            self.parts[span.start] = part
+            self.parts[span.start] = rows, part
             while self.spans and self.spans[0].start in self.parts:
-                part = self.parts.pop(self.spans.popleft().start)
+                rows, part = self.parts.pop(self.spans.popleft().start)
                 if self.total is not None:
-                    self.total.add_(part)
+                    self.total[:, :, rows].add_(part)
+                elif part.dtype != self.out.dtype and part.shape == self.out.shape:
+                    self.total = part
                 else:  # `out` itself holds the sum, unless it would round it
-                    self.total = self.out.copy_(part) if part.dtype == self.out.dtype else part
+                    self.total = self.out if part.dtype == self.out.dtype else torch.empty_like(self.out, dtype=part.dtype)
+                    if part.shape != self.out.shape:
+                        self.total.zero_()
+                    self.total[:, :, rows] = part
             if not self.spans and self.total is not self.out:
                 self.out.copy_(self.total)
                 self.total = None
 
 
-def second_backward(
-    gQ: Tensor,
-    gK: Tensor,
-    gV: Tensor,
-    dO: Tensor,
-    dLSE: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    block_size: int | None = None,
-):
-    """Cotangents of dO, dLSE, q, k, v. block_size: rows of a block."""
+def second_backward(settings: Settings, gQ, gK, gV, dO, dLSE, q, k, v, mask: Tensor | None, spans: Tensor | None, seed: Tensor | None):
+    """Cotangents of dO, dLSE, q, k, v."""
     inputs = gQ, gK, gV, dO, dLSE, q, k, v
-    return second_derivative.flash_attention_second_backward(*inputs, mask, **_options(q, seed, causal, scale, dropout_p, block_size))
+    return second_derivative.flash_attention_second_backward(*inputs, mask, **_options(settings, q, k, spans, seed))
 
 
-def second_backward_vjp(cotangents, inputs, needed, mask, seed, causal, scale, dropout_p, _backend, block_size):
+def second_backward_vjp(settings: Settings, cotangents, inputs, needed, mask, spans, seed):
     """Cotangents of `inputs`, the eight tensors of `second_backward`, from those of its results."""
-    options = _options(inputs[5], seed, causal, scale, dropout_p, block_size)
-    return second_derivative.second_backward_vjp(cotangents, inputs, needed, mask, **options)
+    return second_derivative.second_backward_vjp(cotangents, inputs, needed, mask, **_options(settings, *inputs[5:7], spans, seed))
 
 
-def _options(q: Tensor, seed: Tensor | None, causal: bool, scale: float, dropout_p: float, block_size: int | None) -> dict:
-    dropout = _dropout(seed, dropout_p, slice(0, q.shape[0]), slice(0, q.shape[1]))
-    return {"causal": causal, "scale": scale, "dropout": dropout, "block_q": block_size}
+def _options(settings: Settings, q: Tensor, k: Tensor, spans: Tensor | None, seed: Tensor | None) -> dict:
+    """Of second_derivative.py."""
+    visible = settings.visible(q.shape[2], k.shape[2], spans)
+    limited = spans is not None or settings.left is not None or settings.right is not None
+    dropout = _dropout(settings, seed, slice(0, q.shape[0]), slice(0, q.shape[1]), (0, 0))
+    return {"visible": visible if limited else None, "scale": settings.scale, "dropout": dropout, "block_q": settings.block_size}
 
 
-def _dropout(seed: Tensor | None, p: float, b: slice, h: slice, corner: tuple[int, int] = (0, 0)) -> Dropout | None:
-    return None if seed is None else Dropout(p, seed, range(b.start, b.stop), range(h.start, h.stop), corner)
+def _dropout(settings: Settings, seed: Tensor | None, b: slice, h: slice, corner: tuple[int, int]) -> Dropout | None:
+    """For a part of the call whose first row and column are those of the corner."""
+    corner = corner[0] + settings.q_offset, corner[1] + settings.k_offset
+    return None if seed is None else Dropout(settings.dropout_p, seed, range(b.start, b.stop), range(h.start, h.stop), corner)
 
 
-def _columns(q: Tensor, k: Tensor, causal: bool, dropout: bool, block_size: int | None) -> int | None:
-    """Columns of the forward's tiles; None: the algorithm's own.
+def _block_sizes(visible: Visible, settings: Settings) -> tuple[int, int]:
+    """Rows and columns of a tile: fewer rows where an edge cuts it, of which less is then computed in vain."""
+    if settings.block_size is not None:
+        return settings.block_size, settings.block_size
+    if visible.left is not None or visible.spans is not None:
+        return NARROW_Q, flash2.BLOCK_K
+    return (flash2 if visible.right is None else flash2_causal).BLOCK_Q, flash2.BLOCK_K
+
+
+def _forward_block_sizes(q: Tensor, k: Tensor, visible: Visible, settings: Settings) -> tuple[int, int]:
+    """Rows and columns of the forward's tiles.
 
     Where few rows share a key head, a tile of K is read once from memory whatever its size, and a tile of S is narrow: it gets as many
     columns as make it as large as for many rows, so that operations are few. Not where a tile of K and V is converted first, which must
     lie in cache, or where random bits are drawn, for 32 rows at least.
     """
-    if block_size is not None or dropout or q.dtype != sum_dtype(q):
-        return block_size
-    module = flash2_causal if causal else flash2
+    block_q, block_k = _block_sizes(visible, settings)
+    if settings.block_size is not None or settings.dropout_p or q.dtype != sum_dtype(q):
+        return block_q, block_k
     rows = max(1, q.shape[2] * (q.shape[1] // k.shape[1]))
-    return max(module.BLOCK_K, module.BLOCK_Q * module.BLOCK_K // rows)
+    return block_q, max(block_k, block_q * block_k // rows)
 
 
-def _tile(q: Tensor, k: Tensor, causal: bool, block_size: int | None, columns: int | None = None) -> int:
+def _tile(q: Tensor, k: Tensor, sizes: tuple[int, int]) -> int:
     """Elements of a head that one step touches: a tile of S, and the rows of Q and O beside it."""
-    module = flash2_causal if causal else flash2
-    most = block_size or module.BLOCK_Q, columns or block_size or module.BLOCK_K
-    rows, columns = (min(n, max(x.shape[2], 1)) for n, x in zip(most, (q, k), strict=True))
+    rows, columns = (min(most, max(x.shape[2], 1)) for most, x in zip(sizes, (q, k), strict=True))
     return rows * (columns + 2 * q.shape[3])
 
 
-def _large(matmuls: int, q: Tensor, k: Tensor, causal: bool, block_size: int | None) -> bool:
+def _large(matmuls: int, q: Tensor, k: Tensor, visible: Visible, settings: Settings) -> bool:
     """Whether workers are worthwhile. Not whether there are any: one thread computes the same pieces, and so the same result."""
     if q.device.type != "cpu":
         return False
     B, H, Nq, D = q.shape
     flops = 2 * matmuls * B * H * Nq * k.shape[2] * D
-    step = min(B * H * _tile(q, k, causal, block_size), WORKER_SET)
+    if visible.left is not None or visible.spans is not None:
+        flops *= _seen(visible)
+    step = min(B * H * _tile(q, k, _block_sizes(visible, settings)), WORKER_SET)
     return flops >= WORKER_FLOPS * max(2, torch.get_num_threads()) and step >= WORKER_STEP
 
 
-def _heads(
-    q: Tensor, k: Tensor, causal: bool, block_size: int | None, large: bool, columns: int | None = None
-) -> Iterator[tuple[slice, slice, slice]]:
+def _seen(visible: Visible) -> float:
+    """The part of the matrix of scores that tiles are computed of, about."""
+    rows = list(blocks(0, visible.Nq, max(NARROW_Q, visible.Nq // 64)))
+    visited = sum((i.stop - i.start) * (j.stop - j.start) for i in rows for j in [visible.columns(i)])
+    return visited / max(1, visible.Nq * visible.Nk)
+
+
+def _heads(q: Tensor, k: Tensor, sizes: tuple[int, int], large: bool) -> Iterator[tuple[slice, slice, slice]]:
     """Batches, query heads and the key/value heads they read, for one run of the tile loop after another."""
     B, H = q.shape[:2]
     Hkv = k.shape[1]
     group = H // Hkv
-    per_head = _tile(q, k, causal, block_size, columns)
+    per_head = _tile(q, k, sizes)
     working_set = WORKER_SET if large else WORKING_SET
     heads_kv = min(Hkv, max(1, working_set // (per_head * group)))
     batches = max(1, working_set // (per_head * H)) if heads_kv == Hkv else 1

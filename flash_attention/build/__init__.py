@@ -58,6 +58,7 @@ class Specialisation(NamedTuple):
     causal: bool = False
     mask: str | None = None  # its form
     dropout: bool = False
+    interval: bool = False  # each row sees an interval of its own
     v_head_dim: int | None = None  # of V and O, if it is another than Q's and K's
 
     def defines(self) -> list[str]:
@@ -69,6 +70,7 @@ class Specialisation(NamedTuple):
                 "CAUSAL": int(self.causal),
                 "MASK": MASK_NUMBER[self.mask],
                 "DROPOUT": int(self.dropout),
+                "INTERVAL": int(self.interval),
             }
         if self.v_head_dim is not None:
             values["V_HEAD_DIM"] = self.v_head_dim
@@ -80,7 +82,7 @@ class Specialisation(NamedTuple):
     def __str__(self) -> str:
         if self.head_dim is None:
             return f"{self.file} sm_{self.arch}"
-        flags = {"causal": self.causal, f"mask of {self.mask}": self.mask, "dropout": self.dropout}
+        flags = {"causal": self.causal, "intervals": self.interval, f"mask of {self.mask}": self.mask, "dropout": self.dropout}
         size = f"D {self.head_dim}" + (f" Dv {self.v_head_dim}" if self.v_head_dim else "")
         return " ".join([self.file, f"sm_{self.arch}", size, self.dtype, *(name for name, on in flags.items() if on)])
 

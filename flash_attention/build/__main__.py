@@ -20,8 +20,8 @@ from flash_attention.backends.cuda import BACKWARD, FORWARD, PACK_MASK, RUNGS
 from flash_attention.build import BuildError, Specialisation
 
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")  # that every release is checked for
-KINDS = tuple(product((False, True), repeat=3))  # causal, mask, dropout
-USUAL = ((False, False, False), (True, False, False), (False, True, False), (True, True, True))  # what most models use of them
+KINDS = tuple(product(("all", "causal", "interval"), (False, True), (False, True)))  # what a row sees, mask, dropout
+USUAL = (("all", False, False), ("causal", False, False), ("all", True, False), ("causal", True, True))  # what most models use of them
 
 
 def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=KINDS) -> list[Specialisation]:
@@ -31,11 +31,11 @@ def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=
         if not rung.runs_on(build.arch_number(arch)):
             continue
         sizes = [*((head_dim, head_dim) for head_dim in rung.head_dims), *rung.pairs]
-        for size, dtype, (causal, mask, dropout), which in product(sizes, rung.dtypes, kinds, (FORWARD, BACKWARD)):
-            if (head_dims and size[0] not in head_dims) or (dropout and not rung.dropout):
+        for size, dtype, (visible, mask, dropout), which in product(sizes, rung.dtypes, kinds, (FORWARD, BACKWARD)):
+            if (head_dims and size[0] not in head_dims) or (dropout and not rung.dropout) or (visible == "interval" and not rung.intervals):
                 continue
             forms = rung.mask_forms(which, dropout) if mask else (None,)
-            wanted += [rung.specialisation(which, arch, size, dtype, causal, form, dropout) for form in forms]
+            wanted += [rung.specialisation(which, arch, dtype, size, visible, form, dropout) for form in forms]
     return list(dict.fromkeys(wanted))  # two rungs may share some
 
 

@@ -1,0 +1,114 @@
+"""One call of attention, as interface.py makes it and every layer below is handed it.
+
+`Settings` is what a call has beside tensors: a new setting is a field here, is checked in interface.py, and is used where it means
+something. What lies between hands on the whole. The ops (torch.library) take it flat, by the schema that its fields make.
+"""
+
+import types
+from typing import NamedTuple, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from flash_attention.reference.visible import Visible
+
+
+class Settings(NamedTuple):
+    """What a call has beside tensors."""
+
+    scale: float  # of the scores
+    dropout_p: float = 0.0
+    left: int | None = None  # how many columns before its own a row sees, None for all: `Visible`
+    right: int | None = None  # and after it; 0 is causal
+    backend: str = ""  # as `flash_attention.backends.as_chosen` writes it
+    block_size: int | None = None  # of the reference's tiles
+    # Of rows and columns out of a larger whole: where the first ones stand in it, and the whole's Nk − Nq (None: these are the whole).
+    # What depends on positions, the bits of dropout and the columns that spans name too, is then as in the whole.
+    q_offset: int = 0
+    k_offset: int = 0
+    diagonal: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Positions count from the first row and column at hand."""
+        return self.q_offset == self.k_offset == 0 and self.diagonal is None
+
+    def visible(self, Nq: int, Nk: int, spans: Tensor | None) -> Visible:
+        """Which of the columns at hand each of the rows at hand sees."""
+        if spans is not None and self.k_offset:
+            spans = spans - self.k_offset
+        diagonal = self.diagonal_of(Nq, Nk)
+        return Visible(Nq, Nk, self.left, self.right, spans, diagonal)
+
+    def diagonal_of(self, Nq: int, Nk: int) -> int:
+        """The first row at hand stands at this column at hand."""
+        return (Nk - Nq if self.diagonal is None else self.diagonal) + self.q_offset - self.k_offset
+
+
+def _schema_type(hint) -> str:
+    """As the ops' schemas write it: int | None is int?."""
+    kinds = get_args(hint) or (hint,)
+    return kinds[0].__name__ + "?" * (types.NoneType in kinds)
+
+
+SCHEMA = ", ".join(f"{_schema_type(hint)} {name}" for name, hint in get_type_hints(Settings).items())
+
+
+class Form(NamedTuple):
+    """A tensor without its contents."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> "Form | None":
+        return None if x is None else cls(x.shape, x.stride(), x.dtype, x.device)
+
+    def empty(self) -> Tensor:
+        """A tensor of this form that takes no memory."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+    def contiguous(self) -> "Form":
+        """The form of a contiguous copy."""
+        _, H, N, D = self.shape
+        return self._replace(stride=(H * N * D, N * D, D, 1))
+
+
+class Call(NamedTuple):
+    """What determines how a call is computed: shapes, strides, dtypes and settings."""
+
+    q: Form  # (B, H, Nq, D)
+    k: Form  # (B, Hkv, Nk, D)
+    v: Form  # (B, Hkv, Nk, Dv)
+    mask: Form | None  # (B, H, Nq, Nk), a view
+    spans: Form | None  # (B, H, Nq, 2), a view
+    settings: Settings
+    O: Form | None = None  # a backward's
+    dO: Form | None = None
+    mask_is_aligned: bool = False  # begins at a multiple of 16 bytes
+
+    @classmethod
+    def of(cls, q, k, v, mask: Tensor | None, spans: Tensor | None, settings: Settings, O=None, dO=None) -> "Call":
+        """The call of these tensors."""
+        has_address = mask is not None and not torch._C._functorch.is_functorch_wrapped_tensor(mask)
+        is_aligned = has_address and mask.data_ptr() % 16 == 0
+        return cls(*map(Form.of, (q, k, v, mask, spans)), settings, Form.of(O), Form.of(dO), is_aligned)
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.settings.dropout_p > 0
+
+    @property
+    def head_dim(self) -> int:
+        """The larger of D and Dv."""
+        return max(self.q.shape[3], self.v.shape[3])
+
+    @property
+    def visible(self) -> str:
+        """Which columns a row sees, as kernels are compiled for it: "all", "causal", or an "interval" of its own."""
+        settings = self.settings
+        if self.spans is not None or settings.left is not None or settings.right not in (None, 0) or not settings.is_whole:
+            return "interval"
+        return "all" if settings.right is None else "causal"
