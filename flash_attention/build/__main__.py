@@ -35,7 +35,7 @@ def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=
                 continue
             forms = rung.mask_forms(which, dropout) if mask else (None,)
             wanted += [Specialisation(rung.file(which, head_dim), arch, head_dim, dtype, causal, form, dropout) for form in forms]
-    return wanted
+    return list(dict.fromkeys(wanted))  # two rungs may share a file
 
 
 def usual_set(archs: list[str], head_dims: list[int] | None = None) -> list[Specialisation]:
