@@ -14,7 +14,7 @@ from flash_attention.backends import BACKENDS, emulated
 if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
     pytest.skip(reason, allow_module_level=True)
 
-RUNGS = ("simple", "mma", "tensor_core", "hopper")
+RUNGS = ("simple", "mma", "tensor_core", "split_keys", "hopper")
 HALF = dict.fromkeys(RUNGS, torch.float16) | {"simple": torch.float32}
 PLAIN = [  # lengths, causal; D 64
     (65, 130, False),
@@ -50,7 +50,7 @@ def check_plain(name, Nq, Nk, causal):
 
 
 @pytest.mark.parametrize(("Nq", "Nk", "causal", "mask"), EVERYTHING)
-@pytest.mark.parametrize("name", ("simple", "tensor_core", "hopper"))
+@pytest.mark.parametrize("name", ("simple", "tensor_core", "split_keys", "hopper"))
 def check_mask_dropout_and_grouped_heads(name, Nq, Nk, causal, mask):
     case = Case(B=2, H=4, Hkv=2, Nq=Nq, Nk=Nk, D=64, dtype=HALF[name], causal=causal, mask=mask, dropout_p=0.25)
     against_truth(case, target(name))
@@ -126,7 +126,7 @@ def check_forward_does_not_depend_on_order(name):
             assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("name", ("simple", "tensor_core", "hopper", "hopper_wide"))
+@pytest.mark.parametrize("name", ("simple", "tensor_core", "split_keys", "hopper", "hopper_wide"))
 def check_dropout_is_the_reference_s(name):
     """V = the identity shows P: what is dropped is what the reference drops, element by element."""
     Nq, Nk, p = 70, 64, 0.3

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from flash_attention import command_line, reference
-from flash_attention.backends import BACKENDS, GROUPS
+from flash_attention.backends import BACKENDS, GROUPS, cuda
 from flash_attention.call import Call, Settings
 from flash_attention.reference import Dropout, normal_attention, normal_attention_causal
 from flash_attention.reference.tiles import sum_dtype
 
-ON_CUDA: tuple[str, ...] = ("simple", "mma", "tensor_core", "hopper", "hopper_between", "hopper_wide")  # backends that need a GPU
+ON_CUDA: tuple[str, ...] = tuple(cuda.RUNGS)  # backends that need a GPU
 HALF = (torch.float16, torch.bfloat16)
 
 # Lengths that have broken kernels before: ragged, tiny, unequal, either longer.

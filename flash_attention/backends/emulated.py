@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from flash_attention.backends import cuda
-from flash_attention.backends.launch import INTERVAL, MASK, PARAMS, SETTINGS, STRIDES, Addresses, Launch
+from flash_attention.backends.launch import INTERVAL, KEYS, MASK, PARAMS, SETTINGS, STRIDES, Addresses, Launch
 from flash_attention.build import Specialisation, emulated
 from flash_attention.call import Call, Form
 
@@ -109,6 +109,7 @@ class EmulatedLaunch(Launch):
         memories = self._tensors(tensors, q.element_size()) + self._others(others, backward)
         if self.mask_form:
             memories.append(self._mask(others.mask))
+        memories += self._keys()
         run(self.library, self.library.attention, self._params(tensors, others), memories)
 
     def _stream(self) -> int:
@@ -119,9 +120,12 @@ class EmulatedLaunch(Launch):
         outputs = ("o",) if len(addresses) == 4 else ("dq", "dk", "dv")
         shapes = {"q": (H, Nq, D), "k": (Hkv, Nk, D), "v": (Hkv, Nk, Dv), "o": (H, Nq, Dv), "d_o": (H, Nq, Dv)}
         shapes |= {"dq": shapes["q"], "dk": shapes["k"], "dv": shapes["v"]}
+        *_, page_size, pages = KEYS.unpack(self.keys)
+        if pages:
+            shapes |= {"k": (Hkv, page_size, D), "v": (Hkv, page_size, Dv)}
         memories = []
         for n, (address, (name, shape)) in enumerate(zip(addresses, shapes.items(), strict=False)):
-            size = extent((B, *shape), (*STRIDES.unpack(self.tensors[2 * n + 1]), 1)) * element_size
+            size = extent((pages if pages and name in ("k", "v") else B, *shape), (*STRIDES.unpack(self.tensors[2 * n + 1]), 1)) * element_size
             memories.append(Memory(name, address, size, name in outputs, name not in outputs))
         return memories
 
@@ -135,6 +139,16 @@ class EmulatedLaunch(Launch):
             Memory("the workspace", others.workspace, workspace, True, False),
             Memory("the seed", others.seed, 8 if others.seed else 0),
             Memory("the spans", others.spans, spans),
+        ]
+
+    def _keys(self) -> list[Memory]:
+        B, _, _, _, Nk, *_ = SETTINGS.unpack(self.settings)
+        lengths, starts, block_table, stride, page_size, pages = KEYS.unpack(self.keys)
+        columns = -(-Nk // page_size) if pages else 0
+        return [
+            Memory("the lengths", lengths, 4 * B if lengths else 0),
+            Memory("the starts", starts, 4 * B if starts else 0),
+            Memory("the block table", block_table, 4 * extent((B, columns), (stride, 1)) if pages else 0),
         ]
 
     def _mask(self, mask: bytes) -> Memory:
