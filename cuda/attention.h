@@ -43,7 +43,7 @@ struct AttentionParams {
     Mask mask;             // data = NULL without one
     float* lse;            // [B, H, Nq] contiguous, natural log; −inf where a row may attend nothing. NULL: a forward need not write it
     const float* d_lse;    // [B, H, Nq] contiguous, or NULL; backward only
-    float* workspace;      // backward only; its size is workspace_floats()
+    float* workspace;      // its size is workspace_floats()
     const int64_t* seed;   // on the device; NULL without dropout
     int32_t B, H, Hkv, Nq, Nk;
     int32_t D, Dv;         // head sizes in memory, at most HEAD_DIM
@@ -62,7 +62,7 @@ struct AttentionParams {
 extern "C" {
 #endif
 int attention(const AttentionParams* params);                    // launch: the forward or the backward, whichever this file is
-int64_t workspace_floats(const AttentionParams* params);         // backward: floats of workspace this launch needs; forward: 0
+int64_t workspace_floats(const AttentionParams* params);         // floats of workspace that this launch needs; most forwards: 0
 int64_t params_size(void);                                       // sizeof(AttentionParams): Python checks it against its own
 const char* error_name(int error);                               // a cudaError_t in words
 #ifdef __cplusplus

@@ -19,7 +19,7 @@ from flash_attention import build
 from . import cuda, emulated, reference
 
 BACKENDS = {**cuda.RUNGS, "reference": reference, **emulated.RUNGS}
-GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.teaching)}  # a name that stands for the fastest of several
+GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.by_name)}  # a name that stands for the fastest of several
 DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
 # A rung that was chosen, not asked for by its name: what it was chosen from, None as "", then its own name. Where its kernel, forward or
 # backward, cannot be built, another choice takes its place: every backward computes from the same O and LSE.

@@ -42,7 +42,8 @@ class Rung:
     multiple_of: int = 1  # of which head sizes, and the alignment of rows in elements
     masks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # forms (build.MASK_NUMBER) that its forward and its backward read
     dropout: bool = False
-    teaching: bool = False  # a step of the ladder, taken only by name
+    by_name: bool = False  # taken only by name: a step of the ladder, or not yet timed on a GPU
+    forward_workspace: bool = False  # its forward needs memory of its own
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
     wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
@@ -104,13 +105,14 @@ class Rung:
         form, mask_fields, _alive = self._mask(FORWARD, mask, seed is not None)
         tensors = q, k, v, O
         launch = self._launch(FORWARD, tensors, form, seed, causal, scale, dropout_p)
-        launch(q, [x.data_ptr() for x in tensors], (LSE.data_ptr(), 0, 0, _address(seed)), mask_fields)
+        workspace = q.new_empty(launch.workspace_floats()) if self.forward_workspace else None
+        launch(q, [x.data_ptr() for x in tensors], (LSE.data_ptr(), 0, _address(workspace), _address(seed)), mask_fields)
         return O, LSE
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, causal: bool, scale: float) -> Launch | None:
         """The launch of a forward without mask and dropout for tensors like these, wherever they begin at a multiple of 16 bytes. None if
         the kernel cannot read them as they are, or could not be built and another has taken its place."""
-        if _positive(scale)[0] != 1 or not all(self._is_readable(x) for x in (q, k, v)):
+        if self.forward_workspace or _positive(scale)[0] != 1 or not all(self._is_readable(x) for x in (q, k, v)):
             return None
         try:
             return self._launch(FORWARD, (q, k, v, O), None, None, causal, scale, 0.0)
@@ -242,7 +244,20 @@ RUNGS = {
             dtypes=("float16", "bfloat16"),
             head_dims=(32, 64, 96, 128),
             multiple_of=8,
-            teaching=True,
+            by_name=True,
+        ),
+        Rung(
+            name="hopper_float32",
+            files=("forward_5_float32.cu", "backward_5_float32.cu"),
+            min_arch=90,
+            only_min_arch=True,
+            dtypes=("float32",),
+            head_dims=(64, 128),
+            multiple_of=4,
+            masks=(("bits",), ("key bits",)),
+            dropout=True,
+            by_name=True,
+            forward_workspace=True,
         ),
     )
 }
