@@ -237,6 +237,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             multiply_QK(0);
             draw(j0_of(0));
             ptx::wgmma_wait_group<0>();
+            if (MASK) __syncwarp();  // every lane has read its part of the mask
             release(barriers.K_empty, 0);
             softmax(j0_of(0));
             split_P();
@@ -245,6 +246,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 multiply_PV(n - 1);
                 draw(j0_of(n));
                 ptx::wgmma_wait_group<1>();  // S is there
+                if (MASK) __syncwarp();      // every lane has read its part of the mask
                 release(barriers.K_empty, Slot<STAGES>(n).stage);
                 softmax(j0_of(n));
                 // The compiler would put the wait for O before the exponentials, but moves it over no branch. The condition always holds.

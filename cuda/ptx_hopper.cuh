@@ -163,7 +163,6 @@ __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
     WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 32, 16, "%16", "%17", "%18")          \
     WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 64, 32, "%32", "%33", "%34")          \
     WGMMA_SS(wgmma_ss, "0, 0", T, TYPE, 128, 64, "%64", "%65", "%66")         \
-    WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 32, 16, "%16", "%17", "%18") \
     WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 64, 32, "%32", "%33", "%34") \
     WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 64, 32, "%32", "%33", "%34") \
     WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 128, 64, "%64", "%65", "%66") \
