@@ -58,7 +58,7 @@ static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 constexpr int P_EXPONENT = 15;  // P, at most 1, is multiplied by 2^15, to fill float16's range
 
-// ---- workspace: planes; dQ in fragment order, LSE·log2 e and Delta of every row, a counter for every tile of Q; the Ranges; the simple rung's
+// ---- workspace: planes; dQ in fragment order, LSE and Delta of every row, a counter for every tile of Q; the Ranges; the simple rung's
 // own. Rows are padded to whole tiles.
 struct Workspace {
     float *dQ, *LSE, *Delta;  // [B·H·rows, HEAD_DIM], [B·H·rows], [B·H·rows]
@@ -79,7 +79,7 @@ struct Workspace {
 // other along the columns, each 512 contiguous bytes.
 __device__ inline int64_t fragment_offset(int64_t row, int column, int lane) { return row * HEAD_DIM + column * 16 + lane * 4; }
 
-// ---- before: Delta = rowsum(dO∘O) − dLSE (line 4), in the scale of dP; LSE in base 2, for P as it is scaled; zeros for dQ (line 3)
+// ---- before: Delta = rowsum(dO∘O) − dLSE (line 4), in the scale of dP; LSE; zeros for dQ (line 3)
 
 __global__ void __launch_bounds__(PREPARE_THREADS) delta_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Workspace workspace) {
     const int blocks_per_head = workspace.rows / ROWS_AT_ONCE;
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS) delta_kernel(const __grid_con
     Delta = dead ? 0 : scalbnf(Delta, exponent_of(range.v) + exponent_of(range.d_o));
     join_maximum(&range.delta, magnitude(Delta));
     if (column == 0) {
-        workspace.LSE[row] = dead ? CUDART_INF_F : LSE * LOG2_E - P_EXPONENT;
+        workspace.LSE[row] = dead ? CUDART_INF_F : LSE;
         workspace.Delta[row] = Delta;
         if (i % BLOCK_Q == 0) workspace.turns[row / BLOCK_Q] = 0;
     }
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int consumer = group - 1, warp = threadIdx.x % GROUP / 32, lane = threadIdx.x % 32, t = lane % 4;
         const int place = warp * 16 + lane / 4;      // in the tile of keys; this thread has it and the one 8 further,
         const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
-        const float scale_log2 = scale_of_scores(p, range) * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
+        const float scale = scale_of_scores(p, range);
         const int dS_exponent = exponent_of_dS(range);
         const float dS_factor = scalbnf(1, dS_exponent - P_EXPONENT);  // of P as it is scaled
 
@@ -315,8 +315,9 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + 8 * n), Delta = *reinterpret_cast<const float2*>(Delta_smem + 8 * n);
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    float P0 = ptx::ex2(fmaf(S_rmem[4 * n + 2 * r], scale_log2, -LSE.x));
-                    float P1 = ptx::ex2(fmaf(S_rmem[4 * n + 2 * r + 1], scale_log2, -LSE.y));
+                    // The difference first: in base 2, score and LSE would each be rounded, at their own size.
+                    float P0 = ptx::ex2(fmaf(fmaf(S_rmem[4 * n + 2 * r], scale, -LSE.x), LOG2_E, P_EXPONENT));
+                    float P1 = ptx::ex2(fmaf(fmaf(S_rmem[4 * n + 2 * r + 1], scale, -LSE.y), LOG2_E, P_EXPONENT));
                     if (!MASK && cut) {
                         const int j = j0 + first_row + ROW_STEP * r, i = i0 + consumer * ROWS + 8 * n + 2 * t;
                         if (j >= p.Nk || (CAUSAL && j > i + offset)) P0 = 0;
@@ -413,25 +414,23 @@ extern "C" int attention(const AttentionParams* params) {
     Operands all(p, true);
     const Workspace workspace(p, all);
     const int64_t all_rows = Workspace::all_rows(p), k_blocks = tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B;
+    if (all_rows == 0 && k_blocks == 0) return cudaSuccess;
     if (!numbers_fit(p, {all_rows / ROWS_AT_ONCE, k_blocks, prepare_blocks(p, all)})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
-    if (all_rows > 0 && k_blocks > 0) {
-        // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
+    launch_planes(p, all);
+    if (all_rows > 0) launch_kernel(delta_kernel, static_cast<unsigned>(all_rows / ROWS_AT_ONCE), PREPARE_THREADS, 0, p.stream, p, workspace);
+    if (k_blocks > 0) {
         cudaError_t error = cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
         Maps maps = {};
-        if (error == cudaSuccess) error = make_planes_map(&maps.q, all.of[0], p.B, BLOCK_Q);
+        if (error == cudaSuccess && p.Nq > 0) error = make_planes_map(&maps.q, all.of[0], p.B, BLOCK_Q);
         if (error == cudaSuccess) error = make_planes_map(&maps.k, all.of[1], p.B, BOX_ROWS<Tile_K, RowOrder>);
         if (error == cudaSuccess) error = make_planes_map(&maps.v, all.of[2], p.B, BOX_ROWS<Tile_K, RowOrder>);
-        if (error == cudaSuccess) error = make_planes_map(&maps.d_o, all.of[3], p.B, BLOCK_Q);
-        if (error == cudaSuccess && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);
+        if (error == cudaSuccess && p.Nq > 0) error = make_planes_map(&maps.d_o, all.of[3], p.B, BLOCK_Q);
+        if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);
         if (error != cudaSuccess) return error;
-        launch_planes(p, all);
-        launch_kernel(delta_kernel, static_cast<unsigned>(all_rows / ROWS_AT_ONCE), PREPARE_THREADS, 0, p.stream, p, workspace);
         launch_kernel(backward_kernel, static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream, p, maps, workspace);
-        launch_kernel(finish_dq_kernel, static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p, workspace);
-    } else if (all.ranges) {
-        launch_kernel(clear_kernel, static_cast<unsigned>(tiles_of(Operands::range_floats(p), PREPARE_THREADS)), PREPARE_THREADS, 0, p.stream, all, Operands::range_floats(p));
     }
+    if (all_rows > 0) launch_kernel(finish_dq_kernel, static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p, workspace);
     AttentionParams of_simple = p;
     of_simple.workspace = reinterpret_cast<float*>(workspace.ranges) + Operands::range_floats(p);
     return exact::exact_attention(&of_simple);

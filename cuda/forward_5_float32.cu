@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             l += __shfl_xor_sync(0xffffffff, l, 1);
             l += __shfl_xor_sync(0xffffffff, l, 2);
             const bool dead = l == 0 && (MASK || CAUSAL || p.Nk == 0);  // it may attend nothing
-            const float factor = dead ? 0 : (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l);
+            const float factor = dead ? 0 : (DROPOUT ? p.keep_scale : 1.0f) / l;
             const int i = i0 + first_row + ROW_STEP * r;
             float* O_gmem = static_cast<float*>(p.o.data) + b * p.o.stride_b + h * p.o.stride_h + i * p.o.stride_n;
             float largest = 0;
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
             if (i < p.Nq && t == 0) {
                 if (!dead && range.v != 0 && !row_fits(largest)) range.o_is_small = 1;
-                if (p.lse) p.lse[static_cast<int64_t>(bh) * p.Nq + i] = dead ? -CUDART_INF_F : m_rmem[r] * scale + ptx::lg2(l * (1.0f / (1 << P_EXPONENT))) * LN_2;
+                if (p.lse) p.lse[static_cast<int64_t>(bh) * p.Nq + i] = dead ? -CUDART_INF_F : fmaf(m_rmem[r], scale, logf(l * (1.0f / (1 << P_EXPONENT))));
             }
         }
     }
