@@ -70,11 +70,17 @@ __device__ inline int exponent_of_dS(const Range& range) { return min(60, expone
 __device__ inline bool sum_fits(int largest, int64_t terms) {
     return largest < 0x7f800000 && __uint_as_float(largest) >= 0x1p9f * (sqrtf(static_cast<float>(terms)) + 2);
 }
+// Of dQ and dK also: dP and Delta are each off by about 2^-27 of their bound, which shows where they cancel, most of all where a row sees one key alone,
+// and dP − Delta should be exactly 0. A score's part of that is P, about 1 / Nk.
+__device__ inline bool sum_of_dS_fits(const AttentionParams& p, int largest, int64_t terms) {
+    return sum_fits(largest, terms) && __uint_as_float(largest) * p.Nk >= 0x1p22f * sqrtf(static_cast<float>(terms));
+}
 __device__ inline bool gradients_fit(const AttentionParams& p, const Range& range) {
     const int64_t rows = static_cast<int64_t>(p.Nq) * (p.H / p.Hkv);
-    const bool dS_is_0 = bound_of_dS(range) == 0;
-    return scores_fit(p, range) && can_scale(range.d_o) && bound_of_dS(range) < 0x1p100f && (dS_is_0 || sum_fits(range.dq, p.Nk)) &&
-           (dS_is_0 || sum_fits(range.dk, rows)) && (range.d_o == 0 || sum_fits(range.dv, rows));
+    const float bound = bound_of_dS(range);
+    if (!scores_fit(p, range) || !can_scale(range.d_o) || !(bound < 0x1p100f)) return false;
+    const bool dS_fits = bound == 0 || (sum_of_dS_fits(p, range.dq, p.Nk) && sum_of_dS_fits(p, range.dk, rows));
+    return dS_fits && (range.d_o == 0 || sum_fits(range.dv, rows));
 }
 
 // ---- workspace: planes of every operand, then a Range for each head of K. What else a kernel needs lies between.
