@@ -222,7 +222,7 @@ TABLE = {
     ],
     ("hopper_float32", "planes.cuh"): [
         ("lo = ptx::cvt_pair<__half>(x0 - held.x, x1 - held.y);", "lo = 0;", FLOAT32),
-        ("14 + 127 - (largest >> 23);", "16 + 127 - (largest >> 23);", FLOAT32),
+        ("x0 - held.x, x1 - held.y);", "x0 - held.x, x1 - held.x);", FLOAT32),
         ("(plane * x.rows(B) + row) * (HEAD_DIM / 2)", "row * (HEAD_DIM / 2)", FLOAT32),
         ("scalbnf(p.scale, -exponent_of(range.q) - exponent_of(range.k));", "scalbnf(p.scale, -2 * exponent_of(range.q));", SHARP_FLOAT32),
     ],
