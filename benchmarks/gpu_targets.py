@@ -10,7 +10,7 @@ alone. Kernels that are not compiled yet are compiled before the clock starts; `
     mask     bfloat16 under a dense random mask, and a key mask: FlexAttention, cuDNN, memory-efficient and normal attention
     dropout  bfloat16: FlashAttention-2
     bert     float16, key mask and dropout, against length: normal attention, time and memory
-    float32  the kernel that computes in float32, with head sizes up to 512
+    float32  the kernels that compute in float32: on tensor cores, and with head sizes up to 512
     host     the CPU's time for a call so small that the GPU waits for it
     between  bfloat16, head sizes between 64, 128 and 256: FlashAttention-3, if it is installed (flash_attention_3.py), and PyTorch's choice
     wide     bfloat16, D 512: normal and memory-efficient attention
@@ -46,7 +46,7 @@ NORMAL, SDPA, FLEX = Contender("normal"), Contender("sdpa"), Contender("flex")
 FA2, CUDNN, EFFICIENT = Contender("sdpa", "flash"), Contender("sdpa", "cudnn"), Contender("sdpa", "efficient")
 FA3 = Contender("fa3")
 NAMES = {FA2: "FA2", FA3: "FA3", CUDNN: "cuDNN", FLEX: "Flex", EFFICIENT: "efficient", NORMAL: "normal", SDPA: "SDPA"}
-HOPPER, TENSOR_CORE, SIMPLE = "hopper", "tensor_core", "simple"
+HOPPER, TENSOR_CORE, SIMPLE, HOPPER_FLOAT32 = "hopper", "tensor_core", "simple", "hopper_float32"
 BETWEEN, WIDE = "hopper_between", "hopper_wide"
 CHOSEN = "cuda"  # the rung that flash_attention() chooses itself
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
@@ -181,7 +181,11 @@ def float32() -> list[Job]:
     small, large = Case(2, 8, 8192, 8192, 64, backward=True), Case(1, 2, 16384, 16384, 512)
     speed = Target(FORWARD, "tflops", 8), Target(BACKWARD, "tflops", 6)
     limits = Target(FORWARD, "ms", 500), Target(FORWARD, "memory_mb", 100)
-    tasks = [Task(small, rivals, speed, (SIMPLE,))]
+    # On tensor cores, by the rung that is taken only by name as yet.
+    times = [Target(part, f"over {rival}", least) for rival in rivals for part, least in ((FORWARD, 3), (BACKWARD, 2.5))]
+    planes = [replace(small, q_len=n, kv_len=n, d=d, causal=causal) for d, n in ((64, 8192), (128, 4096)) for causal in (False, True)]
+    tasks = [Task(case, rivals, tuple(times), (HOPPER_FLOAT32,)) for case in planes]
+    tasks += [Task(small, rivals, speed, (SIMPLE,))]
     tasks += [Task(replace(large, causal=causal), rivals, limits, (SIMPLE,), (FORWARD,)) for causal in (False, True)]
     return [partial(run, task) for task in tasks]
 

@@ -14,8 +14,9 @@ from flash_attention.backends import BACKENDS, emulated
 if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
     pytest.skip(reason, allow_module_level=True)
 
-RUNGS = ("simple", "mma", "tensor_core", "split_keys", "hopper")
-HALF = dict.fromkeys(RUNGS, torch.float16) | {"simple": torch.float32}
+RUNGS = ("simple", "mma", "tensor_core", "split_keys", "hopper", "hopper_float32")
+SERVE_EVERYTHING = tuple(name for name in RUNGS if name != "mma")
+HALF = dict.fromkeys(RUNGS, torch.float16) | dict.fromkeys(("simple", "hopper_float32"), torch.float32)
 PLAIN = [  # lengths, causal; D 64
     (65, 130, False),
     (130, 65, True),  # rows that see nothing
@@ -50,7 +51,7 @@ def check_plain(name, Nq, Nk, causal):
 
 
 @pytest.mark.parametrize(("Nq", "Nk", "causal", "mask"), EVERYTHING)
-@pytest.mark.parametrize("name", ("simple", "tensor_core", "split_keys", "hopper"))
+@pytest.mark.parametrize("name", SERVE_EVERYTHING)
 def check_mask_dropout_and_grouped_heads(name, Nq, Nk, causal, mask):
     case = Case(B=2, H=4, Hkv=2, Nq=Nq, Nk=Nk, D=64, dtype=HALF[name], causal=causal, mask=mask, dropout_p=0.25)
     against_truth(case, target(name))
@@ -59,11 +60,10 @@ def check_mask_dropout_and_grouped_heads(name, Nq, Nk, causal, mask):
 @pytest.mark.parametrize("name", RUNGS)
 def check_other_head_sizes(name):
     """D 72 and Dv 40 in kernels for 96 or 128; the largest that the rung has, up to 256."""
-    against_truth(Case(B=1, H=1, Nq=100, Nk=150, D=72, Dv=40, dtype=torch.bfloat16), target(name))
-    against_truth(
-        Case(B=1, H=1, Nq=70, Nk=90, D=min(BACKENDS[f"emulated:{name}"].head_dims[-1], 256), dtype=torch.bfloat16, causal=True),
-        target(name),
-    )
+    rung = BACKENDS[f"emulated:{name}"]
+    dtype = torch.bfloat16 if "bfloat16" in rung.dtypes else torch.float32
+    against_truth(Case(B=1, H=1, Nq=100, Nk=150, D=72, Dv=40, dtype=dtype), target(name))
+    against_truth(Case(B=1, H=1, Nq=70, Nk=90, D=min(rung.head_dims[-1], 256), dtype=dtype, causal=True), target(name))
 
 
 # Each size that hopper_between compiles, and hopper_wide's with panels that are not full, in part or not at all; D, Dv.
@@ -126,7 +126,7 @@ def check_forward_does_not_depend_on_order(name):
             assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("name", ("simple", "tensor_core", "split_keys", "hopper", "hopper_wide"))
+@pytest.mark.parametrize("name", (*SERVE_EVERYTHING, "hopper_wide"))
 def check_dropout_is_the_reference_s(name):
     """V = the identity shows P: what is dropped is what the reference drops, element by element."""
     Nq, Nk, p = 70, 64, 0.3

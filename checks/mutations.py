@@ -35,6 +35,13 @@ ODD_HEAD = case(D=72, Nq=70, Nk=90)
 MANY_TILES = case(Nk=700, H=3)  # every ring wraps
 TURNS = case(Nk=700, causal=True)  # deterministic: shown by bits that change from seed to seed, or by a block that hangs
 
+MANY_TILES_FLOAT32 = case(Nk=700, dtype=torch.float32)
+MASKED_FLOAT32 = case(mask="heads share", causal=True, dtype=torch.float32)
+DROPOUT_FLOAT32 = case(dropout_p=0.25, dtype=torch.float32)
+SHARP_FLOAT32 = case(sharp=5, dtype=torch.float32)
+WIDE_FLOAT32 = case(D=128, dtype=torch.float32)
+TURNS_FLOAT32 = case(Nk=700, causal=True, dtype=torch.float32)
+
 NO_BARRIER, NO_WAIT = "", ""
 
 # (rung, file): what stands there (once, or the place given), what instead, the case
@@ -256,6 +263,36 @@ TABLE = {
         ("min(i0 + BLOCK, p.Nq) + p.Nk - p.Nq)) : p.Nk; }", "i0 + p.Nk - p.Nq)) : p.Nk; }", HEAD_512_CAUSAL),
         ("? (HALF - panel % OF_HALF * 64) / 16 : 4;", "? 4 : 4;", HEAD_320),
         ("column += 32 * 8)", "column += 64 * 8)", HEAD_512),
+    ],
+    ("hopper_float32", "planes.cuh"): [
+        ("lo = ptx::cvt_pair<__half>(x0 - held.x, x1 - held.y);", "lo = 0;", FLOAT32),
+        ("x0 - held.x, x1 - held.y);", "x0 - held.x, x1 - held.x);", FLOAT32),
+        ("(plane * x.rows(B) + row) * (HEAD_DIM / 2)", "row * (HEAD_DIM / 2)", FLOAT32),
+        ("scalbnf(p.scale, -exponent_of(range.q) - exponent_of(range.k));", "scalbnf(p.scale, -2 * exponent_of(range.q));", SHARP_FLOAT32),
+    ],
+    ("hopper_float32", "forward_5_float32.cu"): [
+        ("(product == 0) * Tile_Q::BYTES", "(product == 1) * Tile_Q::BYTES", FLOAT32),
+        ("P_rmem[product == 0][k]", "P_rmem[0][k]", FLOAT32),
+        ("O_tile_rmem[i] = 0;", ";", FLOAT32),
+        ("(O_rmem[i] + O_tile_rmem[i]) * alpha[i >> 1 & 1];", "O_rmem[i] * alpha[i >> 1 & 1] + O_tile_rmem[i];", SHARP_FLOAT32),
+        ("release(barriers.K_empty, Slot<STAGES>(n).stage);", ";", MANY_TILES_FLOAT32),
+        ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", FLOAT32),
+        ("ptx::mbarrier_wait(barrier(barriers.V_full, slot.stage), slot.parity);", NO_WAIT, FLOAT32),
+        ("if (MASK) __syncwarp();      // every lane has read", "//", MASKED_FLOAT32),
+        ("P_rmem[0][k][e] &= kept, P_rmem[1][k][e] &= kept;", "P_rmem[0][k][e] &= kept;", DROPOUT_FLOAT32),
+    ],
+    ("hopper_float32", "backward_5_float32.cu"): [
+        ("meet();  // both groups are done with the last tile's", "//", case(Nq=700, dtype=torch.float32)),
+        ("meet();                    // Pᵀ and dSᵀ are whole", "//", FLOAT32),
+        ("ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ", NO_BARRIER, FLOAT32),
+        ("ptx::wgmma_wait_group<1>();  // the tile's part of dV or dK is there", "ptx::wgmma_wait_group<2>();", FLOAT32),
+        ("ptx::mbarrier_arrive(barrier(barriers.empty, stage));", ";", case(Nq=700, dtype=torch.float32)),
+        ("ptx::mbarrier_arrive(mask_empty);", ";", case(Nq=300, mask="heads share", dtype=torch.float32)),
+        ("BY_ROWS ? 0 : consumer * Tile_K::PANEL_BYTES", "0", WIDE_FLOAT32),
+        ("(product == 1) * Tile_K::BYTES + k * 16 * ROW_BYTES", "k * 16 * ROW_BYTES", FLOAT32),
+        ("if (DROPOUT) Delta /= p.keep_scale;", "", DROPOUT_FLOAT32),
+        ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != k_tile) {}", ";", TURNS_FLOAT32),
+        ("dQ[e] = make_float4(0, 0, 0, 0);", ";", FLOAT32),
     ],
 }
 

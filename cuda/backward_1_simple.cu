@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) delta_kernel(const __g
     const int64_t row = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;  // of B·H·Nq
     if (row >= static_cast<int64_t>(p.B) * p.H * p.Nq) return;
     const int i = row % p.Nq, h = row / p.Nq % p.H, b = row / p.Nq / p.H;
+    if (HEAD_IS_DONE(p, b, kv_head(p, h))) return;
     const element* O_gmem = head_of(p.o, b, h) + i * p.o.stride_n;       // [Dv]
     const element* dO_gmem = head_of(p.d_o, b, h) + i * p.d_o.stride_n;  // [Dv]
     float Delta = 0;
@@ -60,6 +61,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
     const int h_kv = blockIdx.x / k_tiles % p.Hkv, b = blockIdx.x / k_tiles / p.Hkv;
     const int j0 = blockIdx.x % k_tiles * BLOCK_K;
+    if (HEAD_IS_DONE(p, b, h_kv)) return;
     const Matrix K = matrix(p.k, b, h_kv, p.Nk, p.D);   // [Nk, D]
     const Matrix V = matrix(p.v, b, h_kv, p.Nk, p.Dv);  // [Nk, Dv]
 
@@ -165,6 +167,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
     const int q_tile = CAUSAL ? q_tiles - 1 - blockIdx.x % q_tiles : blockIdx.x % q_tiles;  // causal: the longest rows start first
     const int h = blockIdx.x / q_tiles % p.H, b = blockIdx.x / q_tiles / p.H;
     const int i0 = q_tile * BLOCK_Q;
+    if (HEAD_IS_DONE(p, b, kv_head(p, h))) return;
     const Matrix Q = matrix(p.q, b, h, p.Nq, p.D);                               // [Nq, D]
     const Matrix K = matrix(p.k, b, kv_head(p, h), p.Nk, p.D);                   // [Nk, D]
     const Matrix V = matrix(p.v, b, kv_head(p, h), p.Nk, p.Dv);                  // [Nk, Dv]

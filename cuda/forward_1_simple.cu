@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     const int q_tile = CAUSAL ? q_tiles - 1 - blockIdx.x % q_tiles : blockIdx.x % q_tiles;
     const int h = blockIdx.x / q_tiles % p.H, b = blockIdx.x / q_tiles / p.H;
     const int i0 = q_tile * BLOCK_Q;
+    if (HEAD_IS_DONE(p, b, kv_head(p, h))) return;
     const Matrix Q = matrix(p.q, b, h, p.Nq, p.D);               // [Nq, D]
     const Matrix K = matrix(p.k, b, kv_head(p, h), p.Nk, p.D);   // [Nk, D]
     const Matrix V = matrix(p.v, b, kv_head(p, h), p.Nk, p.Dv);  // [Nk, Dv]

@@ -141,6 +141,13 @@ __device__ inline uint32_t cvt_pair<__nv_bfloat16>(float low, float high) {
     return pair;
 }
 
+// The way back for float16.
+__device__ inline float2 floats_of_pair(uint32_t pair) {
+    float2 x;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}" : "=f"(x.x), "=f"(x.y) : "r"(pair));
+    return x;
+}
+
 // Four bytes picked from the eight of a (numbers 0–3) and b (4–7), one for each hexadecimal digit of `selector`, lowest first; with 8 added
 // to the number the byte's sign bit is repeated eight times instead (9.7.9.7: prmt).
 __device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
@@ -169,6 +176,9 @@ __device__ inline void red_add_4(float* p, float x0, float x1, float x2, float x
     atomicAdd(p + 3, x3);
 #endif
 }
+
+// *p becomes the larger of itself and x, atomically.
+__device__ inline void red_max(int* p, int x) { asm volatile("red.global.max.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
 
 // ---- signals between blocks (9.7.9.8: ld, 9.7.9.12: st; chapter 8: memory consistency model)
 

@@ -35,6 +35,11 @@ using Scores = float[N][TILE + 8];  // N rows of a tile of P or dS
 __device__ inline int group() { return threadIdx.x / LANES; }
 __device__ inline int lane() { return threadIdx.x % LANES; }
 
+// A file that includes this rung may say which heads it has already computed itself (planes.cuh). h is a head of K and V.
+#ifndef HEAD_IS_DONE
+#define HEAD_IS_DONE(p, b, h) false
+#endif
+
 // ---- matrices in global memory
 
 struct Matrix {
@@ -148,10 +153,21 @@ __device__ inline void store_scores(Scores<ROWS * GROUPS>& P_smem, const float (
     __syncwarp();  // a row is complete before a lane of its group reads it
 }
 
-// The mask of one batch and head: bool [Nq, Nk], read through its strides.
+// The mask of one batch and head: bool [Nq, Nk], read through its strides; in another form (attention.h), its words.
 __device__ inline const uint8_t* mask_of(const AttentionParams& p, int b, int h) {
-    return static_cast<const uint8_t*>(p.mask.data) + b * p.mask.stride_b + h * p.mask.stride_h;
+    constexpr int UNIT = MASK == MASK_OF_BITS || MASK == MASK_OF_KEY_BITS ? 4 : 1;
+    return static_cast<const uint8_t*>(p.mask.data) + UNIT * (b * p.mask.stride_b + h * p.mask.stride_h);
 }
+
+#if MASK == MASK_OF_BITS || MASK == MASK_OF_KEY_BITS
+// Whether the mask lets row i see column j, where it is bits: of the row, or of the column.
+__device__ inline bool mask_allows(const AttentionParams& p, const uint8_t* mask_gmem, int i, int j) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(mask_gmem);
+    if (MASK == MASK_OF_KEY_BITS && p.mask.stride_i == 0) i %= 32;
+    words += MASK == MASK_OF_BITS ? i * p.mask.stride_i + j / 32 : j * p.mask.stride_j + i / 32;
+    return !(*words >> (MASK == MASK_OF_BITS ? j : i) % 32 & 1);
+}
+#endif
 
 // Bit 8·r + c of a word is about a thread's score in its row r and column c.
 __device__ inline bool bit(uint32_t bits, int r, int c) { return bits >> (COLUMNS * r + c) & 1; }
@@ -179,7 +195,11 @@ __device__ inline void hide(float (&S_rmem)[ROWS][COLUMNS], const AttentionParam
         for (int c = 0; c < COLUMNS; ++c) {
             bool may = i < p.Nq && j < p.Nk && (!CAUSAL || j <= i + offset);
             if (INTERVAL) may = may && keys_of_row(p, b, h, i).holds(j);
+#if MASK == MASK_OF_BITS || MASK == MASK_OF_KEY_BITS
+            if (may) may = mask_allows(p, mask_gmem, i, j);
+#else
             if (MASK && may) may = *mask;
+#endif
             visible |= static_cast<uint32_t>(may) << (COLUMNS * r + c);
             (KEYS_ARE_ROWS ? i : j) += LANES;
             mask += LANES * (KEYS_ARE_ROWS ? p.mask.stride_i : p.mask.stride_j);

@@ -53,6 +53,7 @@ uint32_t shared_address(const void*);
 void store_shared(uint32_t address, uint32_t x);
 float atomic_add(float* p, float x);
 void reduce_add(float* p, const float* x, int count);
+void reduce_max(int* p, int x);
 int load_acquire(const int* p);
 void store_release(int* p, int x);
 void cp_async(uint32_t address, const void* source, int bytes, int first);  // the first so many bytes, then zeros

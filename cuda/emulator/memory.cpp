@@ -86,6 +86,11 @@ void reduce_add(float* p, const float* x, int count) {
     for (int n = 0; n < count; ++n) add(p + n, x[n], SITE);
 }
 
+void reduce_max(int* p, int x) {
+    check_global(p, 4, false, SITE), check_global(p, 4, true, SITE);
+    *p = std::max(*p, x);
+}
+
 int load_acquire(const int* p) {
     Block& block = *current;
     access(p, 4, false, SITE);

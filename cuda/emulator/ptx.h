@@ -70,6 +70,8 @@ inline uint32_t cvt_pair(float low, float high) {
     return T(low).bits | uint32_t(T(high).bits) << 16;
 }
 
+inline float2 floats_of_pair(uint32_t pair) { return {emulator::float_of_half(pair & 0xffff), emulator::float_of_half(pair >> 16)}; }
+
 // 9.7.9.7: prmt
 inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = uint64_t(b) << 32 | a;
@@ -92,6 +94,7 @@ inline void red_add_4(float* p, float x0, float x1, float x2, float x3) {
     const float x[4] = {x0, x1, x2, x3};
     emulator::reduce_add(p, x, 4);
 }
+inline void red_max(int* p, int x) { emulator::reduce_max(p, x); }
 inline int ld_acquire(const int* p) { return emulator::load_acquire(p); }
 inline void st_release(int* p, int x) { emulator::store_release(p, x); }
 

@@ -354,6 +354,19 @@ RUNGS = {
             multiple_of=8,
             teaching=True,
         ),
+        Rung(
+            name="hopper_float32",
+            files=("forward_5_float32.cu", "backward_5_float32.cu"),
+            min_arch=90,
+            only_min_arch=True,
+            dtypes=("float32",),
+            head_dims=(64, 128),
+            multiple_of=4,
+            masks=(("bits",), ("key bits",)),
+            dropout=True,
+            timed=False,
+            forward_workspace=True,
+        ),
         HOPPER_BETWEEN,
     )
 }

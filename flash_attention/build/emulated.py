@@ -77,7 +77,9 @@ def build_kernel(kernel: Specialisation, sources: Path | None = None) -> Path:
     only_gcc = () if "__clang__" in _machine(compiler) else ("-fno-extern-tls-init",)
     flags = (*COMMON, *KERNEL, *only_gcc, *kernel.defines())
     headers = _contents(sources, "*.cuh", "*.h", f"{FOLDER}/*.h", f"{FOLDER}/include/*.h")
-    key = build._hash(_machine(compiler), *flags, linked.name, (sources / kernel.file).read_text(), *headers, digits=24)
+    text = (sources / kernel.file).read_text()
+    included = [(sources / name).read_text() for name in re.findall(r'#include "(\w+\.cu)"', text)]  # a rung that falls back on another
+    key = build._hash(_machine(compiler), *flags, linked.name, text, *included, *headers, digits=24)
 
     def commands(out: Path) -> list[list[str]]:
         compiled = str(out.with_suffix(".o"))

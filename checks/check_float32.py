@@ -1,0 +1,102 @@
+"""float32 kernels where float32 is hard: rows, columns and single elements of very different size, scores far apart, numbers near float32's ends.
+
+The rung that multiplies 16-bit numbers may not be less accurate than PyTorch's own float32 attention on the same inputs, against float64: O, dQ, dK and dV, each measured by its
+largest entry; and what it leaves to another rung is what those numbers cannot hold, no more.
+"""
+
+import functools
+
+import pytest
+import torch
+from harness import Target, run_alone
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from benchmarks.float32_planes import inputs
+from flash_attention import flash_attention
+from flash_attention.backends import BACKENDS, emulated
+
+PLANES = "hopper_float32"
+ALMOST = 1.25  # times PyTorch's error: the largest of many rounding errors is a matter of luck, too
+FLOOR = 7e-7  # of the largest entry, below what design rules allow float32 (1e-6 forward, 2e-6 backward): luck again
+N, D = 130, 64
+TARGETS = [Target(f"emulated:{PLANES}", "cpu"), Target(PLANES, "cuda")]
+# What computes the forward and the backward: tensor cores ("planes"), the rung they fall back on ("simple"), or of several heads both.
+SERVED_BY = {
+    "rows of all × 1e-2 … 1e2": ("simple", "simple"),
+    "columns of q × …, k / …": ("simple", "simple"),
+    "an element of all × 1e3": ("planes, simple", "planes, simple"),  # it is in one head
+    "all × 1e-30": ("simple", "simple"),
+    "q × 1e-38, k × 1e38": ("simple", "simple"),
+    "v × 1e36, dO × 1e-36": ("planes", "planes, simple"),
+}
+
+
+@functools.cache
+def drawn() -> dict[str, list[torch.Tensor]]:
+    return inputs(N, D)
+
+
+def gradients(attention, q, k, v, dO) -> list[torch.Tensor]:
+    """→ O, dQ, dK, dV of (1, H, N, D) inputs."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    O = attention(q, k, v)
+    return [O.detach(), *torch.autograd.grad(O, (q, k, v), dO)]
+
+
+def errors(found, truth) -> list[float]:
+    """Of each tensor the largest error, as a fraction of its head's largest entry."""
+    worst = []
+    for got, want in zip(found, truth, strict=True):
+        size = want.abs().amax((2, 3), keepdim=True)
+        worst.append(((got.double() - want).abs() / torch.where(size > 0, size, 1)).max().item())
+    return worst
+
+
+def against_torch(where: Target, call: list[torch.Tensor]) -> None:
+    """Asserts that the backend is not less accurate than PyTorch, for each of O, dQ, dK and dV."""
+    truth = gradients(sdpa, *(x.double() for x in call))
+    ours = errors(gradients(lambda *qkv: flash_attention(*qkv, backend=where.backend), *call), truth)
+    torch_s = errors(gradients(sdpa, *call), truth)
+    table = [f"{part} {a:.1e} (PyTorch's {b:.1e})" for part, a, b in zip(("O", "dQ", "dK", "dV"), ours, torch_s, strict=True)]
+    print("", *table, sep="\n  ")
+    assert all(a <= max(ALMOST * b, FLOOR) for a, b in zip(ours, torch_s, strict=True)), table
+
+
+@pytest.mark.parametrize("name", inputs(8, 8))
+@pytest.mark.parametrize("where", TARGETS, ids=str)
+def check_never_worse_than_torch(where, name):
+    if reason := where.why_not():
+        pytest.skip(reason)
+    call = [x[None].to(where.device) for x in drawn()[name]]
+    if reason := BACKENDS[where.backend].why_not(*call[:3], None, False, 0.0):
+        pytest.skip(reason)
+    if where.device == "cuda":
+        return against_torch(where, call)
+    with emulated.counting() as counts:
+        against_torch(where, call)
+    served_by = tuple(
+        ", ".join(["planes"] * bool(each.total.get("FLOP by wgmma")) + ["simple"] * any("simple" in place for place in each.shared))
+        for each in counts
+    )
+    assert served_by == SERVED_BY.get(name, ("planes", "planes"))
+
+
+def check_small_rows_of_O():
+    """A row that attends only to keys with tiny values: float16 next to large ones loses them, the kernel sees it."""
+    q, k, v = torch.randn(3, 1, 1, N, D, generator=torch.Generator().manual_seed(0)).unbind()
+    v[:, :, 0] *= 1e-9
+    O = flash_attention(q, k, v, causal=True, backend=f"emulated:{PLANES}")
+    assert torch.allclose(O[:, :, 0], v[:, :, 0], rtol=1e-6, atol=0)
+
+
+def check_infinities_and_nan():
+    """Neither is split: a head with one is computed as float32 has it."""
+    q, k, v = torch.randn(3, 1, 2, 40, D, generator=torch.Generator().manual_seed(0)).unbind()
+    q[:, 0, 3, 5], v[:, 1, 7, 9] = torch.inf, torch.nan
+    O, want = (flash_attention(q, k, v, backend=backend) for backend in (f"emulated:{PLANES}", "emulated:simple"))
+    assert torch.equal(O.isnan(), want.isnan()) and O.isnan().any()
+    assert torch.equal(O.nan_to_num(), want.nan_to_num())
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

@@ -1,0 +1,215 @@
+// float32 from 16-bit products: each operand as a sum of two float16 "planes", written once by a small kernel.
+//
+// float16 keeps 11 bits of a number, and 11 of what is left: x = hi + lo, 22 to 23 bits of float32's 24. So x · y = hi·hi + hi·lo + lo·hi, three
+// products that tensor cores make exactly and add up in float32; the fourth, lo·lo, is as small as float32's own rounding (Ootomo and Yokota, 2022,
+// arXiv:2203.03341). Two things stand in the way:
+//
+// - float16 reaches from 2^-24 to 2^16. A head is multiplied by a power of two, which changes no bit of it, so that its largest entry lies between
+//   2^14 and 2^15. Then lo can hold what is at least 2^-40 of that. A smaller part is lost; whether it counts, the kernels find out:
+//   of the scores beforehand (scores_fit), of O row by row, of the gradients from their size when all is computed (gradients_fit).
+//   A head where it may count is computed again by the `simple` rung, which is launched every time and mostly has nothing to do. So nothing is
+//   wrong in silence, and the host waits for nothing.
+// - A tensor core's sum drops what lies beyond its last bit where float32 arithmetic would round, and a sum over thousands of keys would drift. So every tile's
+//   products are summed on their own, the small ones first, and join the rest by an addition in float32.
+//
+// The workspace, and the kernels that come before attention: range_kernel finds each head's largest entry, planes_kernel writes its planes.
+#pragma once
+
+#include <algorithm>
+
+#include "common.cuh"
+#include "tensor_map.cuh"
+
+#if DTYPE != FLOAT32
+#error "planes are of float32 numbers; 16-bit types need none"
+#endif
+
+constexpr int PLANES = 2;  // hi, lo
+
+// What is known of a head of K and V and the query heads that share it. The largest magnitudes are kept as a float's bits, which compare as the numbers do,
+// and as which ∞ and NaN are larger than all of them. 0 at first.
+struct Range {
+    int q, k, v, d_o;      // the largest entry
+    int v_norm, d_o_norm;  // the largest sum of a row's squares, when scaled
+    int delta;             // the largest Delta, when scaled
+    int dq, dk, dv;        // the largest entry as it is summed
+    int o_is_small;        // whether some row of O may have lost bits
+    int unused[5];
+};
+
+__device__ inline int magnitude(float x) { return __float_as_uint(x) & 0x7fffffff; }
+
+// The power of two that brings numbers up to this one to below 2^15, and it to 2^14 at least.
+__device__ inline int exponent_of(int largest) { return largest == 0 ? 0 : 14 + 127 - (largest >> 23); }
+// Whether a head with this largest entry can be scaled so: not if it is ∞, NaN or tiny.
+__device__ inline bool can_scale(int largest) { return largest == 0 || (largest >= __float_as_uint(0x1p-100f) && largest < 0x7f800000); }
+
+// ---- does what the planes cannot hold count?
+
+// What the sum of the planes' products is multiplied by to become a score.
+__device__ inline float scale_of_scores(const AttentionParams& p, const Range& range) { return scalbnf(p.scale, -exponent_of(range.q) - exponent_of(range.k)); }
+
+// Scores: an entry is off by 2^-40 of the largest at most, a score therefore by twice 2^-40 · D · scale · (largest of Q) · (largest of K). That is to
+// be below 2^-23, by which float32 itself would be off at a score of 2.
+__device__ inline bool scores_fit(const AttentionParams& p, const Range& range) {
+    const float bound = __uint_as_float(range.q) * __uint_as_float(range.k) * (p.scale * p.D), scale = scale_of_scores(p, range);
+    // The scale's own limits: neither may a hidden score come near the others (common.cuh: start_of_sum), nor a maximum overflow.
+    return can_scale(range.q) && can_scale(range.k) && can_scale(range.v) && bound < 0x1p16f && scale > 0x1p-90f && scale < 0x1p60f;
+}
+// A row of O, `largest` its largest entry in V's scale: P and V are off by 2^-40, so that is to be 2^-15 of V's largest at least.
+__device__ inline bool row_fits(float largest) { return largest >= 1; }
+
+// dS = P∘(dP − Delta) is scaled by what is known of its size before it is computed: |dP| ≤ |dO row| · |V row|, P ≤ 1.
+__device__ inline float bound_of_dS(const Range& range) {
+    return sqrtf(__uint_as_float(range.v_norm)) * sqrtf(__uint_as_float(range.d_o_norm)) + __uint_as_float(range.delta);
+}
+__device__ inline int exponent_of_dS(const Range& range) { return min(60, exponent_of(__float_as_uint(bound_of_dS(range)))); }
+
+// A gradient is a sum of `terms` products, of which one factor (dS, or P) is off by 2^-25 at most, either way, and the other below 2^15. `largest`,
+// its largest entry as it is summed, is to be 2^19 times what such errors come to.
+__device__ inline bool sum_fits(int largest, int64_t terms) {
+    return largest < 0x7f800000 && __uint_as_float(largest) >= 0x1p9f * (sqrtf(static_cast<float>(terms)) + 2);
+}
+// Of dQ and dK also: dP and Delta are each off by about 2^-27 of their bound, which shows where they cancel, most of all where a row sees one key alone,
+// and dP − Delta should be exactly 0. A score's part of that is P, about 1 / Nk.
+__device__ inline bool sum_of_dS_fits(const AttentionParams& p, int largest, int64_t terms) {
+    return sum_fits(largest, terms) && __uint_as_float(largest) * p.Nk >= 0x1p22f * sqrtf(static_cast<float>(terms));
+}
+__device__ inline bool gradients_fit(const AttentionParams& p, const Range& range) {
+    const int64_t rows = static_cast<int64_t>(p.Nq) * (p.H / p.Hkv);
+    const float bound = bound_of_dS(range);
+    if (!scores_fit(p, range) || !can_scale(range.d_o) || !(bound < 0x1p100f)) return false;
+    const bool dS_fits = bound == 0 || (sum_of_dS_fits(p, range.dq, p.Nk) && sum_of_dS_fits(p, range.dk, rows));
+    return dS_fits && (range.d_o == 0 || sum_fits(range.dv, rows));
+}
+
+// ---- workspace: planes of every operand, then a Range for each head of K. What else a kernel needs lies between.
+
+// A tensor and its planes: [PLANES, B·heads, N, HEAD_DIM] float16, columns from D on 0.
+struct Operand {
+    Tensor4 tensor;  // [B, heads, N, D] float32
+    int heads, N, D;
+    int share;         // heads that have a Range in common
+    uint32_t* planes;  // pairs of float16
+    int Range::*largest;
+    int Range::*norm;  // or null
+
+    __host__ __device__ int64_t rows(int B) const { return static_cast<int64_t>(B) * heads * N; }
+};
+struct Operands {
+    Operand of[4];  // q, k, v and, of a backward, dO
+    int count;
+    Range* ranges;  // [B, Hkv], behind all planes
+    int64_t floats;  // of planes
+
+    Operands(const AttentionParams& p, bool backward)
+        : of{{p.q, p.H, p.Nq, p.D, p.H / p.Hkv, nullptr, &Range::q, nullptr},
+             {p.k, p.Hkv, p.Nk, p.D, 1, nullptr, &Range::k, nullptr},
+             {p.v, p.Hkv, p.Nk, p.Dv, 1, nullptr, &Range::v, &Range::v_norm},
+             {p.d_o, p.H, p.Nq, p.Dv, p.H / p.Hkv, nullptr, &Range::d_o, &Range::d_o_norm}},
+          count(backward ? 4 : 3),
+          floats(0) {
+        for (int n = 0; n < count; floats += of[n++].rows(p.B) * HEAD_DIM) of[n].planes = reinterpret_cast<uint32_t*>(p.workspace + floats);
+        ranges = reinterpret_cast<Range*>(p.workspace + floats);
+    }
+    static int64_t range_floats(const AttentionParams& p) { return static_cast<int64_t>(p.B) * p.Hkv * (sizeof(Range) / 4); }
+};
+
+// The tensor map of an operand's planes: its box is `rows` rows and 64 columns; (column, row, head, plane) says where.
+inline cudaError_t make_planes_map(CUtensorMap* map, const Operand& x, int B, int rows) {
+    const Tensor4 planes = {x.planes, x.rows(B) * HEAD_DIM, static_cast<int64_t>(x.N) * HEAD_DIM, HEAD_DIM};
+    return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_SWIZZLE_128B, planes, PLANES, B * x.heads, x.N, HEAD_DIM, rows, 64);
+}
+
+// ---- before attention
+
+constexpr int PREPARE_THREADS = 256;
+constexpr int ROW_LANES = HEAD_DIM / 8;  // that share a row, 8 columns each
+constexpr int ROWS_AT_ONCE = PREPARE_THREADS / ROW_LANES, PREPARE_ROWS = 4 * ROWS_AT_ONCE;
+static_assert(ROW_LANES <= 32, "a row lies within a warp");
+
+// The largest of a warp's numbers joins what is there.
+__device__ inline void join_maximum(int* to, int x) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) x = max(x, __shfl_xor_sync(0xffffffff, x, lanes));
+    if (threadIdx.x % 32 == 0) ptx::red_max(to, x);
+}
+
+__global__ void __launch_bounds__(PREPARE_THREADS) clear_kernel(const __grid_constant__ Operands all, int64_t ints) {
+    const int64_t n = static_cast<int64_t>(blockIdx.x) * PREPARE_THREADS + threadIdx.x;
+    if (n < ints) reinterpret_cast<int*>(all.ranges)[n] = 0;
+}
+
+// A block of these kernels has PREPARE_ROWS rows of one head of operand blockIdx.y. For each row, this lane's 8 numbers: visit(x, range, row, numbers),
+// where `row` counts those of all heads, or is −1 beyond the end.
+template <class Visit>
+__device__ inline void visit_rows(const Operands& all, int B, Visit visit) {
+    const Operand& x = all.of[blockIdx.y];
+    const int of_head = (x.N + PREPARE_ROWS - 1) / PREPARE_ROWS, bh = blockIdx.x / max(1, of_head), b = bh / x.heads, h = bh % x.heads;
+    if (b >= B || of_head == 0) return;  // another operand has more rows
+    Range& range = all.ranges[bh / x.share];
+    const int column = threadIdx.x % ROW_LANES * 8;
+#pragma unroll 1
+    for (int r = 0; r < PREPARE_ROWS; r += ROWS_AT_ONCE) {
+        const int i = blockIdx.x % of_head * PREPARE_ROWS + r + threadIdx.x / ROW_LANES;
+        float4 numbers[2] = {};
+        const float* source = reinterpret_cast<const float*>(x.tensor.data) + b * x.tensor.stride_b + h * x.tensor.stride_h + i * x.tensor.stride_n + column;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            if (i < x.N && column + 4 * half < x.D) numbers[half] = reinterpret_cast<const float4*>(source)[half];
+        visit(x, range, i < x.N ? static_cast<int64_t>(bh) * x.N + i : -1, reinterpret_cast<const float(&)[8]>(numbers));
+    }
+}
+
+__global__ void __launch_bounds__(PREPARE_THREADS) range_kernel(const __grid_constant__ Operands all, int B) {
+    visit_rows(all, B, [](const Operand& x, Range& range, int64_t, const float(&numbers)[8]) {
+        int largest = 0;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) largest = max(largest, magnitude(numbers[e]));
+        join_maximum(&(range.*x.largest), largest);
+    });
+}
+
+// A pair of numbers as pairs of planes.
+__device__ inline void split(float x0, float x1, uint32_t& hi, uint32_t& lo) {
+    hi = ptx::cvt_pair<__half>(x0, x1);
+    const float2 held = ptx::floats_of_pair(hi);
+    lo = ptx::cvt_pair<__half>(x0 - held.x, x1 - held.y);
+}
+
+__global__ void __launch_bounds__(PREPARE_THREADS) planes_kernel(const __grid_constant__ Operands all, int B) {
+    visit_rows(all, B, [&](const Operand& x, Range& range, int64_t row, const float(&numbers)[8]) {
+        const float factor = scalbnf(1, exponent_of(range.*x.largest));
+        uint32_t pairs[PLANES][4];
+        float squares = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+            const float x0 = numbers[e] * factor, x1 = numbers[e + 1] * factor;
+            split(x0, x1, pairs[0][e / 2], pairs[1][e / 2]);
+            squares = fmaf(x0, x0, fmaf(x1, x1, squares));
+        }
+#pragma unroll
+        for (int plane = 0; plane < PLANES; ++plane) {
+            uint4* to = reinterpret_cast<uint4*>(x.planes + (plane * x.rows(B) + row) * (HEAD_DIM / 2)) + threadIdx.x % ROW_LANES;
+            if (row >= 0) *to = make_uint4(pairs[plane][0], pairs[plane][1], pairs[plane][2], pairs[plane][3]);
+        }
+        if (x.norm == nullptr) return;
+#pragma unroll
+        for (int lanes = ROW_LANES / 2; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(0xffffffff, squares, lanes);
+        join_maximum(&(range.*x.norm), __float_as_uint(squares));
+    });
+}
+
+// Whether all these launches' blocks can be numbered.
+inline int64_t prepare_blocks(const AttentionParams& p, const Operands& all) {
+    int64_t blocks = 0;
+    for (int n = 0; n < all.count; ++n) blocks = std::max(blocks, tiles_of(all.of[n].N, PREPARE_ROWS) * all.of[n].heads * p.B);
+    return blocks;
+}
+inline void launch_planes(const AttentionParams& p, const Operands& all) {
+    const int64_t ints = Operands::range_floats(p);
+    const dim3 blocks(static_cast<unsigned>(prepare_blocks(p, all)), all.count);
+    launch_kernel(clear_kernel, static_cast<unsigned>(tiles_of(ints, PREPARE_THREADS)), PREPARE_THREADS, 0, p.stream, all, ints);
+    launch_kernel(range_kernel, blocks, PREPARE_THREADS, 0, p.stream, all, p.B);
+    launch_kernel(planes_kernel, blocks, PREPARE_THREADS, 0, p.stream, all, p.B);
+}
