@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.case import Case, Inputs, causal_rows
 from flash_attention import flash_attention
-from flash_attention.backends import BACKENDS, choose, emulated
+from flash_attention.backends import BACKENDS, choose, emulated, no_gradients
 from flash_attention.reference import normal_attention, normal_attention_causal
 from flash_attention.reference.tiles import broadcast_mask
 
@@ -90,6 +90,8 @@ def why_not(contender: Contender, case: Case) -> str | None:
     """Why this contender had better not be run here, or None."""
     if contender.type == "flex" and torch.device(case.device).type != "cuda":
         return "on a CPU it has no backward"
+    if contender.type == "flash" and case.backward and (reason := no_gradients(BACKENDS[contender.backend])):
+        return reason
     if contender.type != "normal":
         return None
     # Scores and probabilities, and copies of them while masking; with a backward the gradients of both.

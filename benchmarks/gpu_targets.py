@@ -33,12 +33,12 @@ from benchmarks import report
 from benchmarks.case import Case, Inputs, random_inputs, tera_operations
 from benchmarks.compare import Row, WrongResult, compare
 from benchmarks.contenders import Contender, Runner, refusal, why_not
+from benchmarks.ladder import ladder
 from benchmarks.measure import host_time, matmul_limit, time_alternating
 from benchmarks.memory import peak_memory
 from benchmarks.verify import verify
 from flash_attention import command_line
 from flash_attention.backends import BACKENDS
-from flash_attention.backends.cuda import RUNGS
 
 NORMAL, SDPA, FLEX = Contender("normal"), Contender("sdpa"), Contender("flex")
 FA2, CUDNN, EFFICIENT = Contender("sdpa", "flash"), Contender("sdpa", "cudnn"), Contender("sdpa", "efficient")
@@ -190,13 +190,12 @@ def host() -> list[Job]:
 
 
 def rungs() -> list[Job]:
-    ladder = tuple(rung.name for rung in sorted(RUNGS.values(), key=lambda rung: rung.files))
     jobs = []
     for dtype, rivals in (("bfloat16", (FA2, CUDNN)), ("float32", (EFFICIENT,))):
         for d in (64, 128):
             for causal in (False, True):
                 case = Case(4, 16, 4096, 4096, d, dtype, causal=causal, backward=True)
-                jobs.append(partial(run, Task(case, rivals, flash=ladder)))
+                jobs.append(partial(run, Task(case, rivals, flash=tuple(ladder()))))
     return jobs
 
 

@@ -21,7 +21,7 @@ from torch.autograd import Function, forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from flash_attention import allocate, build
-from flash_attention.backends import BACKENDS, CHOSEN, choose, reference
+from flash_attention.backends import BACKENDS, CHOSEN, choose, no_gradients, reference
 from flash_attention.backends.cuda import BACKWARD, FORWARD
 from flash_attention.shortcut import nobody_looks_on
 
@@ -47,8 +47,17 @@ def attention(
     if not nobody_looks_on(q, k, v) or forward_ad._current_level >= 0:
         return ops.forward(*arguments)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        _refuse_gradients(backend)
         return Attention.apply(_forward, *arguments)
     return _forward(*arguments)
+
+
+def _refuse_gradients(backend: str) -> None:
+    """Raises NotImplementedError if this backend has a forward alone: before it runs, not when a backward is first wanted."""
+    if reason := no_gradients(BACKENDS.get(backend)):
+        raise NotImplementedError(
+            f"backend {backend!r} gives no gradients: {reason}; call it under torch.no_grad(), or take another backend"
+        )
 
 
 class Attention(Function):
@@ -254,6 +263,8 @@ def _differentiable(op, function):
         forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled() and any(map(_is_dual, arguments))
         if not forward_mode and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             return compute(*arguments)
+        if function is Attention:
+            _refuse_gradients(arguments[8])
         if forward_mode and function is AttentionSecondBackward:
             return _second_backward(*arguments)  # plain arithmetic, of which PyTorch knows the derivatives
         with enable_single_level_autograd_function():

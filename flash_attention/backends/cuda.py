@@ -35,7 +35,7 @@ class Rung:
     """One rung: which files, and what they serve. min_arch is a compute capability times ten."""
 
     name: str
-    files: tuple[str, str]  # forward, backward
+    files: tuple[str, str | None]  # forward, backward; a step of the ladder may have a forward alone
     min_arch: int
     dtypes: tuple[str, ...]
     head_dims: tuple[int, ...]  # compiled sizes; a head size is padded to the next
@@ -77,6 +77,10 @@ class Rung:
             _library(self, which, device, q.dtype, max(q.shape[3], v.shape[3]), causal, form, dropout_p > 0)
         except build.BuildError as error:
             return str(error)[:2000]  # a compiler may have much to say
+
+    def why_no_backward(self) -> str | None:
+        """Why no call of this rung may ask for gradients, or None."""
+        return None if self.files[BACKWARD] else "it is a step of the ladder and has a forward alone"
 
     def runs_on(self, arch: int) -> bool:
         """Whether its kernels can be compiled for this compute capability, times ten."""
@@ -132,7 +136,13 @@ class Rung:
         scale: float,
         dropout_p: float,
     ):
-        """→ dQ, dK, dV, shaped as q, k, v."""
+        """→ dQ, dK, dV, shaped as q, k, v.
+
+        Raises:
+            NotImplementedError: the rung has a forward alone.
+        """
+        if reason := self.why_no_backward():
+            raise NotImplementedError(f"backend {self.name!r} gives no gradients: {reason}")
         dQ, dK, dV = allocate.backward_outputs(q, k, v)
         factor, scale = _positive(scale)
         if mask is not None or (causal and q.shape[2] > k.shape[2]):  # rows may attend nothing
@@ -243,6 +253,26 @@ RUNGS = {
             head_dims=(32, 64, 96, 128),
             multiple_of=8,
             teaching=True,
+        ),
+        *(
+            Rung(
+                name=name,
+                files=(file, None),
+                min_arch=min_arch,
+                only_min_arch=min_arch == 90,
+                dtypes=("float16", "bfloat16"),
+                head_dims=(64, 128),
+                multiple_of=8,
+                teaching=True,
+            )
+            for name, file, min_arch in (
+                ("swizzle", "forward_2b_swizzle.cu", 80),
+                ("cp_async", "forward_2c_cp_async.cu", 80),
+                ("wgmma", "forward_3b_wgmma.cu", 90),
+                ("tensor_map", "forward_3c_tensor_map.cu", 90),
+                ("producer", "forward_3d_producer.cu", 90),
+                ("ping_pong", "forward_3e_ping_pong.cu", 90),
+            )
         ),
     )
 }

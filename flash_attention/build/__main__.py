@@ -31,7 +31,7 @@ def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=
         if not rung.runs_on(build.arch_number(arch)):
             continue
         for head_dim, dtype, (causal, mask, dropout), which in product(rung.head_dims, rung.dtypes, kinds, (FORWARD, BACKWARD)):
-            if (head_dims and head_dim not in head_dims) or (dropout and not rung.dropout):
+            if (head_dims and head_dim not in head_dims) or (dropout and not rung.dropout) or not rung.files[which]:
                 continue
             forms = rung.mask_forms(which, dropout) if mask else (None,)
             wanted += [Specialisation(rung.file(which, head_dim), arch, head_dim, dtype, causal, form, dropout) for form in forms]
