@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import flash_attention_3
 from benchmarks.case import Case, Inputs, call_of, causal_rows
 from flash_attention import flash_attention
-from flash_attention.backends import BACKENDS, choose, emulated
+from flash_attention.backends import BACKENDS, choose, emulated, no_gradients
 from flash_attention.reference import normal_attention, normal_attention_causal
 
 TYPES = ("normal", "flash", "sdpa")
@@ -92,6 +92,8 @@ def why_not(contender: Contender, case: Case) -> str | None:
         return "on a CPU it has no backward"
     if contender.type == "fa3":
         return flash_attention_3.why_not(case)
+    if contender.type == "flash" and case.backward and (reason := no_gradients(BACKENDS[contender.backend])):
+        return reason
     if contender.type != "normal":
         return None
     # Scores and probabilities, and copies of them while masking; with a backward the gradients of both.

@@ -35,12 +35,12 @@ from benchmarks import report
 from benchmarks.case import Case, Inputs, call_of, random_inputs, tera_operations
 from benchmarks.compare import Row, WrongResult, compare
 from benchmarks.contenders import Contender, Runner, refusal, why_not
+from benchmarks.ladder import ladder
 from benchmarks.measure import host_time, matmul_limit, time_alternating
 from benchmarks.memory import peak_memory
 from benchmarks.verify import verify
 from flash_attention import command_line
 from flash_attention.backends import BACKENDS
-from flash_attention.backends.cuda import RUNGS
 
 NORMAL, SDPA, FLEX = Contender("normal"), Contender("sdpa"), Contender("flex")
 FA2, CUDNN, EFFICIENT = Contender("sdpa", "flash"), Contender("sdpa", "cudnn"), Contender("sdpa", "efficient")
@@ -216,14 +216,12 @@ def wide() -> list[Job]:
 
 
 def rungs() -> list[Job]:
-    first = {rung.files: rung.name for rung in reversed(RUNGS.values()) if rung.head_dims[0] <= 64}  # of those with the same kernels
-    ladder = tuple(first[files] for files in sorted(first))
     jobs = []
     for dtype, rivals in (("bfloat16", (FA2, CUDNN)), ("float32", (EFFICIENT,))):
         for d in (64, 128):
             for causal in (False, True):
                 case = Case(4, 16, 4096, 4096, d, dtype, causal=causal, backward=True)
-                jobs.append(partial(run, Task(case, rivals, flash=ladder)))
+                jobs.append(partial(run, Task(case, rivals, flash=tuple(ladder()))))
     return jobs
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.gpu_targets import CUDNN, FA2, FIGURES
+from benchmarks.ladder import COLUMNS as LADDER
 from flash_attention.command_line import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +106,13 @@ def h200_rungs(content: dict[str, Any]) -> str:
     )
 
 
+def ladder_counts(content: dict[str, Any]) -> str:
+    """What the emulator counts of each rung's forward."""
+    size = content["settings"]
+    case = f"Forward, B {size['b']} H {size['h']} N {size['n']} D {size['d']}, {size['dtype']}, counted by the emulator."
+    return f"{case}\n\n{report.markdown(content['results'], LADDER)}"
+
+
 def _gpu(environment: dict[str, Any]) -> str:
     return f"{report.describe(environment)}, driver {environment['driver'] or 'unknown'}, ptxas {environment['ptxas'] or 'unknown'}"
 
@@ -120,6 +128,7 @@ TABLES = {
     "h200_grid": h200_grid,
     "h200_targets": h200_targets,
     "h200_rungs": h200_rungs,
+    "ladder_counts": ladder_counts,
 }
 
 

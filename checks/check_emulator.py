@@ -61,6 +61,7 @@ REPORTS = {
     "product_not_awaited": "reads a register that a product under way writes",
     "product_of_written_tile": race("a product of warpgroup 0 .*reads", "thread 9 writes"),
     "product_without_fence": "a product of warpgroup 0 .* which thread .* wrote .* with no fence.proxy.async since",
+    "product_of_copied_tile": "a product of warpgroup 0 .* which cp.async of thread .* wrote .* with no fence.proxy.async between its wait",
     "product_of_touched_registers": "registers that the thread has touched with no wgmma.fence since",
     "product_of_wrong_rows": "begins within a swizzle's pattern",
     "product_beyond_shared": "a product of warpgroup 0 .* of dynamic shared memory, of which the launch asked for 49152",

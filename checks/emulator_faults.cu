@@ -321,6 +321,20 @@ __global__ void product_without_fence(Faults f) {
     }, !BROKEN);
 }
 template <bool BROKEN>
+__global__ void product_of_copied_tile(Faults f) {  // a fence before the copy has arrived is none
+    extern __shared__ __align__(1024) uint8_t smem[];
+    with_ones([&](float(&d)[32], uint64_t tile) {
+        ptx::cp_async_16(ptx::smem_address(smem + 16 * threadIdx.x), f.data + 4 * threadIdx.x, true);
+        ptx::cp_async_commit_group();
+        if (BROKEN) ptx::fence_proxy_async();
+        ptx::cp_async_wait_group<0>();
+        if (!BROKEN) ptx::fence_proxy_async();
+        __syncthreads();
+        ptx::wgmma_ss<__half, 64>(d, tile, tile, 0);
+        ptx::wgmma_commit_group();
+    });
+}
+template <bool BROKEN>
 __global__ void product_of_touched_registers(Faults f) {
     with_ones([&](float(&d)[32], uint64_t tile) {
         ptx::wgmma_ss<__half, 64>(d, tile, tile, 0);
@@ -377,7 +391,7 @@ __global__ void turn_taken_twice(Faults f) {
     X(unwritten_shared) X(misaligned) X(cp_async_not_awaited) X(cp_async_of_others) X(cp_async_over_readers) X(cp_async_at_the_end)          \
     X(bulk_not_awaited) X(bulk_over_readers) X(bytes_too_many) X(arrivals_too_few) X(arrivals_too_many) X(barrier_not_fenced)                \
     X(store_without_fence) X(store_not_awaited) X(box_misplaced) X(box_that_nobody_swizzled) X(product_not_awaited)                          \
-    X(product_of_written_tile) X(product_without_fence) X(product_of_touched_registers) X(product_of_wrong_rows) X(product_beyond_shared) X(product_of_three_warps)          \
+    X(product_of_written_tile) X(product_without_fence) X(product_of_copied_tile) X(product_of_touched_registers) X(product_of_wrong_rows) X(product_beyond_shared) X(product_of_three_warps)          \
     X(registers_of_nobody) X(turn_taken_twice)
 
 extern "C" const char* fault_names() {

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from flash_attention import command_line, reference
-from flash_attention.backends import BACKENDS, GROUPS, cuda
+from flash_attention.backends import BACKENDS, GROUPS, cuda, no_gradients
 from flash_attention.call import Call, Settings
 from flash_attention.reference import Dropout, normal_attention, normal_attention_causal
 from flash_attention.reference.tiles import sum_dtype
 
-ON_CUDA: tuple[str, ...] = tuple(cuda.RUNGS)  # backends that need a GPU
+# Steps of the ladder: check_ladder.py, check_emulated.py.
+FORWARD_ALONE = tuple(name for name, rung in cuda.RUNGS.items() if no_gradients(rung))
+ON_CUDA: tuple[str, ...] = tuple(name for name in cuda.RUNGS if name not in FORWARD_ALONE)  # backends that need a GPU
 HALF = (torch.float16, torch.bfloat16)
 
 # Lengths that have broken kernels before: ragged, tiny, unequal, either longer.
@@ -201,13 +203,13 @@ def served(target: Target, case: Case) -> Case:
 
 
 class Result(NamedTuple):
-    """Output and gradients of one way of computing attention."""
+    """Output and gradients of one way of computing attention; None where a rung has a forward alone."""
 
     O: Tensor
     LSE: Tensor
-    dQ: Tensor
-    dK: Tensor
-    dV: Tensor
+    dQ: Tensor | None
+    dK: Tensor | None
+    dV: Tensor | None
 
 
 def naive(case: Case, q, k, v, mask, dO, dLSE=None, *, dropout: Dropout | None = None, dtype: torch.dtype | None = None) -> Result:
@@ -222,13 +224,16 @@ def naive(case: Case, q, k, v, mask, dO, dLSE=None, *, dropout: Dropout | None =
 
 
 def flash(case: Case, target: Target, q, k, v, mask, dO, dLSE=None) -> Result:
-    """`flash_attention()` and its autograd gradients on one backend. With dropout, seed torch's generator first."""
+    """`flash_attention()` and its autograd gradients, if it has any, on one backend. With dropout, seed torch's generator first."""
     from flash_attention import flash_attention
 
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    forward_alone = bool(no_gradients(BACKENDS.get(target.backend)))
+    q, k, v = (x.detach().requires_grad_(not forward_alone) for x in (q, k, v))
     O, LSE = flash_attention(
         q, k, v, mask, causal=case.causal, scale=case.scale, dropout_p=case.dropout_p, return_lse=True, backend=target.backend
     )
+    if forward_alone:
+        return Result(O, LSE, None, None, None)
     gradients = (dO,) if dLSE is None else (dO, dLSE)
     outputs = (O,) if dLSE is None else (O, LSE)
     return Result(O.detach(), LSE.detach(), *torch.autograd.grad(outputs, (q, k, v), gradients))
@@ -368,6 +373,8 @@ class Report:
         """Every field of `got` against the truth, by the rule of the problem's dtype; `slack` widens the limits."""
         case = problem.case
         for name, value, want, in_dtype in zip(Result._fields, got, problem.truth, problem.in_dtype, strict=True):
+            if value is None:
+                continue
             self.compare(what, name, value, want, slack * limit(name, want, in_dtype, case.dtype, case.D), str(case))
 
     def failures(self) -> list[str]:

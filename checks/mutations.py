@@ -103,6 +103,64 @@ TABLE = {
         ("add_product(dK_rmem, dS_rmem, Q_smem);", "add_product(dK_rmem, dS_rmem, dO_smem);", PLAIN),
         ("scale_rows(dQ_rmem, p.scale, p.scale);", ";", PLAIN),
     ],
+    ("swizzle", "forward_2b_swizzle.cu"): [
+        ("__syncthreads();  // K, V and, in the first step, Q are complete", NO_BARRIER, PLAIN),
+        ("Tile::offset(row, chunk % CHUNKS)", "Tile::offset(row + 1, chunk % CHUNKS)", PLAIN),
+        ("if (first + row < rows && column < D)", "if (first + row < rows)", ODD_HEAD),
+    ],
+    ("swizzle", "mma_swizzled.cuh"): [
+        ("Tile_B::lane_b_trans(threadIdx.x % 32)", "Tile_B::lane_b(0, threadIdx.x % 32)", PLAIN),
+        ("Tile_A::lane_a(warp_row, lane)", "Tile_A::lane_a(0, lane)", PLAIN),
+    ],
+    ("cp_async", "forward_2c_cp_async.cu"): [
+        ("ptx::cp_async_wait_group<0>();  // this", "ptx::cp_async_wait_group<1>();  // this", PLAIN),
+        ("__syncthreads();                // so have all threads'", "//", PLAIN),
+        ("warp_row, K_smem + stage);", "warp_row, K_smem + (stage ^ Tile_KV::BYTES));", MANY_TILES),
+        ("if (tile + 1 < k_tiles) load_KV(tile + 1);", "load_KV(tile + 1);", PLAIN),
+    ],
+    ("wgmma", "forward_3b_wgmma.cu"): [
+        ("ptx::fence_proxy_async();       // wgmma will see them", NO_BARRIER, PLAIN),
+        ("__syncthreads();                // so will it", "//", PLAIN),
+        ("K_smem + stage);\n        ptx::wgmma_wait_group<0>();", "K_smem + stage);", PLAIN),
+        ("V_smem + stage);\n        ptx::wgmma_wait_group<0>();", "V_smem + stage);", PLAIN),
+    ],
+    ("wgmma", "wgmma.cuh"): [
+        ("ptx::wgmma_fence();  // whatever", "//", PLAIN),
+        ("d / 4 * Tile_B::PANEL_BYTES + d % 4 * 32), d > 0);", "d * 32), d > 0);", WIDE),
+        ("d % 4 * 32), d > 0);", "d % 4 * 32), 1);", PLAIN),
+        ("k * 16 * ROW_BYTES, Tile_B::PANEL_BYTES)", "k * 16 * ROW_BYTES)", WIDE),
+    ],
+    ("tensor_map", "forward_3c_tensor_map.cu"): [
+        ("2 * Tile_KV::BYTES + more_bytes);", "2 * Tile_KV::BYTES);", PLAIN),
+        ("tile / STAGES & 1);", "0);", MANY_TILES),
+        ("if (tile + 1 < k_tiles && threadIdx.x == 0) load_KV", "if (tile + 1 < k_tiles && threadIdx.x < 2) load_KV", MANY_TILES),
+        ("ptx::fence_mbarrier_init();", ";", PLAIN),
+        ("&map, panel * 64, row, h, b, full);", "&map, 0, row, h, b, full);", WIDE),
+    ],
+    ("producer", "forward_3d_producer.cu"): [
+        (
+            "ptx::mbarrier_wait(barrier(K_empty, tile), parity(tile) ^ 1);",
+            "ptx::mbarrier_wait(barrier(K_empty, tile), parity(tile));",
+            PLAIN,
+        ),
+        ("ptx::mbarrier_wait(barrier(V_empty, tile), parity(tile) ^ 1);", NO_WAIT, MANY_TILES),
+        ("release(K_empty, tile);", ";", MANY_TILES),
+        ("barrier(V_empty, stage), CONSUMERS * WARPS);", "barrier(V_empty, stage), WARPS);", MANY_TILES),
+        ("ptx::mbarrier_wait(barrier(V_full, tile), parity(tile));", NO_WAIT, PLAIN),
+        ("ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();", ";", PLAIN),
+        ("Q_smem + consumer * 64 * ROW_BYTES", "Q_smem", PLAIN),
+    ],
+    ("ping_pong", "forward_3e_ping_pong.cu"): [
+        ("if (consumer == CONSUMERS - 1) your_turn();", "", PLAIN),
+        ("if (consumer == 0) my_turn();  // meets", "//", PLAIN),
+        (
+            "            issue_PV(tile - 1);\n            issue_QK(tile);",
+            "            issue_QK(tile);\n            issue_PV(tile);",
+            MANY_TILES,
+        ),
+        ("scale_rows(O_rmem, alpha[0], alpha[1]);", ";", SHARP),
+        ("release(V_empty, tile - 1);", ";", MANY_TILES),
+    ],
     ("tensor_core", "forward_3_tensor_core.cu"): [
         (
             "ptx::cp_async_wait_group<0>();\n        __syncthreads();  // K (and V)",

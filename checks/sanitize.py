@@ -33,15 +33,16 @@ MANY = 140  # heads: more tiles than multiprocessors. A hopper block then takes 
 
 
 def run_grid(backend: str) -> None:
-    """A forward and a backward of each case the backend serves, in its first dtype."""
+    """A forward and, if the backend has one, a backward of each case it serves, in its first dtype."""
     torch.manual_seed(0)
     rung = RUNGS[backend]
     dtype = getattr(torch, rung.dtypes[0])
     served = 0
     sizes = [(D, 2) for D in HEAD_DIMS] + [(D, MANY) for D in (128, 256)] * (backend == "hopper")
     for (Nq, Nk), (causal, masks, dropout_p), (D, H) in product(LENGTHS, FLAGS, sizes):
-        q = torch.randn(1, H, Nq, D, device="cuda", dtype=dtype, requires_grad=True)
-        k, v = (torch.randn(1, 1, Nk, D, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+        gradients = not rung.why_no_backward()
+        q = torch.randn(1, H, Nq, D, device="cuda", dtype=dtype, requires_grad=gradients)
+        k, v = (torch.randn(1, 1, Nk, D, device="cuda", dtype=dtype, requires_grad=gradients) for _ in range(2))
         # Rows begin at multiples of 16 bytes, and the last few columns belong to nobody.
         mask = (torch.rand(1, H if masks == "each" else 1, Nq, (Nk + 15) // 16 * 16, device="cuda") < 0.5)[..., :Nk] if masks else None
         if rung.why_not(call_of(q, k, v, mask, causal, dropout_p)):
@@ -52,7 +53,8 @@ def run_grid(backend: str) -> None:
             # the checks with poisoned outputs say.
             O.data.copy_(O.data.cpu())
         alive = ~LSE.isneginf()
-        torch.autograd.backward((O, LSE), (torch.randn_like(O), torch.randn_like(LSE).where(alive, 0)))
+        if gradients:
+            torch.autograd.backward((O, LSE), (torch.randn_like(O), torch.randn_like(LSE).where(alive, 0)))
         torch.cuda.synchronize()
         served += 1
     assert served, f"{backend} served no case"

@@ -7,7 +7,8 @@
 //
 // Change from forward_1_simple.cu: the two products (mma.cuh), and what follows from their layout. A warp owns 16 whole rows; tiles of Q, K
 // and V keep their 16-bit type and the whole head size; the scale goes with the exponent, since Q would have to be rounded again. Copies
-// still wait: load, barrier, compute, barrier. Rung 3 copies under the arithmetic, and removes the bank conflicts that plain rows have.
+// still wait: load, barrier, compute, barrier. forward_2b_swizzle.cu removes the bank conflicts that plain rows have, forward_2c_cp_async.cu copies
+// under the arithmetic.
 //
 // Limits: float16 and bfloat16, head sizes up to 128 that are multiples of 8, positive scale, rows that begin at multiples of 16 bytes;
 // dense and causal attention with any lengths and grouped heads, but neither a mask nor dropout.

@@ -4,8 +4,9 @@
 // memory with their 16-byte chunks xor-ed by the row ("swizzled"), so that every ldmatrix reads eight rows from eight different banks.
 // P never leaves registers: the accumulators of S = Q Kᵀ, rounded to pairs, are already laid out as the A operand of O += P V.
 //
-// Change from forward_2_mma.cu: the swizzle and the two stages; more rows a warp, so that a fragment of K or V serves two products; masks and
-// dropout. Serves everything in the interface for float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale.
+// Change from forward_2c_cp_async.cu: more rows a warp, so that a fragment of K or V serves two products; O leaves through shared memory; what
+// gives each architecture tiles that fit its registers; masks and dropout. Serves everything in the interface for float16 and bfloat16, head sizes
+// up to 256 that are multiples of 8, positive scale.
 #include "mask_tile.cuh"
 
 // ---- tile sizes. A warp owns ROWS_PER_WARP rows of Q, so softmax needs no other warp. Two or three blocks share a multiprocessor: one
@@ -219,7 +220,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                 }
                 l_rmem[m][r] = l_rmem[m][r] * alpha[m][r] + sum;
             }
-        // Maxima settle after a few tiles: most steps need no rescaling of O, and the whole warp can tell.
+        // Where no maximum of the warp's rows has grown, O needs no rescaling. With random scores that becomes usual late: of 32 rows some maximum
+        // grows in 85 % of the steps of 128 keys at N 4096, in 48 % at N 16384 (row by row, the n-th step raises it with probability 1 / n).
         if (__any_sync(0xffffffff, grew)) {
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)

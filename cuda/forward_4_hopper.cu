@@ -6,8 +6,8 @@
 // O of the tile before, and, while those run, its softmax; and while one group is at its exponentials, another has the tensor cores. A block takes
 // one tile of Q after another, and the next one's S is under way while the last one's O leaves, which the copy engine does too.
 //
-// Change from forward_3_tensor_core.cu: mma.sync and ldmatrix become wgmma, cp.async becomes tensor maps and byte-counting barriers, and the
-// thread that copies is no longer one that computes. Serves everything in the interface for float16 and bfloat16, head sizes up to 256 that are
+// Change from forward_3e_ping_pong.cu: a block stays and takes one tile of Q after another; S and O of one group are under way together, under its
+// softmax; O leaves by the copy engine; masks and dropout. Serves everything in the interface for float16 and bfloat16, head sizes up to 256 that are
 // multiples of 8, positive scale.
 #include <algorithm>
 

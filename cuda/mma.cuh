@@ -1,4 +1,4 @@
-// What forward_2_mma.cu and backward_2_mma.cu share: tiles in shared memory, the two matrix products, which scores are hidden, and stores.
+// What the `mma` rungs share, forward_2_mma.cu and backward_2_mma.cu and, in part, the teaching rungs above them: tiles in shared memory, the two matrix products, which scores are hidden, and stores.
 //
 // A block is four warps. Each owns 16 rows of a tile of scores, the height of one mma.sync, and all of its columns: its accumulators lie
 // side by side. With g = l / 4 and t = l % 4, lane l holds in S_rmem[n][2r + e], where r and e are 0 or 1,
@@ -84,19 +84,22 @@ __device__ inline void add_product_transposed(float (&S_rmem)[N / 8][4], const e
     }
 }
 
-// X += P B, summed over the rows of B_smem. Two neighbouring accumulators of P, rounded to pairs, are already laid out as the A operand: P
-// goes through no memory. B's rows are rows of B_smem, which ldmatrix transposes on the way.
+// Two neighbouring accumulators of P, rounded to pairs, are already laid out as the A operand [16, 16]: P goes through no memory.
+__device__ inline void round_fragment(uint32_t (&p_rmem)[4], const float (&left)[4], const float (&right)[4]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) p_rmem[r] = ptx::cvt_pair<element>(left[2 * r], left[2 * r + 1]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) p_rmem[2 + r] = ptx::cvt_pair<element>(right[2 * r], right[2 * r + 1]);
+}
+
+// X += P B, summed over the rows of B_smem, which ldmatrix transposes on the way.
 template <int N>
 __device__ inline void add_product(float (&X_rmem)[D_TILES][4], const float (&P_rmem)[N / 8][4], const Tile<N>& B_smem) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < N; n += 16) {
         uint32_t p_rmem[4];  // [16, 16]
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int r = 0; r < 2; ++r)
-                p_rmem[2 * half + r] = ptx::cvt_pair<element>(P_rmem[n / 8 + half][2 * r], P_rmem[n / 8 + half][2 * r + 1]);
+        round_fragment(p_rmem, P_rmem[n / 8], P_rmem[n / 8 + 1]);
 #pragma unroll
         for (int d = 0; d < HEAD_DIM; d += 16) {
             uint32_t b_rmem[4];  // two fragments [16, 8] of B: lanes 0–15 give the addresses of the rows of the first, 16–31 of the second

@@ -22,7 +22,7 @@ from torch.autograd import Function, forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from flash_attention import allocate, backends, shortcut
-from flash_attention.backends import reference
+from flash_attention.backends import BACKENDS, no_gradients, reference
 from flash_attention.backends.cuda import BACKWARD, FORWARD
 from flash_attention.call import SCHEMA, Call, Form, Settings
 from flash_attention.shortcut import nobody_looks_on
@@ -40,6 +40,7 @@ library.define(
     f"{REST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 NO_SETTINGS = (None,) * len(Settings._fields)  # their gradients
+BACKEND = 6 + Settings._fields.index("backend")  # of the forward op's arguments
 
 
 def attention(plan: Callable | None, q, k, v, mask, spans, seed, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -49,8 +50,17 @@ def attention(plan: Callable | None, q, k, v, mask, spans, seed, settings: Setti
     if plan is None:
         return ops.forward(*arguments, *settings)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        _refuse_gradients(settings.backend)
         return Attention.apply(plan, *arguments, *settings)
     return plan(*arguments)
+
+
+def _refuse_gradients(backend: str) -> None:
+    """Raises NotImplementedError if this backend has a forward alone: before it runs, not when a backward is first wanted."""
+    if reason := no_gradients(BACKENDS.get(backend)):
+        raise NotImplementedError(
+            f"backend {backend!r} gives no gradients: {reason}; call it under torch.no_grad(), or take another backend"
+        )
 
 
 class Attention(Function):
@@ -234,6 +244,8 @@ def _differentiable(op, function):
         forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled() and any(map(_is_dual, arguments))
         if not forward_mode and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             return compute(*arguments)
+        if function is Attention:
+            _refuse_gradients(arguments[BACKEND])
         if forward_mode and function is AttentionSecondBackward:
             return _second_backward(*arguments)  # plain arithmetic, of which PyTorch knows the derivatives
         with enable_single_level_autograd_function():

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from flash_attention import backends, shortcut
-from flash_attention.autograd import Attention, attention
+from flash_attention.autograd import attention
 from flash_attention.backends import as_chosen, check_name, choose
 from flash_attention.backends.cuda import FORWARD
 from flash_attention.call import Call, Settings
@@ -82,7 +82,7 @@ def flash_attention(
     if kept is None:
         result = _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, backend, block_size, key)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        result = Attention.apply(kept.plan, q, k, v, None, None, None, *kept.settings)
+        result = attention(kept.plan, q, k, v, None, None, None, kept.settings)
     else:
         result = kept.plan.repeat(q, k, v, return_lse)
     return result if return_lse else result[0]

@@ -24,12 +24,15 @@ struct Clocks {
     std::vector<uint32_t> ticks;  // [threads, length]
     // [threads, tick]: the last tick before this one that ended with a fence.proxy.async, or 0
     std::vector<std::vector<uint32_t>> fences;
+    // [threads, groups of cp.async]: the thread's tick when it had waited for the group
+    std::vector<std::vector<uint32_t>> cp_async_waits;
 
     void reset(int of_threads) {
         threads = of_threads, cp_async_used = false;
         length = cp_async_of(threads);
         ticks.assign(static_cast<size_t>(threads) * length, 0);
         fences.assign(threads, std::vector<uint32_t>(2, 0));
+        cp_async_waits.assign(threads, std::vector<uint32_t>(1, 0));
         for (int t = 0; t < threads; ++t) of(t)[t] = 1;
     }
     int products_of(int warpgroup) const { return threads + warpgroup; }
@@ -51,6 +54,10 @@ struct Clocks {
     }
     // Whether a write of this thread at tick `written` was followed by a fence.proxy.async of which a clock that says `seen` knows.
     bool fenced(int thread, uint32_t written, uint32_t seen) const { return fences[thread][seen] >= written; }
+    // The same of what this thread's cp.async wrote: the fence must come after the wait for its group.
+    bool cp_async_fenced(int thread, uint32_t group, uint32_t seen) const {
+        return group < cp_async_waits[thread].size() && fences[thread][seen] >= cp_async_waits[thread][group];
+    }
 };
 
 }  // namespace emulator

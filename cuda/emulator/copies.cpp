@@ -41,7 +41,10 @@ void cp_async_wait(int groups) {
         for (const auto& copy : copies.committed.front()) take_effect(copy);
         copies.committed.pop_front();
     }
-    block.clock()[block.clocks.cp_async_of(block.running)] = copies.groups - copies.committed.size();
+    const uint32_t over = copies.groups - copies.committed.size();
+    block.clock()[block.clocks.cp_async_of(block.running)] = over;
+    auto& waits = block.clocks.cp_async_waits[block.running];
+    if (waits.size() <= over) waits.resize(over + 1, block.clocks.now(block.running));
 }
 
 }  // namespace emulator

@@ -55,6 +55,9 @@ void Shared::access(Granule& g, uint32_t mask, uint32_t offset, const Access& by
     if (by.async && g.writer < block.clocks.threads && !block.clocks.fenced(g.writer, g.write_tick, by.seen[g.writer]))
         fail("%s reads shared byte %u, at @%x, which thread %d wrote at @%x with no fence.proxy.async since: the engine may not see it", who_is(by.who, by.when).c_str(), offset,
              site_offset(by.site), g.writer, g.write_site);
+    if (const int thread = g.writer - block.clocks.cp_async_of(0); by.async && g.writer != NOBODY && thread >= 0 && !block.clocks.cp_async_fenced(thread, g.write_tick, by.seen[thread]))
+        fail("%s reads shared byte %u, at @%x, which cp.async of thread %d wrote at @%x with no fence.proxy.async between its wait and this: the engine may not see it",
+             who_is(by.who, by.when).c_str(), offset, site_offset(by.site), thread, g.write_site);
     // Two readers are remembered: one whose read this one follows makes place for it, else one that is drawn.
     int n = 0;
     if (g.reader[0] != NOBODY && g.reader[0] != by.who && by.seen[g.reader[0]] < g.read_tick[0]) {

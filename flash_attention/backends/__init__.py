@@ -36,6 +36,12 @@ def as_chosen(asked_for: str | None, name: str) -> str:
     return name if name == asked_for or name not in cuda.RUNGS else f"{asked_for or ''}/{name}"
 
 
+def no_gradients(backend) -> str | None:
+    """Why a backend, one of BACKENDS' values, computes no gradients, or None."""
+    why_no_backward = getattr(backend, "why_no_backward", None)
+    return why_no_backward and why_no_backward()
+
+
 def check_name(name: str | None) -> str | None:
     """The name, if it is one that `choose` takes.
 

@@ -50,7 +50,7 @@ class Rung:
     """One rung: which files, and what they serve. min_arch is a compute capability times ten."""
 
     name: str
-    files: tuple[str, str]  # forward, backward
+    files: tuple[str, str | None]  # forward, backward; a step of the ladder may have a forward alone
     min_arch: int
     dtypes: tuple[str, ...]
     head_dims: tuple[int, ...]  # compiled sizes; a head size is padded to the next
@@ -117,6 +117,10 @@ class Rung:
             _pack_mask_library(device)
         return _library(self, which, device, DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout)
 
+    def why_no_backward(self) -> str | None:
+        """Why no call of this rung may ask for gradients, or None."""
+        return None if self.files[BACKWARD] else "it is a step of the ladder and has a forward alone"
+
     def runs_on(self, arch: int) -> bool:
         """Whether its kernels can be compiled for this compute capability, times ten."""
         return arch == self.min_arch if self.only_min_arch else arch >= self.min_arch
@@ -148,7 +152,13 @@ class Rung:
         return call.q.shape[2] > few[call.has_dropout]
 
     def plan(self, which: int, call: Call) -> "Forward | Backward":
-        """What computes the call's forward or backward."""
+        """What computes the call's forward or backward.
+
+        Raises:
+            NotImplementedError: a backward is wanted and the rung has a forward alone.
+        """
+        if which == BACKWARD and (reason := self.why_no_backward()):
+            raise NotImplementedError(f"backend {self.name!r} gives no gradients: {reason}")
         return (Forward, Backward)[which].of(self, call)
 
     # ---- what the kernels can read in place
@@ -368,6 +378,26 @@ RUNGS = {
             forward_workspace=True,
         ),
         HOPPER_BETWEEN,
+        *(
+            Rung(
+                name=name,
+                files=(file, None),
+                min_arch=min_arch,
+                only_min_arch=min_arch == 90,
+                dtypes=("float16", "bfloat16"),
+                head_dims=(64, 128),
+                multiple_of=8,
+                teaching=True,
+            )
+            for name, file, min_arch in (
+                ("swizzle", "forward_2b_swizzle.cu", 80),
+                ("cp_async", "forward_2c_cp_async.cu", 80),
+                ("wgmma", "forward_3b_wgmma.cu", 90),
+                ("tensor_map", "forward_3c_tensor_map.cu", 90),
+                ("producer", "forward_3d_producer.cu", 90),
+                ("ping_pong", "forward_3e_ping_pong.cu", 90),
+            )
+        ),
     )
 }
 

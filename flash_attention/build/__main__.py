@@ -32,7 +32,12 @@ def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=
             continue
         sizes = [*((head_dim, head_dim) for head_dim in rung.head_dims), *rung.pairs]
         for size, dtype, (visible, mask, dropout), which in product(sizes, rung.dtypes, kinds, (FORWARD, BACKWARD)):
-            if (head_dims and size[0] not in head_dims) or (dropout and not rung.dropout) or (visible == "interval" and not rung.intervals):
+            if (
+                not rung.files[which]
+                or (head_dims and size[0] not in head_dims)
+                or (dropout and not rung.dropout)
+                or (visible == "interval" and not rung.intervals)
+            ):
                 continue
             forms = rung.mask_forms(which, dropout) if mask else (None,)
             wanted += [rung.specialisation(which, arch, dtype, size, visible, form, dropout) for form in forms]

@@ -1,0 +1,124 @@
+// Forward on tensor cores, from swizzled shared memory: FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithm 1.  sm_80 and newer.
+//
+// The idea: store the 16-byte chunks of a tile in another order, so that the eight rows that one ldmatrix reads lie in eight different groups of
+// four banks (swizzle.cuh). In plain rows of 128 or 256 bytes all eight begin at the same bank and are read one after another. An ldmatrix.x4
+// takes 32 shared-memory cycles there, and 4 here.
+//
+// Change from forward_2_mma.cu: where a chunk is stored (load_tile) and where ldmatrix reads it (mma_swizzled.cuh). Not one instruction of the
+// arithmetic is different.
+//
+// Prediction, before any measurement: a tile of 64 × 64 scores at D 64 takes 144 ldmatrix.x4, which are 4608 cycles of shared memory in plain
+// rows: 51 TFLOP/s on an H200 at 1.7 GHz, and forward_2_mma.cu reaches 48.6. Swizzled, they are 576 cycles, and shared memory is no longer what
+// limits: the wait for each pair of tiles is, which nothing hides but the other blocks of the multiprocessor. About 190 TFLOP/s.
+//
+// Limits: float16 and bfloat16, head sizes up to 128 that are multiples of 8 (padded to 64 or 128), positive scale, rows that begin at multiples
+// of 16 bytes; dense and causal attention with any lengths and grouped heads, but neither a mask nor dropout, and no backward.
+#include "mma_swizzled.cuh"
+
+constexpr int BLOCK_Q = WARPS * WARP_ROWS;  // 64
+constexpr int BLOCK_K = 64;
+constexpr int N_TILES = BLOCK_K / 8;  // 8-column tiles of S
+constexpr int BLOCKS_PER_SM = 2;      // at least: left to itself, the compiler spills to fit three
+
+using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
+using Tile_KV = SwizzledTile<BLOCK_K, HEAD_DIM>;
+
+// Rows [first, first + ROWS) of one head, 16 bytes a thread at a time, each to its swizzled place. What lies beyond `rows` or beyond D becomes 0.
+template <class Tile>
+__device__ inline void load_tile(uint8_t* X_smem, const element* gmem, int64_t stride, int first, int rows, int D) {
+    constexpr int CHUNKS = HEAD_DIM / 8;  // of 16 bytes, in a row
+    static_assert(Tile::ROWS * CHUNKS % THREADS == 0, "every thread copies as many chunks");
+#pragma unroll
+    for (int n = 0; n < Tile::ROWS * CHUNKS / THREADS; ++n) {
+        const int chunk = n * THREADS + threadIdx.x, row = chunk / CHUNKS, column = chunk % CHUNKS * 8;
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (first + row < rows && column < D) x = *reinterpret_cast<const uint4*>(gmem + (first + row) * stride + column);
+        *reinterpret_cast<uint4*>(X_smem + Tile::offset(row, chunk % CHUNKS)) = x;
+    }
+}
+
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const __grid_constant__ AttentionParams p) {
+    __shared__ __align__(128) uint8_t Q_smem[Tile_Q::BYTES];   // [BLOCK_Q, HEAD_DIM]
+    __shared__ __align__(128) uint8_t K_smem[Tile_KV::BYTES];  // [BLOCK_K, HEAD_DIM]
+    __shared__ __align__(128) uint8_t V_smem[Tile_KV::BYTES];  // [BLOCK_K, HEAD_DIM]
+
+    // line 3: one block computes BLOCK_Q rows of one head. Causal: the longest rows start first.
+    const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q;
+    const int q_tile = CAUSAL ? q_tiles - 1 - blockIdx.x % q_tiles : blockIdx.x % q_tiles;
+    const int h = blockIdx.x / q_tiles % p.H, b = blockIdx.x / q_tiles / p.H;
+    const int i0 = q_tile * BLOCK_Q;
+    const int warp_row = threadIdx.x / 32 * WARP_ROWS;       // the warp's first row in the tile
+    const element* K_gmem = head_of(p.k, b, kv_head(p, h));  // [Nk, D]
+    const element* V_gmem = head_of(p.v, b, kv_head(p, h));  // [Nk, Dv]
+
+    load_tile<Tile_Q>(Q_smem, head_of(p.q, b, h), p.q.stride_n, i0, p.Nq, p.D);
+
+    float O_rmem[D_TILES][4] = {};                       // line 5; not yet divided by l
+    float m_rmem[2] = {p.lowest, p.lowest}, l_rmem[2] = {};  // of rows g and g + 8; l is this lane's share of the sum
+    const float scale_log2 = p.scale * LOG2_E;           // exp(scale · x) = 2^(scale_log2 · x)
+
+    // line 6; causal: up to the last column that the last of these rows sees
+    const int columns = CAUSAL ? min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq) : p.Nk;
+    for (int j0 = 0; j0 < columns; j0 += BLOCK_K) {
+        // line 7
+        __syncthreads();  // every warp is done with the tiles that these take the place of
+        load_tile<Tile_KV>(K_smem, K_gmem, p.k.stride_n, j0, p.Nk, p.D);
+        load_tile<Tile_KV>(V_smem, V_gmem, p.v.stride_n, j0, p.Nk, p.Dv);
+        __syncthreads();  // K, V and, in the first step, Q are complete
+
+        // line 8: S = Q Kᵀ
+        float S_rmem[N_TILES][4] = {};
+        add_product_transposed<Tile_Q, Tile_KV>(S_rmem, ptx::smem_address(Q_smem), warp_row, ptx::smem_address(K_smem));
+        hide<false>(S_rmem, p, i0 + warp_row, j0);
+
+        // line 9: P overwrites S
+        float alpha[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float m_new = m_rmem[r];
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) m_new = fmaxf(m_new, fmaxf(S_rmem[n][2 * r], S_rmem[n][2 * r + 1]));
+            m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
+            m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
+            alpha[r] = ptx::ex2((m_rmem[r] - m_new) * scale_log2);  // what was summed against the old maximum shrinks by this
+            m_rmem[r] = m_new;
+            const float m_log2 = m_new * scale_log2;
+            float sum = 0;
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+                S_rmem[n][2 * r] = ptx::ex2(fmaf(S_rmem[n][2 * r], scale_log2, -m_log2));
+                S_rmem[n][2 * r + 1] = ptx::ex2(fmaf(S_rmem[n][2 * r + 1], scale_log2, -m_log2));
+                sum += S_rmem[n][2 * r] + S_rmem[n][2 * r + 1];
+            }
+            l_rmem[r] = l_rmem[r] * alpha[r] + sum;
+        }
+
+        // line 10: O = diag(alpha) O + P V
+        scale_rows(O_rmem, alpha[0], alpha[1]);
+        add_product<Tile_KV>(O_rmem, S_rmem, ptx::smem_address(V_smem));
+    }
+
+    // lines 12 to 15: O /= l and LSE = m + log l. l = 0 where a row may attend nothing: there LSE = −inf.
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float l = l_rmem[r];
+        l += __shfl_xor_sync(0xffffffff, l, 1);
+        l += __shfl_xor_sync(0xffffffff, l, 2);
+        factor[r] = factor_of_row(p, m_rmem[r], scale_log2, 1 / l);
+        const int lane = threadIdx.x % 32, i = i0 + warp_row + 8 * r + lane / 4;
+        if (p.lse && lane % 4 == 0 && i < p.Nq) p.lse[(static_cast<int64_t>(b) * p.H + h) * p.Nq + i] = m_rmem[r] * p.scale + logf(l);
+    }
+    scale_rows(O_rmem, factor[0], factor[1]);
+    store_rows(head_of(p.o, b, h), p.o.stride_n, i0 + warp_row, p.Nq, p.Dv, O_rmem);
+}
+
+extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
+
+extern "C" int attention(const AttentionParams* params) {
+    const AttentionParams& p = *params;
+    const int64_t blocks = tiles_of(p.Nq, BLOCK_Q) * p.H * p.B;
+    if (!numbers_fit(p, {blocks})) return cudaErrorInvalidConfiguration;
+    DeviceGuard guard(p.device);
+    return launch(forward_kernel, blocks, THREADS, p);
+}

@@ -1,0 +1,1 @@
+    return row * ROW_BYTES + (chunk ^ row % 8) * 16;
