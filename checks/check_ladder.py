@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import EDGE_LENGTHS, FEW_LENGTHS, FORWARD_ALONE, HALF, LENGTHS, Case, Target, against_truth, expect_error, run_alone
+from harness import EDGE_LENGTHS, FEW_LENGTHS, FORWARD_ALONE, HALF, LENGTHS, Case, Target, against_truth, call_of, expect_error, run_alone
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are not ins
 from benchmarks.ladder import changed_from, code_of, ladder, lines_changed
 from flash_attention import build, flash_attention
 from flash_attention.backends import BACKENDS, CHOSEN, DEFAULT, GROUPS, cuda, emulated
+from flash_attention.call import Settings
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 
@@ -64,15 +65,15 @@ WITH_GRADIENTS = {
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The names of emulated rungs whose forward has been called."""
+    """The launches of emulated kernels."""
     called = []
-    real = emulated.EmulatedRung.forward
+    real = emulated.EmulatedLaunch.__call__
 
-    def forward(self, *arguments):
-        called.append(self.name)
+    def launch(self, *arguments):
+        called.append(self)
         return real(self, *arguments)
 
-    monkeypatch.setattr(emulated.EmulatedRung, "forward", forward)
+    monkeypatch.setattr(emulated.EmulatedLaunch, "__call__", launch)
     return called
 
 
@@ -102,9 +103,11 @@ def check_gradients_are_refused_in_a_whole_graph(launches):
 def check_backward_is_refused():
     """Of the op, and of the rung itself."""
     x = torch.randn(1, 1, 8, 64, dtype=torch.float16)
-    call = x, None, x, x, x, None, x, torch.zeros(1, 1, 8), None, False, 1.0, 0.0
-    expect_error(lambda: torch.ops.flash_attention.backward(*call, "emulated:producer"), NotImplementedError, ["producer", "forward alone"])
-    expect_error(lambda: cuda.RUNGS["producer"].backward(*call), NotImplementedError, ["producer", "forward alone"])
+    tensors = x, None, x, x, x, None, None, x, torch.zeros(1, 1, 8), None
+    settings = Settings(1.0, backend="emulated:producer")
+    expect_error(lambda: torch.ops.flash_attention.backward(*tensors, *settings), NotImplementedError, ["producer", "forward alone"])
+    call = call_of(x, x, x)
+    expect_error(lambda: cuda.RUNGS["producer"].plan(cuda.BACKWARD, call), NotImplementedError, ["producer", "forward alone"])
 
 
 def check_without_gradients():
