@@ -1,14 +1,17 @@
 """What a kernel does, counted by the emulator: bytes by path, bank conflicts, products, exponentials, waits. No GPU needed.
 
 python -m benchmarks.emulate --backend hopper --n 512
+python -m benchmarks.emulate --backend hopper --n 512 --trace trace.json    who did what when, for https://ui.perfetto.dev
 """
 
 import argparse
+import json
+from pathlib import Path
 
 import torch
 
 from flash_attention import flash_attention
-from flash_attention.backends import BACKENDS, cuda, emulated, no_gradients
+from flash_attention.backends import BACKENDS, cuda, emulated, emulated_trace, no_gradients
 from flash_attention.call import Call, Settings
 from flash_attention.command_line import positive, run
 
@@ -19,6 +22,15 @@ def formulae(b: int, h: int, n: int, d: int, causal: bool, backward: bool) -> di
     scores = b * h * n * (n + 1) / 2 if causal else b * h * n * n
     tensors = 8 if backward else 4  # q, k, v, O, and then dO, dQ, dK, dV
     return {"FLOP": (10 if backward else 4) * scores * d, "exponentials": scores, "bytes of 16-bit tensors": tensors * b * h * n * d * 2}
+
+
+def write_trace(traces: list[emulated_trace.Trace], file: Path) -> None:
+    """A line for each engine and warp, and the file."""
+    for trace in traces:
+        print(f"\n{trace.file}: {trace.cycles:,.0f} cycles of the model, {len(trace.events):,} events")
+        print(*emulated_trace.summary(trace), sep="\n")
+    file.write_text(json.dumps(emulated_trace.chrome(traces)))
+    print(f"\n{file}: open it in https://ui.perfetto.dev or chrome://tracing; a microsecond there is a cycle")
 
 
 def main() -> None:
@@ -32,6 +44,12 @@ def main() -> None:
     parser.add_argument(
         "--places", type=positive, default=8, metavar="N", help="places with the most bank conflicts to show (default %(default)s)"
     )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="instead of counting: write what a cost model of one multiprocessor says happens when, for Perfetto or chrome://tracing",
+    )
     arguments = parser.parse_args()
 
     q, k, v, dO = torch.randn(4, arguments.b, arguments.h, arguments.n, arguments.d, dtype=torch.float16).unbind()
@@ -41,11 +59,15 @@ def main() -> None:
         parser.error(reason)
     backward_too = not no_gradients(BACKENDS[f"emulated:{arguments.backend}"])
     q, k, v = (x.requires_grad_(backward_too) for x in (q, k, v))
-    with emulated.counting() as counts:
+    watching = emulated.tracing() if arguments.trace else emulated.counting()
+    with watching as seen:
         O = flash_attention(q, k, v, causal=arguments.causal, backend=f"emulated:{arguments.backend}")
         if backward_too:
             O.backward(dO)
-    for of_call, backward in zip(counts, (False, True), strict=False):
+    if arguments.trace:
+        write_trace(seen, arguments.trace)
+        return
+    for of_call, backward in zip(seen, (False, True), strict=False):
         print(f"\n{of_call.file}: B {arguments.b} H {arguments.h} N {arguments.n} D {arguments.d}{' causal' * arguments.causal}, float16")
         for name, value in of_call.total.items():
             print(f"  {name:<50}{value:>16,}")

@@ -6,6 +6,7 @@ namespace emulator {
 // All that were to come have: what each of them did before is seen by those who waited.
 static void complete(Block& block, NamedBarrier& barrier) {
     Clocks& clocks = block.clocks;
+    if (block.timing) block.timing->turn_is_over(&barrier - block.barriers, barrier.waiting);
     for (int t : barrier.waiting) {
         clocks.join(clocks.of(t), barrier.clock.data()), clocks.tick(t);
         if (t != block.running) block.awake(t);
@@ -17,6 +18,7 @@ static bool arrive(int id, int threads, bool waits, void* site) {
     Block& block = *current;
     if (id < 0 || id > 15) fail("thread %d: barrier %d; there are 0 to 15: @%x", block.running, id, site_offset(site));
     if (threads % 32 && threads != block.grid.threads) fail("thread %d: barrier %d for %d threads, not a multiple of 32: @%x", block.running, id, threads, site_offset(site));
+    if (block.timing) block.timing->comes_to_barrier(id, site);
     NamedBarrier& barrier = block.barriers[id];
     if (barrier.arrived == 0) barrier.expected = threads, barrier.clock.assign(block.clocks.length, 0);
     if (barrier.expected != threads) fail("thread %d comes to barrier %d for %d threads, others for %d: @%x", block.running, id, threads, barrier.expected, site_offset(site));

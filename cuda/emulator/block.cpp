@@ -1,11 +1,14 @@
 #include "block.h"
 
+#include <math.h>
+
 #include "fiber.h"
 #include "launch.h"
 
 namespace emulator {
 
 void thread_begins();
+void end_of_thread(Block&);
 
 thread_local Block* current = nullptr;
 static thread_local void* launcher;  // where the launcher goes on
@@ -41,6 +44,8 @@ void Block::begin(int64_t number, const Grid& of_grid, uint64_t seed) {
     warpgroups.assign((count + 127) / 128, Warpgroup{});
     free_registers = 65536 - registers_at_start(count) * warp_count * 32;
     running = -1, last = random.below(count), threads_done = 0;
+    timing = session.trace ? std::make_unique<Timing>(*this, *session.trace, free_from) : nullptr;
+    if (timing) last = 0;
 }
 
 Pause Block::run() {
@@ -56,6 +61,7 @@ void thread_begins() {
     call_kernel();
     Thread& t = block.self();
     Warp& warp = block.warp();
+    if (block.timing) end_of_thread(block);
     t.done = true, warp.exited |= 1u << block.lane(), ++block.threads_done;
     for (int lane = 0; lane < 32; ++lane)
         if (warp.at[lane].mask >> block.lane() & 1)
@@ -75,6 +81,7 @@ void leave_block() {
 
 void Block::awake(int t) {
     threads[t].wait = Wait::nothing;
+    if (timing) timing->horizon = std::min(timing->horizon, timing->lanes[t].now);
     ready[t / 32] |= 1u << t % 32, ready_warps |= 1u << t / 32;
 }
 
@@ -84,6 +91,7 @@ void Block::asleep(int t) {
 }
 
 int Block::next() {
+    if (timing) return next_in_time();
     if (!alone && running >= 0 && random.below(4096) == 0) return paused = Pause::drawn, ANOTHER_BLOCK;
     if (!under_way.empty() && random.below(8) == 0) under_way.one(random());
     int w = last / 32, lane = last % 32;
@@ -101,6 +109,49 @@ int Block::next() {
     do lane = (lane + direction) % 32;
     while (!(ready[w] >> lane & 1));
     return 32 * w + lane;
+}
+
+double Block::next_time() {
+    wake_who_waits_for_memory();
+    double time = under_way.empty() ? INFINITY : under_way.effects[under_way.earliest()].at;
+    for (const Thread& t : threads)
+        if (ready[t.id / 32] >> t.id % 32 & 1) time = std::min(time, timing->lanes[t.id].now);
+    return time;
+}
+
+// Who has the least time. What is under way takes effect in between.
+int Block::next_in_time() {
+    struct Least {
+        int thread = NOBODY;
+        double time = INFINITY;
+    };
+    const auto least_of = [&](uint32_t w) {  // of several, whoever runs, then the first
+        Least least;
+        for (uint32_t left = ready[w]; left; left &= left - 1) {
+            const int t = 32 * w + __builtin_ctz(left);
+            if (const double now = timing->lanes[t].now; now < least.time || (now == least.time && t == running)) least = {t, now};
+        }
+        return least;
+    };
+    while (true) {
+        Least least = least_of(last / 32), other;
+        if (least.time > timing->horizon || least.thread == NOBODY) {
+            for (uint32_t left = ready_warps & ~(1u << last / 32); left; left &= left - 1)
+                if (const Least of_warp = least_of(__builtin_ctz(left)); of_warp.time < other.time) other = of_warp;
+            timing->horizon = other.time;
+            if (other.time < least.time) least = other, timing->horizon = 0;
+        }
+        const size_t first = under_way.empty() ? 0 : under_way.earliest();
+        const bool effect = !under_way.empty() && under_way.effects[first].at <= least.time;
+        if ((effect ? under_way.effects[first].at : least.time) > timing->limit) return paused = Pause::drawn, ANOTHER_BLOCK;
+        if (!effect) return least.thread;
+        under_way.one(first);
+    }
+}
+
+void Block::let_earlier_ones_run() {
+    const int thread = next();
+    if (thread != running) switch_to(thread);
 }
 
 void Block::switch_to(int thread) {
@@ -122,7 +173,7 @@ void Block::wait(Wait what_for, const char* what, void* site, int barrier, int64
 }
 
 void Block::maybe_let_others_run() {
-    if (random.below(8)) return;
+    if (timing || random.below(8)) return;
     const int thread = next();
     if (thread != running) switch_to(thread);
 }
@@ -136,7 +187,10 @@ bool Block::someone_waits_for_memory() const {
 bool Block::wake_who_waits_for_memory() {
     bool any = false;
     for (Thread& t : threads)
-        if (t.wait == Wait::memory && *t.memory != t.value) awake(t.id), any = true;
+        if (t.wait == Wait::memory && *t.memory != t.value) {
+            if (timing) timing->wait(t.id, timing->trace.released[t.memory], {SIGNALLED}, t.site);
+            awake(t.id), any = true;
+        }
     return any;
 }
 
@@ -156,7 +210,10 @@ void set_registers(int count) {
         while (32 * (count - t.registers) > block.free_registers) block.wait(Wait::registers, "setmaxnreg", SITE, 0, count);
         block.free_registers -= 32 * (count - t.registers);
         for (int each = 0; each < block.grid.threads; ++each)
-            if (block.threads[each].wait == Wait::registers) block.awake(each);
+            if (block.threads[each].wait == Wait::registers) {
+                if (block.timing) block.timing->go_on(each, 1, block.timing->now());
+                block.awake(each);
+            }
     }
     t.registers = count;
     meet(0xffffffff, "setmaxnreg", SITE, nullptr, [](Block&, Warp&, uint32_t) {});

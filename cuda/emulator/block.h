@@ -1,6 +1,6 @@
 // A block: its threads, who of them can go on, and in which order they do.
 //
-// A thread runs until it has to wait for others. Who goes on then is drawn: another lane of the warp, or another warp; so is when a copy or a product that
+// A thread runs until it has to wait for others. Who goes on then is drawn (or, if the launch is traced, is who has the least time): another lane of the warp, or another warp; so is when a copy or a product that
 // is under way takes effect. All that is drawn comes from one seed. If nobody can go on and nothing is under way, the block hangs, and the error says
 // who waits for what.
 #pragma once
@@ -15,6 +15,7 @@
 #include "emulator.h"
 #include "mbarrier.h"
 #include "shared.h"
+#include "timing.h"
 #include "under_way.h"
 #include "warp.h"
 
@@ -77,6 +78,8 @@ struct Block {
     Random random;
     Pause paused;
     int running, last, threads_done;  // running: −1 while the launcher is
+    double free_from;                 // the slot, in the model's time
+    std::unique_ptr<Timing> timing;   // if the launch is traced
 
     void begin(int64_t number, const Grid&, uint64_t seed);  // in the grid
     Pause run();
@@ -88,11 +91,14 @@ struct Block {
     void awake(int thread);
     void asleep(int thread);
     void maybe_let_others_run();
+    void let_earlier_ones_run();  // traced
+    double next_time();           // when something happens in it, traced
     uint32_t* clock() { return clocks.of(running); }
 
 private:
     static constexpr int NOBODY = -1, ANOTHER_BLOCK = -2;
     int next();  // who goes on
+    int next_in_time();
     int direction = 1;  // in which a warp's lanes take turns
     void switch_to(int thread);
     bool someone_waits_for_memory() const;

@@ -1,6 +1,7 @@
 // The copy engine: boxes by tensor map and plain rows of bytes, to shared memory and back (PTX ISA 9.7.9.25.4: cp.async.bulk, 9.7.9.27.1: cp.async.bulk.tensor).
 // One thread asks; the bytes move at some later time.
 #include "launch.h"
+#include "model.h"
 #include "tensor_map.h"
 
 namespace emulator {
@@ -47,11 +48,14 @@ static void each_row(const TensorMap& map, const int (&at)[4], uint32_t address,
             }
 }
 
-static void check_box(const TensorMap& map, const int (&at)[4], uint32_t address, bool write, void* site) {
+// How many of its bytes lie inside the tensor.
+static int check_box(const TensorMap& map, const int (&at)[4], uint32_t address, bool write, void* site) {
+    int all = 0;
     if (at[0] < 0) fail("thread %d: a box that begins at column %d is not emulated: @%x", current->running, at[0], site_offset(site));
     each_row(map, at, address, [&](uint32_t, uint8_t* p, int inside, int) {
-        if (inside) check_global(p, inside, write, site), count(write ? TENSOR_STORED : TENSOR_LOADED, inside);
+        if (inside) check_global(p, inside, write, site), count(write ? TENSOR_STORED : TENSOR_LOADED, inside), all += inside;
     });
+    return all;
 }
 
 // A row's bytes in 16-byte chunks, each where the swizzle has it.
@@ -81,19 +85,31 @@ static void announce(uint32_t address, int bytes, int alignment, int barrier, vo
                         {.who = block.clocks.mbarrier(barrier), .when = block.mbarriers[barrier].phase + 1, .seen = block.clock(), .site = site, .write = true, .async = true});
 }
 
+// When the bytes will have come, if the launch is traced.
+static double time_of_load(uint32_t address, int bytes, int from_memory, const void* source, int barrier, void* site) {
+    Block& block = *current;
+    Timing* timing = block.timing.get();
+    if (!timing) return 0;
+    timing->spend(0, model::SYNC), timing->meet(site);
+    timing->tile(block.shared.offset(block.shared.pointer(address)), bytes, source);
+    const MBarrier& of = block.mbarriers[barrier];
+    return timing->copy(COPIES_IN, timing->now() + model::TMA_LATENCY, source, from_memory, {PHASE, int(of.offset), of.phase}, site);
+}
+
 void tensor_load(uint32_t address, const void* p, const int (&at)[4], uint32_t barrier_address) {
     const TensorMap map = map_at(p, SITE);
     const int barrier = engine_barrier(barrier_address, SITE);
     announce(address, map.box_bytes(), 128, barrier, SITE);
-    check_box(map, at, address, false, SITE);
-    current->under_way.effects.push_back([=, x = at[0], n = at[1], h = at[2], b = at[3]] {
+    const int inside = check_box(map, at, address, false, SITE);
+    const double over = time_of_load(address, map.box_bytes(), inside, map.data, barrier, SITE);
+    current->under_way.add([=, x = at[0], n = at[1], h = at[2], b = at[3]] {
         each_row(map, {x, n, h, b}, address, [&](uint32_t to, const uint8_t* from, int inside, int bytes) {
             uint8_t row[1024] = {};
             if (inside) memcpy(row, from, inside);
             each_chunk(map, to, bytes, [&](uint8_t* chunk, int first) { memcpy(chunk, row + first, 16); });
         });
-        mbarrier_bytes_came(barrier, map.box_bytes());
-    });
+        mbarrier_bytes_came(barrier, map.box_bytes(), over);
+    }, over);
 }
 
 void bulk_load(uint32_t address, const void* source, int bytes, uint32_t barrier_address) {
@@ -103,10 +119,11 @@ void bulk_load(uint32_t address, const void* source, int bytes, uint32_t barrier
     announce(address, bytes, 16, barrier, SITE);
     check_global(source, bytes, false, SITE);
     count(BULK_LOADED, bytes);
-    current->under_way.effects.push_back([=] {
+    const double over = time_of_load(address, bytes, bytes, source, barrier, SITE);
+    current->under_way.add([=] {
         memcpy(current->shared.pointer(address), source, bytes);
-        mbarrier_bytes_came(barrier, bytes);
-    });
+        mbarrier_bytes_came(barrier, bytes, over);
+    }, over);
 }
 
 // ---- and back; the thread that asks waits for its groups
@@ -118,7 +135,7 @@ void tensor_store(const void* p, const int (&at)[4], uint32_t address) {
     BulkGroups& bulk = block.warp().bulk;
     block.shared.access(block.shared.offset(from), map.box_bytes(),
                         {.who = block.clocks.bulk_of(block.running / 32), .when = bulk.committed + 1, .seen = block.clock(), .site = SITE, .write = false, .async = true});
-    check_box(map, at, address, true, SITE);
+    const int bytes_inside = check_box(map, at, address, true, SITE);
     auto done = std::make_shared<bool>(false);
     auto store = [=, x = at[0], n = at[1], h = at[2], b = at[3]] {
         if (*done) return;
@@ -130,7 +147,14 @@ void tensor_store(const void* p, const int (&at)[4], uint32_t address) {
         });
     };
     bulk.under_way.push_back({bulk.committed + 1, store});
-    block.under_way.effects.push_back(store);
+    double over = 0;
+    if (Timing* timing = block.timing.get()) {
+        timing->spend(0, model::SYNC), timing->meet(SITE);
+        const int warp = block.running / 32;
+        over = timing->copy(COPIES_OUT, timing->now() + model::STORE_LATENCY, map.data, bytes_inside, {BULK_STORES, warp, bulk.committed + 1}, SITE);
+        of_group(timing->warps[warp].stores, bulk.committed + 1) = over;
+    }
+    block.under_way.add(store, over);
 }
 
 void bulk_commit() { ++current->warp().bulk.committed; }
@@ -139,6 +163,11 @@ void bulk_wait_read(int groups) {
     Block& block = *current;
     BulkGroups& bulk = block.warp().bulk;
     const uint32_t read = std::max(0, int(bulk.committed) - groups);
+    if (Timing* timing = block.timing.get()) {
+        timing->meet(SITE);
+        const int warp = block.running / 32;
+        timing->wait(block.running, of_group(timing->warps[warp].stores, read), {BULK_STORES, warp, read}, SITE);
+    }
     while (!bulk.under_way.empty() && bulk.under_way.front().group <= read) bulk.under_way.front().store(), bulk.under_way.pop_front();
     uint32_t& known = block.clock()[block.clocks.bulk_of(block.running / 32)];
     known = std::max(known, read);

@@ -1,5 +1,6 @@
 // cp.async (PTX ISA 9.7.9.25.3): a thread's own copies from global to shared memory, which may take effect at any time until it waits for their group.
 #include "block.h"
+#include "model.h"
 
 namespace emulator {
 
@@ -22,6 +23,12 @@ void cp_async(uint32_t address, const void* source, int bytes, int first) {
     // Until this thread has waited for the group, nobody may look at these bytes; and whoever has used them must be known to be done.
     block.shared.access(block.shared.offset(to), bytes,
                         {.who = block.clocks.cp_async_of(block.running), .when = copies.groups + 1, .seen = block.clock(), .site = SITE, .write = true});
+    if (Timing* timing = block.timing.get()) {
+        const int warp = block.running / 32;
+        const uint32_t group = copies.groups + 1;
+        timing->spend(1), timing->tile(block.shared.offset(to), bytes, first > 0 ? source : nullptr);
+        if (first > 0) of_group(timing->warps[warp].copies, group) = timing->copy(COPIES_IN, timing->now() + model::L2_LATENCY, source, first, {COPY_GROUP, warp, group}, SITE);
+    }
     CopyGroups::Copy copy{to, static_cast<const uint8_t*>(source), bytes, first};
     if (block.random.below(2)) take_effect(copy), copy.bytes = copy.first = 0;
     copies.open.push_back(copy);
@@ -43,6 +50,10 @@ void cp_async_wait(int groups) {
     }
     const uint32_t over = copies.groups - copies.committed.size();
     block.clock()[block.clocks.cp_async_of(block.running)] = over;
+    if (Timing* timing = block.timing.get()) {
+        timing->meet(SITE);
+        timing->wait(block.running, of_group(timing->warps[block.running / 32].copies, over), {COPY_GROUP, block.running / 32, over}, SITE);
+    }
     auto& waits = block.clocks.cp_async_waits[block.running];
     if (waits.size() <= over) waits.resize(over + 1, block.clocks.now(block.running));
 }

@@ -85,12 +85,18 @@ void count_rows(const uint32_t (&addresses)[32], bool write, void* site) {
     session.counters.shared_instruction(site_offset(site), 0xffffffff, addresses, 16);
 }
 
+static void count_exponential() {
+    if (!current) return;
+    count(EXPONENTIALS, 1);
+    if (current->timing) current->timing->exponential();
+}
+
 float exponential_2(float x) {
-    if (current) count(EXPONENTIALS, 1);
+    count_exponential();
     return exp2f(x);
 }
 float exponential(float x) {
-    if (current) count(EXPONENTIALS, 1);
+    count_exponential();
     return expf(x);
 }
 

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <link.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <sys/mman.h>
@@ -96,6 +97,24 @@ static uintptr_t find_library(void* kernel, uint8_t*& window, uint32_t& bytes) {
     return wanted.base;
 }
 
+// How many blocks a multiprocessor holds at a time, as far as shared memory and threads go. How many registers the compiler needs, the emulator does not know.
+static int how_many_fit(const Grid& grid, int static_bytes) {
+    return std::max(1, std::min(2048 / grid.threads, (SHARED_MEMORY + FIRST_SHARED_ADDRESS) / (grid.dynamic_bytes + static_bytes + FIRST_SHARED_ADDRESS)));
+}
+
+// Traced, whoever has the least time goes on, until another block has less.
+static size_t least_in_time(const std::vector<Block*>& resident) {
+    size_t least = 0;
+    double time = INFINITY, next = INFINITY;
+    for (size_t n = 0; n < resident.size(); ++n) {
+        const double of_block = resident[n]->next_time();
+        if (of_block < time) next = time, time = of_block, least = n;
+        else next = std::min(next, of_block);
+    }
+    resident[least]->timing->limit = next;
+    return least;
+}
+
 // Some blocks are resident at a time, as on a multiprocessor. Only one runs, and has the window; the others' shared memory is kept aside.
 static void run_blocks(const Grid& grid, uint8_t* dynamic, void* kernel) {
     uint8_t* window;
@@ -105,24 +124,28 @@ static void run_blocks(const Grid& grid, uint8_t* dynamic, void* kernel) {
     const int64_t count = int64_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
     int64_t begun = 0;
     static thread_local std::vector<std::unique_ptr<Block>> slots;
+    Trace* trace = session.trace.get();
+    const int resident_blocks = trace ? std::min(session.resident, how_many_fit(grid, bytes - SHARED_MEMORY)) : session.resident;
     while (slots.size() < static_cast<size_t>(session.resident)) slots.push_back(std::make_unique<Block>()), slots.back()->slot = slots.size() - 1;
     std::vector<Block*> resident;
     Random random{(session.seed + session.launches) * 2 + 1};
     Block* owner = nullptr;  // of the window
+    if (trace) trace->begin = trace->end, ++trace->launch;
+    for (auto& slot : slots) slot->free_from = trace ? trace->begin : 0;
     int in_vain = 0;         // blocks in a row that could do nothing but wait for others
     while (true) {
-        while (resident.size() < slots.size() && begun < count) {
+        while (resident.size() < static_cast<size_t>(resident_blocks) && begun < count) {
             auto is_free = [&](auto& slot) { return std::find(resident.begin(), resident.end(), slot.get()) == resident.end(); };
             Block& block = **std::find_if(slots.begin(), slots.end(), is_free);
             if (owner) owner->shared.keep();
             current = owner = &block;
-            block.library = library, block.alone = slots.size() == 1;
+            block.library = library, block.alone = resident_blocks == 1;
             block.shared.begin(window, bytes, dynamic - window, grid.dynamic_bytes, dynamic - window + SHARED_MEMORY);
             block.begin(begun, grid, session.seed + session.launches);
             resident.push_back(&block), ++begun;
         }
         if (resident.empty()) return;
-        const size_t drawn = random.below(resident.size());
+        const size_t drawn = trace ? least_in_time(resident) : random.below(resident.size());
         Block& block = *resident[drawn];
         if (owner != &block) {
             if (owner) owner->shared.keep();
@@ -134,6 +157,7 @@ static void run_blocks(const Grid& grid, uint8_t* dynamic, void* kernel) {
             case Pause::done:
                 while (!block.under_way.empty()) block.under_way.one(block.random());
                 block_ends(block);
+                if (trace) block.free_from = block.timing->end();
                 resident.erase(resident.begin() + drawn), owner = nullptr, in_vain = 0;
                 break;
             case Pause::drawn: in_vain = 0; break;
@@ -147,7 +171,7 @@ void run(const Grid& grid, uint8_t* dynamic, void* kernel, void (*thread)(void*)
     if (session.failed) return;
     const uintptr_t first = reinterpret_cast<uintptr_t>(arguments);
     session.memories.push_back({first, first + argument_bytes, false, "the arguments", {}});
-    session.kernel = {thread, arguments};
+    session.kernel = {thread, arguments, kernel};
     ++session.launches;
     try {
         if (grid.threads < 1 || grid.threads > 1024) fail("a launch with %d threads a block", grid.threads);

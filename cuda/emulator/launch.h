@@ -31,9 +31,11 @@ struct Session {
     bool failed = false;
     uint64_t launches = 0;
     Counters counters;
+    std::unique_ptr<Trace> trace;  // if it is wanted
     struct {
         void (*thread)(void*);
         void* arguments;
+        void* entry;
     } kernel;
 };
 extern thread_local Session session;

@@ -25,17 +25,19 @@ static uint8_t* row_of(Block& block, Warp& warp, int lane, const char* what, boo
     return row;
 }
 
-static void count_addresses(Warp& warp, bool write) {
+static void count_addresses(Block& block, Warp& warp, bool write) {
     uint32_t addresses[32];
     for (int lane = 0; lane < 32; ++lane) addresses[lane] = arguments_of<Fragments>(warp, lane).address;
-    count_rows(addresses, write, arguments_of<Fragments>(warp, 0).site);
+    void* site = arguments_of<Fragments>(warp, 0).site;
+    count_rows(addresses, write, site);
+    if (Timing* timing = block.timing.get()) timing->rows(warp.first / 32, addresses, write, timing->now(), site);
 }
 
 void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, bool transposed) {
     Fragments mine{address, r, transposed, SITE};
     meet(0xffffffff, transposed ? "ldmatrix.trans" : "ldmatrix", SITE, &mine, [](Block& block, Warp& warp, uint32_t) {
         uint16_t x[4][8][8];
-        count_addresses(warp, false);
+        count_addresses(block, warp, false);
         for (int lane = 0; lane < 32; ++lane) memcpy(x[lane / 8][lane % 8], row_of(block, warp, lane, "ldmatrix", false), 16);
         for (int lane = 0; lane < 32; ++lane) {
             auto& mine = arguments_of<Fragments>(warp, lane);
@@ -49,7 +51,7 @@ void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
     uint32_t copy[4] = {r[0], r[1], r[2], r[3]};
     Fragments mine{address, copy, false, SITE};
     meet(0xffffffff, "stmatrix", SITE, &mine, [](Block& block, Warp& warp, uint32_t) {
-        count_addresses(warp, true);
+        count_addresses(block, warp, true);
         for (int lane = 0; lane < 32; ++lane) {
             uint32_t row[4];
             for (int t = 0; t < 4; ++t) row[t] = arguments_of<Fragments>(warp, lane % 8 * 4 + t).r[lane / 8];
@@ -68,9 +70,10 @@ struct Mma {
 
 void mma_m16n8k16(Type type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     Mma mine{type, d, a, b};
-    meet(0xffffffff, type == Type::float16 ? "mma (float16)" : "mma (bfloat16)", SITE, &mine, [](Block&, Warp& warp, uint32_t) {
+    meet(0xffffffff, type == Type::float16 ? "mma (float16)" : "mma (bfloat16)", SITE, &mine, [](Block& block, Warp& warp, uint32_t) {
         float A[16][16], B[16][8], D[16][8] = {};
         count(MMA_FLOP, 2 * 16 * 8 * 16);
+        if (Timing* timing = block.timing.get()) timing->mma(warp.first / 32, timing->now(), warp.at[0].site);
         for (int lane = 0; lane < 32; ++lane) {
             const auto& mine = arguments_of<Mma>(warp, lane);
             const int g = lane / 4, t = 2 * (lane % 4);

@@ -1,5 +1,6 @@
 // mbarrier (PTX ISA 9.7.13.15): a phase is over once all arrivals and all announced bytes have come. Who waits for it sees what those who arrived had done.
 #include "block.h"
+#include "model.h"
 
 namespace emulator {
 
@@ -41,6 +42,7 @@ static void perhaps_over(int n) {
     block.clocks.join(barrier.over.data(), barrier.coming.data());
     barrier.over[block.clocks.mbarrier(n)] = barrier.phase;
     std::fill(barrier.coming.begin(), barrier.coming.end(), 0);
+    if (block.timing) block.timing->phase_is_over(n, barrier.waiting);
     for (int t : barrier.waiting) block.awake(t);
     barrier.waiting.clear();
 }
@@ -48,6 +50,7 @@ static void perhaps_over(int n) {
 void mbarrier_arrive(uint32_t address, int expected_bytes) {
     Block& block = *current;
     const int n = mbarrier_at(address, "mbarrier.arrive", SITE);
+    if (block.timing) block.timing->comes_to_phase(n, SITE);
     MBarrier& barrier = block.mbarriers[n];
     if (barrier.missing == 0)
         fail("thread %d arrives at the mbarrier at shared byte %u, where all %d arrivals of phase %u have come and %lld bytes are missing: @%x", block.running, barrier.offset,
@@ -59,7 +62,8 @@ void mbarrier_arrive(uint32_t address, int expected_bytes) {
     block.maybe_let_others_run();
 }
 
-void mbarrier_bytes_came(int n, int bytes) {
+void mbarrier_bytes_came(int n, int bytes, double at) {
+    if (current->timing) current->timing->comes_to_phase(n, at);
     current->mbarriers[n].bytes -= bytes;
     perhaps_over(n);
 }
@@ -70,11 +74,13 @@ void mbarrier_wait(uint32_t address, int parity) {
     if (parity != 0 && parity != 1) fail("thread %d waits for the parity %d: @%x", me, parity, site_offset(SITE));
     count_wait(SITE);
     block.maybe_let_others_run();
+    if (block.timing) block.timing->meet(SITE);
     while (static_cast<int>(block.mbarriers[n].phase & 1) == parity) {  // the phase that is running, not the one before
         block.mbarriers[n].waiting.push_back(me);
         block.wait(Wait::mbarrier, "mbarrier.try_wait", SITE, n, block.mbarriers[n].phase);
     }
     block.clocks.join(block.clock(), block.mbarriers[n].over.data());
+    if (block.timing) block.timing->spend(0, model::SYNC);
 }
 
 }  // namespace emulator

@@ -22,6 +22,6 @@ struct MBarrier {
 };
 
 int mbarrier_at(uint32_t address, const char* what, void* site);  // its number
-void mbarrier_bytes_came(int number, int bytes);
+void mbarrier_bytes_came(int number, int bytes, double at);  // in the model's time
 
 }  // namespace emulator

@@ -1,12 +1,13 @@
 // Every plain access to memory. Kernels are compiled with -fsanitize=thread, so that the compiler puts a call before each one; the functions called are
 // these, instead of ThreadSanitizer's own (https://github.com/llvm/llvm-project/blob/main/compiler-rt/lib/tsan/rtl/tsan_interface.h).
 #include "launch.h"
+#include "model.h"
 
 namespace emulator {
 
 static const char* verb(bool write) { return write ? "writes" : "reads"; }
 
-static void access_global(Block& block, uintptr_t at, unsigned bytes, bool write, void* site) {
+static const Memory& access_global(Block& block, uintptr_t at, unsigned bytes, bool write, void* site) {
     for (Memory& memory : session.memories) {
         if (at < memory.first || at + bytes > memory.end) continue;
         if (write && !memory.writable)
@@ -17,7 +18,7 @@ static void access_global(Block& block, uintptr_t at, unsigned bytes, bool write
                 else if (!memory.written[n])
                     fail("thread %d reads byte %lld of %s, which nobody has written: @%x", block.running, (long long)n, memory.name.c_str(), site_offset(site));
             }
-        return;
+        return memory;
     }
     std::string near;
     for (const Memory& memory : session.memories)
@@ -38,10 +39,13 @@ inline void access(const void* p, unsigned bytes, bool write, void* site, bool a
     if (block->shared.holds(at)) {
         const uint32_t* seen = block->clock();
         count_shared(*block, block->shared.address(p), bytes, write, site);
+        if (block->timing) block->timing->shared(block->shared.offset(p), bytes, write);
         block->shared.access(block->shared.offset(p), bytes, {.who = t.id, .when = seen[t.id], .seen = seen, .site = site, .write = write});
     } else {
+        const Memory& memory = access_global(*block, at, bytes, write, site);
+        if (&memory == &session.memories.back()) return;  // the launch's arguments, which a GPU has in its constant cache
         count(write ? GLOBAL_WRITTEN : GLOBAL_READ, bytes);
-        access_global(*block, at, bytes, write, site);
+        if (block->timing) block->timing->global(p, bytes, write, site);
     }
 }
 
@@ -68,6 +72,7 @@ void store_shared(uint32_t address, uint32_t x) {
     Block& block = *current;
     uint8_t* p = block.shared.at(address, 4, 4, "st.shared", SITE);
     count_shared(block, address, 4, true, SITE);
+    if (block.timing) block.timing->shared(block.shared.offset(p), 4, true);
     const uint32_t* seen = block.clock();
     block.shared.access(block.shared.offset(p), 4, {.who = block.running, .when = seen[block.running], .seen = seen, .site = SITE, .write = true});
     memcpy(p, &x, 4);
@@ -76,6 +81,7 @@ void store_shared(uint32_t address, uint32_t x) {
 static float add(float* p, float x, void* site) {
     check_global(p, 4, false, site), check_global(p, 4, true, site);
     count(GLOBAL_ADDED, 4);
+    if (current->timing) current->timing->global(p, 4, true, site);
     const float before = *p;
     *p = before + x;
     return before;
@@ -93,6 +99,7 @@ void reduce_max(int* p, int x) {
 
 int load_acquire(const int* p) {
     Block& block = *current;
+    if (Timing* timing = block.timing.get()) timing->meet(SITE), timing->wait(block.running, timing->trace.released[p], {SIGNALLED}, SITE);
     access(p, 4, false, SITE);
     Thread& t = block.self();
     const int x = *p;
@@ -105,6 +112,11 @@ int load_acquire(const int* p) {
 
 void store_release(int* p, int x) {
     access(p, 4, true, SITE);
+    if (Timing* timing = current->timing.get()) {
+        timing->meet(SITE);
+        timing->trace.released[p] = timing->now() + model::SIGNAL, timing->limit = timing->now();  // others may have waited
+        timing->arrive({SIGNALLED}, SITE);
+    }
     *p = x;
     current->maybe_let_others_run();
 }

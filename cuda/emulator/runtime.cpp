@@ -10,5 +10,7 @@
 #include "mbarrier.cpp"
 #include "memory.cpp"
 #include "shared.cpp"
+#include "timing.cpp"
+#include "trace.cpp"
 #include "warp.cpp"
 #include "wgmma.cpp"

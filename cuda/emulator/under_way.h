@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include <algorithm>
 #include <deque>
 #include <functional>
 #include <vector>
@@ -12,14 +13,22 @@ namespace emulator {
 
 // The copy engine's: in any order.
 struct UnderWay {
-    std::vector<std::function<void()>> effects;
+    struct Effect {
+        std::function<void()> take;
+        double at;  // in the model's time, if the launch is traced
+    };
+    std::vector<Effect> effects;
     bool empty() const { return effects.empty(); }
+    void add(std::function<void()> take, double at) { effects.push_back({std::move(take), at}); }
     // One of them, whichever is drawn, takes effect.
     void one(uint32_t drawn) {
         const size_t n = drawn % effects.size();
-        auto effect = std::move(effects[n]);
+        auto take = std::move(effects[n].take);
         effects[n] = std::move(effects.back()), effects.pop_back();
-        effect();
+        take();
+    }
+    size_t earliest() const {
+        return std::min_element(effects.begin(), effects.end(), [](const Effect& a, const Effect& b) { return a.at < b.at; }) - effects.begin();
     }
 };
 

@@ -1,6 +1,7 @@
 #include "warp.h"
 
 #include "block.h"
+#include "model.h"
 
 namespace emulator {
 
@@ -28,6 +29,7 @@ void meet(uint32_t mask, const char* what, void* site, void* arguments, void (*e
                  warp.first + other, at.what, site_offset(at.site));
     }
     if (there != mask) return block.wait(Wait::warp, what, site);
+    if (block.timing) block.timing->meet(warp.first, 32, mask, site);
     execute(block, warp, mask);
     for (int other = 0; other < 32; ++other)
         if (mask >> other & 1) {
@@ -65,6 +67,7 @@ uint32_t shuffle(uint32_t mask, uint32_t x, int source) {
         for (int lane = 0; lane < 32; ++lane)
             if (mask >> lane & 1) arguments_of<Shuffle>(warp, lane).result = arguments_of<Shuffle>(warp, arguments_of<Shuffle>(warp, lane).source).x;
     });
+    if (Timing* timing = current->timing.get()) timing->spend(1, model::SHUFFLE);
     return mine.result;
 }
 
@@ -82,6 +85,7 @@ uint32_t ballot(uint32_t mask, bool x) {
         for (int lane = 0; lane < 32; ++lane)
             if (mask >> lane & 1) arguments_of<Vote>(warp, lane).result = votes;
     });
+    if (Timing* timing = current->timing.get()) timing->spend(1, model::SHUFFLE);
     return mine.result;
 }
 

@@ -18,6 +18,7 @@ static void meet_group(const char* what, void* site, void* arguments, void (*exe
         fail("the threads of a warpgroup do different things: thread %d comes to %s at @%x, others wait in %s at @%x", me, what, site_offset(site), group.what, site_offset(group.site));
     group.arguments[me - first] = arguments;
     if (++group.there < 128) return block.wait(Wait::warp, what, site);
+    if (block.timing) block.timing->meet(first, 128, 0xffffffff, site);
     group.there = 0;
     execute(block, group, first);
     for (int t = first; t < first + 128; ++t)
@@ -133,6 +134,11 @@ void wgmma(const Wgmma& mine) {
             if (each.a) mark_busy(block.threads[first + t], each.a, 16, false, group.groups + 1, site);
         }
         count(WGMMA_FLOP, 2 * 64 * w.n * 16), count(WGMMA_OPERANDS, (w.n + (w.a ? 0 : 64)) * 32);
+        if (Timing* timing = block.timing.get()) {
+            const Operand b(w.b_descriptor, w.b_transposed, site);
+            const auto tile_of = [&](const Operand& operand) { return timing->tile_at(block.shared.offset(block.shared.pointer(operand.start))); };
+            timing->product(first / 128, w.n, w.a ? 0 : tile_of(Operand(w.a_descriptor, w.a_transposed, site)), tile_of(b), timing->now(), site);
+        }
         const int seen_by = first + block.random.below(128);  // one of those who must all know that the operands are there
         announce(block, first / 128, Operand(w.b_descriptor, w.b_transposed, site), w.n, seen_by, site);
         if (!w.a) announce(block, first / 128, Operand(w.a_descriptor, w.a_transposed, site), 64, seen_by, site);
@@ -160,6 +166,7 @@ void wgmma_wait(int groups) {
         for (int t = first; t < first + 128; ++t) {
             uint32_t& known = block.clocks.of(t)[block.clocks.products_of(first / 128)];
             known = std::max(known, over);
+            if (Timing* timing = block.timing.get()) timing->wait(t, of_group(timing->groups[first / 128].over, over), {PRODUCTS, first / 128, over}, group.site);
             std::erase_if(block.threads[t].busy, [&](const BusyRegisters& busy) { return busy.group <= over; });
         }
     });

@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from flash_attention.backends import cuda
+from flash_attention.backends.emulated_trace import Trace
 from flash_attention.backends.launch import INTERVAL, KEYS, MASK, PARAMS, SETTINGS, STRIDES, Addresses, Launch
 from flash_attention.build import Specialisation, emulated
 from flash_attention.call import Call, Form
@@ -36,6 +37,7 @@ class Options:
     resident: int = 2  # blocks that run at a time, by turns; 1 to 8
     sources: Path | None = None  # a folder in place of this package's cuda/
     counts: list["Counts"] | None = None  # where each launch's counts go, if they are wanted (`counting`)
+    traces: list[Trace] | None = None  # and its trace (`tracing`)
 
 
 options = Options()
@@ -87,6 +89,24 @@ def counting() -> Iterator[list[Counts]]:
         yield options.counts
     finally:
         options.counts = None
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[list[Trace]]:
+    """Traces the launches inside: who did what when, by a cost model of one Hopper multiprocessor, which gets the whole grid.
+
+    `options.resident` blocks at a time share it, or as many as its shared memory and threads allow. Whatever `options.seed`, the trace is
+    the same.
+
+    >>> with tracing() as traces:
+    ...     O = flash_attention(q, k, v, backend="emulated:hopper")
+    >>> traces[0].cycles, traces[0].events[0]
+    """
+    options.traces = []
+    try:
+        yield options.traces
+    finally:
+        options.traces = None
 
 
 class Memory(NamedTuple):
@@ -181,9 +201,13 @@ def run(library: ctypes.CDLL, function, params: bytes, memories: list[Memory], *
                 ctypes.memset(memory.address, 0xFF, memory.bytes)
             library.emulator_memory(memory.address, memory.bytes, memory.writable, memory.written, memory.name.encode())
     library.emulator_count(options.counts is not None)
+    library.emulator_start_trace(options.traces is not None)
     error = function(params)
     if options.counts is not None:
         options.counts.append(Counts.read(Path(library._name), library.emulator_counters().decode()))
+    if options.traces is not None:
+        options.traces.append(Trace.read(Path(library._name), library.emulator_trace().decode()))
+        library.emulator_start_trace(False)
     message = library.emulator_message().decode() or (library.error_name(error).decode() if error else "")
     if message:
         raise EmulatorError(emulated.with_lines(message, Path(library._name)))
@@ -207,7 +231,8 @@ class EmulatedRung(cuda.Rung):
         form = self._mask_form(which, call)
         kind = cuda.DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout
         wanted = self.specialisation(which, emulated.ARCH, *kind)
-        launch = EmulatedLaunch(_library(wanted, options.sources), *cuda._fields(call, tensors, scale), 0, SM_COUNT)
+        sm_count = SM_COUNT if options.traces is None else 1
+        launch = EmulatedLaunch(_library(wanted, options.sources), *cuda._fields(call, tensors, scale), 0, sm_count)
         launch.mask_form = form
         return launch
 
@@ -221,7 +246,8 @@ RUNGS = {
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.emulator_begin.argtypes = [ctypes.c_uint64, ctypes.c_int]
     library.emulator_memory.argtypes = [ctypes.c_size_t, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
-    library.emulator_message.restype = library.emulator_counters.restype = ctypes.c_char_p
+    for report in (library.emulator_message, library.emulator_counters, library.emulator_trace, library.emulator_model):
+        report.restype = ctypes.c_char_p
     return library
 
 

@@ -19,7 +19,7 @@ from flash_attention import build
 from flash_attention.build import BuildError, Specialisation
 
 FOLDER = "emulator"  # of the sources, and of the cache
-COMMON = ("-std=c++20", "-g1", "-fPIC", "-march=native", "-fno-gnu-unique")
+COMMON = ("-std=c++20", "-g1", "-fPIC", "-march=native")
 RUNTIME = ("-O2", "-fno-semantic-interposition", "-shared")
 KERNEL = (
     "-O2",
@@ -52,6 +52,11 @@ def _machine(compiler: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def _common(compiler: str) -> tuple[str, ...]:
+    """g++ would make inline variables unique in the process, of which each library has its own."""
+    return COMMON if "__clang__" in _machine(compiler) else (*COMMON, "-fno-gnu-unique")
+
+
 def _contents(sources: Path, *patterns: str) -> list[str]:
     files = sorted(path for pattern in patterns for path in sources.glob(pattern))
     return [part for path in files for part in (str(path.relative_to(sources)), path.read_text())]
@@ -60,9 +65,9 @@ def _contents(sources: Path, *patterns: str) -> list[str]:
 def runtime(sources: Path) -> Path:
     """The emulator's own library, compiled unless the cache has it."""
     compiler = _compiler()
-    key = build._hash(_machine(compiler), *COMMON, *RUNTIME, *_contents(sources, f"{FOLDER}/*.cpp", f"{FOLDER}/*.h"), digits=24)
+    key = build._hash(_machine(compiler), *_common(compiler), *RUNTIME, *_contents(sources, f"{FOLDER}/*.cpp", f"{FOLDER}/*.h"), digits=24)
     source = str(sources / FOLDER / "runtime.cpp")
-    return _cached(f"emulator-{key}.so", "the emulator", lambda out: [[compiler, *COMMON, *RUNTIME, source, "-o", str(out)]])
+    return _cached(f"emulator-{key}.so", "the emulator", lambda out: [[compiler, *_common(compiler), *RUNTIME, source, "-o", str(out)]])
 
 
 def build_kernel(kernel: Specialisation, sources: Path | None = None) -> Path:
@@ -75,7 +80,7 @@ def build_kernel(kernel: Specialisation, sources: Path | None = None) -> Path:
     compiler, linked = _compiler(), runtime(sources)
     # g++ would call a function to initialise an extern thread_local variable (shared memory) that needs none.
     only_gcc = () if "__clang__" in _machine(compiler) else ("-fno-extern-tls-init",)
-    flags = (*COMMON, *KERNEL, *only_gcc, *kernel.defines())
+    flags = (*_common(compiler), *KERNEL, *only_gcc, *kernel.defines())
     headers = _contents(sources, "*.cuh", "*.h", f"{FOLDER}/*.h", f"{FOLDER}/include/*.h")
     text = (sources / kernel.file).read_text()
     included = [(sources / name).read_text() for name in re.findall(r'#include "(\w+\.cu)"', text)]  # a rung that falls back on another
