@@ -14,9 +14,7 @@ from harness import run_alone
 from flash_attention import build
 from flash_attention.backends import BACKENDS
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "exercises" / "check.py"
-sys.path.insert(0, str(SCRIPT.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exercises"))
 
 from tasks import TASKS
 from wrong_answers import TABLE, WRONG_ANSWERS
@@ -24,6 +22,8 @@ from wrong_answers import TABLE, WRONG_ANSWERS
 if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
     pytest.skip(reason, allow_module_level=True)
 
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "exercises" / "check.py"
 EXERCISES = 8
 
 
