@@ -59,7 +59,13 @@ def check_splits(Nq, group, Nk, multiprocessors):
 @pytest.mark.parametrize("multiprocessors", (1, 132))
 @pytest.mark.parametrize(
     ("Nq", "Nk", "causal", "mask"),
-    [(5, 400, False, "full"), (9, 300, True, "left padding"), (3, 500, True, "sparse"), (40, 70, True, "dead rows"), (2, 300, False, "nothing")],
+    [
+        (5, 400, False, "full"),
+        (9, 300, True, "left padding"),
+        (3, 500, True, "sparse"),
+        (40, 70, True, "dead rows"),
+        (2, 300, False, "nothing"),
+    ],
 )
 def check_masks_and_dropout(Nq, Nk, causal, mask, multiprocessors):
     expect(Case(B=2, H=6, Hkv=2, Nq=Nq, Nk=Nk, D=64, dtype=torch.float16, causal=causal, mask=mask, dropout_p=0.25), multiprocessors)

@@ -123,7 +123,9 @@ class EmulatedLaunch(Launch):
             shapes |= {"k": (Hkv, page_size, D), "v": (Hkv, page_size, Dv)}
         memories = []
         for n, (address, (name, shape)) in enumerate(zip(addresses, shapes.items(), strict=False)):
-            size = extent((pages if pages and name in ("k", "v") else B, *shape), (*STRIDES.unpack(self.tensors[2 * n + 1]), 1)) * element_size
+            size = (
+                extent((pages if pages and name in ("k", "v") else B, *shape), (*STRIDES.unpack(self.tensors[2 * n + 1]), 1)) * element_size
+            )
             memories.append(Memory(name, address, size, name in outputs, name not in outputs))
         return memories
 
