@@ -33,6 +33,9 @@ HEAD_512_MASKED = case(D=512, H=1, Nq=130, Nk=200, mask="heads share")
 HEAD_320 = case(D=320, H=1, Nq=130, Nk=200)
 ODD_HEAD = case(D=72, Nq=70, Nk=90)
 MANY_TILES = case(Nk=700, H=3)  # every ring wraps
+ONE_QUERY = case(H=4, Hkv=2, Nq=1, Nk=1500)  # the keys are split
+FEW_ROWS = case(H=4, Hkv=1, Nq=9, Nk=1537, causal=True, sharp=5)  # 36 packed rows, in a tile of 32 and one of 4
+FEW_MASKED = case(H=4, Hkv=2, Nq=5, Nk=700, mask="full", dropout_p=0.25)
 TURNS = case(Nk=700, causal=True)  # deterministic: shown by bits that change from seed to seed, or by a block that hangs
 
 MANY_TILES_FLOAT32 = case(Nk=700, dtype=torch.float32)
@@ -211,6 +214,33 @@ TABLE = {
     ],
     ("tensor_core", "pack_mask.cu"): [
         ("__shfl_down_sync(0xffffffff, hidden, 1) << 16", "__shfl_down_sync(0xffffffff, hidden, 2) << 16", MASKED),
+    ],
+    ("split_keys", "forward_5_split_keys.cu"): [
+        ("ptx::cp_async_wait_group<SLOTS - 2>();", "ptx::cp_async_wait_group<SLOTS - 1>();", ONE_QUERY),
+        ("__syncwarp();  // the tile is there for every lane", "//", ONE_QUERY),
+        ("__syncthreads();  // Q is there for every thread", "//", ONE_QUERY),
+        ("__syncthreads();  // every warp is done with Q, its ring", "//", FEW_ROWS),
+        ("__syncthreads();  // all warps' sums are there", "//", ONE_QUERY, 0),
+        ("__syncthreads();  // all warps' sums are there", "//", ONE_QUERY, 1),
+        ("return ptx::ex2((m - m_all) * (c.p.scale * LOG2_E));", "return 1;", FEW_ROWS),
+        ("if (filled < 2 * count)", "if (filled < 2 * count - 1)", ONE_QUERY),
+        ("filled, to_fill = to_fill + 1 == SLOTS ? 0 : to_fill + 1;", "filled, to_fill = to_fill == SLOTS ? 0 : to_fill + 1;", ONE_QUERY),
+        (
+            "const int i = (row0 + row) / group, h = h_kv * group + (row0 + row) % group;",
+            "const int i = row / group, h = h_kv * group + row % group;",
+            FEW_ROWS,
+        ),
+        ("min(limit, i_rmem[m][r] + offset + 1) : limit;", "min(limit, i_rmem[m][r] + offset + 2) : limit;", FEW_ROWS),
+        ("min(limit, row0 / group + offset + 1) : limit;", "limit : limit;", FEW_ROWS),
+        ("j0 + row + r < limit &&", "j0 + row + r <= limit &&", ONE_QUERY),
+        ("int in_split = (steps + c.splits - 1) / c.splits;", "int in_split = steps / c.splits;", ONE_QUERY),
+        ("if (__any_sync(0xffffffff, grew))", "if (grew && false)", FEW_ROWS),
+        ("l += weight(c, ml.x, m_all) * ml.y;", "l += ml.y;", FEW_ROWS),
+        ("+ row / c.rows) * c.splits * c.rows + row % c.rows;", "+ row / c.rows) * c.splits * c.rows;", ONE_QUERY),
+        ("hidden_origin[m][r] + step + WARPS];", "hidden_origin[m][r] + step + 1];", FEW_MASKED),
+        ("word = i % 32 / 8;", "word = i % 16 / 8;", case(H=1, Nq=30, dropout_p=0.25)),
+        ("dropout_bytes(key, b, h, i, j0 + 2 * t)", "dropout_bytes(key, b, h_kv, i, j0 + 2 * t)", FEW_MASKED),
+        ("const float factor = final_factor(c, b, m_all, l);", "const float factor = 1 / l;", FEW_MASKED, 1),
     ],
     ("hopper", "forward_4_hopper.cu"): [
         ("release(barriers.K_empty, now.stage);", ";", MANY_TILES),

@@ -1,0 +1,137 @@
+"""The cache of keys and values: what is appended is what is attended, contiguous or in pages, padded or ragged; errors before anything is written.
+
+    python checks/check_cache.py
+"""
+
+import pytest
+import torch
+from harness import expect_error, run_alone
+
+from flash_attention.backends import BACKENDS, emulated
+from flash_attention.cache import KeyValueCache, attend
+from flash_attention.reference import normal_attention
+
+EMULATED = "emulated:split_keys"
+WHY_NOT = BACKENDS[EMULATED]._why_no_kernels(0)
+needs_emulator = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+BACKEND_DTYPES = [(None, torch.float64), (None, torch.float32), pytest.param(EMULATED, torch.float16, marks=needs_emulator)]
+STEPS = ((45, None), (1, None), (5, [5, 0, 2]), (1, None), (100, [100, 1, 90]), (1, None), (3, None))  # tokens, of which so many are meant
+
+
+def truth(q, k, v, starts, causal):
+    """Each sequence alone, by the definition in float64."""
+    rows = []
+    for b, (keys, values) in enumerate(zip(k, v, strict=True)):
+        seen = torch.ones(q.shape[2], keys.shape[1], dtype=torch.bool)
+        if causal:
+            seen = seen.tril(keys.shape[1] - q.shape[2])
+        if starts is not None:
+            seen[:, : starts[b]] = False
+        rows.append(normal_attention(q[b][None].double(), keys[None].double(), values[None].double(), seen[None, None]))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("starts", (None, [3, 40, 0]))
+@pytest.mark.parametrize("page_size", (None, 16, 48))
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def check_appends_and_attends(backend, dtype, page_size, starts):
+    """Two layers that grow by themselves; what no token was written to is NaN for the kernel, which must not look at it."""
+    random = torch.Generator().manual_seed(0)
+    B, H, Hkv, D, Dv = 3, 8, 2, 64, 40
+    cache = KeyValueCache(2, B, Hkv, D, 200, Dv=Dv, dtype=dtype, page_size=page_size)
+    if backend:
+        cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)
+    if starts:
+        cache.pad_left(starts)
+    held = [([torch.empty(Hkv, 0, D, dtype=dtype)] * B, [torch.empty(Hkv, 0, Dv, dtype=dtype)] * B) for _ in cache._layers]
+    tolerance = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3}[dtype]
+    for n, counts in STEPS:
+        for layer, (keys, values) in zip((cache[0], cache[1]), held, strict=True):
+            k, v = (torch.randn(B, n, Hkv, d, generator=random).to(dtype).transpose(1, 2) for d in (D, Dv))
+            layer.append(k, v, None if counts is None else torch.tensor(counts))
+            for b in range(B):
+                meant = n if counts is None else counts[b]
+                keys[b], values[b] = torch.cat((keys[b], k[b, :, :meant]), 1), torch.cat((values[b], v[b, :, :meant]), 1)
+            assert layer.lengths.tolist() == [x.shape[1] for x in keys]
+        for Nq, causal in ((1, True), (3, True), (3, False)):
+            q = torch.randn(B, H, Nq, D, generator=random).to(dtype)
+            O, LSE = attend(q, cache[1], causal=causal, return_lse=True, backend=backend)
+            assert LSE.shape == (B, H, Nq)
+            torch.testing.assert_close(O.double(), truth(q, *held[1], starts, causal), rtol=0, atol=tolerance)
+
+
+def check_pages_are_taken_as_they_are_needed():
+    """And are all back after `clear`; nothing is written where none is left, in any layer."""
+    cache = KeyValueCache(1, 2, 1, 8, 100, page_size=16, pages=5)
+    k = torch.ones(2, 1, 16, 8)
+    cache[0].append(k, k)
+    assert cache.block_table.tolist() == [[0] + [5] * 6, [1] + [5] * 6]
+    cache[0].append(k[:, :, :1], k[:, :, :1])
+    assert cache.block_table[:, :3].tolist() == [[0, 2, 5], [1, 3, 5]]
+    before = cache.keys.clone()
+    expect_error(lambda: cache[0].append(k, k), MemoryError, ["2 pages more", "1 are left"])
+    assert torch.equal(cache.keys, before) and cache[0].lengths.tolist() == [17, 17] and (cache.block_table[:, 2] == 5).all()
+    cache.clear()
+    cache[0].append(k[:, :, :3], k[:, :, :3])
+    assert cache[0].lengths.tolist() == [3, 3] and cache.block_table[:, 0].tolist() == [0, 1]
+
+
+def check_errors_come_before_writing():
+    cache = KeyValueCache(2, 2, 2, 16, 10, dtype=torch.float32)
+    layer, x, q = cache[1], torch.ones(2, 2, 3, 16), torch.ones(2, 4, 3, 16)
+    layer.append(0 * x, 0 * x)
+    many = torch.ones(2, 2, 8, 16)
+    for call, error, words in (
+        (lambda: layer.append(many, many), ValueError, ["8 tokens", "up to 3", "10"]),
+        (lambda: layer.append(x, x[:, :, :2]), ValueError, ["v must have shape", "(2, 2, 3, 16)", "(2, 2, 2, 16)"]),
+        (lambda: layer.append(x[:1], x[:1]), ValueError, ["k must have shape", "(1, 2, 3, 16)"]),
+        (lambda: layer.append(x[0], x[0]), ValueError, ["k must have shape"]),
+        (lambda: layer.append(x.half(), x.half()), TypeError, ["float32", "float16"]),
+        (lambda: layer.append(x.to("meta"), x), ValueError, ["on cpu", "meta"]),
+        (lambda: layer.append(x.clone().requires_grad_(), x), NotImplementedError, ["gradients", "no_grad"]),
+        (lambda: layer.append(x, x, torch.tensor([1, 4])), ValueError, ["between 0 and n = 3", "[1, 4]"]),
+        (lambda: layer.append(x, x, torch.tensor([1.0, 2])), TypeError, ["counts", "float32"]),
+        (lambda: layer.append(x, x, torch.tensor([1])), ValueError, ["counts", "(2,)", "(1,)"]),
+        (lambda: attend(q[:1], layer), ValueError, ["q must have shape", "(1, 4, 3, 16)"]),
+        (lambda: attend(q[:, :3], layer), ValueError, ["a multiple of 2"]),
+        (lambda: attend(q.half(), layer), TypeError, ["float32", "float16"]),
+        (lambda: attend(q.clone().requires_grad_(), layer), NotImplementedError, ["gradients"]),
+        (lambda: attend(q, layer, backend="warp9"), ValueError, ["warp9"]),
+        (lambda: attend(q, layer, backend="split_keys"), NotImplementedError, ["CUDA device"]),
+        (lambda: cache.pad_left([1]), ValueError, ["(2,)"]),
+        (lambda: cache.reserve(11), ValueError, ["11", "10"]),
+        (lambda: KeyValueCache(0, 2, 2, 16, 10), ValueError, ["layers", "0"]),
+        (lambda: KeyValueCache(1, 2, 2, 16, 10, pages=3), ValueError, ["page_size"]),
+        (lambda: KeyValueCache(1, 2, 2, 16, 10, dtype=torch.int8), TypeError, ["int8"]),
+    ):
+        expect_error(call, error, words)
+    assert layer.lengths.tolist() == [3, 3] and not cache.keys.any() and not cache.values.any()
+    assert len(cache) == 2 and cache[0].lengths.tolist() == [0, 0]
+
+
+@needs_emulator
+def check_pages_that_the_kernel_does_not_read():
+    cache = KeyValueCache(1, 1, 1, 64, 40, page_size=20, dtype=torch.float16)
+    x = torch.ones(1, 1, 1, 64, dtype=torch.float16)
+    cache[0].append(x, x)
+    expect_error(lambda: attend(x, cache[0], backend=EMULATED), NotImplementedError, ["multiple of 16", "20"])
+    assert torch.equal(attend(x, cache[0]), x)
+
+
+@needs_emulator
+def check_kernel_sees_growth_without_the_host():
+    """The kernel reads lengths where they lie: what changes them behind the host's back, as a replayed graph does, is what it sees."""
+    emulated.options.seed = 0
+    cache = KeyValueCache(1, 2, 1, 64, 96, dtype=torch.float16)
+    x = torch.randn(2, 1, 64, 64).half()
+    cache[0].append(x, x)
+    q = torch.randn(2, 2, 1, 64).half()
+    cache[0].longest, cache[0].equal = None, False  # as after an append in a graph
+    cache[0].lengths.copy_(torch.tensor([64, 33]))
+    want = truth(q, [x[0], x[1, :, :33]], [x[0], x[1, :, :33]], None, True)
+    torch.testing.assert_close(attend(q, cache[0], backend=EMULATED).double(), want, rtol=0, atol=2e-3)
+    torch.testing.assert_close(attend(q, cache[0]).double(), want, rtol=0, atol=2e-3)
+
+
+if __name__ == "__main__":
+    run_alone(__file__)
