@@ -25,7 +25,7 @@ from harness import (
 )
 
 from flash_attention import flash_attention
-from flash_attention.reference import flash2, flash2_causal, normal_attention, online_softmax, second_derivative
+from flash_attention.reference import flash2, normal_attention, online_softmax, second_derivative, visible
 from flash_attention.reference.tiles import lowest
 
 ALGORITHM = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
@@ -317,7 +317,7 @@ def check_default_scale(target):
 def check_block_size(causal, monkeypatch):
     """flash_attention(block_size=…): the same O, LSE and first and second derivatives in tiles of any size, and tiles are that size."""
     asked = {}
-    for module in (flash2_causal if causal else flash2, second_derivative):
+    for module in (flash2, visible, second_derivative):
         sizes = asked[module.__name__] = set()
         monkeypatch.setattr(
             module, "blocks", lambda start, stop, size, sizes=sizes, blocks=module.blocks: sizes.add(size) or blocks(start, stop, size)

@@ -31,7 +31,7 @@ from torch.nn.utils import parametrize, prune
 
 from flash_attention import FlashAttention, ScaledDotProduct, flash_attention, from_multihead_attention, layers
 from flash_attention.backends import BACKENDS
-from flash_attention.reference import flash2, flash2_causal
+from flash_attention.reference import flash2, visible
 
 B, NQ, NK, DIM, HEADS, DIM_HEAD = 2, 21, 34, 24, 4, 16  # heads · dim_head is not dim
 KEYS = ["to_q.weight", "to_k.weight", "to_v.weight", "to_out.weight"]
@@ -187,9 +187,9 @@ def check_block_size(target, causal, monkeypatch):
     """The same result for every block size, dividing the lengths or not, with masks, grouped heads and dropout; tiles are that size,
     given at construction or set later; and no size leaves a trace in the table of backends."""
     only_reference(target)
-    module = flash2_causal if causal else flash2
-    asked, blocks = [], module.blocks
-    monkeypatch.setattr(module, "blocks", lambda start, stop, size: asked.append(size) or blocks(start, stop, size))
+    asked, blocks = [], flash2.blocks
+    for module in (flash2, visible):
+        monkeypatch.setattr(module, "blocks", lambda start, stop, size: asked.append(size) or blocks(start, stop, size))
     x, context = random(target, B, NQ, DIM), random(target, B, NK, DIM, seed=1)
     keys = coins(target, B, NK)
     settings = {"causal": causal, "kv_heads": 2, "dropout": 0.3, "bias": True}

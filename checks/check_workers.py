@@ -27,6 +27,8 @@ CASES = (
     Case(B=1, H=2, Nq=200, Nk=90, D=8, causal=True, dropout_p=0.3),  # rows that attend nothing
     Case(B=1, H=2, Nq=130, Nk=131, D=8, Dv=5, mask="full", dropout_p=0.3),
     Case(B=3, H=2, Nq=70, Nk=140, D=8, dtype=torch.bfloat16, causal=True),
+    Case(B=2, H=2, Nq=200, Nk=150, D=8, window=(30, 9), spans="documents", dropout_p=0.2, dtype=torch.bfloat16),
+    Case(B=2, H=2, Nq=150, Nk=200, D=8, window=(30, None), spans="any", causal=True),
     Case(B=1, H=2, Nq=0, Nk=9, D=8),
     Case(B=1, H=2, Nq=9, Nk=0, D=8, causal=True),
 )
@@ -55,9 +57,10 @@ def results(case: Case):
     mask = None if mask is None else mask if mask.dim() == 4 else mask[:, None, None]
     mask = None if mask is None else mask.expand(case.B, case.H, case.Nq, case.Nk)
     seed = torch.tensor(7) if case.dropout_p else None
-    settings = seed, case.causal, 0.3, case.dropout_p
-    O, LSE = reference.forward(q, k, v, mask, *settings)
-    return O, LSE, *reference.backward(problem.dO, problem.dLSE, q, k, v, mask, O, LSE, *settings)
+    left, right = case.window or (None, None)
+    settings, spans = Settings(0.3, case.dropout_p, left, 0 if case.causal else right), case.make_spans("cpu")
+    O, LSE = reference.forward(settings, q, k, v, mask, spans, seed)
+    return O, LSE, *reference.backward(settings, problem.dO, problem.dLSE, q, k, v, mask, spans, O, LSE, seed)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

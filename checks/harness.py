@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_attention import command_line, reference
+from flash_attention import command_line, reference, spans
 from flash_attention.backends import BACKENDS, GROUPS, cuda, no_gradients
 from flash_attention.call import Call, Settings
-from flash_attention.reference import Dropout, normal_attention, normal_attention_causal
+from flash_attention.reference import Dropout, Visible, normal_attention
 from flash_attention.reference.tiles import sum_dtype
 
 # Steps of the ladder: check_ladder.py, check_emulated.py.
@@ -125,6 +125,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     causal: bool = False
     mask: str | None = None
+    window: tuple[int | None, int | None] | None = None
+    spans: str | None = None  # one of SPANS
     dropout_p: float = 0.0
     scale: float | None = None
     sharp: float = 1.0
@@ -144,6 +146,15 @@ class Case:
         q, k, v = (torch.randn(shape, generator=random).to(self.dtype).to(device) for shape in shapes)
         mask = None if self.mask is None else MASKS[self.mask](self.B, self.H, self.Nq, self.Nk, random).to(device)
         return q * self.sharp, k, v, mask
+
+    def make_spans(self, device: str) -> Tensor | None:
+        random = torch.Generator().manual_seed(self.seed + 2)
+        return None if self.spans is None else SPANS[self.spans](self.B, self.H, self.Nq, self.Nk, random).to(device)
+
+    def visible(self, device: str) -> Visible:
+        """What each row sees, before any mask."""
+        left, right = self.window or (None, None)
+        return Visible(self.Nq, self.Nk, left, 0 if self.causal else right, self.make_spans(device))
 
     def dropout(self, device: str) -> Dropout | None:
         """The dropout that `flash_attention()` draws right after torch.manual_seed(self.seed): torch's generator, replayed."""
@@ -193,6 +204,36 @@ MASKS = {
 }
 
 
+def _documents(B, H, Nq, Nk, random):
+    """Of random lengths, among them 0 and 1."""
+
+    def cut(N: int) -> Tensor:
+        inner = torch.randint(N + 1, (5,), generator=random).sort().values.tolist()
+        edges = [0, *inner, min(inner[2] + 1, N), N]
+        return torch.tensor(sorted(edges)).diff()
+
+    return spans.documents(cut(Nq), cut(Nk))
+
+
+def _any_spans(B, H, Nq, Nk, random):
+    """Of each row its own, for each batch and head, some beyond the ends, some empty, some the wrong way round."""
+    bounds = torch.randint(-Nk // 4 - 1, Nk + Nk // 4 + 2, (B, H, Nq, 2), generator=random, dtype=torch.int32)
+    turned = torch.rand(B, H, Nq, 1, generator=random) < 0.1
+    return torch.where(turned, bounds.sort(-1, descending=True).values, bounds.sort(-1).values)
+
+
+SPANS = {
+    "documents": _documents,
+    "causal documents": lambda B, H, N, Nk, random: spans.documents(
+        [0, 1, N // 3, 0, N - N // 3 - 1], [1, 0, Nk // 2, 0, Nk - Nk // 2 - 1], causal=True
+    ),
+    "prefix": lambda B, H, Nq, Nk, random: spans.prefix(torch.randint(Nk + 1, (B,), generator=random), Nq, Nk),
+    "chunks": lambda B, H, Nq, Nk, random: spans.chunks(37, Nq, before=1),
+    "any": _any_spans,
+    "any, transposed": lambda B, H, Nq, Nk, random: _any_spans(H, 1, Nq, Nk, random).transpose(0, 1).mT.contiguous().mT,
+}
+
+
 def served(target: Target, case: Case) -> Case:
     """The case in a dtype that the backend serves, for a check that tries it under masks too; skips what the backend does not serve."""
     skip_unless_masks(target)
@@ -215,8 +256,8 @@ class Result(NamedTuple):
 def naive(case: Case, q, k, v, mask, dO, dLSE=None, *, dropout: Dropout | None = None, dtype: torch.dtype | None = None) -> Result:
     """Naive attention and its autograd gradients, computed in `dtype` (the inputs' unless given). In float64 this is the truth."""
     q, k, v = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (q, k, v))
-    attention = normal_attention_causal if case.causal else normal_attention
-    O, LSE = attention(q, k, v, mask, scale=case.scale, dropout=dropout, return_lse=True)
+    visible = replace(case, Nq=q.shape[2], Nk=k.shape[2]).visible(q.device.type)
+    O, LSE = normal_attention(q, k, v, mask, visible=visible, scale=case.scale, dropout=dropout, return_lse=True)
     loss = (O * dO.to(O.dtype)).sum()
     if dLSE is not None:
         loss = loss + (LSE.masked_fill(LSE.isneginf(), 0) * dLSE.to(LSE.dtype)).sum()
@@ -229,9 +270,8 @@ def flash(case: Case, target: Target, q, k, v, mask, dO, dLSE=None) -> Result:
 
     forward_alone = bool(no_gradients(BACKENDS.get(target.backend)))
     q, k, v = (x.detach().requires_grad_(not forward_alone) for x in (q, k, v))
-    O, LSE = flash_attention(
-        q, k, v, mask, causal=case.causal, scale=case.scale, dropout_p=case.dropout_p, return_lse=True, backend=target.backend
-    )
+    options = {"window": case.window, "spans": case.make_spans(q.device.type), "scale": case.scale, "dropout_p": case.dropout_p}
+    O, LSE = flash_attention(q, k, v, mask, causal=case.causal, **options, return_lse=True, backend=target.backend)
     if forward_alone:
         return Result(O, LSE, None, None, None)
     gradients = (dO,) if dLSE is None else (dO, dLSE)
@@ -258,7 +298,7 @@ class Problem:
     def of(cls, case: Case, target: Target, *, inputs: tuple | None = None, dLSE: bool = True) -> "Problem":
         """`inputs` replaces the case's own q, k, v and mask. dLSE=False: LSE gets no gradient. Skips if the backend does not serve it."""
         q, k, v, mask = inputs or case.inputs(target.device)
-        skip_unless_served(target, q, k, v, mask, case.causal, case.dropout_p)
+        skip_unless_served(target, q, k, v, mask, case.causal, case.dropout_p, case.window, case.make_spans(target.device))
         dO = case.gradient(target.device, *q.shape[:3], v.shape[3])
         gradients = dO, case.gradient(target.device, 2, *q.shape[:3])[1].to(sum_dtype(q)) if dLSE else None  # [1]: numbers that dO has not
         return cls.solve(case, q, k, v, mask, *gradients)

@@ -49,9 +49,9 @@ def flash_attention(
         return_lse: return LSE = log Σ exp(scores) too. It is differentiable.
         window: (left, right), each None for no limit: row r, which stands at column p = r + Nk − Nq, sees columns p − left ≤ c ≤ p + right.
             With causal, right is 0.
-        spans: int32 (B or 1, H or 1, Nq, 2): row r sees columns spans[…, r, 0] ≤ c < spans[…, r, 1]. `flash_attention.spans` makes them, for
-            documents packed one after another. Read through its strides. With causal, window or a mask, all must allow; columns
-            that no row of a tile sees cost nothing.
+        spans: int32 (B or 1, H or 1, Nq, 2): row r sees columns spans[…, r, 0] ≤ c < spans[…, r, 1]. `flash_attention.spans` makes them,
+            for documents packed one after another. Read through its strides. With causal, window or a mask, all must allow; columns that
+            no row of a tile sees cost nothing.
         backend: None takes the fastest that serves this call; a name from `flash_attention.backends.BACKENDS` asks for one.
         block_size: rows and columns of a tile of scores. It makes the call run on the reference, on any device: a kernel's tiles are fixed.
 

@@ -403,7 +403,7 @@ RUNGS = {
 
 
 def _as_read(rung: Rung, tensors: tuple[Form, ...], copied: tuple[bool, ...]) -> tuple[list[Form], tuple[bool, ...]]:
-    """The forms in which kernels get these tensors, and which of them are copied for that: those of `copied`, and those that cannot be read."""
+    """The forms in which kernels get these tensors, and which are copied for that: those of `copied`, and those that cannot be read."""
     copied = tuple(copy or not rung.reads(x) for x, copy in zip(tensors, copied, strict=True))
     return [x.contiguous() if copy else x for x, copy in zip(tensors, copied, strict=True)], copied
 

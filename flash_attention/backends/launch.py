@@ -49,8 +49,8 @@ class Launch(NamedTuple):
     keys: bytes = NO_KEYS
 
     def __call__(self, q: Tensor, tensors: Sequence[int], others: Addresses) -> None:
-        """Enqueues the kernels on the current stream of q's device. `tensors` are the addresses of q, k, v, O and, of a backward, dO, dQ, dK,
-        dV."""
+        """Enqueues the kernels on the current stream of q's device. `tensors` are the addresses of q, k, v, O and, of a backward, dO, dQ,
+        dK, dV."""
         raise_on(self.library.attention(self._params(tensors, others)), self.library, q)
 
     def workspace_floats(self, has_spans: bool) -> int:
