@@ -20,7 +20,15 @@ from flash_attention.backends import BACKENDS, GROUPS
 from flash_attention.reference import Dropout, normal_attention, normal_attention_causal
 from flash_attention.reference.tiles import sum_dtype
 
-ON_CUDA: tuple[str, ...] = ("simple", "mma", "tensor_core", "hopper", "hopper_between", "hopper_wide")  # backends that need a GPU
+ON_CUDA: tuple[str, ...] = (
+    "simple",
+    "mma",
+    "tensor_core",
+    "hopper",
+    "hopper_between",
+    "hopper_split",
+    "hopper_wide",
+)  # backends that need a GPU
 HALF = (torch.float16, torch.bfloat16)
 
 # Lengths that have broken kernels before: ragged, tiny, unequal, either longer.

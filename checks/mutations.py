@@ -233,6 +233,15 @@ TABLE = {
         ("d / STEPS * PANELS + d % STEPS / 4", "d / 4", HEAD_192),
         ("p.D, consumer * COLUMNS,", "p.D, consumer * 128,", HEAD_192),
     ],
+    ("hopper_split", "backward_5_split.cu"): [
+        ("ptx::bar_sync(P_IS_THERE, CONSUMERS * GROUP);", ";", HEAD_192),
+        ("ptx::fence_proxy_async();  // this thread's part of Pᵀ or dSᵀ", NO_BARRIER, HEAD_192),
+        ("meet();  // Pᵀ and dSᵀ are whole", "//", HEAD_192),
+        ("n % 2 * 2 * Tile_S::BYTES; };", "0; };", HEAD_192),
+        ("word >> (bit + ROW_STEP * r) % 32 << 7", "word >> bit % 32 << 7", case(D=192, H=1, mask="heads share")),
+        ("if (cut && 8 * i + c >= visible) x = 0;", "if (cut && 8 * i + c > visible) x = 0;", case(D=192, H=1, causal=True)),
+        ("ptx::wgmma_wait_group<0>();  // the tile before has been added", "ptx::wgmma_wait_group<1>();", HEAD_192),
+    ],
     ("hopper_wide", "forward_5_wide.cu"): [
         ("ptx::wgmma_wait_group<1>();  // the panel before has been read", ";", HEAD_512),
         ("release(barriers.K_empty[before]);", ";", HEAD_512),
@@ -240,9 +249,13 @@ TABLE = {
         ("if (panel == K_PANELS / 2 - 1 && n > 0) load_V(before);", "if (panel == K_PANELS / 2 - 1 && n > 0) load_V(keys);", HEAD_512),
         ("columns_from(p.o, part * PART)", "columns_from(p.o, part * 128)", HEAD_512),
         ("ptx::mbarrier_arrive(barrier(barriers.mask_empty));", ";", HEAD_512_MASKED),
-        ("work.part == 0 && t == 0", "work.part == 1 && t == 1", HEAD_512),
+        ("work.part == 0 && t == 0 && i < p.Nq)", "work.part == 0 && t == 0 && i <= p.Nq)", HEAD_512),
         ("(K_PANELS < RING ? K_PANELS : RING) - 1) hand_out(work);", "K_PANELS - 1) hand_out(work);", HEAD_512),
         ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", HEAD_512),
+    ],
+    ("hopper_wide", "backward_split.cuh"): [
+        ("max(0, j0 - (p.Nk - p.Nq)) / BLOCK * BLOCK", "max(0, j0 - (p.Nk - p.Nq) + BLOCK) / BLOCK * BLOCK", HEAD_512_CAUSAL),
+        ("column += 32 * 8)", "column += 64 * 8)", HEAD_512),
     ],
     ("hopper_wide", "backward_5_wide.cu"): [
         ("if (n > 0) ptx::bar_sync(PLACE_IS_FREE, CONSUMERS * GROUP);", ";", HEAD_512),
@@ -252,10 +265,8 @@ TABLE = {
         ("ptx::wgmma_wait_group<1>();  // the last tile has been added", ";  //", HEAD_512),
         ("ptx::wgmma_wait_group<1>();  // Sᵀ is there", "ptx::wgmma_wait_group<2>();  //", HEAD_512),
         ("ptx::mbarrier_arrive(barrier(barriers.rows_empty[n % 2]));", ";", case(D=512, H=1, Nq=300, Nk=70)),
-        ("max(0, j0 - (p.Nk - p.Nq)) / BLOCK * BLOCK", "max(0, j0 - (p.Nk - p.Nq) + BLOCK) / BLOCK * BLOCK", HEAD_512_CAUSAL),
         ("min(i0 + BLOCK, p.Nq) + p.Nk - p.Nq)) : p.Nk; }", "i0 + p.Nk - p.Nq)) : p.Nk; }", HEAD_512_CAUSAL),
         ("? (HALF - panel % OF_HALF * 64) / 16 : 4;", "? 4 : 4;", HEAD_320),
-        ("column += 32 * 8)", "column += 64 * 8)", HEAD_512),
     ],
 }
 

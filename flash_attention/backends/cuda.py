@@ -231,6 +231,13 @@ HOPPER = Rung(
     few_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
 )
 HOPPER_BETWEEN = replace(HOPPER, name="hopper_between", head_dims=(64, 80, 96, 112, 128, 160, 192, 256), pairs=((192, 128),), teaching=True)
+HOPPER_SPLIT = replace(  # another backward for the widest of them
+    HOPPER_BETWEEN,
+    name="hopper_split",
+    files=("forward_4_hopper.cu", "backward_5_split.cu"),
+    head_dims=(160, 192, 256),
+    wide_backward=None,
+)
 HOPPER_WIDE = replace(
     HOPPER,
     name="hopper_wide",
@@ -274,6 +281,7 @@ RUNGS = {
             teaching=True,
         ),
         HOPPER_BETWEEN,
+        HOPPER_SPLIT,
     )
 }
 
