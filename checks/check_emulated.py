@@ -69,6 +69,7 @@ def check_other_head_sizes(name):
 # Each size that hopper_between compiles, and hopper_wide's with panels that are not full, in part or not at all; D, Dv.
 MORE_SIZES = {
     "hopper_between": [(72, 72), (96, 88), (112, 112), (160, 160), (192, 192), (192, 128), (184, 40)],
+    "hopper_split": [(160, 160), (192, 128), (256, 256), (40, 192)],
     "hopper_wide": [(512, 512), (384, 264), (296, 320), (512, 72)],
 }
 MORE = [(name, *sizes, kind) for name, each in MORE_SIZES.items() for sizes in each for kind in range(2)]

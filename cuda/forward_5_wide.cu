@@ -28,7 +28,8 @@ constexpr int GROUP = 128;  // threads
 constexpr int CONSUMERS = 2;
 constexpr int THREADS = GROUP * (1 + CONSUMERS);
 constexpr int BLOCK_Q = 64 * CONSUMERS;
-constexpr int BLOCK_K = HEAD_DIM <= 384 ? 128 : 64;  // O, S and P share a thread's 232 registers: 96 + 64 + 32, or 128 + 32 + 16
+// O, S and P share a thread's 232 registers: 96 + 64 + 32, or 128 + 32 + 16; dropout needs a few more.
+constexpr int BLOCK_K = HEAD_DIM <= (DROPOUT ? 320 : 384) ? 128 : 64;
 constexpr int PART = V_HEAD_DIM / 2;                 // columns of V and O that a block computes
 static_assert(HEAD_DIM % 64 == 0 && PART % 32 == 0 && PART <= 256, "whole panels of K, and a product's columns of V");
 

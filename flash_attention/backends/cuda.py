@@ -305,6 +305,14 @@ HOPPER = Rung(
 )
 # The same kernels, compiled for more head sizes: once these are timed, they are hopper's.
 HOPPER_BETWEEN = replace(HOPPER, name="hopper_between", head_dims=(64, 80, 96, 112, 128, 160, 192, 256), pairs=((192, 128),), timed=False)
+HOPPER_SPLIT = replace(  # another backward for the widest of them
+    HOPPER_BETWEEN,
+    name="hopper_split",
+    files=("forward_4_hopper.cu", "backward_5_split.cu"),
+    head_dims=(160, 192, 256),
+    intervals=False,
+    wide_backward=None,
+)
 HOPPER_WIDE = replace(
     HOPPER,
     name="hopper_wide",
@@ -378,6 +386,7 @@ RUNGS = {
             forward_workspace=True,
         ),
         HOPPER_BETWEEN,
+        HOPPER_SPLIT,
         *(
             Rung(
                 name=name,
