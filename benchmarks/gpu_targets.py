@@ -12,6 +12,7 @@ alone. Kernels that are not compiled yet are compiled before the clock starts; `
     bert     float16, key mask and dropout, against length: normal attention, time and memory
     float32  the kernel that computes in float32, with head sizes up to 512
     host     the CPU's time for a call so small that the GPU waits for it
+    decode   a few queries against many keys (benchmarks/decode.py): the best of SDPA and FlashAttention-3, and the speed of a copy
     rungs    every rung of cuda/ (only when asked for: nothing to reach, it is the table of cuda/README.md)
 
 `--device cpu --quick` runs all of this where there is no GPU: small, with the reference as flash attention, judging nothing.
@@ -29,6 +30,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from benchmarks import decode as few_queries
 from benchmarks import report
 from benchmarks.case import Case, Inputs, random_inputs, tera_operations
 from benchmarks.compare import Row, WrongResult, compare
@@ -54,6 +56,10 @@ FIGURES: list[report.Column] = [
     ("percent_of_matmul", "% of matmul", ".0f"),
     ("host_us", "µs on the host", ".1f"),
     *((f"over {rival}", f"× {name}", ".2f") for rival, name in NAMES.items()),
+    ("tb_per_s", "TB/s of K and V", ".2f"),
+    ("over copy", "× a copy's", ".2f"),
+    ("over best", "× best of SDPA, FA3", ".2f"),
+    ("over contiguous", "× contiguous", ".2f"),
     ("memory_mb", "MB", ".1f"),
     ("memory_saving", "× less memory", ".1f"),
 ]
@@ -189,6 +195,10 @@ def host() -> list[Job]:
     return [partial(run_host, each, SDPA if each.mask == "key" else FA2) for each in cases]
 
 
+def decode() -> list[Job]:
+    return [partial(run_decode, shape, pages) for shape, pages in few_queries.SHAPES.items()]
+
+
 def rungs() -> list[Job]:
     ladder = tuple(rung.name for rung in sorted(RUNGS.values(), key=lambda rung: rung.files))
     jobs = []
@@ -207,6 +217,7 @@ GROUPS: dict[str, Callable[[], list[Job]]] = {
     "bert": bert,
     "float32": float32,
     "host": host,
+    "decode": decode,
     "rungs": rungs,
 }
 
@@ -278,6 +289,19 @@ def run_host(case: Case, rival: Contender, place: Place) -> list[Row]:
         row[f"over {rival}"] = found[rival]["host_us"] / row["host_us"]
     row["measured"] = {str(each): figures for each, figures in found.items()}
     return [_judged(row, () if case.backward else (Target(part, "host_us", 15),), place)]
+
+
+def run_decode(shape: few_queries.Shape, pages: tuple[int, ...], place: Place) -> list[Row]:
+    """Judges the split_keys rung: against the best of the others, against a copy where there is work for all, and in pages."""
+    rows = []
+    for row in few_queries.run(shape, pages, place):
+        targets = ()
+        if row["name"] == few_queries.SPLIT_KEYS:
+            targets = (Target(FORWARD, "over best", 1.05), *([Target(FORWARD, "over copy", 0.85)] if shape.B >= 16 else []))
+        elif row["name"].startswith(few_queries.SPLIT_KEYS):
+            targets = (Target(FORWARD, "over contiguous", 0.95),)
+        rows.append(_judged(row, targets, place))
+    return rows
 
 
 def ready(contenders: Sequence[Contender], case: Case, inputs: Inputs) -> tuple[dict[Contender, Runner], dict[Contender, Row]]:

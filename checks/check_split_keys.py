@@ -169,7 +169,7 @@ def check_splits_follow_from_sizes():
 
 def check_by_name_only():
     """Until it is timed on a GPU, a plain call does not get it."""
-    assert cuda.CHOOSE_SPLIT_KEYS == (not cuda.RUNGS["split_keys"].teaching)
+    assert (not cuda.RUNGS["split_keys"].teaching) == cuda.CHOOSE_SPLIT_KEYS
 
 
 if __name__ == "__main__":
