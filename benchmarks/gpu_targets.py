@@ -14,6 +14,7 @@ alone. Kernels that are not compiled yet are compiled before the clock starts; `
     host     the CPU's time for a call so small that the GPU waits for it
     between  bfloat16, head sizes between 64, 128 and 256: FlashAttention-3, if it is installed (flash_attention_3.py), and PyTorch's choice
     wide     bfloat16, D 512: normal and memory-efficient attention
+    decode   a few queries against many keys (benchmarks/decode.py): the best of SDPA and FlashAttention-3, and the speed of a copy
     rungs    every rung of cuda/ (only when asked for: nothing to reach, it is the table of cuda/README.md)
 
 `--device cpu --quick` runs all of this where there is no GPU: small, with the reference as flash attention, judging nothing.
@@ -31,6 +32,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from benchmarks import decode as few_queries
 from benchmarks import report
 from benchmarks.case import Case, Inputs, call_of, random_inputs, tera_operations
 from benchmarks.compare import Row, WrongResult, compare
@@ -58,6 +60,10 @@ FIGURES: list[report.Column] = [
     ("percent_of_matmul", "% of matmul", ".0f"),
     ("host_us", "µs on the host", ".1f"),
     *((f"over {rival}", f"× {name}", ".2f") for rival, name in NAMES.items()),
+    ("tb_per_s", "TB/s of K and V", ".2f"),
+    ("over copy", "× a copy's", ".2f"),
+    ("over best", "× best of SDPA, FA3", ".2f"),
+    ("over contiguous", "× contiguous", ".2f"),
     ("memory_mb", "MB", ".1f"),
     ("memory_saving", "× less memory", ".1f"),
 ]
@@ -217,6 +223,10 @@ def wide() -> list[Job]:
     return jobs + [partial(run, Task(case, (NORMAL, EFFICIENT), flash=(WIDE,))) for case in more]
 
 
+def decode() -> list[Job]:
+    return [partial(run_decode, shape, pages) for shape, pages in few_queries.SHAPES.items()]
+
+
 def rungs() -> list[Job]:
     jobs = []
     for dtype, rivals in (("bfloat16", (FA2, CUDNN)), ("float32", (EFFICIENT,))):
@@ -236,6 +246,7 @@ GROUPS: dict[str, Callable[[], list[Job]]] = {
     "host": host,
     "between": between,
     "wide": wide,
+    "decode": decode,
     "rungs": rungs,
 }
 
@@ -307,6 +318,19 @@ def run_host(case: Case, rival: Contender, place: Place) -> list[Row]:
         row[f"over {rival}"] = found[rival]["host_us"] / row["host_us"]
     row["measured"] = {str(each): figures for each, figures in found.items()}
     return [_judged(row, () if case.backward else (Target(part, "host_us", 15),), place)]
+
+
+def run_decode(shape: few_queries.Shape, pages: tuple[int, ...], place: Place) -> list[Row]:
+    """Judges the split_keys rung: against the best of the others, against a copy where there is work for all, and in pages."""
+    rows = []
+    for row in few_queries.run(shape, pages, place):
+        targets = ()
+        if row["name"] == few_queries.SPLIT_KEYS:
+            targets = (Target(FORWARD, "over best", 1.05), *([Target(FORWARD, "over copy", 0.85)] if shape.B >= 16 else []))
+        elif row["name"].startswith(few_queries.SPLIT_KEYS):
+            targets = (Target(FORWARD, "over contiguous", 0.95),)
+        rows.append(_judged(row, targets, place))
+    return rows
 
 
 def ready(contenders: Sequence[Contender], case: Case, inputs: Inputs) -> tuple[dict[Contender, Runner], dict[Contender, Row]]:

@@ -1,6 +1,6 @@
-"""The cache of keys and values: what is appended is what is attended, contiguous or in pages, padded or ragged; errors before anything is written.
+"""The cache of keys and values: what is appended is what is attended, contiguous or in pages, padded or ragged; errors come before writing.
 
-    python checks/check_cache.py
+python checks/check_cache.py
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """The official package's functions: what they return, write and refuse.
 
-    python checks/check_flash_attn_names.py
+python checks/check_flash_attn_names.py
 """
 
 import inspect
@@ -149,8 +149,8 @@ def check_signatures():
     for name, signature in wanted.items():
         assert str(inspect.signature(getattr(flash_attn, name))) == signature
     parameters = inspect.signature(flash_attn_with_kvcache).parameters
-    wanted = "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad block_table softmax_scale causal window_size"
-    wanted += " softcap rotary_interleaved alibi_slopes num_splits return_softmax_lse"
+    wanted = "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad block_table"
+    wanted += " softmax_scale causal window_size softcap rotary_interleaved alibi_slopes num_splits return_softmax_lse"
     assert list(parameters) == wanted.split()
 
 

@@ -16,6 +16,7 @@ from harness import Report, limit, run_alone
 from torch import Tensor
 
 from flash_attention import flash_attention
+from flash_attention.cache import KeyValueCache, attend
 
 
 @pytest.fixture
@@ -128,6 +129,47 @@ def check_generate(transformers, tiled, calls, cache, padded):
     assert torch.equal(got, truth), f"tokens differ\n{got}\n{truth}"
     assert {q[2] for q, *_ in calls} == {13, 1} and len(calls) == 2 * 16  # one pass over the prompt, then one token at a time
     assert got[:, 13:].unique().numel() > 8, "hardly any variety: these tokens would not show a mistake"
+
+
+@pytest.mark.parametrize("padded", (True, False), ids=("left padding", "no padding"))
+@pytest.mark.parametrize("cache", ("dynamic", "static", None, 16), ids=lambda x: f"pages of {x}" if x == 16 else x or "contiguous")
+def check_generate_in_float64(transformers, tiled, cache, padded):
+    """Token for token what `eager` gives, from transformers' caches and from this project's, which its own attention reads in place.
+
+    With padding what `sdpa` gives: eager adds float64's lowest number to scores, and rows of padding overflow into NaN.
+    """
+    inputs = prompts() if padded else prompts((13, 13))
+    torchs = build(transformers, "llama", attn_implementation="sdpa" if padded else "eager").double()
+    mine = copy.deepcopy(torchs)
+    with torch.no_grad():
+        truth = torchs.generate(**inputs, max_new_tokens=24, do_sample=False)
+        if isinstance(cache, str):
+            mine.set_attn_implementation(tiled)
+            got = mine.generate(**inputs, max_new_tokens=24, do_sample=False, cache_implementation=cache)
+        else:
+            got = _generate(transformers, mine, inputs["input_ids"], inputs["attention_mask"], 24, cache)
+    assert torch.equal(got, truth), f"tokens differ\n{got}\n{truth}"
+    assert got[:, 13:].unique().numel() > 8, "hardly any variety: these tokens would not show a mistake"
+
+
+def _generate(transformers, model, ids, real, count: int, page_size: int | None) -> torch.Tensor:
+    """Greedy decoding from a KeyValueCache: each layer appends the new tokens' keys and values, then attends."""
+    cache = KeyValueCache(2, ids.shape[0], 2, 16, 13 + count, dtype=torch.float64, page_size=page_size)
+    cache.pad_left((real == 0).sum(1))
+
+    def attention(module, query, key, value, mask, scaling=None, **_):
+        cache[module.layer_idx].append(key, value)
+        return attend(query, cache[module.layer_idx], scale=scaling).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("from_a_cache", attention)
+    transformers.AttentionMaskInterface.register("from_a_cache", lambda *_, **__: None)
+    model.set_attn_implementation("from_a_cache")
+    positions, new = (real.cumsum(1) - 1).clamp(min=0), ids
+    for _ in range(count):
+        new = model(input_ids=new, position_ids=positions, use_cache=False).logits[:, -1:].argmax(-1)
+        ids, positions = torch.cat((ids, new), 1), positions[:, -1:] + 1
+    assert cache[1].lengths.tolist() == [12 + count] * ids.shape[0]
+    return ids
 
 
 @pytest.mark.parametrize("padded", (True, False), ids=("left padding", "no padding"))

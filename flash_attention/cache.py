@@ -4,8 +4,9 @@
     cache[layer].append(k, v)  # (4, 8, n, 128): the next n tokens of each sequence
     O = attend(q, cache[layer])  # (4, H, n, 128): their queries
 
-Memory is set aside once: `capacity` tokens for each sequence, or, with a page_size, a pool of pages that sequences take as they grow (PagedAttention,
-Kwon et al. 2023, arXiv:2309.06180). How long each sequence is, is kept on the device: an append and an attend may be captured in a CUDA graph.
+Memory is set aside once: `capacity` tokens for each sequence, or, with a page_size, a pool of pages that sequences take as they grow
+(PagedAttention, Kwon et al. 2023, arXiv:2309.06180). How long each sequence is, is kept on the device: an append and an attend may be
+captured in a CUDA graph.
 """
 
 import torch
@@ -24,8 +25,8 @@ class KeyValueCache:
     Attributes:
         lengths: int32 (layers, B) on the device, tokens that each layer has of each sequence.
         starts: int32 (B,), tokens at the beginning of each sequence that are padding, or None (`pad_left`).
-        block_table: int32 (B, pages of a sequence), the page in which tokens page_size · p … of a sequence lie; an entry that has no page yet
-            is the number of pages. None without pages.
+        block_table: int32 (B, pages of a sequence), the page in which tokens page_size · p … of a sequence lie; an entry
+            without a page yet is the number of pages. None without pages.
     """
 
     def __init__(
@@ -147,12 +148,13 @@ class Layer:
 
         Args:
             k: (B, Hkv, n, D), v: (B, Hkv, n, Dv), any strides.
-            counts: integers (B,), of each sequence's n tokens the first counts[b] ≤ n are meant, the others are filling; all n unless given.
+            counts: integers (B,), of each sequence's n tokens the first counts[b] ≤ n are meant, the others are filling; all n
+                unless given.
 
         Raises:
             TypeError, ValueError: shapes, dtypes or devices do not fit, or the capacity is exceeded. MemoryError: no page is left.
-            NotImplementedError: k or v requires gradients. Nothing has been written then. Only an append that a CUDA graph replays cannot be
-            checked on the host: past the capacity it fails with a device-side assertion.
+            NotImplementedError: k or v requires gradients. Nothing has been written then. Only an append that a CUDA graph replays
+                cannot be checked on the host: past the capacity it fails with a device-side assertion.
         """
         self._check(k, v, counts)
         n = k.shape[2]
@@ -214,8 +216,8 @@ def attend(
         O (B, H, Nq, Dv), and LSE if asked for. No gradients.
 
     Raises:
-        TypeError, ValueError: q does not fit the cache. NotImplementedError: q requires gradients, the backend asked for cannot serve the call, or
-        a CUDA graph captures it and the backend is not split_keys.
+        TypeError, ValueError: q does not fit the cache. NotImplementedError: q requires gradients, the backend asked for cannot serve the
+        call, or a CUDA graph captures it and the backend is not split_keys.
     """
     cache = layer.cache
     if q.dim() != 4 or q.shape[0] != cache.B or q.shape[1] % layer.keys.shape[1] or q.shape[3] != layer.keys.shape[3]:
@@ -245,8 +247,9 @@ def attend_keys(
     return_lse: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attend` on any keys: k and v (B, Hkv, N, D or Dv), or with a block_table int32 (B, pages of a sequence) (pages, Hkv, page_size, D or Dv),
-    any strides. lengths, starts: int32 (B,) on their device. known: what the host knows of the lengths, as `Layer.longest` and `Layer.equal`."""
+    """`attend` on any keys: k and v (B, Hkv, N, D or Dv), or with a block_table int32 (B, pages of a sequence) (pages, Hkv, page_size, D
+    or Dv), any strides. lengths, starts: int32 (B,) on their device. known: what the host knows of the lengths, as `Layer.longest` and
+    `Layer.equal`."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise NotImplementedError("attention over a cache has no gradients, and an input requires them: call under torch.no_grad()")
     check_name(backend)

@@ -2,9 +2,9 @@
 
     from flash_attention.integrations.flash_attn import flash_attn_func, flash_attn_with_kvcache
 
-Tensors are (B, N, H, D), as there, of any dtype and on any device that `flash_attention()` takes. dropout_p is rounded to a multiple of 1/256.
-What is not computed here raises NotImplementedError, which names it: sliding windows, softcap, ALiBi, rotary embeddings and sequences packed
-one after another (the varlen functions).
+Tensors are (B, N, H, D), as there, of any dtype and on any device that `flash_attention()` takes. dropout_p is rounded to a multiple of
+1/256. What is not computed here raises NotImplementedError, which names it: sliding windows, softcap, ALiBi, rotary embeddings and
+sequences packed one after another (the varlen functions).
 """
 
 import torch
@@ -39,12 +39,13 @@ def flash_attn_func(
 ):
     """q (B, Nq, H, D), k (B, Nk, Hkv, D), v (B, Nk, Hkv, Dv) → (B, Nq, H, Dv). causal is aligned bottom-right.
 
-    return_attn_probs: return (O, LSE (B, H, Nq), None). The third is the matrix of probabilities, which is never computed: with dropout, whose
-    pattern it would show, this raises.
+    return_attn_probs: return (O, LSE (B, H, Nq), None). The third is the matrix of probabilities, which is never computed: with dropout,
+    whose pattern it would show, this raises.
 
     Raises:
-        NotImplementedError: a window other than (-1, -1) and (-1, 0), softcap, alibi_slopes, return_attn_probs with dropout, or deterministic
-            without torch.use_deterministic_algorithms(True), which is what makes gradients repeat here. Otherwise as `flash_attention()`.
+        NotImplementedError: a window other than (-1, -1) and (-1, 0), softcap, alibi_slopes, return_attn_probs with dropout, or
+            deterministic on a GPU without torch.use_deterministic_algorithms(True), which is what makes gradients repeat here.
+            Otherwise as `flash_attention()`.
     """
     causal = _causal(causal, window_size)
     _refuse(softcap=softcap, alibi_slopes=alibi_slopes)
@@ -189,8 +190,8 @@ def flash_attn_with_kvcache(
 
     Raises:
         NotImplementedError: a window other than (-1, -1) and (-1, 0), softcap, alibi_slopes, rotary_cos, rotary_sin; gradients.
-        TypeError, ValueError: shapes, dtypes or devices do not fit, or, where lengths are on the CPU, the cache is too short. Nothing has been
-            written then.
+        TypeError, ValueError: shapes, dtypes or devices do not fit, or, where lengths are on the CPU, the cache is too short. Nothing
+            has been written then.
     """
     causal = _causal(causal, window_size)
     _refuse(softcap=softcap, alibi_slopes=alibi_slopes, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
