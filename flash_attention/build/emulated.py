@@ -54,7 +54,11 @@ def _machine(compiler: str) -> str:
 
 def _common(compiler: str) -> tuple[str, ...]:
     """g++ would make inline variables unique in the process, of which each library has its own."""
-    return COMMON if "__clang__" in _machine(compiler) else (*COMMON, "-fno-gnu-unique")
+    return COMMON if _is_clang(compiler) else (*COMMON, "-fno-gnu-unique")
+
+
+def _is_clang(compiler: str) -> bool:
+    return "__clang__" in _machine(compiler)
 
 
 def _contents(sources: Path, *patterns: str) -> list[str]:
@@ -79,17 +83,19 @@ def build_kernel(kernel: Specialisation, sources: Path | None = None) -> Path:
     sources = sources or build.SOURCES
     compiler, linked = _compiler(), runtime(sources)
     # g++ would call a function to initialise an extern thread_local variable (shared memory) that needs none.
-    only_gcc = () if "__clang__" in _machine(compiler) else ("-fno-extern-tls-init",)
-    flags = (*_common(compiler), *KERNEL, *only_gcc, *kernel.defines())
+    # clang would jump into the runtime instead of calling it, which then could not tell from where; and it copies by memcpy, as if uninstrumented.
+    clang = _is_clang(compiler)
+    flags = (*_common(compiler), *KERNEL, "-fno-optimize-sibling-calls" if clang else "-fno-extern-tls-init", *kernel.defines())
+    link = [f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset")] if clang else []
     headers = _contents(sources, "*.cuh", "*.h", f"{FOLDER}/*.h", f"{FOLDER}/include/*.h")
-    key = build._hash(_machine(compiler), *flags, linked.name, (sources / kernel.file).read_text(), *headers, digits=24)
+    key = build._hash(_machine(compiler), *flags, *link, linked.name, (sources / kernel.file).read_text(), *headers, digits=24)
 
     def commands(out: Path) -> list[list[str]]:
         compiled = str(out.with_suffix(".o"))
         include = [f"-I{sources / FOLDER / 'include'}", f"-I{sources}"]
         return [
             [compiler, *flags, *include, "-c", str(sources / kernel.file), "-o", compiled],
-            [compiler, "-shared", compiled, str(linked), "-Wl,-rpath,$ORIGIN", "-o", str(out)],
+            [compiler, "-shared", *link, compiled, str(linked), "-Wl,-rpath,$ORIGIN", "-o", str(out)],
         ]
 
     return _cached(f"{Path(kernel.file).stem}-{key}.so", f"{kernel} for the emulator", commands)
