@@ -334,8 +334,8 @@ TENSORS = {"q": "Q", "k": "K", "v": "V", "o": "O", "d_o": "dO", "dq": "dQ", "dk"
 def timeline(trace: Any, *, launch: int = 1, block: int = 0, start: float = 0, end: float | None = None, width: float = 12) -> Figure:
     """What one block of an emulated kernel (`emulated.tracing()`) does between two times, in cycles of the model.
 
-    Lanes: the copy engine, the tensor cores, then each warpgroup that computes, shown by its first warp (or each warp, where a kernel has no
-    warpgroups), and the warp that asks for copies. width: inches.
+    Lanes: the copy engine, the tensor cores, then each warpgroup that computes, shown by its first warp (or each warp, where a kernel has
+    no warpgroups), and the warp that asks for copies. width: inches.
     """
     mine = [e for e in trace.events if (e.launch, e.block) == (launch, block) and e.end > e.start and e.end > start]
     end = max(e.end for e in mine) if end is None else end

@@ -29,6 +29,10 @@ KERNEL = (
     "-ffp-contract=fast",
     "-fno-strict-aliasing",
 )  # multiply-adds and aliasing as nvcc has them
+GCC = ("-fno-extern-tls-init",)  # it would call a function to initialise an extern thread_local variable (shared memory) that needs none
+# clang would jump into the runtime instead of calling it, which then could not tell from where; and addr2line finds inlined functions in DWARF 4.
+CLANG = ("-fno-optimize-sibling-calls", "-gdwarf-4")
+WRAPPED = ("memcpy", "memmove", "memset")  # by which clang copies and clears, without telling ThreadSanitizer
 ARCH = "90a"  # what the emulated device is
 
 
@@ -82,11 +86,9 @@ def build_kernel(kernel: Specialisation, sources: Path | None = None) -> Path:
     """
     sources = sources or build.SOURCES
     compiler, linked = _compiler(), runtime(sources)
-    # g++ would call a function to initialise an extern thread_local variable (shared memory) that needs none.
-    # clang would jump into the runtime instead of calling it, which then could not tell from where; and it copies by memcpy, as if uninstrumented.
     clang = _is_clang(compiler)
-    flags = (*_common(compiler), *KERNEL, "-fno-optimize-sibling-calls" if clang else "-fno-extern-tls-init", *kernel.defines())
-    link = [f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset")] if clang else []
+    flags = (*_common(compiler), *KERNEL, *(CLANG if clang else GCC), *kernel.defines())
+    link = [f"-Wl,--wrap={name}" for name in WRAPPED] if clang else []
     headers = _contents(sources, "*.cuh", "*.h", f"{FOLDER}/*.h", f"{FOLDER}/include/*.h")
     key = build._hash(_machine(compiler), *flags, *link, linked.name, (sources / kernel.file).read_text(), *headers, digits=24)
 
