@@ -318,6 +318,88 @@ def _say_where(ax: Axes, steps: Sequence[SimpleNamespace], n: int) -> None:
     ax.text(0, 0.4, f"block i = {i // block_q} of queries\nblock j = {j // block_k} of keys", fontsize=8, va="top")
 
 
+# How an event of an emulated kernel's trace is drawn: the colour's name, and what the legend says.
+KINDS = {
+    "exponentials": ("P", "softmax: P = exp(S − m)"),
+    "arithmetic": ("done", "other work of the group"),
+    "load": ("done", "other work of the group"),
+    "product": ("S", "asks for products"),
+    "store": ("O", "O to shared memory"),
+    "issue": ("in fast memory", "held up: its products queue"),
+    "wait": ("skipped", "waits"),
+}
+TENSORS = {"q": "Q", "k": "K", "v": "V", "o": "O", "d_o": "dO", "dq": "dQ", "dk": "dK", "dv": "dV"}
+
+
+def timeline(trace: Any, *, launch: int = 1, block: int = 0, start: float = 0, end: float | None = None, width: float = 12) -> Figure:
+    """What one block of an emulated kernel (`emulated.tracing()`) does between two times, in cycles of the model.
+
+    Lanes: the copy engine, the tensor cores, then each warpgroup that computes, shown by its first warp (or each warp, where a kernel has
+    no warpgroups), and the warp that asks for copies. width: inches.
+    """
+    mine = [e for e in trace.events if (e.launch, e.block) == (launch, block) and e.end > e.start and e.end > start]
+    end = max(e.end for e in mine) if end is None else end
+    mine = [e for e in mine if e.start < end]
+    roles = {warp: role for (of, at, warp), role in trace.roles().items() if (of, at) == (launch, block)}
+    by_group = any(e.actor == "tensor cores" for e in mine)
+    warps = sorted(w for w, role in roles.items() if role == "products" and (w % 4 == 0 or not by_group))
+    names = {w: f"group {n + 1}" if by_group else f"warp {w}" for n, w in enumerate(warps)}
+    engines = ["copies in", *(["tensor cores"] if by_group else [f"tensor core {n}" for n in sorted({w % 4 for w in warps})])]
+    producers = sorted(w for w, role in roles.items() if role == "copies")
+    lanes = [*engines, *warps, *producers]
+    figure = Figure(figsize=(width, 0.52 * len(lanes) + 1.5), layout="constrained")
+    ax, used = figure.subplots(), {}
+    renderer_width = width * 72 * 0.86 / (end - start)  # points a cycle
+    for event in mine:
+        lane = event.warp if event.actor == "warp" else event.actor
+        if lane not in lanes:
+            continue
+        name, legend, text = _look(event, names, lane in producers)
+        used.setdefault(legend, name)
+        left, right = max(event.start, start), min(event.end, end)
+        y = lanes.index(lane)
+        hatch = {"hatch": "///", "edgecolor": "#BBBBBB"} if event.kind == "wait" else {"edgecolor": "white"}
+        ax.add_patch(Rectangle((left, y - 0.38), right - left, 0.76, facecolor=colour(name), linewidth=0.6, **hatch))
+        if (right - left) * renderer_width > 5.2 * len(text):
+            shade = torch.tensor(to_rgb(colour(name))) @ torch.tensor([0.299, 0.587, 0.114])
+            ink = "black" if shade > 0.5 else "white"
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6} if event.kind == "wait" else None
+            ax.text((left + right) / 2, y, text, ha="center", va="center", fontsize=7, color=ink, bbox=box)
+    title = {"copies in": "copy engine", **names, **dict.fromkeys(producers, "producer warp")}
+    ax.set_yticks(range(len(lanes)), [title.get(lane, lane) for lane in lanes], fontsize=9)
+    ax.set(xlim=(start, end), ylim=(len(lanes) - 0.45, -0.55))
+    ax.set_xlabel("cycles of the model", fontsize=8)
+    ax.tick_params(axis="x", labelsize=8)
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    for y in range(1, len(lanes)):
+        ax.axhline(y - 0.5, color="#DDDDDD", linewidth=0.6, zorder=0)
+    ax.axhline(len(engines) - 0.5, color="#666666", linewidth=0.8)
+    order = ("copy", "product", "softmax", "O to", "other", "asks", "held", "waits")
+    used = dict(sorted(used.items(), key=lambda item: next((n for n, word in enumerate(order) if item[0].startswith(word)), len(order))))
+    handles = [_swatch(name, Patch, label=legend) for legend, name in used.items() if legend]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    return figure
+
+
+def _look(event: Any, groups: dict[int, str], producer: bool) -> tuple[str, str, str]:
+    """An event's colour, its words in the legend, and in the picture."""
+    tensor = TENSORS.get(event.tensors[0], event.tensors[0])
+    if event.kind == "copy":
+        return tensor or "done", f"copy of {tensor}" if tensor else "copy", tensor
+    if event.kind == "product":
+        name = event.name.removeprefix("product").strip()
+        name = TENSORS.get(name, name)
+        of = groups[event.warp].removeprefix("group") if event.actor == "tensor cores" else ""
+        return name or "S", f"product {name}, of group 1, 2 …" if of else f"product {name}".rstrip(), f"{name}{of}"
+    if event.kind == "wait":
+        return "skipped", "waits", "waits"
+    name, legend = KINDS[event.kind]
+    if producer:
+        return "done", "asks for copies", ""
+    return name, legend, "softmax" if event.kind == "exponentials" else ""
+
+
 class Cells:
     """Makes a figure of so many matrix cells and places axes in it in these units, from the top left: rows of matrices then line up."""
 

@@ -106,7 +106,7 @@ private:
     friend void thread_begins();
 };
 
-extern thread_local Block* current __attribute__((tls_model("initial-exec")));  // the block that runs on this thread of the machine, or null
+extern thread_local Block* current;  // the block that runs on this thread of the machine, or null
 
 // Gives up the launch: the message becomes Python's exception. Sites are written as @offset, for addr2line.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));

@@ -154,3 +154,16 @@ extern "C" void* __tsan_memset(void* to, int x, unsigned long bytes) {
     emulator::access(to, bytes, true, SITE, false);
     return memset(to, x, bytes);
 }
+// Until version 14 clang calls the C library's; the linker gives these instead (--wrap).
+extern "C" void* __wrap_memcpy(void* to, const void* from, unsigned long bytes) {
+    emulator::access(from, bytes, false, SITE, false), emulator::access(to, bytes, true, SITE, false);
+    return memcpy(to, from, bytes);
+}
+extern "C" void* __wrap_memmove(void* to, const void* from, unsigned long bytes) {
+    emulator::access(from, bytes, false, SITE, false), emulator::access(to, bytes, true, SITE, false);
+    return memmove(to, from, bytes);
+}
+extern "C" void* __wrap_memset(void* to, int x, unsigned long bytes) {
+    emulator::access(to, bytes, true, SITE, false);
+    return memset(to, x, bytes);
+}

@@ -60,7 +60,8 @@ void Timing::close(int thread, void* site) {
             trace.add({EXPONENTIALS_OF + part, number(), thread / 32, "exponentials", {}, 32.0 * segment.exponentials, start, start + exponentials, site_offset(site), {0, 0}});
             end = std::max(end, start + exponentials);
         }
-        if (issue) end = std::max(end, trace.take(ISSUE_OF + part, begin, issue) + issue);
+        const double issued = issue ? trace.take(ISSUE_OF + part, begin, issue) + issue : begin;
+        if (issue > 64) end = std::max(end, issued);  // a few instructions find their place between those of others
         warp.done[warp.next] = {segment, begin, end, bit}, warp.next = (warp.next + 1) % 4;
         warp_event(thread / 32, segment.exponentials ? "exponentials" : "arithmetic", begin, end, 32.0 * segment.exponentials, {}, site);
     }

@@ -29,6 +29,10 @@ KERNEL = (
     "-ffp-contract=fast",
     "-fno-strict-aliasing",
 )  # multiply-adds and aliasing as nvcc has them
+GCC = ("-fno-extern-tls-init",)  # it would call a function to initialise an extern thread_local variable (shared memory) that needs none
+# clang would jump into the runtime instead of calling it, which then could not tell from where; and addr2line finds inlined functions in DWARF 4.
+CLANG = ("-fno-optimize-sibling-calls", "-gdwarf-4")
+WRAPPED = ("memcpy", "memmove", "memset")  # by which clang copies and clears, without telling ThreadSanitizer
 ARCH = "90a"  # what the emulated device is
 
 
@@ -54,7 +58,11 @@ def _machine(compiler: str) -> str:
 
 def _common(compiler: str) -> tuple[str, ...]:
     """g++ would make inline variables unique in the process, of which each library has its own."""
-    return COMMON if "__clang__" in _machine(compiler) else (*COMMON, "-fno-gnu-unique")
+    return COMMON if _is_clang(compiler) else (*COMMON, "-fno-gnu-unique")
+
+
+def _is_clang(compiler: str) -> bool:
+    return "__clang__" in _machine(compiler)
 
 
 def _contents(sources: Path, *patterns: str) -> list[str]:
@@ -78,20 +86,20 @@ def build_kernel(kernel: Specialisation, sources: Path | None = None) -> Path:
     """
     sources = sources or build.SOURCES
     compiler, linked = _compiler(), runtime(sources)
-    # g++ would call a function to initialise an extern thread_local variable (shared memory) that needs none.
-    only_gcc = () if "__clang__" in _machine(compiler) else ("-fno-extern-tls-init",)
-    flags = (*_common(compiler), *KERNEL, *only_gcc, *kernel.defines())
+    clang = _is_clang(compiler)
+    flags = (*_common(compiler), *KERNEL, *(CLANG if clang else GCC), *kernel.defines())
+    link = [f"-Wl,--wrap={name}" for name in WRAPPED] if clang else []
     headers = _contents(sources, "*.cuh", "*.h", f"{FOLDER}/*.h", f"{FOLDER}/include/*.h")
     text = (sources / kernel.file).read_text()
     included = [(sources / name).read_text() for name in re.findall(r'#include "(\w+\.cu)"', text)]  # a rung that falls back on another
-    key = build._hash(_machine(compiler), *flags, linked.name, text, *included, *headers, digits=24)
+    key = build._hash(_machine(compiler), *flags, *link, linked.name, text, *included, *headers, digits=24)
 
     def commands(out: Path) -> list[list[str]]:
         compiled = str(out.with_suffix(".o"))
         include = [f"-I{sources / FOLDER / 'include'}", f"-I{sources}"]
         return [
             [compiler, *flags, *include, "-c", str(sources / kernel.file), "-o", compiled],
-            [compiler, "-shared", compiled, str(linked), "-Wl,-rpath,$ORIGIN", "-o", str(out)],
+            [compiler, "-shared", *link, compiled, str(linked), "-Wl,-rpath,$ORIGIN", "-o", str(out)],
         ]
 
     return _cached(f"{Path(kernel.file).stem}-{key}.so", f"{kernel} for the emulator", commands)
