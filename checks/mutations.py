@@ -39,7 +39,6 @@ FEW_MASKED = case(H=4, Hkv=2, Nq=5, Nk=700, mask="full", dropout_p=0.25)
 TURNS = case(Nk=700, causal=True)  # deterministic: shown by bits that change from seed to seed, or by a block that hangs
 
 MANY_TILES_FLOAT32 = case(Nk=700, dtype=torch.float32)
-MASKED_FLOAT32 = case(mask="heads share", causal=True, dtype=torch.float32)
 DROPOUT_FLOAT32 = case(dropout_p=0.25, dtype=torch.float32)
 SHARP_FLOAT32 = case(sharp=5, dtype=torch.float32)
 WIDE_FLOAT32 = case(D=128, dtype=torch.float32)
@@ -377,7 +376,7 @@ TABLE = {
         ("release(barriers.K_empty, Slot<STAGES>(n).stage);", ";", MANY_TILES_FLOAT32),
         ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", FLOAT32),
         ("ptx::mbarrier_wait(barrier(barriers.V_full, slot.stage), slot.parity);", NO_WAIT, FLOAT32),
-        ("if (MASK) __syncwarp();      // every lane has read", "//", MASKED_FLOAT32),
+        ("if (MASK) __syncwarp();      // every lane has read", "//", case(Nk=700, mask="heads share", dtype=torch.float32)),
         ("P_rmem[0][k][e] &= kept, P_rmem[1][k][e] &= kept;", "P_rmem[0][k][e] &= kept;", DROPOUT_FLOAT32),
     ],
     ("hopper_float32", "backward_5_float32.cu"): [

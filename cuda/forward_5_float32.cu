@@ -39,7 +39,7 @@ namespace exact {
 constexpr int GROUP = 128;  // threads
 constexpr int CONSUMERS = 2;
 constexpr int THREADS = GROUP * (1 + CONSUMERS);
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 constexpr int BLOCK_Q = 64 * CONSUMERS;
 constexpr int BLOCK_K = HEAD_DIM <= 64 ? 128 : 64;
 constexpr int STAGES = 2;  // pairs of K and V tiles in shared memory
@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int columns = CAUSAL ? max(0, min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + offset)) : p.Nk;
     const int k_tiles = (columns + BLOCK_K - 1) / BLOCK_K;
     auto j0_of = [&](int n) { return (k_tiles - 1 - n) * BLOCK_K; };
-    Range& range = ranges[b_kv_h];
-    if (!scores_fit(p, range)) return;  // the simple rung's
+    if (!scores_fit(p, ranges[b_kv_h])) return;  // the simple rung's
 
     if (threadIdx.x == 0) {
         ptx::mbarrier_init(Q_full, 1);
@@ -126,7 +125,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int consumer = group - 1, lane = threadIdx.x % 32, t = lane % 4;
         // Of the tile, this thread has the rows at two places 8 apart: first_row and first_row + ROW_STEP.
         const int first_row = RowOrder::row((threadIdx.x - GROUP) / 32 * 16 + lane / 4);
-        const float scale = scale_of_scores(p, range), scale_log2 = scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
+        const float scale = scale_of_scores(p, ranges[b_kv_h]), scale_log2 = scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
         const float lowest = -0x1p126f / fmaxf(1, scale_log2);                       // as p.lowest, for scores as the planes have them
 
         float O_rmem[HEAD_DIM / 2] = {}, O_tile_rmem[HEAD_DIM / 2];  // not yet divided by l; of one tile of keys
@@ -243,8 +242,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             split_P();
             for (int n = 1; n < k_tiles; ++n) {
                 multiply_QK(n);
+                draw(j0_of(n));  // before the tile's part of O takes its registers
                 multiply_PV(n - 1);
-                draw(j0_of(n));
                 ptx::wgmma_wait_group<1>();  // S is there
                 if (MASK) __syncwarp();      // every lane has read its part of the mask
                 release(barriers.K_empty, Slot<STAGES>(n).stage);
@@ -264,6 +263,9 @@ __global__ void __launch_bounds__(THREADS, 1)
         }
 
         // O /= l, and out, two columns at a time: four lanes write 32 bytes of a row.
+        // The block's number is read anew, so that the address takes no registers meanwhile.
+        const int bh_again = ptx::ctaid_x() / q_tiles;
+        Range& range = ranges[bh_again / p.H * p.Hkv + kv_head(p, bh_again % p.H)];
         const float V_factor = scalbnf(1, -exponent_of(range.v));
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
