@@ -2,9 +2,9 @@
 
     python -m benchmarks.float32_planes [--n 512] [--d 64]
 
-A float32 number is a sum of "planes", numbers with few bits: x = x0 + x1 (+ x2), each the rest of the one before, rounded. A product of two sums
-of planes is a sum of products of planes, of which the smallest are left out. What each way of doing so makes of O, dQ, dK and dV is compared
-with the same formulas in float64, beside naive attention in float32: the largest error, as a fraction of the result's largest entry.
+A float32 number is a sum of "planes", numbers with few bits: x = x0 + x1 (+ x2), each the rest of the one before, rounded. A product of two
+sums of planes is a sum of products of planes, of which the smallest are left out. What each way of doing so makes of O, dQ, dK and dV is
+compared with the same formulas in float64, beside naive attention in float32: the largest error, by the result's largest entry.
 
 "truncated" adds what a tensor core is said to do: 16 products are added to a sum that keeps 24 bits and drops the rest (Fasi et al., 2021,
 "Numerical behavior of NVIDIA tensor cores"). Where a sum runs over all keys the loss grows with their number; "restarted" sums 64 keys at a
@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-PAIR_FLOOR = 2.0**-25  # half the distance of float16's smallest numbers: what a pair of planes cannot hold of a number scaled to 2^15
 
 
 def rounded(x: Tensor, kind: str) -> Tensor:
@@ -99,10 +97,9 @@ def attention(q, k, v, dO, scale: float, matmul: Callable[[Tensor, Tensor], Tens
 
 def in_range(q: Tensor, k: Tensor, scale: float) -> bool:
     """The kernels' question to q and k (planes.cuh: scores_fit): is what a pair of planes cannot hold of them nothing to a score?"""
-    q_max, k_max = (x.abs().max().item() for x in (q, k))
-    return (
-        q.shape[2] * scale * q_max * k_max < 2**16 and 2**-90 < scale / (power_of_two(q.abs().max()) * power_of_two(k.abs().max())) < 2**60
-    )
+    q_max, k_max = (x.abs().max() for x in (q, k))
+    bound, scaled = q.shape[2] * scale * (q_max * k_max), scale / (power_of_two(q_max) * power_of_two(k_max))
+    return bool(bound < 2**16 and 2**-90 < scaled < 2**60)
 
 
 def inputs(n: int, d: int) -> dict[str, list[Tensor]]:
@@ -139,6 +136,14 @@ def inputs(n: int, d: int) -> dict[str, list[Tensor]]:
     return cases
 
 
+def errors(call: list[Tensor], scale: float, matmul: Callable[[Tensor, Tensor], Tensor]) -> str:
+    """The largest error of O, dQ, dK and dV, each by its largest entry."""
+    truth = attention(*(x.double() for x in call), scale, torch.matmul)
+    found = attention(*call, scale, matmul)
+    parts = ((got.double() - want).abs().max() / want.abs().max() for got, want in zip(found, truth, strict=True))
+    return "  ".join(f"{error:8.1e}" for error in parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="float32 attention from 16-bit products: errors against float64.")
     parser.add_argument("--n", type=int, default=512, help="rows and keys")
@@ -146,17 +151,10 @@ def main() -> None:
     arguments = parser.parse_args()
     scale = arguments.d**-0.5
     for name, call in inputs(arguments.n, arguments.d).items():
-        truth = attention(*(x.double() for x in call), scale, torch.matmul)
-
-        def errors(matmul) -> str:
-            found = attention(*call, scale, matmul)
-            parts = ((got.double() - want).abs().max() / want.abs().max() for got, want in zip(found, truth, strict=True))
-            return "  ".join(f"{error:8.1e}" for error in parts)
-
         print(f"\n{name}{'' if in_range(call[0], call[1], scale) else ' (out of range)'}\n  {'O, dQ, dK, dV':24}")
-        print(f"  {'float32':24}{errors(torch.matmul)}")
+        print(f"  {'float32':24}{errors(call, scale, torch.matmul)}")
         for way in WAYS:
-            print(f"  {way.name:24}{errors(way.matmul)}", flush=True)
+            print(f"  {way.name:24}{errors(call, scale, way.matmul)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""float32 kernels where float32 is hard: rows, columns and single elements of very different size, scores far apart, numbers near float32's ends.
+"""float32 where float32 is hard: rows, columns and single elements of very different size, scores far apart, numbers near its ends.
 
-The rung that multiplies 16-bit numbers may not be less accurate than PyTorch's own float32 attention on the same inputs, against float64: O, dQ, dK and dV, each measured by its
-largest entry; and what it leaves to another rung is what those numbers cannot hold, no more.
+The rung that multiplies 16-bit numbers may not be less accurate than PyTorch's own float32 attention on the same inputs, against float64:
+O, dQ, dK and dV, each measured by its head's largest entry; and what it leaves to another rung is what those numbers cannot hold, no more.
 """
 
 import functools
