@@ -8,7 +8,7 @@ import functools
 
 import pytest
 import torch
-from harness import Target, run_alone
+from harness import Target, call_of, run_alone
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.float32_planes import inputs
@@ -68,7 +68,7 @@ def check_never_worse_than_torch(where, name):
     if reason := where.why_not():
         pytest.skip(reason)
     call = [x[None].to(where.device) for x in drawn()[name]]
-    if reason := BACKENDS[where.backend].why_not(*call[:3], None, False, 0.0):
+    if reason := BACKENDS[where.backend].why_not(call_of(*call[:3])):
         pytest.skip(reason)
     if where.device == "cuda":
         return against_torch(where, call)
