@@ -125,6 +125,20 @@ def check_links(lesson, tmp_path):
 
 
 @for_each_lesson
+def check_page_needs_no_network(lesson, tmp_path):
+    """Formulas are MathML, in the page: no script comes from elsewhere, and no TeX is left for one."""
+    if build.latex_to_mathml is None:
+        pytest.skip("latex2mathml is not installed")
+    page = build.export(lesson, tmp_path).read_text(encoding="utf-8")
+    assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//[^"]*"', page)
+    words = "\n".join(cell.source for cell in read(lesson).cells if cell.cell_type == "markdown")
+    words = re.sub(r"```.*?```|`[^`\n]*`", "", words, flags=re.DOTALL)
+    assert page.count("<math ") == len(re.findall(r"\$\$.+?\$\$|\$[^$]+?\$", words, re.DOTALL)) > 0
+    text = re.sub(r"<(script|style|pre)\b.*?</\1>|<[^>]*>", "", page, flags=re.DOTALL)
+    assert "$" not in text and "FORMULA" not in text
+
+
+@for_each_lesson
 def check_has_exercises(lesson):
     """Two or more, and each has a check."""
     names = exercises_of(lesson)

@@ -20,6 +20,11 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
+try:
+    from latex2mathml.converter import convert as latex_to_mathml
+except ImportError:
+    latex_to_mathml = None
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 HTML = ROOT / "build" / "notebooks"
@@ -83,10 +88,46 @@ def stale(file: Path) -> str | None:
     return None
 
 
+FORMULA = re.compile(r"```.*?```|`[^`\n]*`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL)  # or code, in which $ is no formula
+FROM_THE_NETWORK = re.compile(r'<script[^>]*\bsrc="https://[^"]*"[^>]*>\s*</script>')
+
+
+def set_formulas_aside(notebook: NotebookNode) -> dict[str, str]:
+    """Puts a word in the place of each formula of the notebook's text. → word: the formula in MathML, which browsers draw by themselves.
+
+    Nothing is changed where latex2mathml is not installed: then pages draw their formulas with MathJax, from the network.
+    """
+    if latex_to_mathml is None:
+        return {}
+    formulas: dict[str, str] = {}
+
+    def word(found: re.Match) -> str:
+        tex = found["block"] or found["inline"]
+        if tex is None:
+            return found[0]
+        mathml = latex_to_mathml(tex, display="block" if found["block"] else "inline")
+        box = '<mrow style="border: 1px solid; padding: 0.35em">'  # browsers do not draw menclose
+        mathml = mathml.replace('<menclose notation="box">', box).replace("</menclose>", "</mrow>")
+        name = f"FORMULA{len(formulas)}X"
+        formulas[name] = mathml
+        return f"\n\n{name}\n\n" if found["block"] else name
+
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = FORMULA.sub(word, cell.source)
+    return formulas
+
+
 def export(file: Path, folder: Path = HTML) -> Path:
-    """The notebook as it stands, as static HTML. Links between lessons lead to the HTML, others to the files of the repository."""
+    """The notebook as it stands, as static HTML. Links between lessons lead to the HTML, others to the files of the repository. Nothing is
+    read from the network."""
     folder.mkdir(parents=True, exist_ok=True)
-    html, _ = HTMLExporter().from_filename(str(file))
+    notebook = nbformat.read(file, as_version=4)
+    formulas = set_formulas_aside(notebook)
+    html, _ = HTMLExporter().from_notebook_node(notebook, resources={"metadata": {"name": file.stem}})
+    if formulas:
+        html = FROM_THE_NETWORK.sub("", html)
+        html = re.sub(r"FORMULA\d+X", lambda name: formulas[name[0]], html)
 
     def relink(link: re.Match) -> str:
         return link[1] + ".html" if link[2] == ".ipynb" else os.path.relpath(file.parent / (link[1] + link[2]), folder)

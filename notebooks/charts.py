@@ -33,6 +33,13 @@ STYLES = {
     "mma": ("K", "v"),
     "tensor_core": ("P", "D"),
     "hopper": ("O", "P"),
+    # Steps of the ladder between these: the colour of the rung that they lead to.
+    "swizzle": ("P", "<"),
+    "cp_async": ("P", ">"),
+    "wgmma": ("O", "<"),
+    "tensor_map": ("O", ">"),
+    "producer": ("O", "^"),
+    "ping_pong": ("O", "v"),
 }
 LANE_COLOURS = ("Q", "K", "V", "S")
 
@@ -96,9 +103,14 @@ def draw_curves(
     guides: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> None:
     """Curves with markers, both axes logarithmic with the measured x as ticks; guides: curves to compare with, thin and without markers."""
+    drawn: list[Sequence[float]] = []
     for name, (x, y) in curves.items():
         name_of_colour, marker = STYLES.get(name.split(",")[0], ("m", "."))
-        ax.plot(x, y, color=colour(name_of_colour), marker=marker, markersize=5, linewidth=1.8, label=name)
+        # A curve that lies on one drawn before is dashed, with hollow markers: both are seen.
+        hidden = any(len(y) == len(other) and all(abs(a - b) <= 0.02 * abs(b) for a, b in zip(y, other, strict=True)) for other in drawn)
+        style = {"linestyle": (0, (2, 2)), "markersize": 8, "markerfacecolor": "none"} if hidden else {"markersize": 5}
+        ax.plot(x, y, color=colour(name_of_colour), marker=marker, linewidth=1.8, label=name, **style)
+        drawn.append(y)
     for (name, (x, y)), style in zip((guides or {}).items(), ("--", ":", "-."), strict=False):
         ax.plot(x, y, color="#444444", linewidth=1, linestyle=style, label=name)
     ax.set_xscale("log", base=2)
@@ -262,6 +274,32 @@ def draw_labels(ax: Axes, labels: Any, title: str = "", marked: Iterable[tuple[i
     for row, column in marked:
         ax.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=2, zorder=4))
     _cells(ax, *X.shape, title)
+
+
+def draw_served(ax: Axes, number: Any, calls: Mapping[int, tuple[int, int]], title: str = "") -> None:
+    """Which cells of a grid belong to each of these calls, each call in a colour of its own; in a cell its row and column among the call's.
+
+    number: for each cell the number of its call. calls: number → the call's first cell.
+    """
+    X = matrix(number)
+    for n in range(0, X.shape[0] + 1, 8):
+        ax.axhline(n, color="#888888", linewidth=1.2)
+        ax.axvline(n, color="#888888", linewidth=1.2)
+    for (call, first), name in zip(calls.items(), ("P", "O", "V", "S"), strict=False):
+        cells = [(int(row), int(column)) for row, column in X.eq(call).nonzero()]
+        rows, columns = (sorted({cell[axis] for cell in cells}) for axis in (0, 1))
+        for row, column in cells:
+            ax.add_patch(Rectangle((column, row), 1, 1, facecolor=to_rgba(colour(name), 0.6), edgecolor="black", linewidth=0.8))
+            text = f"{rows.index(row)},{columns.index(column)}"
+            ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7)
+        label = f"call of weight {first}"
+        ax.add_patch(Rectangle((0, 0), 0, 0, facecolor=to_rgba(colour(name), 0.6), edgecolor="black", linewidth=0.8, label=label))
+    _cells(ax, *X.shape, title)
+    ax.set_xticks([n + 0.5 for n in range(0, X.shape[1], 8)], range(0, X.shape[1], 8), fontsize=8)
+    ax.set_yticks([n + 0.5 for n in range(0, X.shape[0], 8)], range(0, X.shape[0], 8), fontsize=8)
+    ax.set_xlabel("key j", fontsize=9)
+    ax.set_ylabel("query i", fontsize=9)
+    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2)
 
 
 # ---- two sources

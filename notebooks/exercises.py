@@ -194,6 +194,18 @@ def check_same_call(answer: Callable) -> None:
 
 
 @exercise
+def check_tiles_of_window(answer: Callable) -> None:
+    """Every block of rows of several windows, against the columns that its rows see, one by one."""
+    for Nq, Nk, left, block_q, block_k in ((16, 16, 5, 4, 4), (9, 20, 3, 4, 8), (20, 9, 2, 4, 4), (12, 12, 0, 5, 3), (7, 7, 100, 2, 3)):
+        for i in blocks(0, Nq, block_q):
+            seen = {j for row in range(i.start, i.stop) for j in range(Nk) if row + Nk - Nq - left <= j <= row + Nk - Nq}
+            wanted = sorted({j // block_k for j in seen})
+            given = list(result(answer, i, Nq, Nk, left, block_k))
+            where = f"Nq = {Nq}, Nk = {Nk}, left = {left}: rows {i.start} … {i.stop - 1}, tiles of {block_k} keys"
+            assert given == wanted, f"{where}: tiles {wanted} are seen, not {given}"
+
+
+@exercise
 def check_key_head(answer: Callable) -> None:
     """The head whose number comes out of attention when each value head holds its own number."""
     for H, Hkv in ((6, 2), (4, 4), (8, 1), (12, 3)):

@@ -148,7 +148,7 @@ def draw_matrix(
     _grid(ax, rows, columns, tile or (rows, columns))
     for i, j in mark:
         outline(ax, i, j)
-    ax.set_title(name if title is None else title, fontsize=fontsize + 2, family="monospace", pad=5)  # sans-serif l looks like I
+    ax.set_title(name if title is None else title, fontsize=fontsize + 2, family="DejaVu Sans Mono", pad=5)  # sans-serif l looks like I
     _label(ax, row_label, column_label, row_names or range(rows), column_names or range(columns), fontsize, ticks)
 
 
@@ -255,16 +255,31 @@ def draw_forward(
     draw_legend(figure, ("in fast memory", "done", "waiting"), loc="lower center", ncols=3, fontsize=7)
 
 
-def draw_backward(figure: Figure, steps: Sequence[SimpleNamespace], n: int, Q: Tensor, K: Tensor, V: Tensor, dO: Tensor) -> None:
-    """Step n of a backward: on the left S → P with Q, Kᵀ and what P gives, dVᵀ; on the right dP → dS with dO, Vᵀ, and dKᵀ and dQ."""
+def draw_backward(
+    figure: Figure,
+    steps: Sequence[SimpleNamespace],
+    n: int,
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    dO: Tensor,
+    LSE: Tensor,
+    D_of_rows: Tensor,
+) -> None:
+    """Step n of a backward: on the left S, LSE → P with Q, Kᵀ and what P gives, dVᵀ; on the right dP, D → dS with dO, Vᵀ, and dKᵀ and dQ.
+
+    LSE and D_of_rows, which the papers call D: one number a row of Q.
+    """
     step, Nq, Nk, D, Dv = steps[n], Q.shape[2], K.shape[2], Q.shape[3], V.shape[3]
     block_q, block_k = block_sizes(steps)
-    x_P = 1.6 + D + 1.4
+    x_S = 1.6 + D + 0.9  # the tile of S, then LSE, then P
+    x_P = x_S + block_k + 3.6
     x_dO = x_P + Nk + 1.4
-    x_dS = x_dO + Dv + 1.4
+    x_dP = x_dO + Dv + 0.9
+    x_dS = x_dP + block_k + 3.6
     x_dQ = x_dS + Nk + 1.6
     y, y_d = 4.8, 4.8 + Nq + 2.0
-    cells = Cells(figure, x_dQ + max(D, block_k) + 0.8, y_d + max(D, Dv) + 1.6)
+    cells = Cells(figure, x_dQ + D + 0.8, y_d + max(D, Dv) + 1.6)
     style = {"fmt": "{:.2f}", "fontsize": 7}
     over_keys = {"tile": (max(D, Dv), block_k), **style}
     of_queries = {"tile": (block_q, max(D, Dv)), "column_label": "feature", **style}
@@ -288,10 +303,14 @@ def draw_backward(figure: Figure, steps: Sequence[SimpleNamespace], n: int, Q: T
         )
     dQ = rows_so_far(steps[: n + 1], "dQ", Nq)
     draw_matrix(cells(x_dQ, y, D, Nq), dQ, "dQ", mark=[(step.i, slice(0, D))], **of_queries)
-    for y_tile, name in ((1.6, "S"), (y_d, "dP")):
+    rows = step.i.stop - step.i.start
+    for x, name, of_rows, X_of_rows in ((x_S, "S", "LSE", LSE), (x_dP, "dP", "D", D_of_rows)):
         X = matrix(getattr(step, name))
-        draw_matrix(cells(x_dQ, y_tile, X.shape[1], X.shape[0]), X, name, title=f"{name}, this tile", ticks=False, **style)
-    _say_where(cells(0.4, 1.2, x_P - 2, 2.4), steps, n)
+        draw_matrix(cells(x, y + step.i.start, X.shape[1], rows), X, name, ticks=False, **style)
+        one_a_row = matrix(X_of_rows).reshape(-1, 1)
+        mark = [(step.i, slice(0, 1))]
+        draw_matrix(cells(x + block_k + 1.3, y, 1, Nq), one_a_row, of_rows, tile=(block_q, 1), mark=mark, ticks=False, **style)
+    _say_where(cells(0.4, 1.2, x_S - 0.5, 2.4), steps, n)
     draw_legend(figure, ("in fast memory", "done", "waiting"), loc="lower left", fontsize=7)
 
 

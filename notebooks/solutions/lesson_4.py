@@ -16,3 +16,10 @@ def same_call(i: int, j: int) -> list[tuple[int, int]]:
 
 def key_head(h: int, H: int, Hkv: int) -> int:
     return h // (H // Hkv)
+
+
+def tiles_of_window(i: slice, Nq: int, Nk: int, left: int, block_k: int) -> list[int]:
+    """The first row sees the first column, the last row the last one. Empty where they lie before the sequence."""
+    offset = Nk - Nq
+    start, stop = max(0, i.start + offset - left), min(Nk, i.stop + offset)
+    return list(range(start // block_k, -(-stop // block_k))) if start < stop else []
