@@ -144,8 +144,9 @@ extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_vptr_update(void**, void*) {}
 extern "C" void __tsan_vptr_read(void**) {}
-// Of the guard of a static variable in the launcher.
+// Of the guard of a static variable in the launcher, which is 64 bits wide on aarch64.
 extern "C" uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+extern "C" uint64_t __tsan_atomic64_load(const volatile uint64_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 extern "C" void* __tsan_memcpy(void* to, const void* from, unsigned long bytes) {
     emulator::access(from, bytes, false, SITE, false), emulator::access(to, bytes, true, SITE, false);
     return memcpy(to, from, bytes);

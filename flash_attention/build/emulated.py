@@ -30,7 +30,8 @@ KERNEL = (
     "-fno-strict-aliasing",
 )  # multiply-adds and aliasing as nvcc has them
 GCC = ("-fno-extern-tls-init",)  # it would call a function to initialise an extern thread_local variable (shared memory) that needs none
-# clang would jump into the runtime instead of calling it, which then could not tell from where; and addr2line finds inlined functions in DWARF 4.
+# clang would jump into the runtime instead of calling it, which then could not tell from where; addr2line finds its inlined functions
+# in DWARF 4 only.
 CLANG = ("-fno-optimize-sibling-calls", "-gdwarf-4")
 WRAPPED = ("memcpy", "memmove", "memset")  # by which clang copies and clears, without telling ThreadSanitizer
 ARCH = "90a"  # what the emulated device is
