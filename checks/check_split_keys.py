@@ -115,10 +115,19 @@ def check_bits_do_not_depend_on_order():
 @pytest.mark.parametrize("causal", (False, True))
 def check_lengths_on_the_device(causal, starts, page_size, multiprocessors):
     """Sequences of 0 … 500 keys; what is no key, or a page of nobody's, is NaN; numbers of pages that no key needs lie outside the pool."""
+    on_the_device([500, 129, 0, 2, 300], 512, causal, starts, page_size, multiprocessors)
+
+
+def check_long_sequences_in_pages():
+    """A warp fetches the pages of 16 steps, 2048 keys of a block, at once; here it comes back for more."""
+    on_the_device([4500], 4608, True, [70], 48, 1)
+
+
+def on_the_device(lengths, N, causal, starts, page_size, multiprocessors):
     emulated.SM_COUNT = multiprocessors
-    B, H, Hkv, Nq, N, D, Dv = 5, 6, 2, 3, 512, 64, 40
+    B, H, Hkv, Nq, D, Dv = len(lengths), 6, 2, 3, 64, 40
     random = torch.Generator().manual_seed(3)
-    lengths = torch.tensor([500, 129, 0, 2, 300], dtype=torch.int32)
+    lengths = torch.tensor(lengths, dtype=torch.int32)
     q = torch.randn(B, H, Nq, D, generator=random).half()
     k, v = (torch.randn(B, Hkv, N, d, generator=random).half() for d in (D, Dv))
     first = torch.zeros(B, dtype=torch.int32) if starts is None else torch.tensor(starts, dtype=torch.int32)
