@@ -4,12 +4,16 @@ Sizes are small, and chosen so that tiles are cut at every side and every ring o
 order of threads, copies and products.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from harness import FORWARD_ALONE, Case, Problem, Target, against_truth, call_of, run_alone
 
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS, emulated
+from flash_attention.call import Settings
+from flash_attention.reference import Visible
 
 if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
     pytest.skip(reason, allow_module_level=True)
@@ -29,6 +33,15 @@ EVERYTHING = [  # lengths, causal, mask; dropout, grouped heads
     (203, 130, True, "left padding"),
     (70, 150, False, "key, no batch"),
     (150, 70, False, "dead rows"),
+]
+
+
+INTERVALS = [  # lengths, causal, window, spans, mask; grouped heads, dropout with the mask
+    (300, 460, False, (70, 30), None, None),
+    (203, 130, True, (40, None), None, None),
+    (130, 203, False, None, "documents", None),
+    (150, 150, True, (64, None), "any", "full"),
+    (150, 203, False, None, "any, transposed", None),
 ]
 
 
@@ -55,6 +68,34 @@ def check_plain(name, Nq, Nk, causal):
 def check_mask_dropout_and_grouped_heads(name, Nq, Nk, causal, mask):
     case = Case(B=2, H=4, Hkv=2, Nq=Nq, Nk=Nk, D=64, dtype=HALF[name], causal=causal, mask=mask, dropout_p=0.25)
     against_truth(case, target(name))
+
+
+@pytest.mark.parametrize(("Nq", "Nk", "causal", "window", "spans", "mask"), INTERVALS)
+@pytest.mark.parametrize("name", ("simple", "tensor_core", "hopper"))
+def check_intervals(name, Nq, Nk, causal, window, spans, mask):
+    case = Case(B=2, H=2, Hkv=1, Nq=Nq, Nk=Nk, D=64, dtype=HALF[name], causal=causal, window=window, spans=spans, mask=mask)
+    against_truth(replace(case, dropout_p=0.25 if mask else 0.0), target(name))
+
+
+@pytest.mark.parametrize("name", ("simple", "tensor_core", "hopper"))
+def check_parts_of_a_whole(name):
+    """Offsets: rows and columns out of a larger call see, and lose to dropout, what they do there."""
+    q, k, v = (x.to(HALF[name]) for x in torch.randn(3, 1, 2, 192, 64).unbind())
+    seed, settings = torch.tensor(5), Settings(0.125, 0.3, 90, 20)
+    part = q[:, :, 64:], k[:, :, 128:], v[:, :, 128:], None, None, seed
+    place = settings._replace(q_offset=64, k_offset=128, diagonal=0)
+    got = torch.ops.flash_attention.forward(*part, *place._replace(backend=f"emulated:{name}"))
+    want = torch.ops.flash_attention.forward(*(x.float() for x in part[:3]), *part[3:], *place._replace(backend="reference"))
+    seen = Visible(192, 192, 90, 20).dense(slice(64, 192), slice(128, 192))[0, 0]
+    assert torch.equal(got[1].isneginf()[0, 0], ~seen.any(1))
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.float(), y, atol=4e-3, rtol=0)
+
+
+def check_mma_refuses_intervals():
+    x = torch.randn(1, 1, 8, 64, dtype=torch.float16)
+    with pytest.raises(NotImplementedError, match=r"no windows or spans, got \(3, None\)"):
+        flash_attention(x, x, x, window=(3, None), backend="emulated:mma")
 
 
 @pytest.mark.parametrize("name", RUNGS)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import jacrev, vmap
 
-from flash_attention import flash_attention
+from flash_attention import FlashAttention, flash_attention
 from flash_attention.backends import BACKENDS
 from flash_attention.call import Settings
 from flash_attention.reference import Dropout, Visible, normal_attention
@@ -292,6 +292,25 @@ def check_derivatives(options):
 
     assert torch.autograd.gradcheck(f, (q, k, v), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(f, (q, k, v))
+
+
+def check_layer():
+    """The layer hands its window on; one out of range is refused at construction; layers pickled before it had one load."""
+    import pickle
+
+    x = torch.randn(2, 40, 32)
+    torch.manual_seed(0)
+    layer = FlashAttention(32, heads=2, dim_head=16, causal=True, window=(5, None))
+    left = Visible(40, 40, 5, 0).dense(slice(0, 40), slice(0, 40))[0, 0]
+    windowed = layer(x)
+    layer.window, layer.causal = None, False
+    torch.testing.assert_close(windowed, layer(x, mask=left[None, None].expand(2, 1, 40, 40)))
+    state = layer.__dict__.copy()
+    del state["window"]
+    older = pickle.loads(pickle.dumps(layer))
+    older.__setstate__(state)
+    assert older.window is None
+    expect_error(lambda: FlashAttention(32, window=(-1, 0)), ValueError, ["window", "-1"])
 
 
 # ---- what is skipped

@@ -43,6 +43,12 @@ DROPOUT_FLOAT32 = case(dropout_p=0.25, dtype=torch.float32)
 SHARP_FLOAT32 = case(sharp=5, dtype=torch.float32)
 WIDE_FLOAT32 = case(D=128, dtype=torch.float32)
 TURNS_FLOAT32 = case(Nk=700, causal=True, dtype=torch.float32)
+WINDOW = case(window=(70, 30))
+TILE_START = case(Nk=150, window=(62, None))
+TILE_STOP = case(Nk=150, window=(None, 62))
+ANY_SPANS = case(Nk=150, spans="any")
+WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
+MASKED_WINDOW = case(window=(70, 30), mask="heads share")
 
 NO_BARRIER, NO_WAIT = "", ""
 
@@ -56,7 +62,18 @@ TABLE = {
         ("O_rmem[c][r][e] *= alpha_rmem[r];", ";", FLOAT32),
         ("alpha_rmem[r] * l_rmem[r] + row_sum(sum)", "l_rmem[r] + row_sum(sum)", FLOAT32),
         ("row_sum(sum);", "sum;", FLOAT32),
-        ("min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq)", "min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq - 64)", CAUSAL),
+    ],
+    ("simple", "visible.cuh"): [
+        ("min(i0 + size, p.Nq) + p.Nk - p.Nq)", "min(i0 + size, p.Nq) + p.Nk - p.Nq - 64)", CAUSAL),
+        ("max(0, j0 + p.Nq - p.Nk)", "max(0, j0 + p.Nq - p.Nk + 64)", case(Nk=150, causal=True)),
+        ("i + diagonal(p) - p.seen.left)", "i + diagonal(p) - p.seen.left + 1)", WINDOW),  # an interval is one short at its start
+        ("i + diagonal(p) + p.seen.right + 1)", "i + diagonal(p) + p.seen.right)", WINDOW),  # and at its end
+        ("max(0, j0 - p.seen.right - diagonal(p))", "max(0, j0 - p.seen.right - diagonal(p) + 64)", WINDOW),  # in the backward only
+        ("min(j0 + size, p.Nk) + p.seen.left", "min(j0 + size, p.Nk) + p.seen.left - 64", WINDOW),
+        ("all.start <= j0 &&", "all.start <= j0 + 1 &&", TILE_START),  # a tile of which one row misses one column is taken for whole
+        ("j0 + size <= all.stop;", "j0 + size <= all.stop + 1;", TILE_STOP),
+        ("max(span[0], -FAR)", "max(span[0] + 1, -FAR)", ANY_SPANS),
+        ("bounds.all = {p.Nk, 0};", ";", ANY_SPANS),
     ],
     ("simple", "simple.cuh"): [
         ("j <= i + offset);", "j <= i + offset + 1);", CAUSAL),
@@ -72,11 +89,6 @@ TABLE = {
         ("(j0 >> 5) * 8 + (j0 & 7)", "(j0 >> 5) * 8 + (j0 & 7 ^ 1)", DROPOUT),
     ],
     ("simple", "backward_1_simple.cu"): [
-        (
-            "max(0, j0 + p.Nq - p.Nk) / BLOCK_Q * BLOCK_Q",
-            "max(0, j0 + p.Nq - p.Nk) / BLOCK_Q * BLOCK_Q + BLOCK_Q",
-            case(Nk=150, causal=True),
-        ),
         ("__syncthreads();  // the chunk is complete", NO_BARRIER, FLOAT32, 1),
         ("load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK, p.scale);", "load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK);", FLOAT32),
         ("P_rmem[r][c] = P * Z;", "P_rmem[r][c] = P;", DROPOUT),
@@ -172,11 +184,16 @@ TABLE = {
         ("__syncthreads();  // K (and V) are there for every thread", "//", PLAIN),
         ("__syncwarp();  // every lane is done reading Q", NO_BARRIER, PLAIN),
         ("__syncwarp();  // the warp's rows are written", "//", PLAIN),
-        ("if (k_tiles > 0) {  // where", "if (true) {  // where", BLIND_ROWS),
+        ("if (k_tiles > first_tile) {  // where", "if (true) {  // where", BLIND_ROWS),
         ("if (__any_sync(0xffffffff, grew))", "if (false)", SHARP),
         ("i0 + warp_row + 16 * m + 8 * r + g + offset + 1) : p.Nk)", "i0 + warp_row + 16 * m + 8 * r + g + offset) : p.Nk)", CAUSAL),
         ("__syncthreads();  // V is there for every thread", "//", WIDEST),
+        ("8 * n + c < from ||", "8 * n + c <= from ||", WINDOW),
         ("keep[m][r][(2 * k + half) % 4]", "keep[m][r ^ 1][(2 * k + half) % 4]", DROPOUT),
+    ],
+    ("tensor_core", "visible.cuh"): [
+        ("return k_tile - bounds(p, h, tile).some.start / block_k;", "return k_tile;", WINDOW_TURNS),
+        ("first = min(first, q_tile), last = q_tile;", "first = min(first, q_tile + 1), last = q_tile;", ANY_SPANS),
     ],
     ("tensor_core", "swizzle.cuh"): [
         ("offset(first_row + lane % 8 + lane / 16 * 8, lane / 8 % 2)", "offset(first_row + lane % 8 + lane / 8 % 2 * 8, lane / 16)", PLAIN),
@@ -188,6 +205,7 @@ TABLE = {
     ],
     ("tensor_core", "mask_tile.cuh"): [
         ("hidden |= ~first_bits(visible - 32 * w);", "hidden |= ~first_bits(visible - 32 * w + 1);", MASKED),
+        ("hidden |= first_bits(from - 32 * w);", "hidden |= first_bits(from - 32 * w - 1);", MASKED_WINDOW),
         ("const int there = min(max(p.Nk - j, 0), RUN);", "const int there = RUN;", READ_ONCE),
         ("r % 8 / 2 * RUN + r / 8 * 2 + r % 2", "r % 8 / 2 * RUN + r / 8 * 2 + 1 - r % 2", READ_ONCE),
     ],
@@ -199,11 +217,12 @@ TABLE = {
         ("        __syncthreads();\n        if (ONE_BARRIER) load_q(2);", "        if (ONE_BARRIER) load_q(2);", PLAIN),
         ("if (ONE_BARRIER) load_q(2);", "if (ONE_BARRIER) load_q(3);", MANY_TILES),
         ("if (ONE_BARRIER) ptx::cp_async_wait_group<0>();", "if (ONE_BARRIER) ptx::cp_async_wait_group<1>();", PLAIN),
-        ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn()) {}", ";", TURNS),
-        ("turn() + 1);", "turn() + 2);", TURNS),
+        ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != my_turn()) {}", ";", TURNS),
+        ("my_turn() + 1);", "my_turn() + 2);", TURNS),
         ("__syncthreads();  // every warp is done with K and V", NO_BARRIER, PLAIN),
         ("__syncthreads();  // whole rows are written", "//", PLAIN),
         ("if (ONE_BARRIER) dS_stage ^= dS_smem ^ (dS_smem + Tile_S::BYTES);", ";", PLAIN),
+        ("~first_bits(seen.stop - j) | first_bits(seen.start - j);", "~first_bits(seen.stop - j);", WINDOW),
         ("if (DROPOUT) dP0 = P0 < 0 ? 0 : dP0, dP1 = P1 < 0 ? 0 : dP1;", ";", DROPOUT),
     ],
     ("tensor_core", "backward_workspace.cuh"): [
@@ -242,6 +261,8 @@ TABLE = {
         ("const float factor = final_factor(c, b, m_all, l);", "const float factor = 1 / l;", FEW_MASKED, 1),
     ],
     ("hopper", "forward_4_hopper.cu"): [
+        ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
+        ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
         ("release(barriers.K_empty, now.stage);", ";", MANY_TILES),
         ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS + 1);", MANY_TILES),
         ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS - 1);", MANY_TILES),
@@ -289,6 +310,7 @@ TABLE = {
         ("((chunk % 8) ^ (row % 8)) * 16", "chunk % 8 * 16", PLAIN),
     ],
     ("hopper", "backward_4_hopper.cu"): [
+        ("now.bh % p.H, i + 1).holds(j)) P1 = 0;", "now.bh % p.H, i).holds(j)) P1 = 0;", WINDOW),
         ("ptx::fence_proxy_async();  // this thread's part of dSᵀ", NO_BARRIER, PLAIN),
         ("meet();                    // dSᵀ is whole", "//", PLAIN),
         ("ptx::wgmma_wait_group<0>();  // dK too", "ptx::wgmma_wait_group<1>();  //", MANY_TILES),
@@ -301,9 +323,9 @@ TABLE = {
         ("Tile_Q::BYTES + ROWS_BYTES + more_bytes);", "Tile_Q::BYTES + more_bytes);", PLAIN),
     ],
     ("hopper", "backward_hopper.cuh"): [
-        ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != k_tile) {}", ";", TURNS),
-        ("workspace.turns + row / BLOCK_Q, k_tile + 1);", "workspace.turns + row / BLOCK_Q, k_tile + 2);", TURNS),
-        ("max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q - 1", "max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
+        ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
+        ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
+        ("max(0, j0 - diagonal(p)) / BLOCK_Q - 1", "max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
     ],
     ("hopper", "backward_4_hopper_wide.cu"): [
         ("ptx::wgmma_wait_group<3>();  // S is there", "ptx::wgmma_wait_group<4>();  //", WIDEST),

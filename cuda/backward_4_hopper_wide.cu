@@ -260,7 +260,11 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             meet();
             add(dK_rmem, dS_of(0), Q_of(0), true);
             int64_t row = first_row_of(next);
+#if INTERVAL
             int turn = next.turn(p, k_tile);
+#else
+            const int& turn = k_tile;
+#endif
             int n = 0;
             for (next.advance(p); next.more(); next.advance(p), ++n) {
                 start_scores(next);
@@ -283,7 +287,10 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 add(dK_rmem, dS_of(next.n), Q_of(next.n), false);
                 add_half(row, 1);
                 end_turn(p, Workspace(p), row, turn);
-                row = first_row_of(next), turn = next.turn(p, k_tile);
+                row = first_row_of(next);
+#if INTERVAL
+                turn = next.turn(p, k_tile);
+#endif
             }
             start_dQ(n, 0);
             add(dV_rmem, P_of(n), dO_of(n), false);

@@ -81,7 +81,7 @@ struct Visit {
 #endif
 
 // Registers of the producer's threads and of the others: all start with 168; what 128 give back is what 256 can take.
-constexpr int PRODUCER_REGISTERS = INTERVAL ? 40 : 24, CONSUMER_REGISTERS = INTERVAL ? 232 : 240;
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
 // Both groups are there.
 __device__ inline void meet() { ptx::bar_sync(1, CONSUMERS * GROUP); }

@@ -172,7 +172,7 @@ def _check(q, k, v, causal, scale, dropout_p, window, spans, block_size) -> None
     if not isinstance(dropout_p, NUMBERS) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be a probability in [0, 1), got {dropout_p!r}")
     if window is not None:
-        _check_window(window)
+        check_window(window)
     if spans is not None:
         _check_spans(spans, q)
     if block_size is not None and (not isinstance(block_size, int) or isinstance(block_size, bool)):
@@ -181,7 +181,7 @@ def _check(q, k, v, causal, scale, dropout_p, window, spans, block_size) -> None
         raise ValueError(f"block_size must be at least 1, got {block_size}")
 
 
-def _check_window(window) -> None:
+def check_window(window) -> None:
     if not isinstance(window, tuple) or len(window) != 2:
         raise TypeError(f"window must be None or a pair (left, right), got {window!r}")
     for name, limit in zip(("left", "right"), window, strict=True):

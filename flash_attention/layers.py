@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_variadic
 
 from flash_attention.backends import check_name
-from flash_attention.interface import flash_attention
+from flash_attention.interface import check_window, flash_attention
 
 CHUNKED = "from flash_attention.integrations.earlier import ChunkedFlashAttention as FlashAttention"
 # What code written for another FlashAttention passes → what it becomes here.
@@ -60,6 +60,7 @@ class FlashAttention(nn.Module):
         dim: width of the input and of the output.
         heads, dim_head: query heads, and the size of each.
         causal: aligned bottom-right, as in `flash_attention()`.
+        window: (left, right), as in `flash_attention()`: how far a row sees.
         dropout: probability of dropping an attention weight, in training mode only. `torch.manual_seed` governs it.
         kv_heads: key/value heads, which divide `heads` (grouped-query attention); as many as `heads` unless given.
         block_size: as in `flash_attention()`: rows and columns of a tile of scores. The layer then runs the reference, on any device.
@@ -71,7 +72,7 @@ class FlashAttention(nn.Module):
         q_bucket_size, k_bucket_size, parallel: arguments of FlashAttention2.0, whose code runs unchanged. The first two do not change a
             result: tiles are the backend's choice, or `block_size`. parallel must be False.
 
-    `causal`, `dropout`, `mixed_precision`, `backend` and `block_size` are plain attributes, which may be set later. A projection may be
+    `causal`, `window`, `dropout`, `mixed_precision`, `backend` and `block_size` are plain attributes, to be set later too. A projection may be
     replaced by any module that gives (B, N, heads · dim_head), or (B, N, heads, dim_head): a Sequential that normalises each head of
     queries and keys, for example.
 
@@ -100,6 +101,7 @@ class FlashAttention(nn.Module):
         *,
         dim_head: int = 64,
         causal: bool = False,
+        window: tuple[int | None, int | None] | None = None,
         dropout: float = 0.0,
         kv_heads: int | None = None,
         block_size: int | None = None,
@@ -129,7 +131,9 @@ class FlashAttention(nn.Module):
             if backend not in (None, "reference"):
                 raise ValueError(f"block_size sets the reference's tiles and backend {backend!r} has its own, got block_size {block_size}")
         self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
-        self.causal, self.dropout, self.mixed_precision = causal, dropout, mixed_precision
+        if window is not None:
+            check_window(window)
+        self.causal, self.window, self.dropout, self.mixed_precision = causal, window, dropout, mixed_precision
         self.block_size, self.backend = block_size, backend
         self.to_q = nn.Linear(dim, heads * dim_head, bias=bias)
         self.to_k = nn.Linear(key_dim, kv_heads * dim_head, bias=bias)
@@ -179,7 +183,8 @@ class FlashAttention(nn.Module):
         if self.mixed_precision and dtype.itemsize > 2:
             q, k, v = (x.to(_half(x.device)) for x in (q, k, v))
         dropout_p = self.dropout if self.training else 0.0
-        O = flash_attention(q, k, v, mask, causal=self.causal, dropout_p=dropout_p, backend=self.backend, block_size=self.block_size)
+        options = {"causal": self.causal, "window": self.window, "backend": self.backend, "block_size": self.block_size}
+        O = flash_attention(q, k, v, mask, dropout_p=dropout_p, **options)
         return self.to_out(O.transpose(1, 2).flatten(2).to(dtype))
 
     def _project(self, stream: str, x: Tensor) -> Tensor:
@@ -203,10 +208,11 @@ class FlashAttention(nn.Module):
         """Layers pickled when block_size was called chunk_size load too."""
         state = dict(state)
         state["block_size"] = state.pop("chunk_size", state.get("block_size"))
+        state.setdefault("window", None)
         super().__setstate__(state)
 
     def extra_repr(self) -> str:
-        settings = "heads", "kv_heads", "dim_head", "causal", "dropout", "block_size", "mixed_precision", "backend"
+        settings = "heads", "kv_heads", "dim_head", "causal", "window", "dropout", "block_size", "mixed_precision", "backend"
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
 
 
