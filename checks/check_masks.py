@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import HALF, MASKS, Case, Problem, Report, against_truth, dtype_served, flash, naive, run_alone, skip_unless_masks
+from harness import HALF, MASKS, Case, Problem, Report, against_truth, dtype_served, flash, half_served, naive, run_alone, skip_unless_masks
 
 from flash_attention import flash_attention
 from flash_attention.reference import (
@@ -76,7 +76,7 @@ def check_aligned_rows(target, causal, D):
     """A mask a head, whose rows begin at multiples of 16 bytes: a kernel may read 16 columns at a time, but not beyond."""
     skip_unless_masks(target)
     report = Report(f"{target}: rows of the mask at multiples of 16 bytes, D {D}")
-    dtype = torch.float16 if target.device == "cuda" else torch.float32
+    dtype = half_served(target) if target.device == "cuda" else torch.float32
     for Nq, Nk in ((1, 16), (130, 299), (200, 304), (333, 64), (129, 1025)):
         case = Case(H=4, Hkv=2, Nq=Nq, Nk=Nk, D=D, causal=causal, dtype=dtype)
         q, k, v, _ = case.inputs(target.device)
