@@ -280,11 +280,11 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const uint64_t a = ptx::descriptor(uniform(A)), b = ptx::descriptor(uniform(B + consumer * ROWS * ROW_BYTES));
                 ptx::wgmma_fence();
 #pragma unroll
-                for (int product = 0; product < 3; ++product)  // lo hi, hi lo, hi hi: the small ones first, while the sum is small
+                for (int product = 0; product < 3; ++product)  // in the forward's order, lo of Q first: S is to be the same to the last bit
 #pragma unroll
                     for (int d = 0; d < HEAD_DIM / 16; ++d)
-                        ptx::wgmma_ss<__half, ROWS>(C, ptx::advance(a, (product == 0) * Tile_K::BYTES + d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32),
-                                                    ptx::advance(b, (product == 1) * Tile_Q::BYTES + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
+                        ptx::wgmma_ss<__half, ROWS>(C, ptx::advance(a, (product == 1) * Tile_K::BYTES + d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32),
+                                                    ptx::advance(b, (product == 0) * Tile_Q::BYTES + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
                                                     !from_zero || product > 0 || d > 0);
                 ptx::wgmma_commit_group();
             };
@@ -315,9 +315,9 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + 8 * n), Delta = *reinterpret_cast<const float2*>(Delta_smem + 8 * n);
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    // The difference first: in base 2, score and LSE would each be rounded, at their own size.
-                    float P0 = ptx::ex2(fmaf(fmaf(S_rmem[4 * n + 2 * r], scale, -LSE.x), LOG2_E, P_EXPONENT));
-                    float P1 = ptx::ex2(fmaf(fmaf(S_rmem[4 * n + 2 * r + 1], scale, -LSE.y), LOG2_E, P_EXPONENT));
+                    // The difference first: in base 2, score and LSE would each be rounded, at their own size. The product is rounded, as in LSE.
+                    float P0 = ptx::ex2(fmaf(__fmul_rn(S_rmem[4 * n + 2 * r], scale) - LSE.x, LOG2_E, P_EXPONENT));
+                    float P1 = ptx::ex2(fmaf(__fmul_rn(S_rmem[4 * n + 2 * r + 1], scale) - LSE.y, LOG2_E, P_EXPONENT));
                     if (!MASK && cut) {
                         const int j = j0 + first_row + ROW_STEP * r, i = i0 + consumer * ROWS + 8 * n + 2 * t;
                         if (j >= p.Nk || (CAUSAL && j > i + offset)) P0 = 0;

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             const uint64_t Q_rows = ptx::descriptor(uniform(Q_smem + consumer * 64 * ROW_BYTES)), K_tile = ptx::descriptor(uniform(K_smem + slot.stage * KV_BYTES));
             ptx::wgmma_fence();
 #pragma unroll
-            for (int product = 0; product < 3; ++product)  // lo hi, hi lo, hi hi: the small ones first, while the sum is small
+            for (int product = 0; product < 3; ++product)  // lo hi, hi lo, hi hi: the small ones first, while the sum is small; so in the backward
 #pragma unroll
                 for (int d = 0; d < HEAD_DIM / 16; ++d)
                     ptx::wgmma_ss<__half, BLOCK_K>(S_rmem, ptx::advance(Q_rows, (product == 0) * Tile_Q::BYTES + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
@@ -200,14 +200,13 @@ __global__ void __launch_bounds__(THREADS, 1)
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
                 alpha[r] = ptx::ex2((m_rmem[r] - m_new) * scale_log2);
                 m_rmem[r] = m_new;
-                const float m_log2 = m_new * scale_log2 - P_EXPONENT;
                 float sum = 0;
 #pragma unroll
                 for (int i = 0; i < BLOCK_K / 8; ++i)
 #pragma unroll
                     for (int c = 0; c < 2; ++c) {
                         float& x = S_rmem[4 * i + 2 * r + c];
-                        x = ptx::ex2(fmaf(x, scale_log2, -m_log2));
+                        x = ptx::ex2(fmaf(x - m_new, scale_log2, P_EXPONENT));  // the difference first: m · scale_log2, rounded, would show in LSE
                         sum += x;
                     }
                 l_rmem[r] = l_rmem[r] * alpha[r] + sum;
@@ -288,7 +287,9 @@ __global__ void __launch_bounds__(THREADS, 1)
             largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
             if (i < p.Nq && t == 0) {
                 if (!dead && range.v != 0 && !row_fits(largest)) range.o_is_small = 1;
-                if (p.lse) p.lse[static_cast<int64_t>(bh) * p.Nq + i] = dead ? -CUDART_INF_F : fmaf(m_rmem[r], scale, logf(l * (1.0f / (1 << P_EXPONENT))));
+                // The product is rounded, as in the backward: where a row's scores are large and one counts alone, P is then exactly 1.
+                const float LSE = __fmul_rn(m_rmem[r], scale) + logf(l * (1.0f / (1 << P_EXPONENT)));
+                if (p.lse) p.lse[static_cast<int64_t>(bh) * p.Nq + i] = dead ? -CUDART_INF_F : LSE;
             }
         }
     }
