@@ -94,7 +94,7 @@ def dtype_served(target: Target) -> torch.dtype:
 def half_served(target: Target) -> torch.dtype:
     """float16 if the backend has it, else float32."""
     x = torch.empty(1, 1, 1, 64, device=target.device, dtype=torch.float16)
-    return torch.float32 if BACKENDS[target.backend].why_not(x, x, x, None, False, 0.0) else torch.float16
+    return torch.float32 if BACKENDS[target.backend].why_not(call_of(x, x, x)) else torch.float16
 
 
 def compilers() -> list:
