@@ -14,6 +14,7 @@ import torch
 from benchmarks import report
 from flash_attention import build, flash_attention
 from flash_attention.backends import BACKENDS, cuda, emulated
+from flash_attention.call import Call, Settings
 from flash_attention.command_line import positive, run
 
 COLUMNS: list[report.Column] = [
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there")
     arguments = parser.parse_args()
     x = torch.empty(1, 1, arguments.n, arguments.d, dtype=torch.float16)
-    if reason := BACKENDS["emulated:mma"].why_not(x, x, x, None, False, 0.0):
+    if reason := BACKENDS["emulated:mma"].why_not(Call.of(x, x, x, None, None, Settings(1.0))):
         parser.error(reason)
     torch.manual_seed(0)
     rows = [count(name, 1, 1, arguments.n, arguments.d) for name in ladder()]

@@ -25,7 +25,7 @@ from harness import run_alone
 
 from flash_attention import build, flash_attention
 from flash_attention.backends import choose, cuda, reference
-from flash_attention.backends.launch import NO_INTERVAL, NO_MASK, NO_TENSOR, SETTINGS
+from flash_attention.backends.launch import NO_INTERVAL, NO_KEYS, NO_MASK, NO_TENSOR, SETTINGS
 from flash_attention.build import BuildError, Specialisation
 from flash_attention.build.__main__ import ARCHS, main, specialisations, usual_set
 from flash_attention.call import Call, Form, Settings
@@ -103,13 +103,18 @@ LIBRARIES = (
     Specialisation("backward_5_split.cu", "90a", 192, "bfloat16", v_head_dim=128),
     Specialisation("forward_5_wide.cu", "90a", 512, "bfloat16", causal=True),
     Specialisation("backward_5_wide.cu", "90a", 384, "float16", mask="key bits"),
+    Specialisation("forward_5_float32.cu", "90a", 64, "float32", mask="bits"),
+    Specialisation("backward_5_float32.cu", "90a", 128, "float32", causal=True),
+    Specialisation("forward_5_split_keys.cu", "80", 64, "bfloat16", mask="bits"),
+    *(Specialisation(f"forward_{step}.cu", "80", 64, "float16") for step in ("2b_swizzle", "2c_cp_async")),
+    *(Specialisation(f"forward_{step}.cu", "90a", 64, "float16") for step in ("3b_wgmma", "3c_tensor_map", "3d_producer", "3e_ping_pong")),
 )
 
 
 def params(B=1, H=1, Nq=1, Nk=1) -> bytes:
     """A call whose tensors all have address and strides 0."""
     settings = SETTINGS.pack(B, H, H, Nq, Nk, 32, 32, 1.0, 0, 1.0, -1e30)
-    return cuda.PARAMS.pack(*8 * NO_TENSOR, NO_MASK, 0, 0, 0, 0, settings, False, 0, 132, 0, 0, NO_INTERVAL)
+    return cuda.PARAMS.pack(*8 * NO_TENSOR, NO_MASK, 0, 0, 0, 0, settings, False, 0, 132, 0, 0, NO_INTERVAL) + NO_KEYS
 
 
 @needs_nvcc
@@ -424,7 +429,7 @@ def check_command(place, monkeypatch, capsys):
     assert "forward_1_simple.cu sm_75 D 32 float16 causal dropout: forward_kernel: 8 bytes stack frame" in capsys.readouterr().out
     results = json.loads(found.read_text())
     assert results["80"] == {"kernels": 1}
-    assert len(results["75"]["complaints"]) == results["75"]["kernels"] == len(specialisations(["75"], [32])) == 1 + 2 * 3 * 8
+    assert len(results["75"]["complaints"]) == results["75"]["kernels"] == len(specialisations(["75"], [32])) == 1 + 2 * 3 * 12
     monkeypatch.setenv("RETURNS", "1")
     assert run("--check") == 1
     assert "could not compile" in capsys.readouterr().out

@@ -38,7 +38,7 @@ def check_forward_on_a_gpu(name, causal, D, dtype, full):
 def check_repeats_on_a_gpu(name):
     """50 runs bit for bit: an error that moves is a race."""
     q, k, v, _ = Case(B=8, H=8, Nq=1000, Nk=1100, D=64, dtype=torch.bfloat16).inputs("cuda")
-    if reason := BACKENDS[name].why_not(q, k, v, None, True, 0.0):
+    if reason := BACKENDS[name].why_not(call_of(q, k, v, causal=True)):
         pytest.skip(reason)
     first, *others = [flash_attention(q, k, v, causal=True, backend=name) for _ in range(50)]
     assert all(torch.equal(first, other) for other in others)

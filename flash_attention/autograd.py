@@ -13,7 +13,6 @@ Most calls have nobody looking on; they skip the ops and go from the Function, o
 """
 
 from collections.abc import Callable, Sequence
-from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -64,12 +63,12 @@ def _refuse_gradients(backend: str) -> None:
 
 
 class Attention(Function):
-    """(q, k, v) → (O, LSE). `compute` computes them: a backend's plan, or a function that calls the op below its autograd rule."""
+    """(q, k, v) → (O, LSE). `compute` computes them: a backend's plan, or the op below its autograd rule."""
 
     @staticmethod
     def forward(ctx, compute, *arguments):
         q, k, v, mask, spans, seed, *ctx.settings = arguments
-        is_op = isinstance(compute, FunctionType)
+        is_op = isinstance(compute, _BelowAutograd)
         O, LSE = compute(*arguments) if is_op else compute(*arguments[:6])
         ctx.save_for_backward(q, k, v, mask, spans, seed, O, LSE)
         if is_op:
@@ -228,28 +227,37 @@ def _vmapped(op, tensors: int):
     return rule
 
 
+class _BelowAutograd:
+    """An op without its autograd rule."""
+
+    def __init__(self, op, keyset):
+        self.op, self.keys = op, keyset & torch._C._after_autograd_keyset
+
+    def call(self, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.op.redispatch(self.keys, *arguments)
+
+    def __call__(self, *arguments):
+        """From a Function's forward, which turns gradients of both modes off, for every transform around it."""
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
+            return self.call(*arguments)
+
+
 def _differentiable(op, function):
     """The autograd rule of an op. Like an operator of torch's own it records its derivative for the innermost of torch.func's transforms,
     then computes inside the next."""
 
     def rule(keyset, *arguments):
-        def compute(*arguments):
-            with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-        def compute_with_gradients(*arguments):
-            with torch.enable_grad(), _set_fwd_grad_enabled(True):  # a Function's forward turns both off, for every transform
-                return compute(*arguments)
-
+        compute = _BelowAutograd(op, keyset)
         forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled() and any(map(_is_dual, arguments))
         if not forward_mode and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
-            return compute(*arguments)
+            return compute.call(*arguments)
         if function is Attention:
             _refuse_gradients(arguments[BACKEND])
         if forward_mode and function is AttentionSecondBackward:
             return _second_backward(*arguments)  # plain arithmetic, of which PyTorch knows the derivatives
         with enable_single_level_autograd_function():
-            return super(Function, function).apply(compute_with_gradients, *arguments)
+            return super(Function, function).apply(compute, *arguments)
 
     return rule
 
