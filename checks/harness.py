@@ -228,7 +228,14 @@ def _any_spans(B, H, Nq, Nk, random):
     return torch.where(turned, bounds.sort(-1, descending=True).values, bounds.sort(-1).values)
 
 
+def _some_blind(B, H, Nq, Nk, random):
+    """Every row sees all columns, but for some that see nothing."""
+    row = torch.arange(Nq)
+    return torch.stack((torch.zeros_like(row), (row % 7 > 0) * Nk), -1).int()[None, None]
+
+
 SPANS = {
+    "some blind": _some_blind,
     "documents": _documents,
     "causal documents": lambda B, H, N, Nk, random: spans.documents(
         [0, 1, N // 3, 0, N - N // 3 - 1], [1, 0, Nk // 2, 0, Nk - Nk // 2 - 1], causal=True

@@ -46,6 +46,7 @@ TURNS_FLOAT32 = case(Nk=700, causal=True, dtype=torch.float32)
 WINDOW = case(window=(70, 30))
 TILE_START = case(Nk=150, window=(62, None))
 TILE_STOP = case(Nk=150, window=(None, 62))
+BLIND_SPANS = case(Nk=128, spans="some blind")
 ANY_SPANS = case(Nk=150, spans="any")
 WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
 MASKED_WINDOW = case(window=(70, 30), mask="heads share")
@@ -73,7 +74,7 @@ TABLE = {
         ("all.start <= j0 &&", "all.start <= j0 + 1 &&", TILE_START),  # a tile of which one row misses one column is taken for whole
         ("j0 + size <= all.stop;", "j0 + size <= all.stop + 1;", TILE_STOP),
         ("max(span[0], -FAR)", "max(span[0] + 1, -FAR)", ANY_SPANS),
-        ("bounds.all = {p.Nk, 0};", ";", ANY_SPANS),
+        ("bounds.all = {p.Nk, 0};", ";", BLIND_SPANS),
     ],
     ("simple", "simple.cuh"): [
         ("j <= i + offset);", "j <= i + offset + 1);", CAUSAL),

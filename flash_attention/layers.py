@@ -72,7 +72,7 @@ class FlashAttention(nn.Module):
         q_bucket_size, k_bucket_size, parallel: arguments of FlashAttention2.0, whose code runs unchanged. The first two do not change a
             result: tiles are the backend's choice, or `block_size`. parallel must be False.
 
-    `causal`, `window`, `dropout`, `mixed_precision`, `backend` and `block_size` are plain attributes, to be set later too. A projection may be
+    `causal`, `window`, `dropout`, `mixed_precision`, `backend` and `block_size` are attributes that may be set later. A projection may be
     replaced by any module that gives (B, N, heads · dim_head), or (B, N, heads, dim_head): a Sequential that normalises each head of
     queries and keys, for example.
 

@@ -28,8 +28,8 @@ WORKER_FLOPS = 1 << 33
 WORKER_STEP = 1 << 17
 # Elements of K in a batch.
 EVEN = 1 << 17
-# Rows of a tile where windows or spans cut it.
-NARROW_Q = 128
+# Rows and columns of a tile where windows or spans cut it: 128 rows of a window of 512 see 640 columns.
+NARROW_Q, NARROW_K = 128, 640
 
 
 def why_not(call: Call) -> str | None:
@@ -180,7 +180,7 @@ def _block_sizes(visible: Visible, settings: Settings) -> tuple[int, int]:
     if settings.block_size is not None:
         return settings.block_size, settings.block_size
     if visible.left is not None or visible.spans is not None:
-        return NARROW_Q, flash2.BLOCK_K
+        return NARROW_Q, NARROW_K
     return (flash2 if visible.right is None else flash2_causal).BLOCK_Q, flash2.BLOCK_K
 
 
