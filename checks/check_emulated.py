@@ -113,7 +113,7 @@ MORE_SIZES = {
     "hopper_split": [(160, 160), (192, 128), (256, 256), (40, 192)],
     "hopper_wide": [(512, 512), (384, 264), (296, 320), (512, 72)],
 }
-MORE = [(name, *sizes, kind) for name, each in MORE_SIZES.items() for sizes in each for kind in range(2)]
+MORE = [(name, *sizes, n % 2) for name, each in MORE_SIZES.items() for n, sizes in enumerate(each)]  # plain or everything, by turns
 
 
 @pytest.mark.parametrize(("name", "D", "Dv", "kind"), MORE)
