@@ -25,7 +25,9 @@ constexpr int BLOCK_Q = CONSUMERS * WARPS * WARP_ROWS;  // 128: 64, the height o
 constexpr int BLOCK_K = 128;
 constexpr int N_TILES = BLOCK_K / 8;  // 8-column tiles of S
 // Registers of a thread, in steps of 8: as many for all at the start, then what the producer gives back goes to the consumers.
-constexpr int REGISTERS = 65536 / BLOCK_THREADS / 8 * 8, PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int REGISTERS = 65536 / BLOCK_THREADS / 8 * 8;
+constexpr int PRODUCER_REGISTERS = 40;
+constexpr int CONSUMER_REGISTERS = 232;
 static_assert(CONSUMERS * (CONSUMER_REGISTERS - REGISTERS) <= REGISTERS - PRODUCER_REGISTERS, "a group would wait for registers for ever");
 
 using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;

@@ -292,3 +292,51 @@ def check_first_bank(answer: Callable) -> None:
             bank = offset(row, chunk) // 4 % 32
             given = result(answer, row, chunk)
             assert given == bank, f"row {row}, chunk {chunk}: bank {bank}, not {given}"
+
+
+# Lesson 7
+
+
+@exercise
+def check_parities(answer: Callable) -> None:
+    """The phases of a ring, counted tile by tile."""
+    for stages in (1, 2, 3, 4):
+        rounds = [0] * stages  # how often each stage has been filled before
+        for n in range(14):
+            stage = n % stages
+            wanted = rounds[stage] % 2, (rounds[stage] - 1) % 2
+            rounds[stage] += 1
+            given = tuple(result(answer, n, stages))
+            assert given == wanted, f"{stages} stages, tile {n}: the consumer's and the producer's parity are {wanted}, not {given}"
+
+
+@exercise
+def check_groups_left(answer: Callable) -> None:
+    """The groups issued after the tile's own: so many may be under way, and one more would be the tile itself."""
+    for tiles, ahead in ((5, 1), (6, 2), (7, 3), (1, 1), (3, 2)):
+        for tile in range(tiles):
+            issued = min(tiles, tile + ahead + 1)
+            given = result(answer, tile, tiles, ahead)
+            assert given == issued - tile - 1, f"{tiles} tiles, {ahead} ahead, tile {tile}: N = {issued - tile - 1}, not {given}"
+
+
+@exercise
+def check_stages_for_latency(answer: Callable) -> None:
+    """A ring, cycle by cycle: with so many stages nobody waits in the long run, with one less somebody does."""
+
+    def waits(stages: int, latency: int, cycles: int) -> bool:
+        done: list[int] = []
+        for n in range(40):
+            arrives = (done[n - stages] if n >= stages else 0) + latency
+            start = max(arrives, done[-1] if done else 0)
+            if n > 20 and start > done[-1]:
+                return True
+            done.append(start + cycles)
+        return False
+
+    for latency, cycles in ((1700, 1000), (1000, 1000), (1, 1000), (3500, 500), (2001, 1000)):
+        stages = result(answer, latency, cycles)
+        assert not waits(stages, latency, cycles), f"latency {latency}, {cycles} cycles a tile: with {stages} stages the copies come late"
+        assert stages == 1 or waits(stages - 1, latency, cycles), (
+            f"latency {latency}, {cycles} cycles a tile: {stages - 1} stages are enough"
+        )
