@@ -8,7 +8,7 @@
 #include "common.cuh"
 
 constexpr int BLOCK_K = 128;                        // 64 for each of two groups
-constexpr int BLOCK_Q = HEAD_DIM <= 64 && !INTERVAL ? 128 : 64;  // the accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers
+constexpr int BLOCK_Q = HEAD_DIM <= 64 ? 128 : 64;  // the accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers
 #include "backward_hopper.cuh"
 
 constexpr int N_TILES = BLOCK_Q / 8;
