@@ -144,7 +144,9 @@ __global__ void __launch_bounds__(THREADS, 1) dKdV_kernel(const __grid_constant_
             if constexpr (!decltype(is_first)::value) multiply(V_halves(), V_smem, dO_smem + slot.stage * Tile_V::BYTES, true);
         };
         auto draw = [&](const QueryVisit<BLOCK>& at) {
-            if (DROPOUT) keep.draw_keys(p, b, at.h, j0 + mine.first_row, at.i0, lane);
+            if (!DROPOUT) return;
+            const int thread = ptx::tid_x() % GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+            keep.draw_keys(p, b, at.h, j0 + RowOrder::row(thread / 32 * 16 + thread % 32 / 4), at.i0, thread % 32);
         };
         // Once they are there: Pᵀ, and in the other group dSᵀ, to shared memory.
         auto finish_scores = [&](auto is_first, const QueryVisit<BLOCK>& at) {
@@ -331,13 +333,17 @@ __global__ void __launch_bounds__(THREADS, 1) dQ_kernel(const __grid_constant__ 
         const int place = consumer * 64 + warp * 16 + lane / 4;  // in the tile of Q; this thread has it and the one 8 further,
         const int first_row = RowOrder::row(place);              // rows first_row and first_row + ROW_STEP
         const float scale_log2 = p.scale * LOG2_E;               // exp(scale · x) = 2^(scale_log2 · x)
+        // Two numbers of each of the thread's rows; read again for every tile where registers are scarcest.
+        constexpr bool AGAIN = HEAD_DIM > 192 && MASK && DROPOUT;
         float LSE[2], Delta[2];
-        {
+        auto read_rows = [&] {
             const Workspace workspace(p);
-            const int64_t row = (static_cast<int64_t>(b) * p.H + h) * workspace.rows + i0 + first_row;
+            const int thread = ptx::tid_x() - GROUP;
+            const int64_t row = (static_cast<int64_t>(b) * p.H + h) * workspace.rows + i0 + RowOrder::row(thread / 32 * 16 + thread % 32 / 4);
 #pragma unroll
             for (int r = 0; r < 2; ++r) LSE[r] = workspace.LSE[row + ROW_STEP * r], Delta[r] = workspace.Delta[row + ROW_STEP * r];
-        }
+        };
+        if (!AGAIN) read_rows();
 
         float dQ_rmem[HEAD_DIM / 2] = {};
         float S_rmem[BLOCK_K / 2], dP_rmem[BLOCK_K / 2];
@@ -383,6 +389,7 @@ __global__ void __launch_bounds__(THREADS, 1) dQ_kernel(const __grid_constant__ 
         // rows LSE is ∞. With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end.
         auto make_dS = [&](int n) {
             ptx::mbarrier_arrive(barrier(barriers.V_empty));
+            if (AGAIN) read_rows();
             const int j0 = n * BLOCK_K;
             const bool cut = is_cut(p, i0, j0, BLOCK_K);
 #pragma unroll
