@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
     [[maybe_unused]] const int offset = diagonal(p);                      // causal: row i sees columns j ≤ i + offset
     const Workspace workspace(p);
     // This block's turn to add to dQ, if deterministic, and, for dropout, its batch. Large head sizes leave no registers to keep them in.
-    auto turn = [&] { return HEAD_DIM > 192 ? keys_of_block(p).tile : keys.tile; };
+    [[maybe_unused]] auto turn = [&] { return HEAD_DIM > 192 ? keys_of_block(p).tile : keys.tile; };
     [[maybe_unused]] auto batch = [&] { return HEAD_DIM > 192 && ARCH > 90 ? keys_of_block(p).b : b; };
 
     // line 8: the tiles of Q that see some of these keys, of every query head that shares them. Causal: from the last one down, so that the blocks
