@@ -9,6 +9,9 @@
 //   - in a block too each warp is on its own: it takes every fourth step of 32 keys, copies them itself into a ring of tiles (K, V, K, V, …) and
 //     has its own maximum, sum and O. No barrier stands in the loop; the warps' results are merged in shared memory at the end.
 //
+// Change from forward_3_tensor_core.cu: a tile is the query heads of one key head, a block has a part of the keys, each warp its own steps and copies;
+// parts are merged twice, in shared memory and by a second kernel.
+//
 // The number of splits depends on sizes and on the number of multiprocessors only, so results repeat bit for bit.
 //
 // The lengths of the sequences may lie in device memory, and the keys in pages (KeySource in attention.h).

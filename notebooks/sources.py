@@ -59,15 +59,17 @@ def header(file: str, beginning: str) -> str:
 
 def _python(expression: str) -> str:
     """A C expression on integers that are not negative, as Python."""
-    expression = re.sub("!(?!=)", " not ", expression.replace("/", "//").replace("&&", " and ").replace("||", " or "))
+    expression = re.sub("!(?!=)", " not ", re.sub("/+", "//", expression).replace("&&", " and ").replace("||", " or "))
     choice = re.fullmatch(r"(.+?) \? (.+?) : (.+)", expression)
-    return f"({choice[2]} if {choice[1]} else {choice[3]})" if choice else expression
+    return f"({choice[2]} if {choice[1]} else {_python(choice[3])})" if choice else expression
 
 
 def constants(*files: str, **given: int) -> dict[str, int]:
     """The integer constants of some files, in order: `constexpr int NAME = …;`. Those that are given keep their value; one whose expression
-    cannot be computed from the others is left out."""
-    values = dict(given)
+    cannot be computed from the others is left out. What says a kernel's kind is that of a plain one unless it is given."""
+    values = {"CAUSAL": 0, "INTERVAL": 0, "MASK": 0, "DROPOUT": 0, **given}
+    if "HEAD_DIM" in given:
+        values.setdefault("V_HEAD_DIM", given["HEAD_DIM"])
     for file in files:
         for name, expression in re.findall(r"constexpr int (\w+) = (.+?);", source(file)):
             try:
