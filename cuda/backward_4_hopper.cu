@@ -8,7 +8,8 @@
 #include "common.cuh"
 
 constexpr int BLOCK_K = 128;                        // 64 for each of two groups
-constexpr int BLOCK_Q = HEAD_DIM <= 64 ? 128 : 64;  // the accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers
+// The accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers, with what an interval takes.
+constexpr int BLOCK_Q = HEAD_DIM <= 64 && !INTERVAL ? 128 : 64;
 constexpr int HALVES = 1;
 static_assert(HEAD_DIM <= 128 && HEAD_DIM % 16 == 0 && V_HEAD_DIM == HEAD_DIM, "wider heads: backward_4_hopper_wide.cu");
 #include "backward_hopper.cuh"
@@ -194,15 +195,16 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             add(dV_rmem, P_rmem, dO_tile);
             ptx::fence_proxy_async();  // this thread's part of dSᵀ
             meet();                    // dSᵀ is whole, and both groups are done with the other one
-            // dQ = dS K: a group computes 64 rows, or, where there are no more, 64 columns of it; beyond the head's last they are 0
-            float dQ_rmem[32];
+            // dQ = dS K: a group computes 64 rows, or, where there are no more, half of the columns; beyond the head's last they are 0
             constexpr bool BY_ROWS = BLOCK_Q == 128;
+            constexpr int COLUMNS = BY_ROWS || HEAD_DIM > 64 ? 64 : 32;
+            float dQ_rmem[COLUMNS / 2];
             const uint64_t dS_part = ptx::descriptor(uniform(dS_tile + (BY_ROWS ? consumer * Tile_S::PANEL_BYTES : 0)));
-            const uint64_t K_part = ptx::descriptor(uniform(K_smem + (BY_ROWS ? 0 : consumer * Tile_K::PANEL_BYTES)));
+            const uint64_t K_part = ptx::descriptor(uniform(K_smem + (BY_ROWS ? 0 : consumer * (COLUMNS == 64 ? Tile_K::PANEL_BYTES : 64))));
             ptx::wgmma_fence();
 #pragma unroll
             for (int k = 0; k < BLOCK_K / 16; ++k)
-                ptx::wgmma_ss_transposed<element, 64>(dQ_rmem, ptx::advance(dS_part, k * 16 * ROW_BYTES), ptx::advance(K_part, k * 16 * ROW_BYTES), k > 0);
+                ptx::wgmma_ss_transposed<element, COLUMNS>(dQ_rmem, ptx::advance(dS_part, k * 16 * ROW_BYTES), ptx::advance(K_part, k * 16 * ROW_BYTES), k > 0);
             ptx::wgmma_commit_group();
             add(dK_rmem, dS_rmem, Q_tile);
 
@@ -211,7 +213,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
             const int turn = now.turn(p, k_tile);
             take_turn(p, workspace, row, turn);
-            add_dQ(workspace, row + (BY_ROWS ? consumer * 64 : 0), BY_ROWS ? 0 : consumer * 64, dQ_rmem);
+            add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? consumer * 64 : 0), BY_ROWS ? 0 : consumer * COLUMNS, dQ_rmem);
             end_turn(p, workspace, row, turn);
             ptx::wgmma_wait_group<0>();  // dK too: done with Q and dO
             ptx::mbarrier_arrive(barrier(barriers.empty, stage));
