@@ -41,10 +41,17 @@ def at_once(function, arguments) -> list:
 # ---- the kernels themselves
 
 
+TEACHING = {file for rung in cuda.RUNGS.values() if rung.teaching for file in rung.files}
+
+
 def facts(kernel: Specialisation) -> set:
-    """What a sample must have of each file: each value of each constant, and of tensor_core, which serves most architectures and uses
-    nearly all registers, every combination of causal, mask and dropout, and causal or not on every architecture."""
-    each = {(kernel.file, name, value) for name, value in kernel._asdict().items()}
+    """What a sample must have of each file: each value of each constant (of one that only teaches, and has registers to spare, not each
+    architecture), and of tensor_core, which serves most architectures and uses nearly all registers, every combination of causal, mask and
+    dropout, and causal or not on every architecture."""
+    constants = kernel._asdict()
+    if kernel.file in TEACHING:
+        del constants["arch"]
+    each = {(kernel.file, name, value) for name, value in constants.items()}
     if "tensor_core" in kernel.file:
         each |= {(kernel.file, kernel.causal, kernel.mask, kernel.dropout), (kernel.file, kernel.arch, kernel.causal)}
     return each

