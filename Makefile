@@ -1,5 +1,5 @@
 # make demo   see FlashAttention verified and measured against normal attention (about a minute)
-# make test   every check
+# make test   every check, two at a time
 # make bench  the CPU figures of the README
 # make notebooks   execute the lessons; write them as HTML to build/notebooks/, and the README's animation
 
@@ -24,7 +24,7 @@ demo: .venv/installed
 	$(VENV_PYTHON) bench_causal.py --type all --h 8 --q_len 2048 --kv_len 2048 --d 64
 
 test: .venv/installed
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest -n 2
 
 bench: .venv/installed
 	$(VENV_PYTHON) -m benchmarks.cpu_targets --json results/cpu_targets.json
