@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(32 * FINISH_WARPS) finish_dq_kernel(const __gr
     const int bh = blockIdx.x / blocks_per_head;
     const int64_t row = static_cast<int64_t>(bh) * workspace.rows + i0;
     const float scale = DROPOUT ? p.scale * p.keep_scale : p.scale;
-#pragma unroll 8
+    constexpr int AT_ONCE = HEAD_DIM == 112 ? 2 : 8;  // eight of fourteen would spill a register
+#pragma unroll AT_ONCE
     for (int column = 0; column < HEAD_DIM; column += 8) {
         const float4 dQ_rmem = *reinterpret_cast<const float4*>(workspace.dQ + fragment_offset(row, column, lane));
         *reinterpret_cast<uint32_t*>(smem[warp] + Tile_dQ::offset(g, column / 8) + 4 * t) =
