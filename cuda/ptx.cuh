@@ -55,6 +55,14 @@ __device__ inline void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// ---- a kernel launched before the one that it depends on has ended, sm_90 (9.7.13.13: griddepcontrol)
+
+// From this block's side, kernels that depend on this one may be launched; its memory they see after their wait only.
+__device__ inline void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Waits until the kernels before this one have ended and what they wrote is visible.
+__device__ inline void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // ---- shared memory by its 32-bit address (9.7.9.12: st)
 
 __device__ inline void st_shared(uint32_t smem, uint32_t x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(x) : "memory"); }

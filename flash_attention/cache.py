@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from flash_attention.backends import BACKENDS, check_name
-from flash_attention.backends.split_keys import forward, why_not
+from flash_attention.backends.split_keys import Plan
+from flash_attention.build import BuildError
 from flash_attention.interface import DTYPES, flash_attention
 
 RUNG = "split_keys"
+ROUNDED = 256  # lengths, for the kernel's plan: a plan serves so many tokens one after another
 
 
 class KeyValueCache:
@@ -210,7 +212,8 @@ def attend(
         scale: of the scores; 1/√D unless given.
         return_lse: return LSE (B, H, Nq) too.
         backend: "split_keys", the kernel for few rows, which reads lengths and pages on the device, or "emulated:split_keys", the same on a
-            CPU; another name as for `flash_attention()`, which gets a mask, and a copy where keys lie in pages. None: the latter.
+            CPU; another name as for `flash_attention()`, which gets a mask, and a copy where keys lie in pages. None: the kernel for few
+            rows on a GPU where it is the fastest, otherwise the latter.
 
     Returns:
         O (B, H, Nq, Dv), and LSE if asked for. No gradients.
@@ -255,17 +258,24 @@ def attend_keys(
     check_name(backend)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     longest, equal = known
-    name = RUNG if backend is None and BACKENDS[RUNG].timed and q.is_cuda else backend
+    name = RUNG if backend is None and q.is_cuda else backend
+    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
     if name is not None and name.split(":")[-1] == RUNG:
-        rung = BACKENDS[name]
-        reason = why_not(rung, q, k, v, block_table, causal)
-        if reason is None:
-            most = capacity if longest is None else max(longest, 1)
-            O, LSE = forward(rung, q, k, v, lengths, starts, block_table, most, causal, scale)
-            return (O, LSE) if return_lse else O
-        if backend is not None:
-            raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}")
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        rung, paged = BACKENDS[name], block_table is not None
+        most = capacity if longest is None else min(capacity, -(-max(longest, 1) // ROUNDED) * ROUNDED)
+        try:
+            plan = Plan.of(rung, q, k, v, paged, most, causal, scale)
+        except BuildError:
+            if backend is not None or capturing:
+                raise
+        else:
+            reason = plan.why_not(k, v)
+            if reason is None and (backend is not None or capturing or rung.pays(plan.call)):
+                O, LSE = plan(q, k, v, lengths, starts, block_table)
+                return (O, LSE) if return_lse else O
+            if backend is not None:
+                raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}")
+    if capturing:
         raise NotImplementedError('of the backends only "split_keys" finds the lengths on the device, as a CUDA graph needs it')
     longest = int(lengths.max()) if longest is None else longest
     if block_table is not None:

@@ -31,6 +31,10 @@ inline void cp_async_wait_group() {
     emulator::cp_async_wait(N);
 }
 
+// A launch runs to its end before the next begins (9.7.13.13: griddepcontrol).
+inline void griddepcontrol_launch_dependents() {}
+inline void griddepcontrol_wait() {}
+
 inline void st_shared(uint32_t smem, uint32_t x) { emulator::store_shared(smem, x); }
 
 // ---- matrix fragments and tensor cores (9.7.14.5.15: ldmatrix, 9.7.14.5.8: mma.m16n8k16)

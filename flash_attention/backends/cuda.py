@@ -65,7 +65,7 @@ class Rung:
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
     wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
     few_rows: tuple[tuple[int, int, int], ...] = ()  # up to a head size: rows up to which a lower rung is faster, without and with dropout
-    most_rows: int | None = None  # that share a key head, where it is the one to choose
+    packs_heads: bool = False  # a tile has all query heads of a key head: the rung for few queries
     forward_workspace: bool = False  # whether its forward may need one
 
     def why_not(self, call: Call) -> str | None:
@@ -146,7 +146,7 @@ class Rung:
 
     def pays(self, call: Call) -> bool:
         """Whether this rung, of those that can serve a call, is the one to choose."""
-        if self.most_rows is not None and call.q.shape[2] * (call.q.shape[1] // call.k.shape[1]) > self.most_rows:
+        if self.packs_heads and not _pays_to_pack(call, _sm_count(call.q.device.index) if call.q.device.type == "cuda" else 132):
             return False
         few = next((kinds for up_to, *kinds in self.few_rows if call.head_dim <= up_to), (0, 0))
         return call.q.shape[2] > few[call.has_dropout]
@@ -216,14 +216,16 @@ class Forward(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Nothing comes before or after the launch."""
-        return self.factor == 1 and not any(self.copied) and self.mask_form is None and not self.call.has_dropout and not self.workspace
+        """Nothing but memory is needed before the launch, and nothing after it."""
+        return self.factor == 1 and not any(self.copied) and self.mask_form is None and not self.call.has_dropout
 
     def repeat(self, q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor | None]:
         """O and, if asked for, LSE, of a plain plan for tensors at multiples of 16 bytes."""
         O = torch.empty_like(q) if self.O_is_like_q else allocate.output(q, v)
         LSE = allocate.lse(q) if lse else None
-        self.launch(q, (q.data_ptr(), k.data_ptr(), v.data_ptr(), O.data_ptr()), Addresses(LSE.data_ptr() if lse else 0))
+        workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device) if self.workspace else None
+        others = Addresses(LSE.data_ptr() if lse else 0, 0, _address(workspace))
+        self.launch(q, (q.data_ptr(), k.data_ptr(), v.data_ptr(), O.data_ptr()), others)
         return O, LSE
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spans: Tensor | None, seed: Tensor | None):
@@ -336,8 +338,7 @@ RUNGS = {
             multiple_of=8,
             masks=(("bits",), ("bits",)),
             dropout=True,
-            timed=False,
-            most_rows=64,
+            packs_heads=True,
             forward_workspace=True,
         ),
         HOPPER,
@@ -409,6 +410,22 @@ RUNGS = {
         ),
     )
 }
+
+
+# What tiles of packed rows cost beside those of one head, by measurement: for each key, a tile of 32 packed rows 0.8 of a 128-row tile of hopper's.
+PACKED_ROWS, PACKED_COST, PACKED_START = 32, 0.8, 300  # start: of a tile, in keys
+HEAD_ROWS, HEAD_START = 128, 200
+MOST_QUERIES = 256  # that have been timed
+
+
+def _pays_to_pack(call: Call, multiprocessors: int) -> bool:
+    """Whether tiles that pack the heads of a group, with keys split evenly over the multiprocessors, take less time than tiles of one head,
+    which are spread over the multiprocessors whole."""
+    (B, H, Nq, _), (_, Hkv, Nk, _) = call.q.shape, call.k.shape
+    packed = B * Hkv * -(-Nq * (H // Hkv) // PACKED_ROWS)
+    rounds = -(-B * H * -(-Nq // HEAD_ROWS) // multiprocessors)
+    cost, other = packed * PACKED_COST * (Nk + PACKED_START), rounds * multiprocessors * (Nk + HEAD_START)
+    return Nq <= MOST_QUERIES and cost <= other and not call.has_dropout
 
 
 def _as_read(rung: Rung, tensors: tuple[Form, ...], copied: tuple[bool, ...]) -> tuple[list[Form], tuple[bool, ...]]:
