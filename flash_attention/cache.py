@@ -249,29 +249,35 @@ def attend_keys(
     scale: float | None,
     return_lse: bool,
     backend: str | None,
+    window: tuple[int | None, int | None] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attend` on any keys: k and v (B, Hkv, N, D or Dv), or with a block_table int32 (B, pages of a sequence) (pages, Hkv, page_size, D
     or Dv), any strides. lengths, starts: int32 (B,) on their device. known: what the host knows of the lengths, as `Layer.longest` and
-    `Layer.equal`."""
+    `Layer.equal`. window: (left, right) as `flash_attention()` takes it, aligned with each sequence's end."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise NotImplementedError("attention over a cache has no gradients, and an input requires them: call under torch.no_grad()")
     check_name(backend)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     longest, equal = known
+    left, right = window or (None, None)
+    if right == 0 or q.shape[2] == 1:  # of one query, which stands at the end, a limit to the right hides nothing
+        causal, right = causal or right == 0, None
+    if left is not None and q.shape[2] == 1:
+        first = (lengths - 1 - left).clamp(min=0)
+        starts, left = first if starts is None else torch.maximum(starts, first), None
     name = RUNG if backend is None and q.is_cuda else backend
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    if name is not None and name.split(":")[-1] == RUNG:
-        rung, paged = BACKENDS[name], block_table is not None
+    if name is not None and name.split(":")[-1] == RUNG and left is right is None:
         most = capacity if longest is None else min(capacity, -(-max(longest, 1) // ROUNDED) * ROUNDED)
         try:
-            plan = Plan.of(rung, q, k, v, paged, most, causal, scale)
+            plan = Plan.of(BACKENDS[name], q, k, v, block_table is not None, most, causal, scale)
         except BuildError:
             if backend is not None or capturing:
                 raise
         else:
             reason = plan.why_not(k, v)
-            if reason is None and (backend is not None or capturing or rung.pays(plan.call)):
-                O, LSE = plan(q, k, v, lengths, starts, block_table)
+            if reason is None and (backend is not None or capturing or plan.pays):
+                O, LSE = plan(q, k, v, lengths, starts, block_table, return_lse)
                 return (O, LSE) if return_lse else O
             if backend is not None:
                 raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}")
@@ -286,10 +292,14 @@ def attend_keys(
     mask = None
     if not equal or starts is not None:
         j, end = torch.arange(longest, device=q.device), lengths[:, None, None, None]
+        place = end - torch.arange(q.shape[2], 0, -1, device=q.device)[:, None]  # (B, 1, Nq, 1), the columns at which queries stand
         mask = j < end  # (B, 1, 1, longest)
-        if causal:
-            mask = j < end - torch.arange(q.shape[2] - 1, -1, -1, device=q.device)[:, None]  # (B, 1, Nq, longest)
+        limits = (0 if causal else right, lambda n: j <= place + n), (left, lambda n: j >= place - n)
+        for limit, allowed in limits:
+            mask = mask if limit is None else mask & allowed(limit)
         if starts is not None:
             mask = mask & (j >= starts[:, None, None, None])
-    causal = causal and mask is None
-    return flash_attention(q, k, v, mask, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
+        causal, window = False, None
+    else:
+        window = None if left is right is None else (left, right)
+    return flash_attention(q, k, v, mask, causal=causal, window=window, scale=scale, return_lse=return_lse, backend=backend)

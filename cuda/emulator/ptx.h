@@ -21,6 +21,8 @@ inline void cp_async_first(uint32_t smem, const void* gmem, int bytes) {
     emulator::cp_async(smem, gmem, N, bytes);
 }
 inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) { cp_async_first<16>(smem, gmem, valid ? 16 : 0); }
+inline uint64_t createpolicy_evict_first() { return 0; }
+inline void cp_async_16(uint32_t smem, const void* gmem, bool valid, uint64_t) { cp_async_16(smem, gmem, valid); }
 template <int N>
 inline void cp_async_small(uint32_t smem, const void* gmem) {
     cp_async_first<N>(smem, gmem, N);

@@ -21,6 +21,8 @@ class Plan(NamedTuple):
     call: Call
     reason: str | None  # why the kernel cannot serve the call, or cannot read these keys where they lie: a cache is never copied
     forward: Forward | None  # unless there is a reason
+    is_plain: bool = False  # `Forward.is_plain`
+    pays: bool = False  # whether the rung is the one to choose
 
     @classmethod
     def of(cls, rung: Rung, q: Tensor, k: Tensor, v: Tensor, paged: bool, most: int, causal: bool, scale: float) -> "Plan":
@@ -51,7 +53,10 @@ class Plan(NamedTuple):
             reason = f"it reads rows of 16-byte multiples, got strides {k.stride()} and {v.stride()}"
         if reason is None and paged and k.shape[2] % PAGE_MULTIPLE:
             reason = f"it reads pages of a multiple of {PAGE_MULTIPLE} keys, got {k.shape[2]}"
-        return cls(rung, call, reason, None if reason else rung.plan(FORWARD, call))
+        if reason:
+            return cls(rung, call, reason, None)
+        forward = rung.plan(FORWARD, call)
+        return cls(rung, call, None, forward, q.is_cuda and forward.is_plain, rung.pays(call))
 
     def why_not(self, k: Tensor, v: Tensor) -> str | None:
         """Why the kernel cannot serve the call, or cannot read these keys where they lie, or None."""
@@ -60,16 +65,18 @@ class Plan(NamedTuple):
         return self.reason
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, block_table: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """→ O (B, H, Nq, Dv), LSE (B, H, Nq). Of k and v nothing is copied, and nothing waits for the device.
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, block_table: Tensor | None, lse: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """→ O (B, H, Nq, Dv), LSE (B, H, Nq) if asked for. Of k and v nothing is copied, and nothing waits for the device.
 
-        lengths, starts: int32 (B,), the keys [start, length) of each sequence. block_table: int32 (B, pages of a sequence) where keys lie in
-        pages.
+        lengths, starts: int32 (B,), the keys [start, length) of each sequence. block_table: int32 (B, pages of a sequence) where keys lie
+        in pages.
         """
         table = (_address(block_table), block_table.stride(0), k.shape[2], k.shape[0]) if block_table is not None else (0, 0, 0, 0)
-        launch = self.forward.launch._replace(keys=KEYS.pack(lengths.data_ptr(), _address(starts), *table))
-        return self.forward._replace(launch=launch)(q, k, v, None, None, None)
+        keys = KEYS.pack(lengths.data_ptr(), _address(starts), *table)
+        if self.is_plain and q.data_ptr() % 16 == 0:
+            return self.forward.repeat(q, k, v, lse, keys)
+        return self.forward(q, k, v, None, None, None, keys)
 
 
 _kept: dict[Hashable, Plan] = {}
