@@ -63,8 +63,10 @@ class Rung:
     timed: bool = True  # on a GPU; until a rung has been, it is taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
-    wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
+    wide_forward: tuple[int, str] | None = None  # above this head size the forward has a file of its own
+    wide_backward: tuple[int, str] | None = None  # so has the backward
     few_rows: tuple[tuple[int, int, int], ...] = ()  # up to a head size: rows up to which a lower rung is faster, without and with dropout
+    least_scores: tuple[tuple[int, int], ...] = ()  # up to a head size: scores of all heads up to which a lower rung is faster
     most_rows: int | None = None  # that share a key head, where it is the one to choose
     forward_workspace: bool = False  # whether its forward may need one
 
@@ -140,14 +142,16 @@ class Rung:
 
     def file(self, which: int, head_dim: int) -> str:
         """The source of its forward or backward for a compiled head size."""
-        if which == BACKWARD and self.wide_backward and head_dim > self.wide_backward[0]:
-            return self.wide_backward[1]
-        return self.files[which]
+        wide = (self.wide_forward, self.wide_backward)[which]
+        return wide[1] if wide and head_dim > wide[0] else self.files[which]
 
     def pays(self, call: Call) -> bool:
         """Whether this rung, of those that can serve a call, is the one to choose."""
         if self.most_rows is not None and call.q.shape[2] * (call.q.shape[1] // call.k.shape[1]) > self.most_rows:
             return False
+        if self.least_scores:
+            B, H, Nq, _ = call.q.shape
+            return B * H * Nq * call.k.shape[2] > next(scores for up_to, scores in self.least_scores if call.head_dim <= up_to)
         few = next((kinds for up_to, *kinds in self.few_rows if call.head_dim <= up_to), (0, 0))
         return call.q.shape[2] > few[call.has_dropout]
 
@@ -354,6 +358,21 @@ RUNGS = {
         ),
         HOPPER_WIDE,  # behind all that take narrower heads
         Rung(
+            name="hopper_float32",
+            files=("forward_5_float32.cu", "backward_5_float32.cu"),
+            min_arch=90,
+            only_min_arch=True,
+            dtypes=("float32",),
+            head_dims=(64, 128, 256, 512),
+            multiple_of=4,
+            masks=(("bits",), ("key bits",)),
+            dropout=True,
+            wide_forward=(128, "forward_5_float32_wide.cu"),
+            wide_backward=(128, "backward_1_simple.cu"),
+            least_scores=((128, 1 << 22), (512, 1 << 18)),
+            forward_workspace=True,
+        ),
+        Rung(
             name="simple",
             files=("forward_1_simple.cu", "backward_1_simple.cu"),
             min_arch=75,
@@ -371,19 +390,6 @@ RUNGS = {
             head_dims=(32, 64, 96, 128),
             multiple_of=8,
             teaching=True,
-        ),
-        Rung(
-            name="hopper_float32",
-            files=("forward_5_float32.cu", "backward_5_float32.cu"),
-            min_arch=90,
-            only_min_arch=True,
-            dtypes=("float32",),
-            head_dims=(64, 128),
-            multiple_of=4,
-            masks=(("bits",), ("key bits",)),
-            dropout=True,
-            timed=False,
-            forward_workspace=True,
         ),
         HOPPER_BETWEEN,
         HOPPER_SPLIT,
