@@ -151,7 +151,7 @@ class Rung:
             return False
         if self.least_scores:
             B, H, Nq, _ = call.q.shape
-            return B * H * Nq * call.k.shape[2] > next(scores for up_to, scores in self.least_scores if call.head_dim <= up_to)
+            return B * H * Nq * call.k.shape[2] > next((scores for up_to, scores in self.least_scores if call.head_dim <= up_to), 0)
         few = next((kinds for up_to, *kinds in self.few_rows if call.head_dim <= up_to), (0, 0))
         return call.q.shape[2] > few[call.has_dropout]
 
