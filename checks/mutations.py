@@ -299,10 +299,13 @@ TABLE = {
         ("ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();", ";", PLAIN),
         ("if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);", "if (work.k_tiles == 0) return;", PLAIN),
         ("O_rmem[i] *= alpha[i >> 1 & 1];", ";", SHARP),
+        ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
+        ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
     ],
     ("hopper", "keep_bits.cuh"): [
         ("push(r, upper ? from_other : mine[r], p);", "push(r, mine[r], p);", DROPOUT),
         ("(low & word) | (either & (low | word))", "(low & word)", DROPOUT),
+        ("panel / OF_PART * PART + panel % OF_PART * 64;", "panel * 64;", HEAD_192),
     ],
     ("hopper", "mask_start.cuh"): [
         ("S[4 * (4 * w + n) + 2 * r + c]", "S[4 * (4 * w + n) + 2 * r + 1 - c]", MASKED),
@@ -327,6 +330,7 @@ TABLE = {
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
         ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
         ("max(0, j0 - diagonal(p)) / BLOCK_Q - 1", "max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
+        ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
     ],
     ("hopper", "backward_4_hopper_wide.cu"): [
         ("ptx::wgmma_wait_group<3>();  // S is there", "ptx::wgmma_wait_group<4>();  //", WIDEST),
@@ -335,29 +339,8 @@ TABLE = {
         ("if (MASK) ptx::mbarrier_arrive(mask_empty);", ";", WIDEST_MASKED),
         ("ptx::wgmma_wait_group<1>();  // dV is there: done with dO", "ptx::wgmma_wait_group<2>();", WIDEST),
         ("dS_of(next.n), Q_of(next.n), false);", "dS_of(n), Q_of(next.n), false);", WIDEST),
-    ],
-    ("hopper_between", "forward_4_hopper.cu"): [
-        ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
-        ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
-    ],
-    ("hopper_between", "backward_hopper.cuh"): [
-        ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
-    ],
-    ("hopper_between", "keep_bits.cuh"): [
-        ("panel / OF_PART * PART + panel % OF_PART * 64;", "panel * 64;", HEAD_192),
-    ],
-    ("hopper_between", "backward_4_hopper_wide.cu"): [
         ("d / STEPS * PANELS + d % STEPS / 4", "d / 4", HEAD_192),
         ("p.D, consumer * COLUMNS,", "p.D, consumer * 128,", HEAD_192),
-    ],
-    ("hopper_split", "backward_5_split.cu"): [
-        ("ptx::bar_sync(P_IS_THERE, CONSUMERS * GROUP);", ";", HEAD_192),
-        ("ptx::fence_proxy_async();  // this thread's part of Pᵀ or dSᵀ", NO_BARRIER, HEAD_192),
-        ("meet();  // Pᵀ and dSᵀ are whole", "//", HEAD_192),
-        ("n % 2 * 2 * Tile_S::BYTES; };", "0; };", HEAD_192),
-        ("word >> (bit + ROW_STEP * r) % 32 << 7", "word >> bit % 32 << 7", case(D=192, H=1, mask="heads share")),
-        ("if (cut && 8 * i + c >= visible) x = 0;", "if (cut && 8 * i + c > visible) x = 0;", case(D=192, H=1, causal=True)),
-        ("ptx::wgmma_wait_group<0>();  // the tile before has been added", "ptx::wgmma_wait_group<1>();", HEAD_192),
     ],
     ("hopper_wide", "forward_5_wide.cu"): [
         ("ptx::wgmma_wait_group<1>();  // the panel before has been read", ";", HEAD_512),
