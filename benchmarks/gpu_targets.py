@@ -49,7 +49,7 @@ FA2, CUDNN, EFFICIENT = Contender("sdpa", "flash"), Contender("sdpa", "cudnn"), 
 FA3 = Contender("fa3")
 NAMES = {FA2: "FA2", FA3: "FA3", CUDNN: "cuDNN", FLEX: "Flex", EFFICIENT: "efficient", NORMAL: "normal", SDPA: "SDPA"}
 HOPPER, TENSOR_CORE, SIMPLE, HOPPER_FLOAT32 = "hopper", "tensor_core", "simple", "hopper_float32"
-BETWEEN, SPLIT, WIDE = "hopper_between", "hopper_split", "hopper_wide"
+WIDE = "hopper_wide"
 CHOSEN = "cuda"  # the rung that flash_attention() chooses itself
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 
@@ -207,9 +207,7 @@ def between() -> list[Job]:
     targets = Target(FORWARD, f"over {FA3}", 1.0), Target(BACKWARD, f"over {FA3}", 0.9)
     sizes = *((d, None) for d in (72, 80, 96, 112, 160, 192, 256)), (192, 128)
     cases = [Case(4, 16, 4096, 4096, d, "bfloat16", causal=causal, backward=True, dv=dv) for d, dv in sizes for causal in (False, True)]
-    # Of D 256 BETWEEN has HOPPER's own kernels.
-    flash = {d: (BETWEEN, HOPPER) if d <= 128 else (BETWEEN, SPLIT, HOPPER) if d < 256 else (SPLIT, HOPPER) for d, _ in sizes}
-    return [partial(run, Task(case, (FA3, SDPA), () if case.causal else targets, flash[case.d])) for case in cases]
+    return [partial(run, Task(case, (FA3, SDPA), () if case.causal else targets, (HOPPER,))) for case in cases]
 
 
 def wide() -> list[Job]:

@@ -285,6 +285,7 @@ TABLE = {
         ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
     ],
     ("hopper", "forward_4_epilogue.cuh"): [
+        ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
         ("ptx::fence_proxy_async();  // of what this lane has stored", NO_BARRIER, PLAIN),
         ("if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there", "//", case(D=256, Nq=300)),
         ("(panel + more) * 64, work.i0", "panel * 64, work.i0", WIDE),
@@ -309,10 +310,12 @@ TABLE = {
         ("if (consumer == CONSUMERS - 1) your_turn(0);", ";", PLAIN),
         ("if (consumer == 0) my_turn();  // meets", "//", PLAIN),
         ("O_rmem[i] *= alpha[i >> 1 & 1];", ";", SHARP),
+        ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
     ],
     ("hopper", "keep_bits.cuh"): [
         ("push(r, upper ? from_other : mine[r], p);", "push(r, mine[r], p);", DROPOUT),
         ("(low & word) | (either & (low | word))", "(low & word)", DROPOUT),
+        ("panel / OF_PART * PART + panel % OF_PART * 64;", "panel * 64;", HEAD_192),
     ],
     ("hopper", "mask_start.cuh"): [
         ("S[4 * (4 * w + n) + 2 * r + c]", "S[4 * (4 * w + n) + 2 * r + 1 - c]", MASKED),
@@ -337,6 +340,7 @@ TABLE = {
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
         ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
         ("max(0, j0 - diagonal(p)) / BLOCK_Q - 1", "max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
+        ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
     ],
     ("hopper", "backward_4_hopper_wide.cu"): [
         ("ptx::wgmma_wait_group<3>();  // S is there", "ptx::wgmma_wait_group<4>();  //", WIDEST),
@@ -345,31 +349,8 @@ TABLE = {
         ("if (MASK) ptx::mbarrier_arrive(mask_empty);", ";", WIDEST_MASKED),
         ("ptx::wgmma_wait_group<1>();  // dV is there: done with dO", "ptx::wgmma_wait_group<2>();", WIDEST),
         ("dS_of(next.n), Q_of(next.n), false);", "dS_of(n), Q_of(next.n), false);", WIDEST),
-    ],
-    ("hopper_between", "forward_4_epilogue.cuh"): [
-        ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
-    ],
-    ("hopper_between", "forward_4_consumer.cuh"): [
-        ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
-    ],
-    ("hopper_between", "backward_hopper.cuh"): [
-        ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
-    ],
-    ("hopper_between", "keep_bits.cuh"): [
-        ("panel / OF_PART * PART + panel % OF_PART * 64;", "panel * 64;", HEAD_192),
-    ],
-    ("hopper_between", "backward_4_hopper_wide.cu"): [
         ("d / STEPS * PANELS + d % STEPS / 4", "d / 4", HEAD_192),
         ("p.D, consumer * COLUMNS,", "p.D, consumer * 128,", HEAD_192),
-    ],
-    ("hopper_split", "backward_5_split.cu"): [
-        ("ptx::bar_sync(P_IS_THERE, CONSUMERS * GROUP);", ";", HEAD_192),
-        ("ptx::fence_proxy_async();  // this thread's part of Pᵀ or dSᵀ", NO_BARRIER, HEAD_192),
-        ("meet();  // Pᵀ and dSᵀ are whole", "//", HEAD_192),
-        ("n % 2 * 2 * Tile_S::BYTES; };", "0; };", HEAD_192),
-        ("word >> (bit + ROW_STEP * r) % 32 << 7", "word >> bit % 32 << 7", case(D=192, H=1, mask="heads share")),
-        ("if (cut && 8 * i + c >= visible) x = 0;", "if (cut && 8 * i + c > visible) x = 0;", case(D=192, H=1, causal=True)),
-        ("ptx::wgmma_wait_group<0>();  // the tile before has been added", "ptx::wgmma_wait_group<1>();", HEAD_192),
     ],
     ("hopper_wide", "forward_5_wide.cu"): [
         ("ptx::wgmma_wait_group<1>();  // the panel before has been read", ";", HEAD_512),

@@ -295,7 +295,8 @@ HOPPER = Rung(
     min_arch=90,
     only_min_arch=True,
     dtypes=("float16", "bfloat16"),
-    head_dims=(64, 128, 256),
+    head_dims=(64, 80, 96, 112, 128, 160, 192, 256),
+    pairs=((192, 128),),
     multiple_of=8,
     masks=(("bits",), ("key bits",)),
     dropout=True,
@@ -303,25 +304,15 @@ HOPPER = Rung(
     wide_backward=(128, "backward_4_hopper_wide.cu"),
     few_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
 )
-# The same kernels, compiled for more head sizes: once these are timed, they are hopper's.
-HOPPER_BETWEEN = replace(HOPPER, name="hopper_between", head_dims=(64, 80, 96, 112, 128, 160, 192, 256), pairs=((192, 128),), timed=False)
-HOPPER_SPLIT = replace(  # another backward for the widest of them
-    HOPPER_BETWEEN,
-    name="hopper_split",
-    files=("forward_4_hopper.cu", "backward_5_split.cu"),
-    head_dims=(160, 192, 256),
-    intervals=False,
-    wide_backward=None,
-)
 HOPPER_WIDE = replace(
     HOPPER,
     name="hopper_wide",
     files=("forward_5_wide.cu", "backward_5_wide.cu"),
     head_dims=(320, 384, 512),
+    pairs=(),
     intervals=False,
     wide_backward=None,
     few_rows=(),
-    timed=False,
 )
 
 RUNGS = {
@@ -385,8 +376,6 @@ RUNGS = {
             timed=False,
             forward_workspace=True,
         ),
-        HOPPER_BETWEEN,
-        HOPPER_SPLIT,
         *(
             Rung(
                 name=name,
