@@ -64,9 +64,11 @@ class Rung:
     timed: bool = True  # on a GPU; until a rung has been, it is taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
-    wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
+    wide_forward: tuple[int, str] | None = None  # above this head size the forward has a file of its own
+    wide_backward: tuple[int, str] | None = None  # so has the backward
     few_rows: tuple[tuple[int, int, int], ...] = ()  # up to a head size: rows up to which a lower rung is faster, without and with dropout
     packs_heads: bool = False  # a tile has all query heads of a key head: the rung for few queries
+    least_scores: tuple[tuple[int, int], ...] = ()  # up to a head size: scores of all heads up to which a lower rung is faster
     forward_workspace: bool = False  # whether its forward may need one
 
     def why_not(self, call: Call) -> str | None:
@@ -141,14 +143,16 @@ class Rung:
 
     def file(self, which: int, head_dim: int) -> str:
         """The source of its forward or backward for a compiled head size."""
-        if which == BACKWARD and self.wide_backward and head_dim > self.wide_backward[0]:
-            return self.wide_backward[1]
-        return self.files[which]
+        wide = (self.wide_forward, self.wide_backward)[which]
+        return wide[1] if wide and head_dim > wide[0] else self.files[which]
 
     def pays(self, call: Call) -> bool:
         """Whether this rung, of those that can serve a call, is the one to choose."""
         if self.packs_heads and not _pays_to_pack(call):
             return False
+        if self.least_scores:
+            B, H, Nq, _ = call.q.shape
+            return B * H * Nq * call.k.shape[2] > next((scores for up_to, scores in self.least_scores if call.head_dim <= up_to), 0)
         few = next((kinds for up_to, *kinds in self.few_rows if call.head_dim <= up_to), (0, 0))
         return call.q.shape[2] > few[call.has_dropout]
 
@@ -349,6 +353,21 @@ RUNGS = {
         ),
         HOPPER_WIDE,  # behind all that take narrower heads
         Rung(
+            name="hopper_float32",
+            files=("forward_5_float32.cu", "backward_5_float32.cu"),
+            min_arch=90,
+            only_min_arch=True,
+            dtypes=("float32",),
+            head_dims=(64, 128, 256, 512),
+            multiple_of=4,
+            masks=(("bits",), ("key bits",)),
+            dropout=True,
+            wide_forward=(128, "forward_5_float32_wide.cu"),
+            wide_backward=(128, "backward_1_simple.cu"),
+            least_scores=((128, 1 << 22), (512, 1 << 18)),
+            forward_workspace=True,
+        ),
+        Rung(
             name="simple",
             files=("forward_1_simple.cu", "backward_1_simple.cu"),
             min_arch=75,
@@ -366,19 +385,6 @@ RUNGS = {
             head_dims=(32, 64, 96, 128),
             multiple_of=8,
             teaching=True,
-        ),
-        Rung(
-            name="hopper_float32",
-            files=("forward_5_float32.cu", "backward_5_float32.cu"),
-            min_arch=90,
-            only_min_arch=True,
-            dtypes=("float32",),
-            head_dims=(64, 128),
-            multiple_of=4,
-            masks=(("bits",), ("key bits",)),
-            dropout=True,
-            timed=False,
-            forward_workspace=True,
         ),
         *(
             Rung(
