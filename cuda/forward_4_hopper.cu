@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "keep_bits.cuh"
+#include "longest_first.cuh"
 #include "mask_start.cuh"
 #include "ptx_hopper.cuh"
 #include "swizzle.cuh"
@@ -89,6 +90,66 @@ __device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
     return (columns + BLOCK_K - 1) / BLOCK_K;
 }
 
+#if INTERVAL
+// How the tiles of Q are dealt out to blocks. With spans, from a queue, the longest first (longest_first.cuh). With a window alone most are equally long,
+// and only a head's first ones are shorter: those of all heads come last, and fill what the others leave.
+struct Schedule {
+    int units, q_tiles;
+    int short_tiles;  // of a head, that see fewer columns than the others
+    int mask_bytes;   // that come with a tile of K; the producer has no registers left to find it out
+    Order order;
+
+    // The block's m-th work. False if there are not so many.
+    __device__ bool take(const AttentionParams& p, int m, Work& work) const {
+        int unit = p.seen.spans == nullptr ? m * gridDim.x + blockIdx.x : order.take(units);
+        if (unit >= units) return false;
+        if (p.seen.spans == nullptr) unit = placed(p, unit);
+        work = work_of(p, unit);
+        return true;
+    }
+    // That of a unit: of all heads one after another.
+    __device__ Work work_of(const AttentionParams& p, int unit) const {
+        const int bh = unit / q_tiles, i0 = unit % q_tiles * BLOCK_Q;
+        const Bounds seen = bounds_of_rows(p, reinterpret_cast<const Bounds*>(p.workspace), unit, i0, BLOCK_Q);
+        const int first_tile = seen.some.start / BLOCK_K;
+        return {i0, bh % p.H, bh / p.H, max(0, (seen.some.stop + BLOCK_K - 1) / BLOCK_K - first_tile), first_tile, seen.all};
+    }
+
+private:
+    // The unit at a place of a window's order: each head from its last tile down, then the short ones, the longest first.
+    __device__ int placed(const AttentionParams& p, int place) const {
+        const int heads = units / q_tiles, long_tiles = q_tiles - short_tiles;
+        if (place < heads * long_tiles) return place / long_tiles * q_tiles + q_tiles - 1 - place % long_tiles;
+        place -= heads * long_tiles;
+        return place % heads * q_tiles + short_tiles - 1 - place / heads;
+    }
+};
+
+// A tile of Q visits so many tiles of keys.
+struct QueryTileLength {
+    __device__ int operator()(const AttentionParams& p, int unit) const {
+        const Interval some = reinterpret_cast<const Bounds*>(p.workspace)[unit].some;
+        return (some.stop + BLOCK_K - 1) / BLOCK_K - some.start / BLOCK_K;
+    }
+};
+
+inline Order order_of(const AttentionParams& p) { return Order(p.workspace + whole_chunks(Summaries::floats(p, BLOCK_Q, 1, false))); }
+
+inline Schedule schedule_of(const AttentionParams& p, int mask_bytes) {
+    const int q_tiles = static_cast<int>(tiles_of(p.Nq, BLOCK_Q));
+    // The first row that sees as many columns before its own as the window has: those before see fewer.
+    const int64_t full_row = p.seen.left < 0 ? 0 : int64_t{p.seen.left} - p.seen.diagonal;
+    const int short_tiles = static_cast<int>(std::clamp<int64_t>(full_row, 0, p.Nq) / BLOCK_Q);
+    return {q_tiles * p.H * p.B, q_tiles, short_tiles, mask_bytes, order_of(p)};
+}
+
+// What the schedule reads, put on the stream.
+inline cudaError_t prepare_schedule(const Schedule& schedule, const AttentionParams& p) {
+    cudaError_t error = summarise(p, p.workspace, BLOCK_Q, 0);
+    if (error == cudaSuccess && p.seen.spans != nullptr) error = put_longest_first(p, QueryTileLength{}, schedule.order, schedule.units, p.sm_count);
+    return error;
+}
+#else
 // How the tiles of Q are dealt out to blocks: units, head by head, so that at any time few heads' K and V are read. A unit is a tile, or causal a pair,
 // one from the end of the sequence and its mirror image from the start: nearly all pairs are equally long.
 struct Schedule {
@@ -107,16 +168,11 @@ struct Schedule {
         // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
         const bool again = CAUSAL && m % 2 && 2 * place + 1 == q_tiles;
         const int i0 = again ? p.Nq : (from_end ? q_tiles - 1 - place : place) * BLOCK_Q;
-#if INTERVAL
-        const Bounds seen = bounds_of_rows(p, reinterpret_cast<const Bounds*>(p.workspace), static_cast<int64_t>(bh) * q_tiles + place, i0, BLOCK_Q);
-        const int first_tile = seen.some.start / BLOCK_K;
-        work = {i0, bh % p.H, bh / p.H, max(0, (seen.some.stop + BLOCK_K - 1) / BLOCK_K - first_tile), first_tile, seen.all};
-#else
         work = {i0, bh % p.H, bh / p.H, tiles_seen(p, i0, BLOCK_Q)};
-#endif
         return true;
     }
 };
+#endif
 
 using Slot_Q = Slot<Q_STAGES>;
 using Slot_KV = Slot<STAGES>;
@@ -156,7 +212,11 @@ __global__ void __launch_bounds__(THREADS, 1)
             int m = 0, q = 0, n = 0;  // of all works, tiles of Q, tiles of keys
             auto next_with_keys = [&] {
                 Work work;
+#if INTERVAL
+                while (schedule.take(p, m++, work))
+#else
                 while (schedule.deal(p, m++, work))
+#endif
                     if (work.k_tiles > 0) return work;
                 return Work{};
             };
@@ -207,13 +267,19 @@ __global__ void __launch_bounds__(THREADS, 1)
             if (!AHEAD) hand_out(work);
         } else if (threadIdx.x / 32 == 1) {
             // ---- another warp, otherwise idle: works without keys, whose O is 0
+#if INTERVAL
+            for (int unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) {
+                const Work work = schedule.work_of(p, unit);
+#else
             Work work;
-            for (int m = 0; schedule.deal(p, m, work); ++m)
+            for (int m = 0; schedule.deal(p, m, work); ++m) {
+#endif
                 for (int i = work.i0; work.k_tiles == 0 && i < min(p.Nq, work.i0 + BLOCK_Q); ++i) {
                     element* O = head_of(p.o, work.b, work.h) + i * p.o.stride_n;
                     for (int d = threadIdx.x % 32; d < p.Dv; d += 32) O[d] = element(0.0f);
                     if (p.lse && threadIdx.x % 32 == 0) LSE_of(p, work, i) = -CUDART_INF_F;
                 }
+            }
         }
     } else {
         // ---- the consumers: 64 rows each
@@ -245,6 +311,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             const Interval keys = keys_of_row(p, work.b, work.h, work.i0 + first_row + ROW_STEP * r);
             return Interval{keys.start - j0, keys.stop - j0};
         };
+        // How many of a lane's columns, 0, 1, 8, 9, 16 … from its first, lie before this one.
+        [[maybe_unused]] auto of_lane = [](int column) { return column <= 0 ? 0 : column / 8 * 2 + min(column % 8, 2); };
 #else
         auto cut = [&](const Work& work, int j0) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? work.i0 + offset + 1 : p.Nk); };
 #endif
@@ -295,16 +363,19 @@ __global__ void __launch_bounds__(THREADS, 1)
                 for (int r = 0; r < 2; ++r) {
 #if INTERVAL
                     const Interval keys = interval(work, j0, r);
-                    const int hidden = keys.start - 2 * t, columns = keys.stop - 2 * t;  // from this lane's first
+                    // A bit for each of this lane's columns, in their order: tested seven at a time, which two limits would not be.
+                    const uint32_t seen = first_bits(of_lane(keys.stop - 2 * t)) & ~first_bits(of_lane(keys.start - 2 * t));
+#pragma unroll
+                    for (int n = 0; n < BLOCK_K / 4; ++n)
+                        if (!(seen >> n & 1)) S_rmem[n / 2 * 4 + 2 * r + n % 2] = -CUDART_INF_F;
 #else
-                    constexpr int hidden = 0;
                     const int columns = visible(work.i0, j0, r) - 2 * t;  // from this lane's first
-#endif
 #pragma unroll
                     for (int i = 0; i < BLOCK_K / 8; ++i)
 #pragma unroll
                         for (int c = 0; c < 2; ++c)
-                            if (8 * i + c >= columns || (INTERVAL && 8 * i + c < hidden)) S_rmem[4 * i + 2 * r + c] = -CUDART_INF_F;
+                            if (8 * i + c >= columns) S_rmem[4 * i + 2 * r + c] = -CUDART_INF_F;
+#endif
                 }
             }
 #pragma unroll
@@ -519,7 +590,15 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 #if INTERVAL
-extern "C" int64_t workspace_floats(const AttentionParams* params) { return Summaries::floats(*params, BLOCK_Q, 1, false); }
+extern "C" int64_t workspace_floats(const AttentionParams* params) {
+    const AttentionParams& p = *params;
+    return p.seen.spans == nullptr ? 0 : order_of(p).units - reinterpret_cast<int*>(p.workspace) + tiles_of(p.Nq, BLOCK_Q) * p.H * p.B;
+}
+// Only the schedule of a call with spans, in its workspace.
+extern "C" int schedule_units(const AttentionParams* params) {
+    DeviceGuard guard(params->device);
+    return prepare_schedule(schedule_of(*params, 0), *params);
+}
 #else
 extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
 #endif
@@ -538,11 +617,14 @@ extern "C" int attention(const AttentionParams* params) {
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_Q);
+    const int mask_bytes = !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES;
 #if INTERVAL
-    if (error == cudaSuccess) error = summarise_spans(p, p.workspace, BLOCK_Q, 0);
+    const Schedule schedule = schedule_of(p, mask_bytes);
+    if (error == cudaSuccess) error = prepare_schedule(schedule, p);
+#else
+    const Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), mask_bytes};
 #endif
     if (error != cudaSuccess) return error;
-    const Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES};
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));
     launch_kernel(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
     return cudaGetLastError();
