@@ -93,7 +93,7 @@ def why_not(contender: Contender, case: Case) -> str | None:
         return "on a CPU it has no backward"
     if contender.type == "fa3":
         return flash_attention_3.why_not(case)
-    if contender.type == "flash" and case.backward and (reason := no_gradients(BACKENDS[contender.backend])):
+    if contender.type == "flash" and case.backward and (reason := no_gradients(BACKENDS.get(contender.backend))):
         return reason
     if contender.type != "normal":
         return None

@@ -94,10 +94,12 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
 
 def resolve(which: int, call: Call):
     """The backend of a call whose settings name it. A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda"
-    the fastest kernel. Who has chosen before (`as_chosen`) chooses again only where kernels could not be built."""
+    the fastest kernel, and a rung's own name is refused here if it cannot serve the call. Who has chosen before (`as_chosen`) chooses
+    again only where kernels could not be built.
+
+    Raises: as `choose`.
+    """
     name = call.settings.backend
-    if name in BACKENDS and call.settings.block_size is None:
-        return BACKENDS[name]
     if name in CHOSEN and not build.failures:
         return CHOSEN[name]
     return BACKENDS[choose(name.split("/")[0] or None, call, which)]
