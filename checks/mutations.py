@@ -262,34 +262,8 @@ TABLE = {
         ("const float factor = final_factor(c, b, m_all, l);", "const float factor = 1 / l;", FEW_MASKED, 1),
     ],
     ("hopper", "forward_4_hopper.cu"): [
-        ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
-        ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
-        ("release(barriers.K_empty, now.stage);", ";", MANY_TILES),
         ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS + 1);", MANY_TILES),
         ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS - 1);", MANY_TILES),
-        ("(barrier(empty, slot.stage), slot.parity ^ 1);", "(barrier(empty, slot.stage), slot.parity);", PLAIN),
-        ("ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);", NO_WAIT, MANY_TILES),
-        ("Tile::BYTES + more_bytes);", "Tile::BYTES);", MASKED),
-        ("ptx::mbarrier_wait(barrier(barriers.V_full, before.stage), before.parity);", NO_WAIT, PLAIN),
-        ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", PLAIN),
-        ("ptx::wgmma_wait_group<0>();\n                        // Few tiles", "// Few tiles", PLAIN),
-        (
-            "ptx::wgmma_fence();\n#pragma unroll\n            for (int k = 0; k < BLOCK_K / 16; ++k)",
-            "for (int k = 0; k < BLOCK_K / 16; ++k)",
-            PLAIN,
-        ),
-        ("ptx::fence_proxy_async();  // of what this lane has stored", NO_BARRIER, PLAIN),
-        ("if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there", "//", case(D=256, Nq=300)),
-        ("ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_V::PANEL_BYTES)", "ptx::descriptor(V_tile + k * 16 * ROW_BYTES)", WIDE),
-        ("ptx::advance(K_tile, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32)", "ptx::advance(K_tile, d * 32)", WIDE),
-        (
-            "ptx::advance(Q_rows, d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32)",
-            "ptx::advance(Q_rows, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 64)",
-            PLAIN,
-        ),
-        ("(panel + more) * 64, work.i0", "panel * 64, work.i0", WIDE),
-        ("if (consumer == CONSUMERS - 1) your_turn(0);", ";", PLAIN),
-        ("if (consumer == 0) my_turn();  // meets", "//", PLAIN),
         ("ptx::fence_mbarrier_init();", ";", PLAIN),
         (
             "    __syncthreads();\n\n    const int group = uniform(threadIdx.x / GROUP);",
@@ -297,7 +271,43 @@ TABLE = {
             PLAIN,
         ),
         ("ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();", ";", PLAIN),
+    ],
+    ("hopper", "forward_4_schedule.cuh"): [
+        ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
+    ],
+    ("hopper", "forward_4_producer.cuh"): [
+        ("(barrier(empty, slot.stage), slot.parity ^ 1);", "(barrier(empty, slot.stage), slot.parity);", PLAIN),
+        ("ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);", NO_WAIT, MANY_TILES),
+        ("Tile::BYTES + more_bytes);", "Tile::BYTES);", MASKED),
         ("if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);", "if (work.k_tiles == 0) return;", PLAIN),
+    ],
+    ("hopper", "forward_4_softmax.cuh"): [
+        ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
+    ],
+    ("hopper", "forward_4_epilogue.cuh"): [
+        ("ptx::fence_proxy_async();  // of what this lane has stored", NO_BARRIER, PLAIN),
+        ("if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there", "//", case(D=256, Nq=300)),
+        ("(panel + more) * 64, work.i0", "panel * 64, work.i0", WIDE),
+    ],
+    ("hopper", "forward_4_consumer.cuh"): [
+        ("release(barriers.K_empty, now.stage);", ";", MANY_TILES),
+        ("await_V(before);", NO_WAIT, PLAIN),
+        ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", PLAIN),
+        ("ptx::wgmma_wait_group<0>();\n                    // Few tiles", "// Few tiles", PLAIN),
+        (
+            "ptx::wgmma_fence();\n#pragma unroll\n    for (int k = 0; k < BLOCK_K / 16; ++k)",
+            "for (int k = 0; k < BLOCK_K / 16; ++k)",
+            PLAIN,
+        ),
+        ("ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_V::PANEL_BYTES)", "ptx::descriptor(V_tile + k * 16 * ROW_BYTES)", WIDE),
+        ("ptx::advance(K_tile, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32)", "ptx::advance(K_tile, d * 32)", WIDE),
+        (
+            "ptx::advance(Q_rows, d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32)",
+            "ptx::advance(Q_rows, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 64)",
+            PLAIN,
+        ),
+        ("if (consumer == CONSUMERS - 1) your_turn(0);", ";", PLAIN),
+        ("if (consumer == 0) my_turn();  // meets", "//", PLAIN),
         ("O_rmem[i] *= alpha[i >> 1 & 1];", ";", SHARP),
     ],
     ("hopper", "keep_bits.cuh"): [
@@ -336,8 +346,10 @@ TABLE = {
         ("ptx::wgmma_wait_group<1>();  // dV is there: done with dO", "ptx::wgmma_wait_group<2>();", WIDEST),
         ("dS_of(next.n), Q_of(next.n), false);", "dS_of(n), Q_of(next.n), false);", WIDEST),
     ],
-    ("hopper_between", "forward_4_hopper.cu"): [
+    ("hopper_between", "forward_4_epilogue.cuh"): [
         ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
+    ],
+    ("hopper_between", "forward_4_consumer.cuh"): [
         ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
     ],
     ("hopper_between", "backward_hopper.cuh"): [
