@@ -185,9 +185,12 @@ def _sdpa(backend: str, case: Case, inputs: Inputs) -> Callable:
 def _flex(backend: str, case: Case, inputs: Inputs) -> Callable:
     """FlexAttention under a mask, (b, h or 1, q_len, kv_len) or of keys (b, kv_len), that it reads entry by entry, or with a window or
     documents, which it computes; which blocks are empty is found here, before the clock starts."""
-    if case.dropout_p or (inputs.mask is None) == (case.window is None and not case.documents):
+    computed = case.window is not None or bool(case.documents)
+    if case.dropout_p or (case.causal and not computed) or (inputs.mask is None and not computed):
         raise NotImplementedError(f"flex is compared under a mask, a window or documents alone, not in the case: {case.describe()}")
-    if case.window is not None or case.documents:
+    if computed:
+        if case.mask != "none":
+            raise NotImplementedError(f"flex is compared with a window or documents alone, not in the case: {case.describe()}")
         allowed, batches, heads = _allowed(case), 1, 1
     else:
         mask = inputs.mask[:, None, None, :] if case.mask == "key" else inputs.mask
