@@ -79,8 +79,6 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
         if rung is not None and not (rung.pays(call) and (which == cuda.FORWARD or not rung.packs_heads)):
             continue
         reason = BACKENDS[each].why_not(call)
-        if reason is None and name is None and rung is not None and call.visible == "interval" and not cuda.INTERVALS_TIMED:
-            reason = "its kernels for windows and spans have not been timed on a GPU yet, and are taken by name only"
         if reason is None and rung is not None and build.failures:
             reason = rung.why_not_built(which, call)
             unbuilt |= reason is not None
