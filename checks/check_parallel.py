@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from harness import Case, Report, Result, expect_error, limit, naive, run_alone
 
-from flash_attention import flash_attention, parallel
+from flash_attention import FlashAttention, flash_attention, parallel
 from flash_attention.parallel import order as orders
 from flash_attention.parallel import parallel_attention, positions, ring, shard, unshard
 from flash_attention.reference.visible import Visible
@@ -237,6 +237,27 @@ def check_trips():
 # ---- what else a call may be
 
 
+def layers(mesh) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest differences of the outputs, and of the weights' gradients, between a layer on two ranks and on one."""
+    torch.manual_seed(0)
+    one = FlashAttention(32, heads=4, dim_head=8, kv_heads=2, causal=True, dropout=0.2).double()
+    two = FlashAttention(32, heads=4, dim_head=8, kv_heads=2, causal=True, dropout=0.2, parallel=mesh).double()
+    two.load_state_dict(one.state_dict())
+    x = torch.randn(2, 48, 32, dtype=torch.float64)
+    torch.manual_seed(1)
+    whole = one(x)
+    torch.manual_seed(1)
+    share = two(shard(x, mesh, dim=1))
+    whole.square().sum().backward()
+    share.square().sum().backward()
+    for parameter in two.parameters():
+        dist.all_reduce(parameter.grad, group=mesh.get_group())
+    gradients = [(a.grad - b.grad).abs().max() for a, b in zip(one.parameters(), two.parameters(), strict=True)]
+    expect_error(lambda: two(share, mask=torch.ones(2, 48, dtype=torch.bool)), ValueError, ["mask"])
+    assert "parallel=" in repr(two)
+    return (shard(whole, mesh, dim=1) - share).abs().max(), torch.stack(gradients).max()
+
+
 def several(rank: int) -> dict:
     """Other lengths of queries; groups out of a mesh; unshard's gradient; who chooses; the order of events."""
     found = {}
@@ -252,6 +273,7 @@ def several(rank: int) -> dict:
         shard(q, mesh)
     except ValueError as error:
         found["two dimensions"] = str(error)
+    found["layer"] = layers(mesh["context"])
     x = torch.arange(8.0)[:, None].requires_grad_()
     (shard(x, dim=0) * (rank + 1)).sum().backward()
     found["gradient of shard"] = x.grad
@@ -290,6 +312,7 @@ def check_several(tmp_path):
         one = rank // 2
         want = flash_attention(q[one, None], k[one, None], v[one, None], causal=True)
         report.compare("mesh", "O", found[rank]["mesh"], want, 1e-12, f"rank {rank}")
+        assert max(found[rank]["layer"]) < 1e-12, found[rank]["layer"]
         assert "one dimension" in found[rank]["two dimensions"]
         mine = {"zigzag": (2 * rank, 14 - 2 * rank), "contiguous": (4 * rank, 4 * rank + 2)}
         for order, starts in mine.items():

@@ -23,9 +23,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from flash_attention import allocate, backends, shortcut
+from flash_attention import allocate, shortcut
 from flash_attention.backends import as_chosen, choose
-from flash_attention.backends.cuda import FORWARD
+from flash_attention.backends.cuda import BACKWARD, FORWARD
 from flash_attention.call import Call, Settings
 from flash_attention.parallel.order import places, runs
 from flash_attention.reference.tiles import sum_dtype
@@ -432,24 +432,23 @@ class Merged:
         return self.O.to(self.q.dtype), self.LSE
 
 
-def _chosen(part: Part, backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Call, Tensor | None]:
-    """The call with the backend that serves it."""
+def _call(part: Part, backend: str | None, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Call, Tensor | None]:
+    """The call, with the backend that serves it, and its spans. others: O and dO of a backward."""
     spans = None if part.spans is None else part.spans.expand(*q.shape[:3], 2)
-    call = Call.of(q, k, v, None, spans, part.settings)
+    call = Call.of(q, k, v, None, spans, part.settings, *others)
     return call._replace(settings=part.settings._replace(backend=as_chosen(backend, choose(backend, call)))), spans
 
 
 def compute(part: Part, backend: str | None, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """O and LSE of a part."""
-    call, spans = _chosen(part, backend, q, k, v)
-    return backends.plan(FORWARD, call)(q, k, v, None, spans, seed)
+    call, spans = _call(part, backend, q, k, v)
+    return shortcut.plan(FORWARD, call)(q, k, v, None, spans, seed)
 
 
 def compute_backward(part: Part, backend: str | None, dO, dLSE, q, k, v, O, LSE, seed) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of a part. O and LSE are those of whole rows: so P, dP and their sums over a row are what they are in the whole."""
-    call, spans = _chosen(part, backend, q, k, v)
-    arguments = dO, dLSE, q, k, v, None, spans, O, LSE, seed
-    return shortcut.plan_backward(arguments, call.settings)(*arguments)
+    call, spans = _call(part, backend, q, k, v, O, dO)
+    return shortcut.plan(BACKWARD, call)(dO, dLSE, q, k, v, None, spans, O, LSE, seed)
 
 
 class RingAttention(Function):
