@@ -108,7 +108,7 @@ LIBRARIES = (
     Specialisation("forward_4_hopper.cu", "90a", 64, "bfloat16", causal=True, mask="bits"),
     Specialisation("backward_4_hopper.cu", "90a", 64, "bfloat16", mask="key bits"),
     Specialisation("backward_4_hopper_wide.cu", "90a", 256, "float16"),
-    Specialisation("backward_5_split.cu", "90a", 192, "bfloat16", v_head_dim=128),
+    Specialisation("backward_4_hopper_wide.cu", "90a", 192, "bfloat16", v_head_dim=128),
     Specialisation("forward_5_wide.cu", "90a", 512, "bfloat16", causal=True),
     Specialisation("backward_5_wide.cu", "90a", 384, "float16", mask="key bits"),
     Specialisation("forward_5_float32.cu", "90a", 64, "float32", mask="bits"),

@@ -80,16 +80,18 @@ void store_shared(uint32_t address, uint32_t x) {
     memcpy(p, &x, 4);
 }
 
-static float add(float* p, float x, void* site) {
+template <class T>
+static T add(T* p, T x, void* site) {
     check_global(p, 4, false, site), check_global(p, 4, true, site);
     count(GLOBAL_ADDED, 4);
     current->self().loaded = nullptr;
     if (current->timing) current->timing->global(p, 4, true, site);
-    const float before = *p;
+    const T before = *p;
     *p = before + x;
     return before;
 }
 float atomic_add(float* p, float x) { return add(p, x, SITE); }
+int atomic_add(int* p, int x) { return add(p, x, SITE); }
 void reduce_add(float* p, const float* x, int count) {
     if (reinterpret_cast<uintptr_t>(p) % (4 * count)) fail("thread %d: red of %d floats at an address that is not a multiple of %d: @%x", current->running, count, 4 * count, site_offset(SITE));
     for (int n = 0; n < count; ++n) add(p + n, x[n], SITE);
