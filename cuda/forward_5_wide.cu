@@ -239,7 +239,6 @@ __global__ void __launch_bounds__(THREADS, 1)
                     const bool shared = one_row(p);
                     start_S<BLOCK_K>(S_rmem, mask_smem, j0 % BIT_COLUMNS, shared ? 0 : first_row, shared ? 0 : ROW_STEP, t,
                                      [&](int r, int w) { return diagonal ? ~first_bits(visible(i0, j0, r) - 32 * w) : 0; });
-                    ptx::mbarrier_arrive(barrier(barriers.mask_empty));
 #endif
                 }
                 ptx::wgmma_fence();
@@ -249,6 +248,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     ptx::wgmma_ss<element, BLOCK_K>(S_rmem, ptx::advance(Q_rows, panel * Tile_Q::PANEL_BYTES + d * 32), ptx::advance(K_panel, d * 32),
                                                     MASK || panel > 0 || d > 0);
                 ptx::wgmma_commit_group();
+                if (MASK && panel == 0) ptx::mbarrier_arrive(barrier(barriers.mask_empty));  // not before the product has what was read
                 if (panel > 0) {
                     ptx::wgmma_wait_group<1>();  // the panel before has been read
                     release(barriers.K_empty[before]);
