@@ -42,6 +42,7 @@ MANY_TILES_FLOAT32 = case(Nk=700, dtype=torch.float32)
 DROPOUT_FLOAT32 = case(dropout_p=0.25, dtype=torch.float32)
 SHARP_FLOAT32 = case(sharp=5, dtype=torch.float32)
 WIDE_FLOAT32 = case(D=128, dtype=torch.float32)
+HEAD_256_FLOAT32 = case(D=256, H=1, Nq=130, Nk=200, causal=True, dtype=torch.float32)
 TURNS_FLOAT32 = case(Nk=700, causal=True, dtype=torch.float32)
 WINDOW = case(window=(70, 30))
 TILE_START = case(Nk=150, window=(62, None))
@@ -398,7 +399,38 @@ TABLE = {
         ("if (MASK) __syncwarp();      // every lane has read", "//", case(Nk=700, mask="heads share", dtype=torch.float32)),
         ("P_rmem[0][k][e] &= kept, P_rmem[1][k][e] &= kept;", "P_rmem[0][k][e] &= kept;", DROPOUT_FLOAT32),
     ],
+    ("hopper_float32", "forward_5_float32_wide.cu"): [
+        ("join(m_new, larger);", "", HEAD_256_FLOAT32),
+        ("meet();                    // P is whole", "//", HEAD_256_FLOAT32),
+        ("ptx::fence_proxy_async();  // this thread's part of P", NO_BARRIER, HEAD_256_FLOAT32),
+        ("(product == 0) * Tile_P::BYTES + k * 32", "k * 32", HEAD_256_FLOAT32),
+        ("fmaf(O_rmem[32 * chunk + i], alpha[i >> 1 & 1], part_rmem[i])", "O_rmem[32 * chunk + i] + part_rmem[i]", HEAD_256_FLOAT32),
+        ("ptx::wgmma_wait_group<1>();  // the piece before has been read", "//", HEAD_256_FLOAT32),
+        ("join(l_rmem, [](float x, float y) { return x + y; });", "", HEAD_256_FLOAT32),
+    ],
+    ("hopper_float32_wide", "backward_5_float32_wide.cu"): [
+        ("meet();  // both groups are done with the last tile's dS", "//", HEAD_256_FLOAT32),
+        ("meet();                    // dS is whole", "//", HEAD_256_FLOAT32),
+        ("ptx::fence_proxy_async();  // this thread's part of dS", NO_BARRIER, HEAD_256_FLOAT32),
+        ("release(2), release_A(2);", "release(2), release_A(1);", HEAD_256_FLOAT32),
+        (
+            "begin = OF == OF_Q ? 0 : first_row_of(p, row0) / BLOCK;",
+            "begin = OF == OF_Q ? 0 : (first_row_of(p, row0) + BLOCK) / BLOCK;",
+            HEAD_256_FLOAT32,
+        ),
+        ("const int i1 = i + !BY_ROWS,", "const int i1 = i,", HEAD_256_FLOAT32),
+        (
+            "exponent_of(OF == OF_Q ? range.k : range.q)",
+            "exponent_of(range.q)",
+            case(D=256, H=1, Nq=70, Nk=100, sharp=5, dtype=torch.float32),
+        ),
+    ],
     ("hopper_float32", "backward_5_float32.cu"): [
+        (
+            "multiply(S_rmem, K_smem, Q_tile, !MASK);\n",
+            "if (MASK) ptx::mbarrier_arrive(mask_empty);\nmultiply(S_rmem, K_smem, Q_tile, !MASK);\nif (false)\n",
+            case(Nq=300, mask="heads share", dtype=torch.float32),
+        ),
         ("meet();  // both groups are done with the last tile's", "//", case(Nq=700, dtype=torch.float32)),
         ("meet();                    // Pᵀ and dSᵀ are whole", "//", FLOAT32),
         ("ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ", NO_BARRIER, FLOAT32),
