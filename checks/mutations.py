@@ -241,7 +241,7 @@ TABLE = {
         ("__syncthreads();  // Q is there for every thread", "//", ONE_QUERY),
         ("__syncthreads();  // every warp is done with Q, its ring", "//", FEW_ROWS),
         ("__syncthreads();  // all warps' sums are there", "//", ONE_QUERY, 0),
-        ("return ptx::ex2((m - m_all) * (c.p.scale * LOG2_E));", "return 1;", FEW_ROWS),
+        ("return ptx::ex2((m - m_all) * (s.score * LOG2_E));", "return 1;", FEW_ROWS),
         ("if (filled < 2 * count)", "if (filled < 2 * count - 1)", ONE_QUERY),
         ("filled, to_fill = to_fill + 1 == SLOTS ? 0 : to_fill + 1;", "filled, to_fill = to_fill == SLOTS ? 0 : to_fill + 1;", ONE_QUERY),
         (
@@ -263,7 +263,7 @@ TABLE = {
         ("hidden_origin[m][r] + step_of(n + 1)];", "hidden_origin[m][r] + step_of(n) + 1];", FEW_MASKED),
         ("word = i % 32 / 8;", "word = i % 16 / 8;", case(H=1, Nq=30, dropout_p=0.25)),
         ("dropout_bytes(key, b, h, i, j0 + 2 * t)", "dropout_bytes(key, b, h_kv, i, j0 + 2 * t)", FEW_MASKED),
-        ("const float factor = final_factor(c, b, m_all, l);", "const float factor = 1 / l;", FEW_MASKED, 1),
+        ("const float factor = final_factor(c, scales, b, m_all, l);", "const float factor = 1 / l;", FEW_MASKED, 1),
     ],
     ("hopper", "forward_4_hopper.cu"): [
         ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS + 1);", MANY_TILES),

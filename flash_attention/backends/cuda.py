@@ -68,6 +68,7 @@ class Rung:
     packs_heads: bool = False  # a tile has all query heads of a key head: the rung for few queries
     least_scores: tuple[tuple[int, int], ...] = ()  # up to a head size: scores of all heads up to which a lower rung is faster
     forward_workspace: bool = False  # whether its forward may need one
+    float8_keys: bool = False  # whether K and V may be e4m3
 
     def why_not(self, call: Call) -> str | None:
         """Why this rung cannot serve the call, or None."""
@@ -83,6 +84,8 @@ class Rung:
             return f"it serves no dropout, got dropout_p = {call.settings.dropout_p}"
         if call.mask is not None and not self.masks[FORWARD]:
             return f"it serves no mask, got {tuple(call.mask.shape)}"
+        if call.has_float8_keys and (reason := self._why_no_float8(call)):
+            return reason
         if call.visible == "interval":
             return self._why_no_interval(call) or self._why_no_kernels(call.q.device.index or 0)
         return self._why_no_kernels(call.q.device.index or 0)
@@ -98,6 +101,15 @@ class Rung:
         Nq, Nk = call.q.shape[2], call.k.shape[2]
         if max(map(abs, (*offsets, settings.diagonal_of(Nq, Nk)))) >= 2**30 or Nq + Nk >= 2**30:
             return f"it numbers rows and columns up to 2³⁰, got Nq = {Nq}, Nk = {Nk}, offsets {offsets}"
+        return None
+
+    def _why_no_float8(self, call: Call) -> str | None:
+        if not self.float8_keys:
+            return f"it reads no float8 keys, got {call.k.dtype}"
+        if call.k.shape[3] % 16 or call.v.shape[3] % 16:
+            return f"it takes head sizes of float8 keys that are multiples of 16, got D = {call.k.shape[3]}, Dv = {call.v.shape[3]}"
+        if call.q.device.type == "cuda" and torch.cuda.get_device_capability(call.q.device) < (8, 9):
+            return f"float8 needs compute capability 8.9, {torch.cuda.get_device_name(call.q.device)} has less"
         return None
 
     def _why_no_kernels(self, device: int) -> str | None:
@@ -116,7 +128,8 @@ class Rung:
         form, device = self._mask_form(which, call), call.q.device.index
         if form not in (None, "bytes"):
             _pack_mask_library(device)
-        return _library(self, which, device, DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout)
+        kind = DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout, call.has_float8_keys
+        return _library(self, which, device, *kind)
 
     def why_no_backward(self) -> str | None:
         """Why no call of this rung may ask for gradients, or None."""
@@ -132,12 +145,12 @@ class Rung:
         return min((size for size in sizes if size[0] >= call.q.shape[3] and size[1] >= call.v.shape[3]), key=sum)
 
     def specialisation(
-        self, which: int, arch: str, dtype: str, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool
+        self, which: int, arch: str, dtype: str, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool, float8: bool = False
     ) -> build.Specialisation:
         """What its forward or backward for one kind of call is compiled from. sizes: compiled ones, of Q and K and of V."""
         D, Dv = sizes
         kind = dtype, visible == "causal", mask, dropout, visible == "interval"
-        return build.Specialisation(self.file(which, D), arch, D, *kind, None if Dv == D else Dv)
+        return build.Specialisation(self.file(which, D), arch, D, *kind, None if Dv == D else Dv, float8)
 
     def file(self, which: int, head_dim: int) -> str:
         """The source of its forward or backward for a compiled head size."""
@@ -359,6 +372,7 @@ RUNGS = {
             dropout=True,
             packs_heads=True,
             forward_workspace=True,
+            float8_keys=True,
         ),
         HOPPER,
         Rung(
@@ -507,11 +521,11 @@ def _why_no_kernels(rung: Rung, device: int) -> str | None:
 
 @functools.cache
 def _library(
-    rung: Rung, which: int, device: int, dtype: str, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool
+    rung: Rung, which: int, device: int, dtype: str, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool, float8: bool
 ) -> ctypes.CDLL:
     """The rung's forward (0) or backward (1) for one kind of call, compiled if it must be."""
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    return declared(build.load(rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout), PARAMS.size))
+    return declared(build.load(rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout, float8), PARAMS.size))
 
 
 def _positive(scale: float) -> tuple[float, float]:
