@@ -50,6 +50,8 @@ TILE_STOP = case(Nk=150, window=(None, 62))
 BLIND_SPANS = case(Nk=128, spans="some blind")
 ANY_SPANS = case(Nk=150, spans="any")
 WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
+MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
+LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 MASKED_WINDOW = case(window=(70, 30), mask="heads share")
 
 NO_BARRIER, NO_WAIT = "", ""
@@ -277,6 +279,8 @@ TABLE = {
         ("ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();", ";", PLAIN),
     ],
     ("hopper", "forward_4_schedule.cuh"): [
+        ("+ short_tiles - 1 - place / heads;", "+ short_tiles - place / heads;", LONG_WINDOW),
+        ("if (unit >= units) return false;", "if (unit + 1 >= units) return false;", MANY_DOCUMENTS, 0),
         ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
     ],
     ("hopper", "forward_4_producer.cuh"): [
@@ -285,7 +289,18 @@ TABLE = {
         ("Tile::BYTES + more_bytes);", "Tile::BYTES);", MASKED),
         ("if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);", "if (work.k_tiles == 0) return;", PLAIN),
     ],
+    ("hopper", "longest_first.cuh"): [
+        ("order.units[counts[c] + __popc(same & first_bits(lane))] = unit;", "order.units[counts[c]] = unit;", MANY_DOCUMENTS),
+        ("before += totals_smem[c];", ";", MANY_DOCUMENTS),
+        ("if (threadIdx.x == 0) *order.queue = 0;", ";", MANY_DOCUMENTS),
+    ],
+    ("hopper", "backward_workspace.cuh"): [  # an interval is one short, in the backward only
+        ("max(0, keys.stop - keys.start)", "max(0, keys.stop - keys.start - 1)", WINDOW),
+        ("make_uint2(keys.start, max(0", "make_uint2(keys.start + 1, max(0", WINDOW),
+    ],
     ("hopper", "forward_4_softmax.cuh"): [
+        ("of_lane(keys.stop - 2 * t)", "of_lane(keys.stop - 2 * t - 1)", WINDOW),
+        ("min(column % 8, 2)", "min(column % 8, 1)", WINDOW),
         ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
     ],
     ("hopper", "forward_4_epilogue.cuh"): [
@@ -328,7 +343,14 @@ TABLE = {
         ("((chunk % 8) ^ (row % 8)) * 16", "chunk % 8 * 16", PLAIN),
     ],
     ("hopper", "backward_4_hopper.cu"): [
-        ("now.bh % p.H, i + 1).holds(j)) P1 = 0;", "now.bh % p.H, i).holds(j)) P1 = 0;", WINDOW),
+        ("if (j - rows.z >= rows.w)", "if (j - rows.x >= rows.y)", WINDOW),
+        ("const bool cut = now.cut;", "const bool cut = false;", WINDOW),
+        ("told_smem[stage] = at;", ";", WINDOW),
+        (
+            "const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;",
+            "const int unit = blockIdx.x / 2;",
+            MANY_DOCUMENTS,
+        ),
         ("ptx::fence_proxy_async();  // this thread's part of dSᵀ", NO_BARRIER, PLAIN),
         ("meet();                    // dSᵀ is whole", "//", PLAIN),
         ("ptx::wgmma_wait_group<0>();  // dK too", "ptx::wgmma_wait_group<1>();  //", MANY_TILES),
@@ -341,6 +363,10 @@ TABLE = {
         ("Tile_Q::BYTES + ROWS_BYTES + more_bytes);", "Tile_Q::BYTES + more_bytes);", PLAIN),
     ],
     ("hopper", "backward_hopper.cuh"): [
+        ("cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);", "cut = !bounds.see_whole(k_tile * BLOCK_K + 1, BLOCK_K - 1);", TILE_START),
+        ("cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);", "cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K - 1);", TILE_STOP),
+        ("first = tiles.start, tile = tiles.stop - 1;", "first = tiles.start, tile = tiles.stop - 2;", WINDOW),
+        ("return p.deterministic ? k_tile - maps", "return p.deterministic ? k_tile + 0 * maps", WINDOW_TURNS),
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
         ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
         ("max(0, j0 - diagonal(p)) / BLOCK_Q - 1", "max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),

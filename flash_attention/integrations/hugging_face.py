@@ -73,8 +73,8 @@ def mask(
     allow_is_causal_skip: bool = True,
     **others,
 ) -> Tensor:
-    """What transformers' `sdpa_mask` makes: bool (B, 1, Nq, Nk), True = may attend. Causality, sliding windows, padding and packed documents
-    become an `ImpliedMask`, which takes no memory of that size; other patterns are written out by `sdpa_mask`.
+    """What transformers' `sdpa_mask` makes: bool (B, 1, Nq, Nk), True = may attend. Causality, sliding windows, padding and packed
+    documents become an `ImpliedMask`, which takes no memory of that size; other patterns are written out by `sdpa_mask`.
 
     `sdpa_mask` returns None for some masks, which does not say whether it stands for causality or for none, for which alignment, nor for
     how many queries: a model that drops the first ones, as Gemma 4 does in layers that share keys and values, must not change what the
@@ -153,7 +153,7 @@ class Pattern(NamedTuple):
         return seen if self.keys is None else seen & self.keys[:, None, None]
 
     def options(self, Nq: int, Nk: int) -> tuple[slice, dict[str, Any]] | None:
-        """The keys to attend, and `flash_attention()`'s options for these, which it aligns to their last one; None if it cannot say it so."""
+        """The keys to attend, and `flash_attention()`'s options for these, aligned to their last one; None if it cannot be said so."""
         left, right, diagonal = self.left, self.right, self.diagonal
         stop = Nk if right is None else min(Nk, Nq + diagonal + right)
         start = 0
