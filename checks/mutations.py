@@ -387,8 +387,16 @@ TABLE = {
         ("release(barriers.K_empty[before]);", ";", HEAD_512),
         ("if (++stage == RING) stage = 0, parity ^= 1;", "if (++stage == RING) stage = 0;", HEAD_512),
         ("ptx::mbarrier_wait(barrier(barriers.V_empty), n & 1 ^ 1);", NO_WAIT, HEAD_512),
-        ("load_boxes<Tile_V>(V_smem, maps.v[work.part], work.j0(tile),", "load_boxes<Tile_V>(V_smem, maps.v[work.part], work.j0(0),", HEAD_512),
-        ("for (Work work = next_with_keys(m); work.k_tiles > 0; work = next_with_keys(m)) {", "for (Work work = next_with_keys(m); work.k_tiles > 0; work = next_with_keys(++m)) {", HEAD_512_CAUSAL),
+        (
+            "load_boxes<Tile_V>(V_smem, maps.v[work.part], work.j0(tile),",
+            "load_boxes<Tile_V>(V_smem, maps.v[work.part], work.j0(0),",
+            HEAD_512,
+        ),
+        (
+            "for (Work work = next_with_keys(m); work.k_tiles > 0; work = next_with_keys(m)) {",
+            "for (Work work = next_with_keys(m); work.k_tiles > 0; work = next_with_keys(++m)) {",
+            HEAD_512_CAUSAL,
+        ),
         ("columns_from(p.o, part * PART)", "columns_from(p.o, part * 128)", HEAD_512),
         ("ptx::mbarrier_arrive(barrier(barriers.mask_empty));", ";", HEAD_512_MASKED),
         ("work.part == 0 && t == 0 && i < p.Nq)", "work.part == 0 && t == 0 && i <= p.Nq)", HEAD_512),

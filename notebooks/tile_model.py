@@ -1,8 +1,8 @@
 """Lesson 8's model: how many cycles a step of `hopper`'s loop takes, and what a forward or backward of a whole problem takes then.
 
 A step is one tile of keys against one tile of queries. What is known of a multiprocessor is read from the emulator's cost model
-(cuda/emulator/model.h), tile sizes from the kernels, the backward's instructions from the profiler's counts (results/h200_cycles.json). Three
-numbers are fitted (`FITTED`), each to one measured step, and one clock for all; nothing else is.
+(cuda/emulator/model.h), tile sizes from the kernels, the backward's instructions from the profiler's counts (results/h200_cycles.json).
+Three numbers are fitted (`FITTED`), each to one measured step, and one clock for all; nothing else is.
 """
 
 import itertools
@@ -154,7 +154,12 @@ def explorer() -> HTML:
     found = {}
     for setting in itertools.product(*choices.values()):
         step = forward_step(*setting)
-        found[" ".join(map(str, setting))] = [round(step.cycles), [round(x) for x in step.busy.values()], round(100 * step.tensor_share), step.why_not]
+        found[" ".join(map(str, setting))] = [
+            round(step.cycles),
+            [round(x) for x in step.busy.values()],
+            round(100 * step.tensor_share),
+            step.why_not,
+        ]
     units = list(forward_step(128).busy)
     colours = [colour(name) for name in ("S", "P", "done", "in fast memory", "K")]
     start = [1, 1, 1, 1]  # D 128, two groups, 128 keys, two stages
