@@ -79,8 +79,6 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
         if rung is not None and not rung.pays(call, which):
             continue
         reason = BACKENDS[each].why_not(call)
-        if reason is None and name is None and rung is not None and call.visible == "interval" and not cuda.INTERVALS_TIMED:
-            reason = "its kernels for windows and spans have not been timed on a GPU yet, and are taken by name only"
         if reason is None and rung is not None and build.failures:
             reason = rung.why_not_built(which, call)
             unbuilt |= reason is not None
@@ -94,10 +92,12 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
 
 def resolve(which: int, call: Call):
     """The backend of a call whose settings name it. A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda"
-    the fastest kernel. Who has chosen before (`as_chosen`) chooses again only where kernels could not be built."""
+    the fastest kernel, and a rung's own name is refused here if it cannot serve the call. Who has chosen before (`as_chosen`) chooses
+    again only where kernels could not be built, and for a backward that another rung computes faster.
+
+    Raises: as `choose`.
+    """
     name = call.settings.backend
-    if name in BACKENDS and call.settings.block_size is None:
-        return BACKENDS[name]
     # Where few queries have a forward of their own, another rung's backward may be the fastest.
     if name in CHOSEN and not build.failures and (which == cuda.FORWARD or CHOSEN[name].pays(call, which)):
         return CHOSEN[name]

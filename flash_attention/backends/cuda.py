@@ -37,8 +37,6 @@ PACK_MASK = "pack_mask.cu"
 
 PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# Whether None chooses kernels for calls with windows, spans or offsets. They have run on the emulator alone so far; by name they are taken.
-INTERVALS_TIMED = False
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
 # Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
 # summed from −2¹²⁷, lies below it.
@@ -64,9 +62,11 @@ class Rung:
     timed: bool = True  # on a GPU; until a rung has been, it is taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
-    wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
+    wide_forward: tuple[int, str] | None = None  # above this head size the forward has a file of its own
+    wide_backward: tuple[int, str] | None = None  # so has the backward
     few_rows: tuple[tuple[int, int, int], ...] = ()  # up to a head size: rows up to which a lower rung is faster, without and with dropout
     packs_heads: bool = False  # a tile has all query heads of a key head: the rung for few queries
+    least_scores: tuple[tuple[int, int], ...] = ()  # up to a head size: scores of all heads up to which a lower rung is faster
     forward_workspace: bool = False  # whether its forward may need one
     float8_keys: bool = False  # whether K and V may be e4m3
 
@@ -154,14 +154,16 @@ class Rung:
 
     def file(self, which: int, head_dim: int) -> str:
         """The source of its forward or backward for a compiled head size."""
-        if which == BACKWARD and self.wide_backward and head_dim > self.wide_backward[0]:
-            return self.wide_backward[1]
-        return self.files[which]
+        wide = (self.wide_forward, self.wide_backward)[which]
+        return wide[1] if wide and head_dim > wide[0] else self.files[which]
 
     def pays(self, call: Call, which: int = FORWARD) -> bool:
         """Whether this rung, of those that can serve a call's forward or backward, is the one to choose."""
         if self.packs_heads:
             return which == FORWARD and _pays_to_pack(call)
+        if self.least_scores:
+            B, H, Nq, _ = call.q.shape
+            return B * H * Nq * call.k.shape[2] > next((scores for up_to, scores in self.least_scores if call.head_dim <= up_to), 0)
         few = next((kinds for up_to, *kinds in self.few_rows if call.head_dim <= up_to), (0, 0))
         plain = which == FORWARD and not call.has_dropout and call.mask is None and call.visible != "interval"
         return call.q.shape[2] > few[call.has_dropout] or (plain and call.k.shape[2] >= MANY_KEYS)
@@ -314,7 +316,8 @@ HOPPER = Rung(
     min_arch=90,
     only_min_arch=True,
     dtypes=("float16", "bfloat16"),
-    head_dims=(64, 128, 256),
+    head_dims=(64, 80, 96, 112, 128, 160, 192, 256),
+    pairs=((192, 128),),
     multiple_of=8,
     masks=(("bits",), ("key bits",)),
     dropout=True,
@@ -322,24 +325,37 @@ HOPPER = Rung(
     wide_backward=(128, "backward_4_hopper_wide.cu"),
     few_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
 )
-# The same kernels, compiled for more head sizes: once these are timed, they are hopper's.
-HOPPER_BETWEEN = replace(HOPPER, name="hopper_between", head_dims=(64, 80, 96, 112, 128, 160, 192, 256), pairs=((192, 128),), timed=False)
-HOPPER_SPLIT = replace(  # another backward for the widest of them
-    HOPPER_BETWEEN,
-    name="hopper_split",
-    files=("forward_4_hopper.cu", "backward_5_split.cu"),
-    head_dims=(160, 192, 256),
-    intervals=False,
-    wide_backward=None,
-)
 HOPPER_WIDE = replace(
     HOPPER,
     name="hopper_wide",
     files=("forward_5_wide.cu", "backward_5_wide.cu"),
     head_dims=(320, 384, 512),
+    pairs=(),
     intervals=False,
     wide_backward=None,
     few_rows=(),
+)
+HOPPER_FLOAT32 = Rung(
+    name="hopper_float32",
+    files=("forward_5_float32.cu", "backward_5_float32.cu"),
+    min_arch=90,
+    only_min_arch=True,
+    dtypes=("float32",),
+    head_dims=(64, 128, 256, 512),
+    multiple_of=4,
+    masks=(("bits",), ("key bits",)),
+    dropout=True,
+    wide_forward=(128, "forward_5_float32_wide.cu"),
+    wide_backward=(128, "backward_1_simple.cu"),
+    least_scores=((128, 1 << 22), (512, 1 << 18)),
+    forward_workspace=True,
+)
+# With a backward on tensor cores for the wider heads, too, which no GPU has timed yet.
+HOPPER_FLOAT32_WIDE = replace(
+    HOPPER_FLOAT32,
+    name="hopper_float32_wide",
+    head_dims=(256, 512),
+    wide_backward=(128, "backward_5_float32_wide.cu"),
     timed=False,
 )
 
@@ -372,6 +388,7 @@ RUNGS = {
             intervals=True,
         ),
         HOPPER_WIDE,  # behind all that take narrower heads
+        HOPPER_FLOAT32,
         Rung(
             name="simple",
             files=("forward_1_simple.cu", "backward_1_simple.cu"),
@@ -391,21 +408,7 @@ RUNGS = {
             multiple_of=8,
             teaching=True,
         ),
-        Rung(
-            name="hopper_float32",
-            files=("forward_5_float32.cu", "backward_5_float32.cu"),
-            min_arch=90,
-            only_min_arch=True,
-            dtypes=("float32",),
-            head_dims=(64, 128),
-            multiple_of=4,
-            masks=(("bits",), ("key bits",)),
-            dropout=True,
-            timed=False,
-            forward_workspace=True,
-        ),
-        HOPPER_BETWEEN,
-        HOPPER_SPLIT,
+        HOPPER_FLOAT32_WIDE,
         *(
             Rung(
                 name=name,
