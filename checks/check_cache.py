@@ -133,5 +133,32 @@ def check_kernel_sees_growth_without_the_host():
     torch.testing.assert_close(attend(q, cache[0]).double(), want, rtol=0, atol=2e-3)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("page_size", (None, 16))
+def check_graph(page_size):
+    """A graph that appends a token and attends, replayed: lengths grow on the device, and each replay sees what is there by then."""
+    if reason := BACKENDS["split_keys"]._why_no_kernels(0):
+        pytest.skip(reason)
+    B, H, Hkv, D, prompt, tokens = 2, 8, 2, 64, 40, 30
+    cache = KeyValueCache(1, B, Hkv, D, prompt + tokens + 2, dtype=torch.float16, device="cuda", page_size=page_size)
+    cache.reserve(cache.capacity)
+    keys, values = torch.randn(2, B, Hkv, prompt + tokens, D, device="cuda").half()
+    queries = torch.randn(B, H, prompt + tokens, D, device="cuda").half()
+    cache[0].append(keys[:, :, :prompt], values[:, :, :prompt])
+    k, v, q = (x[:, :, :1].clone() for x in (keys, values, queries))
+    attend(q, cache[0], backend="split_keys")  # builds and loads the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache[0].append(k, v)
+        O = attend(q, cache[0])
+    for n in range(prompt, prompt + tokens):
+        for x, new in ((k, keys), (v, values), (q, queries)):
+            x.copy_(new[:, :, n : n + 1])
+        graph.replay()
+        want = truth(q.cpu(), keys[:, :, : n + 1].cpu(), values[:, :, : n + 1].cpu(), None, True)
+        torch.testing.assert_close(O.double().cpu(), want, rtol=0, atol=2e-3)
+    assert cache[0].lengths.tolist() == [prompt + tokens] * B
+
+
 if __name__ == "__main__":
     run_alone(__file__)

@@ -107,10 +107,9 @@ def check_other_head_sizes(name):
     against_truth(Case(B=1, H=1, Nq=70, Nk=90, D=min(rung.head_dims[-1], 256), dtype=dtype, causal=True), target(name))
 
 
-# Each size that hopper_between compiles, and hopper_wide's with panels that are not full, in part or not at all; D, Dv.
+# Each size of hopper's between 64, 128 and 256, and hopper_wide's with panels that are not full, in part or not at all; D, Dv.
 MORE_SIZES = {
-    "hopper_between": [(72, 72), (96, 88), (112, 112), (160, 160), (192, 192), (192, 128), (184, 40)],
-    "hopper_split": [(160, 160), (192, 128), (256, 256), (40, 192)],
+    "hopper": [(72, 72), (96, 88), (112, 112), (160, 160), (192, 192), (192, 128), (184, 40)],
     "hopper_wide": [(512, 512), (384, 264), (296, 320), (512, 72)],
 }
 MORE = [(name, *sizes, n % 2) for name, each in MORE_SIZES.items() for n, sizes in enumerate(each)]  # plain or everything, by turns

@@ -25,8 +25,6 @@ def slow_calls(monkeypatch):
 def inputs(target, *shape: int, dtype: torch.dtype | None = None):
     if target.device != "cuda" or target.backend == "reference":
         pytest.skip("launches are kept for kernels only")
-    if BACKENDS[target.backend].forward_workspace:
-        pytest.skip("no launch is kept of a forward that needs memory of its own")
     B, H, N, D = shape or (2, 4, 130, 64)
     return Case(B=B, H=H, Nq=N, Nk=N, D=D, dtype=dtype or dtype_served(target)).inputs(target.device)[:3]
 

@@ -242,7 +242,6 @@ TABLE = {
         ("__syncthreads();  // Q is there for every thread", "//", ONE_QUERY),
         ("__syncthreads();  // every warp is done with Q, its ring", "//", FEW_ROWS),
         ("__syncthreads();  // all warps' sums are there", "//", ONE_QUERY, 0),
-        ("__syncthreads();  // all warps' sums are there", "//", ONE_QUERY, 1),
         ("return ptx::ex2((m - m_all) * (c.p.scale * LOG2_E));", "return 1;", FEW_ROWS),
         ("if (filled < 2 * count)", "if (filled < 2 * count - 1)", ONE_QUERY),
         ("filled, to_fill = to_fill + 1 == SLOTS ? 0 : to_fill + 1;", "filled, to_fill = to_fill == SLOTS ? 0 : to_fill + 1;", ONE_QUERY),
@@ -254,11 +253,15 @@ TABLE = {
         ("min(limit, i_rmem[m][r] + offset + 1) : limit;", "min(limit, i_rmem[m][r] + offset + 2) : limit;", FEW_ROWS),
         ("min(limit, row0 / group + offset + 1) : limit;", "limit : limit;", FEW_ROWS),
         ("j0 + row + r < limit &&", "j0 + row + r <= limit &&", ONE_QUERY),
-        ("int in_split = (steps + c.splits - 1) / c.splits;", "int in_split = steps / c.splits;", ONE_QUERY),
+        ("{limit, first, count, (count + c.splits - 1) / c.splits};", "{limit, first, count, count / c.splits};", ONE_QUERY),
+        ("steps.count ? (steps.count + steps.share - 1) / steps.share : 0;", "c.splits;", ONE_QUERY),
+        ("steps.count ? (steps.count + steps.share - 1) / steps.share : 0;", "steps.count / steps.share;", ONE_QUERY),
+        ("const int begin = split * steps.share,", "const int begin = split * (steps.share - 1),", ONE_QUERY),
         ("if (__any_sync(0xffffffff, grew))", "if (grew && false)", FEW_ROWS),
-        ("l += weight(c, ml.x, m_all) * ml.y;", "l += ml.y;", FEW_ROWS),
-        ("+ row / c.rows) * c.splits * c.rows + row % c.rows;", "+ row / c.rows) * c.splits * c.rows;", ONE_QUERY),
-        ("hidden_origin[m][r] + step + WARPS];", "hidden_origin[m][r] + step + 1];", FEW_MASKED),
+        ("l += factor * ml[s].y;", "l += ml[s].y;", FEW_ROWS),
+        ("O[n][0] = fmaf(factor, x[s][n].x, O[n][0])", "O[n][0] += x[s][n].x", FEW_ROWS),
+        ("+ tile) * c.splits * c.rows + row % c.rows;", "+ tile) * c.splits * c.rows;", ONE_QUERY),
+        ("hidden_origin[m][r] + step_of(n + 1)];", "hidden_origin[m][r] + step_of(n) + 1];", FEW_MASKED),
         ("word = i % 32 / 8;", "word = i % 16 / 8;", case(H=1, Nq=30, dropout_p=0.25)),
         ("dropout_bytes(key, b, h, i, j0 + 2 * t)", "dropout_bytes(key, b, h_kv, i, j0 + 2 * t)", FEW_MASKED),
         ("const float factor = final_factor(c, b, m_all, l);", "const float factor = 1 / l;", FEW_MASKED, 1),
@@ -300,6 +303,7 @@ TABLE = {
         ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
     ],
     ("hopper", "forward_4_epilogue.cuh"): [
+        ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
         ("ptx::fence_proxy_async();  // of what this lane has stored", NO_BARRIER, PLAIN),
         ("if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there", "//", case(D=256, Nq=300)),
         ("(panel + more) * 64, work.i0", "panel * 64, work.i0", WIDE),
@@ -324,10 +328,12 @@ TABLE = {
         ("if (consumer == CONSUMERS - 1) your_turn(0);", ";", PLAIN),
         ("if (consumer == 0) my_turn();  // meets", "//", PLAIN),
         ("O_rmem[i] *= alpha[i >> 1 & 1];", ";", SHARP),
+        ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
     ],
     ("hopper", "keep_bits.cuh"): [
         ("push(r, upper ? from_other : mine[r], p);", "push(r, mine[r], p);", DROPOUT),
         ("(low & word) | (either & (low | word))", "(low & word)", DROPOUT),
+        ("panel / OF_PART * PART + panel % OF_PART * 64;", "panel * 64;", HEAD_192),
     ],
     ("hopper", "mask_start.cuh"): [
         ("S[4 * (4 * w + n) + 2 * r + c]", "S[4 * (4 * w + n) + 2 * r + 1 - c]", MASKED),
@@ -363,6 +369,7 @@ TABLE = {
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
         ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
         ("max(0, j0 - diagonal(p)) / BLOCK_Q - 1", "max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
+        ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
     ],
     ("hopper", "backward_4_hopper_wide.cu"): [
         ("ptx::wgmma_wait_group<3>();  // S is there", "ptx::wgmma_wait_group<4>();  //", WIDEST),
@@ -371,31 +378,8 @@ TABLE = {
         ("if (MASK) ptx::mbarrier_arrive(mask_empty);", ";", WIDEST_MASKED),
         ("ptx::wgmma_wait_group<1>();  // dV is there: done with dO", "ptx::wgmma_wait_group<2>();", WIDEST),
         ("dS_of(next.n), Q_of(next.n), false);", "dS_of(n), Q_of(next.n), false);", WIDEST),
-    ],
-    ("hopper_between", "forward_4_epilogue.cuh"): [
-        ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
-    ],
-    ("hopper_between", "forward_4_consumer.cuh"): [
-        ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
-    ],
-    ("hopper_between", "backward_hopper.cuh"): [
-        ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
-    ],
-    ("hopper_between", "keep_bits.cuh"): [
-        ("panel / OF_PART * PART + panel % OF_PART * 64;", "panel * 64;", HEAD_192),
-    ],
-    ("hopper_between", "backward_4_hopper_wide.cu"): [
         ("d / STEPS * PANELS + d % STEPS / 4", "d / 4", HEAD_192),
         ("p.D, consumer * COLUMNS,", "p.D, consumer * 128,", HEAD_192),
-    ],
-    ("hopper_split", "backward_5_split.cu"): [
-        ("ptx::bar_sync(P_IS_THERE, CONSUMERS * GROUP);", ";", HEAD_192),
-        ("ptx::fence_proxy_async();  // this thread's part of Pᵀ or dSᵀ", NO_BARRIER, HEAD_192),
-        ("meet();  // Pᵀ and dSᵀ are whole", "//", HEAD_192),
-        ("n % 2 * 2 * Tile_S::BYTES; };", "0; };", HEAD_192),
-        ("word >> (bit + ROW_STEP * r) % 32 << 7", "word >> bit % 32 << 7", case(D=192, H=1, mask="heads share")),
-        ("if (cut && 8 * i + c >= visible) x = 0;", "if (cut && 8 * i + c > visible) x = 0;", case(D=192, H=1, causal=True)),
-        ("ptx::wgmma_wait_group<0>();  // the tile before has been added", "ptx::wgmma_wait_group<1>();", HEAD_192),
     ],
     ("hopper_wide", "forward_5_wide.cu"): [
         ("ptx::wgmma_wait_group<1>();  // the panel before has been read", ";", HEAD_512),

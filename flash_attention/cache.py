@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from flash_attention.backends import BACKENDS, check_name
-from flash_attention.backends.split_keys import forward, why_not
+from flash_attention.backends.split_keys import Plan
+from flash_attention.build import BuildError
 from flash_attention.interface import DTYPES, flash_attention
 
 RUNG = "split_keys"
+ROUNDED = 256  # lengths, for the kernel's plan: a plan serves so many tokens one after another
 
 
 class KeyValueCache:
@@ -210,7 +212,8 @@ def attend(
         scale: of the scores; 1/√D unless given.
         return_lse: return LSE (B, H, Nq) too.
         backend: "split_keys", the kernel for few rows, which reads lengths and pages on the device, or "emulated:split_keys", the same on a
-            CPU; another name as for `flash_attention()`, which gets a mask, and a copy where keys lie in pages. None: the latter.
+            CPU; another name as for `flash_attention()`, which gets a mask, and a copy where keys lie in pages. None: the kernel for few
+            rows on a GPU where it is the fastest, otherwise the latter.
 
     Returns:
         O (B, H, Nq, Dv), and LSE if asked for. No gradients.
@@ -246,26 +249,39 @@ def attend_keys(
     scale: float | None,
     return_lse: bool,
     backend: str | None,
+    window: tuple[int | None, int | None] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attend` on any keys: k and v (B, Hkv, N, D or Dv), or with a block_table int32 (B, pages of a sequence) (pages, Hkv, page_size, D
     or Dv), any strides. lengths, starts: int32 (B,) on their device. known: what the host knows of the lengths, as `Layer.longest` and
-    `Layer.equal`."""
+    `Layer.equal`. window: (left, right) as `flash_attention()` takes it, aligned with each sequence's end."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise NotImplementedError("attention over a cache has no gradients, and an input requires them: call under torch.no_grad()")
     check_name(backend)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     longest, equal = known
-    name = RUNG if backend is None and BACKENDS[RUNG].timed and q.is_cuda else backend
-    if name is not None and name.split(":")[-1] == RUNG:
-        rung = BACKENDS[name]
-        reason = why_not(rung, q, k, v, block_table, causal)
-        if reason is None:
-            most = capacity if longest is None else max(longest, 1)
-            O, LSE = forward(rung, q, k, v, lengths, starts, block_table, most, causal, scale)
-            return (O, LSE) if return_lse else O
-        if backend is not None:
-            raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}")
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+    left, right = window or (None, None)
+    if right == 0 or q.shape[2] == 1:  # of one query, which stands at the end, a limit to the right hides nothing
+        causal, right = causal or right == 0, None
+    if left is not None and q.shape[2] == 1:
+        first = (lengths - 1 - left).clamp(min=0)
+        starts, left = first if starts is None else torch.maximum(starts, first), None
+    name = RUNG if backend is None and q.is_cuda else backend
+    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    if name is not None and name.split(":")[-1] == RUNG and left is right is None:
+        most = capacity if longest is None else min(capacity, -(-max(longest, 1) // ROUNDED) * ROUNDED)
+        try:
+            plan = Plan.of(BACKENDS[name], q, k, v, block_table is not None, most, causal, scale)
+        except BuildError:
+            if backend is not None or capturing:
+                raise
+        else:
+            reason = plan.why_not(k, v)
+            if reason is None and (backend is not None or capturing or plan.pays):
+                O, LSE = plan(q, k, v, lengths, starts, block_table, return_lse)
+                return (O, LSE) if return_lse else O
+            if backend is not None:
+                raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}")
+    if capturing:
         raise NotImplementedError('of the backends only "split_keys" finds the lengths on the device, as a CUDA graph needs it')
     longest = int(lengths.max()) if longest is None else longest
     if block_table is not None:
@@ -276,10 +292,14 @@ def attend_keys(
     mask = None
     if not equal or starts is not None:
         j, end = torch.arange(longest, device=q.device), lengths[:, None, None, None]
+        place = end - torch.arange(q.shape[2], 0, -1, device=q.device)[:, None]  # (B, 1, Nq, 1), the columns at which queries stand
         mask = j < end  # (B, 1, 1, longest)
-        if causal:
-            mask = j < end - torch.arange(q.shape[2] - 1, -1, -1, device=q.device)[:, None]  # (B, 1, Nq, longest)
+        limits = (0 if causal else right, lambda n: j <= place + n), (left, lambda n: j >= place - n)
+        for limit, allowed in limits:
+            mask = mask if limit is None else mask & allowed(limit)
         if starts is not None:
             mask = mask & (j >= starts[:, None, None, None])
-    causal = causal and mask is None
-    return flash_attention(q, k, v, mask, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
+        causal, window = False, None
+    else:
+        window = None if left is right is None else (left, right)
+    return flash_attention(q, k, v, mask, causal=causal, window=window, scale=scale, return_lse=return_lse, backend=backend)

@@ -21,6 +21,8 @@ inline void cp_async_first(uint32_t smem, const void* gmem, int bytes) {
     emulator::cp_async(smem, gmem, N, bytes);
 }
 inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) { cp_async_first<16>(smem, gmem, valid ? 16 : 0); }
+inline uint64_t createpolicy_evict_first() { return 0; }
+inline void cp_async_16(uint32_t smem, const void* gmem, bool valid, uint64_t) { cp_async_16(smem, gmem, valid); }
 template <int N>
 inline void cp_async_small(uint32_t smem, const void* gmem) {
     cp_async_first<N>(smem, gmem, N);
@@ -30,6 +32,10 @@ template <int N>
 inline void cp_async_wait_group() {
     emulator::cp_async_wait(N);
 }
+
+// A launch runs to its end before the next begins (9.7.13.13: griddepcontrol).
+inline void griddepcontrol_launch_dependents() {}
+inline void griddepcontrol_wait() {}
 
 inline void st_shared(uint32_t smem, uint32_t x) { emulator::store_shared(smem, x); }
 

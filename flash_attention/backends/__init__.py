@@ -76,7 +76,7 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
     names = DEFAULT if name is None else GROUPS.get(name, (name,))
     for each in names:
         rung = cuda.RUNGS.get(each) if len(names) > 1 else None
-        if rung is not None and not rung.pays(call):
+        if rung is not None and not (rung.pays(call) and (which == cuda.FORWARD or not rung.packs_heads)):
             continue
         reason = BACKENDS[each].why_not(call)
         if reason is None and rung is not None and build.failures:
@@ -98,7 +98,8 @@ def resolve(which: int, call: Call):
     Raises: as `choose`.
     """
     name = call.settings.backend
-    if name in CHOSEN and not build.failures:
+    # The rung for few queries has no backward of its own: the fastest takes what it left.
+    if name in CHOSEN and not build.failures and not (which == cuda.BACKWARD and CHOSEN[name].packs_heads):
         return CHOSEN[name]
     return BACKENDS[choose(name.split("/")[0] or None, call, which)]
 

@@ -126,21 +126,21 @@ class EmulatedLaunch(Launch):
 
     def __call__(self, q: Tensor, tensors, others: Addresses) -> None:
         backward = len(tensors) > 4
-        memories = self._tensors(tensors, q.element_size()) + self._others(others, backward)
+        memories = self._tensors(tensors, q.element_size(), others.keys) + self._others(others, backward)
         if self.mask_form:
             memories.append(self._mask(others.mask))
-        memories += self._keys()
+        memories += self._keys(others.keys)
         run(self.library, self.library.attention, self._params(tensors, others), memories)
 
     def _stream(self) -> int:
         return 0
 
-    def _tensors(self, addresses, element_size: int) -> list[Memory]:
+    def _tensors(self, addresses, element_size: int, keys: bytes) -> list[Memory]:
         B, H, Hkv, Nq, Nk, D, Dv, *_ = SETTINGS.unpack(self.settings)
         outputs = ("o",) if len(addresses) == 4 else ("dq", "dk", "dv")
         shapes = {"q": (H, Nq, D), "k": (Hkv, Nk, D), "v": (Hkv, Nk, Dv), "o": (H, Nq, Dv), "d_o": (H, Nq, Dv)}
         shapes |= {"dq": shapes["q"], "dk": shapes["k"], "dv": shapes["v"]}
-        *_, page_size, pages = KEYS.unpack(self.keys)
+        *_, page_size, pages = KEYS.unpack(keys)
         if pages:
             shapes |= {"k": (Hkv, page_size, D), "v": (Hkv, page_size, Dv)}
         memories = []
@@ -163,9 +163,9 @@ class EmulatedLaunch(Launch):
             Memory("the spans", others.spans, spans),
         ]
 
-    def _keys(self) -> list[Memory]:
+    def _keys(self, keys: bytes) -> list[Memory]:
         B, _, _, _, Nk, *_ = SETTINGS.unpack(self.settings)
-        lengths, starts, block_table, stride, page_size, pages = KEYS.unpack(self.keys)
+        lengths, starts, block_table, stride, page_size, pages = KEYS.unpack(keys)
         columns = -(-Nk // page_size) if pages else 0
         return [
             Memory("the lengths", lengths, 4 * B if lengths else 0),

@@ -35,6 +35,7 @@ class Addresses(NamedTuple):
     seed: int = 0
     spans: int = 0
     mask: bytes = NO_MASK  # its form in the struct, address and strides
+    keys: bytes = NO_KEYS  # `struct KeySource`
 
 
 class Launch(NamedTuple):
@@ -46,7 +47,6 @@ class Launch(NamedTuple):
     interval: bytes
     device: int
     sm_count: int
-    keys: bytes = NO_KEYS
 
     def __call__(self, q: Tensor, tensors: Sequence[int], others: Addresses) -> None:
         """Enqueues the kernels on the current stream of q's device. `tensors` are the addresses of q, k, v, O and, of a backward, dO, dQ,
@@ -60,12 +60,12 @@ class Launch(NamedTuple):
     def _params(self, addresses: Sequence[int], others: Addresses) -> bytes:
         tensors = list(self.tensors)
         tensors[: 2 * len(addresses) : 2] = addresses
-        *pointers, spans, mask = others
+        *pointers, spans, mask, keys = others
         deterministic = torch.are_deterministic_algorithms_enabled()
         params = PARAMS.pack(
             *tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, self._stream(), spans, self.interval
         )
-        return params + self.keys
+        return params + keys
 
     def _stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.device)
