@@ -352,7 +352,9 @@ def check_units_busy(answer: Callable) -> None:
     for D, groups, keys in ((64, 3, 128), (128, 2, 128), (256, 2, 64), (128, 1, 64)):
         busy = forward_step(D, groups, keys).busy
         tensor, exponentials = result(answer, D, groups, keys)
-        assert tensor == busy["tensor cores"], f"D {D}, {groups} groups, {keys} keys: the tensor cores need {busy['tensor cores']:.0f} cycles"
+        assert tensor == busy["tensor cores"], (
+            f"D {D}, {groups} groups, {keys} keys: the tensor cores need {busy['tensor cores']:.0f} cycles"
+        )
         scores = groups * 64 * keys
         assert exponentials == scores / 16, f"D {D}, {groups} groups, {keys} keys: {scores} exponentials, 16 a cycle"
 
@@ -362,7 +364,9 @@ def check_shared_unit(answer: Callable) -> None:
     """How long what takes `need` cycles alone takes beside others that use the unit for `others` of each step's `cycles`."""
     for need, others, cycles in ((512, 0, 2000), (512, 1000, 2000), (100, 1500, 2000), (768, 1024, 2647)):
         expected, found = need / (1 - others / cycles), result(answer, need, others, cycles)
-        assert abs(found - expected) < 1e-6 * expected, f"{need} cycles, the others use {others} of {cycles}: {expected:.0f}, not {found:.0f}"
+        assert abs(found - expected) < 1e-6 * expected, (
+            f"{need} cycles, the others use {others} of {cycles}: {expected:.0f}, not {found:.0f}"
+        )
 
 
 @exercise

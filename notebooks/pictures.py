@@ -352,7 +352,9 @@ TENSORS = {"q": "Q", "k": "K", "v": "V", "o": "O", "d_o": "dO", "dq": "dQ", "dk"
 
 def timeline(trace: Any, *, width: float = 12, **options) -> Figure:
     """`draw_timeline` in a figure of its own, so many inches wide."""
-    figure = Figure(figsize=(width, 0.52 * len(_lanes(trace, options.get("launch", 1), options.get("block", 0))[0]) + 1.5), layout="constrained")
+    figure = Figure(
+        figsize=(width, 0.52 * len(_lanes(trace, options.get("launch", 1), options.get("block", 0))[0]) + 1.5), layout="constrained"
+    )
     draw_timeline(figure, trace, **options)
     return figure
 
@@ -436,7 +438,9 @@ def play_timeline(trace: Any, times: Sequence[float], *, width: float = 12, dpi:
     return animate(times, draw, figsize=(width, 0.52 * len(lanes) + 1.7), dpi=dpi, seconds=seconds)
 
 
-def turning_points(trace: Any, *, start: float = 0, end: float = float("inf"), launch: int = 1, block: int = 0, least: float = 100) -> list[float]:
+def turning_points(
+    trace: Any, *, start: float = 0, end: float = float("inf"), launch: int = 1, block: int = 0, least: float = 100
+) -> list[float]:
     """The times between at which a product, a softmax or a wait of the groups that compute begins: what a timeline is stepped through by.
     least: what takes fewer cycles does not count, and of two times nearer than this the first does."""
     lanes, names, _ = _lanes(trace, launch, block)
@@ -460,9 +464,7 @@ def _lanes(trace: Any, launch: int, block: int) -> tuple[list[str | int], dict[i
     return [*engines, *warps, *producers], names, producers
 
 
-def _doing(
-    trace: Any, events: Sequence[Any], lane: str | int, names: Mapping[int, str], now: float, barriers: Mapping[str, str]
-) -> str:
+def _doing(trace: Any, events: Sequence[Any], lane: str | int, names: Mapping[int, str], now: float, barriers: Mapping[str, str]) -> str:
     """In words: what a lane does at that time."""
     at = [e for e in events if (e.warp if e.actor == "warp" else e.actor) == lane and e.start <= now < e.end]
     if not at:

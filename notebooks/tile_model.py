@@ -154,7 +154,12 @@ def explorer() -> HTML:
     found = {}
     for setting in itertools.product(*choices.values()):
         step = forward_step(*setting)
-        found[" ".join(map(str, setting))] = [round(step.cycles), [round(x) for x in step.busy.values()], round(100 * step.tensor_share), step.why_not]
+        found[" ".join(map(str, setting))] = [
+            round(step.cycles),
+            [round(x) for x in step.busy.values()],
+            round(100 * step.tensor_share),
+            step.why_not,
+        ]
     units = list(forward_step(128).busy)
     colours = [colour(name) for name in ("S", "P", "done", "in fast memory", "K")]
     start = [1, 1, 1, 1]  # D 128, two groups, 128 keys, two stages
