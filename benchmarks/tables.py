@@ -88,6 +88,17 @@ def h200_targets(content: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+def h200_intervals(content: dict[str, Any]) -> str:
+    """Windows and documents, each part a line: speed, and ratios to those that were measured beside it."""
+    columns = [
+        ("label", "case", ""),
+        ("part", "", ""),
+        *(column for column in FIGURES if column[0] in ("ms", "tflops", "over fa3", "over flex")),
+    ]
+    rows = [row | {"label": row["label"].removeprefix("B 1 H 16 N 16384 D 128 bfloat16 causal ")} for row in content["results"]]
+    return f"{_gpu(content['environment'])}; B 1, H 16, N 16384, D 128, bfloat16, causal; medians.\n\n{report.markdown(rows, columns)}"
+
+
 def h200_rungs(content: dict[str, Any]) -> str:
     """A line for each rung and case: speed, share of what a matrix product reaches, and speed against FlashAttention-2."""
     lines: dict[tuple, dict[str, Any]] = {}
@@ -140,6 +151,7 @@ TABLES = {
     "h200_targets": h200_targets,
     "h200_rungs": h200_rungs,
     "h200_cycles": h200_cycles,
+    "h200_intervals": h200_intervals,
     "ladder_counts": ladder_counts,
 }
 

@@ -36,8 +36,9 @@ from harness import (
 
 from flash_attention import flash_attention, reference
 from flash_attention.backends import BACKENDS
-from flash_attention.backends.cuda import FORWARD
+from flash_attention.backends.cuda import BACKWARD, FORWARD
 from flash_attention.backends.launch import SETTINGS, STRIDES, Addresses
+from flash_attention.call import Form
 from flash_attention.reference import normal_attention, normal_attention_causal
 
 CHECKS = Path(__file__).parent
@@ -245,10 +246,14 @@ def check_fresh_thread(target):
 
     def call():
         q, k, v, dO = (x.detach() for x in (problem.q, problem.k, problem.v, problem.dO))
-        O, LSE = backend.forward(q, k, v, None, None, False, 0.125, 0.0)
-        results.append((O, LSE, *backend.backward(dO, None, q, k, v, None, O, LSE, None, False, 0.125, 0.0)))
+        O, LSE = backend.plan(FORWARD, call_of(q, k, v))(q, k, v, None, None, None)
+        results.append((O, LSE, *backward(dO, q, k, v, O, LSE)))
         none = q[:, :, :0]
-        results.append(backend.backward(none, None, none, k, v, None, none, LSE[:, :, :0], None, False, 0.125, 0.0))
+        results.append(backward(none, none, k, v, none, LSE[:, :, :0]))
+
+    def backward(dO, q, k, v, O, LSE):
+        call = call_of(q, k, v)._replace(O=Form.of(O), dO=Form.of(dO))
+        return backend.plan(BACKWARD, call)(dO, None, q, k, v, None, None, O, LSE, None)
 
     call()
     thread = threading.Thread(target=call)

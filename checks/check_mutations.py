@@ -1,6 +1,7 @@
 """Each mistake of mutations.py, made in a copy of cuda/, is reported by the emulator or gives a wrong result.
 
     python checks/check_mutations.py                 all of them, as a table of what caught each
+    python checks/check_mutations.py --jobs 8        the same, eight at a time
     python checks/check_mutations.py --only hopper   those whose description has this in it
 
 Under pytest, a sample that takes CI a minute; every mutation must still find its place.
@@ -9,7 +10,9 @@ Under pytest, a sample that takes CI a minute; every mutation must still find it
 import argparse
 import shutil
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,21 +76,29 @@ def check_mutation_is_caught(mutation, tmp_path):
     assert by, f"nothing shows: {mutation}"
 
 
+def line_of(numbered: tuple[int, Mutation]) -> tuple[bool, str]:
+    """Whether a mutation was caught, and the table's line that says by what."""
+    n, mutation = numbered
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        by = caught_by(mutation, Path(folder))
+    took = time.perf_counter() - started
+    return by is not None, f"{n:3d}  {mutation}\n     {'MISSED' if by is None else by[:230]}  ({took:.0f} s)"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make each mistake of mutations.py and say what catches it.")
     parser.add_argument("--only", default="", help="mutations whose description has this in it")
     parser.add_argument("--from", dest="start", type=int, default=0, metavar="N", help="from the N-th on (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default %(default)s)")
     arguments = parser.parse_args()
-    import tempfile
 
-    missed = 0
     chosen = [(n, each) for n, each in enumerate(MUTATIONS) if arguments.only in str(each) and n >= arguments.start]
-    for n, mutation in chosen:
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            by = caught_by(mutation, Path(folder))
-        missed += by is None
-        print(f"{n:3d}  {mutation}\n     {'MISSED' if by is None else by[:230]}  ({time.perf_counter() - started:.0f} s)", flush=True)
+    missed = 0
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for caught, line in pool.map(line_of, chosen):
+            missed += not caught
+            print(line, flush=True)
     print(f"{len(chosen) - missed} of {len(chosen)} mutations caught")
     return int(missed > 0)
 

@@ -53,6 +53,21 @@ def check_compiled_scale(target, dynamic):
         compiled(math.nan)
 
 
+@pytest.mark.parametrize("name, dtype, D, words", (("mma", "float32", 64, "float32"), ("hopper_wide", "float16", 520, "up to 512")))
+@pytest.mark.parametrize("gradients", (False, True))
+def check_compiled_call_is_refused(name, dtype, D, words, gradients):
+    """A compiled graph leaves a backend's objections to the op: they come as in an eager call, before anything is built."""
+    torch.compiler.reset()
+    q, k, v = (torch.randn(1, 2, 9, D, dtype=getattr(torch, dtype), requires_grad=gradients) for _ in range(3))
+
+    def attend(q, k, v):
+        return flash_attention(q, k, v, backend=f"emulated:{name}")
+
+    for call in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        with pytest.raises(NotImplementedError, match=f"cannot serve this call: emulated:{name}: .*{words}"):
+            call(q, k, v)
+
+
 def check_compiled_masks(target):
     """dynamic=True: one graph for masks of all lengths, those equal to the number of heads or to the batch too."""
     skip_unless_masks(target)

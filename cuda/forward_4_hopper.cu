@@ -55,7 +55,15 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 #if INTERVAL
-extern "C" int64_t workspace_floats(const AttentionParams* params) { return Summaries::floats(*params, BLOCK_Q, 1, false); }
+extern "C" int64_t workspace_floats(const AttentionParams* params) {
+    const AttentionParams& p = *params;
+    return p.seen.spans == nullptr ? 0 : order_of(p).units - reinterpret_cast<int*>(p.workspace) + tiles_of(p.Nq, BLOCK_Q) * p.H * p.B;
+}
+// The schedule of a call with spans, in its workspace, and nothing else: for checks.
+extern "C" int schedule_units(const AttentionParams* params) {
+    DeviceGuard guard(params->device);
+    return prepare_schedule(schedule_of(*params, 0), *params);
+}
 #else
 extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
 #endif
@@ -74,11 +82,14 @@ extern "C" int attention(const AttentionParams* params) {
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_Q);
+    const int mask_bytes = !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES;
 #if INTERVAL
-    if (error == cudaSuccess) error = summarise_spans(p, p.workspace, BLOCK_Q, 0);
+    const Schedule schedule = schedule_of(p, mask_bytes);
+    if (error == cudaSuccess) error = prepare_schedule(schedule, p);
+#else
+    const Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), mask_bytes};
 #endif
     if (error != cudaSuccess) return error;
-    const Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES};
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));
     launch_kernel(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
     return cudaGetLastError();

@@ -62,11 +62,17 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
 
 // Another warp, otherwise idle: works without keys, whose O is 0.
 __device__ inline void write_rows_without_keys(const AttentionParams& p, const Schedule& schedule) {
+#if INTERVAL
+    for (int unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) {
+        const Work work = schedule.work_of(p, unit);
+#else
     Work work;
-    for (int m = 0; schedule.deal(p, m, work); ++m)
+    for (int m = 0; schedule.deal(p, m, work); ++m) {
+#endif
         for (int i = work.i0; work.k_tiles == 0 && i < min(p.Nq, work.i0 + BLOCK_Q); ++i) {
             element* O = head_of(p.o, work.b, work.h) + i * p.o.stride_n;
             for (int d = threadIdx.x % 32; d < p.Dv; d += 32) O[d] = element(0.0f);
             if (p.lse && threadIdx.x % 32 == 0) LSE_of(p, work, i) = -CUDART_INF_F;
         }
+    }
 }

@@ -25,6 +25,8 @@ struct Rows {
         const Interval keys = keys_of_row(p, work.b, work.h, work.i0 + first + ROW_STEP * r);
         return Interval{keys.start - j0, keys.stop - j0};
     }
+    // How many of a lane's columns, 0, 1, 8, 9, 16 … from its first, lie before this one.
+    __device__ static int of_lane(int column) { return column <= 0 ? 0 : column / 8 * 2 + min(column % 8, 2); }
 #else
     __device__ bool cut(const Work& work, int j0) const { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? work.i0 + offset + 1 : p.Nk); }
 #endif
@@ -53,16 +55,19 @@ struct Rows {
         for (int r = 0; r < 2; ++r) {
 #if INTERVAL
             const Interval keys = interval(work, j0, r);
-            const int hidden = keys.start - 2 * t, columns = keys.stop - 2 * t;  // from this lane's first
+            // A bit for each of this lane's columns, in their order: R2P tests seven at a time, which two limits would not be.
+            const uint32_t seen = first_bits(of_lane(keys.stop - 2 * t)) & ~first_bits(of_lane(keys.start - 2 * t));
+#pragma unroll
+            for (int n = 0; n < BLOCK_K / 4; ++n)
+                if (!(seen >> n & 1)) S_rmem[n / 2 * 4 + 2 * r + n % 2] = -CUDART_INF_F;
 #else
-            constexpr int hidden = 0;
             const int columns = visible(work.i0, j0, r) - 2 * t;  // from this lane's first
-#endif
 #pragma unroll
             for (int i = 0; i < BLOCK_K / 8; ++i)
 #pragma unroll
                 for (int c = 0; c < 2; ++c)
-                    if (8 * i + c >= columns || (INTERVAL && 8 * i + c < hidden)) S_rmem[4 * i + 2 * r + c] = -CUDART_INF_F;
+                    if (8 * i + c >= columns) S_rmem[4 * i + 2 * r + c] = -CUDART_INF_F;
+#endif
         }
     }
 };

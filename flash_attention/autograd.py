@@ -39,7 +39,8 @@ library.define(
     f"{REST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 NO_SETTINGS = (None,) * len(Settings._fields)  # their gradients
-BACKEND = 6 + Settings._fields.index("backend")  # of the forward op's arguments
+SETTINGS = 6  # where they begin among the forward op's arguments
+BACKEND = SETTINGS + Settings._fields.index("backend")
 
 
 def attention(plan: Callable | None, q, k, v, mask, spans, seed, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ def attention(plan: Callable | None, q, k, v, mask, spans, seed, settings: Setti
         return ops.forward(*arguments, *settings)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         _refuse_gradients(settings.backend)
-        return Attention.apply(plan, *arguments, *settings)
+        return Attention.apply(plan, *arguments, settings)
     return plan(*arguments)
 
 
@@ -63,13 +64,14 @@ def _refuse_gradients(backend: str) -> None:
 
 
 class Attention(Function):
-    """(q, k, v) → (O, LSE). `compute` computes them: a backend's plan, or the op below its autograd rule."""
+    """(q, k, v) → (O, LSE). `compute` computes them: a backend's plan, or the op below its autograd rule. Settings come as one argument:
+    each costs a microsecond here."""
 
     @staticmethod
-    def forward(ctx, compute, *arguments):
-        q, k, v, mask, spans, seed, *ctx.settings = arguments
+    def forward(ctx, compute, q, k, v, mask, spans, seed, settings):
         is_op = isinstance(compute, _BelowAutograd)
-        O, LSE = compute(*arguments) if is_op else compute(*arguments[:6])
+        O, LSE = compute(q, k, v, mask, spans, seed, *settings) if is_op else compute(q, k, v, mask, spans, seed)
+        ctx.settings = settings
         ctx.save_for_backward(q, k, v, mask, spans, seed, O, LSE)
         if is_op:
             ctx.save_for_forward(q, k, v, mask, spans, seed)  # for jvp, which plain calls have no use for
@@ -80,12 +82,12 @@ class Attention(Function):
     def backward(ctx, dO, dLSE):
         q, k, v, mask, spans, seed, O, LSE = ctx.saved_tensors
         if dO is None and dLSE is None:
-            return (None,) * 7 + NO_SETTINGS
+            return (None,) * 8
         dO = torch.zeros_like(O) if dO is None else dO
         # Only create_graph=True, as torch.func always has it, leaves gradients enabled here.
         looked_on = torch.is_grad_enabled() or not nobody_looks_on(q, k, v) or forward_ad._current_level >= 0
         backward = ops.backward if looked_on or type(dO) is not Tensor or _batched(dO, dLSE) else _backward
-        return None, *backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, *ctx.settings), None, None, None, *NO_SETTINGS
+        return None, *backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, *ctx.settings), None, None, None, None
 
     @staticmethod
     def jvp(ctx, _, *tangents):
@@ -256,6 +258,8 @@ def _differentiable(op, function):
             _refuse_gradients(arguments[BACKEND])
         if forward_mode and function is AttentionSecondBackward:
             return _second_backward(*arguments)  # plain arithmetic, of which PyTorch knows the derivatives
+        if function is Attention:
+            arguments = *arguments[:SETTINGS], arguments[SETTINGS:]
         with enable_single_level_autograd_function():
             return super(Function, function).apply(compute, *arguments)
 

@@ -443,7 +443,7 @@ def turning_points(
 ) -> list[float]:
     """The times between at which a product, a softmax or a wait of the groups that compute begins: what a timeline is stepped through by.
     least: what takes fewer cycles does not count, and of two times nearer than this the first does."""
-    lanes, names, _ = _lanes(trace, launch, block)
+    _, names, _ = _lanes(trace, launch, block)
     mine = [e for e in trace.events if (e.launch, e.block) == (launch, block) and e.cycles >= least and start <= e.start < end]
     times: list[float] = []
     for event in sorted(mine, key=lambda e: e.start):

@@ -1,8 +1,8 @@
 """Lesson 8's model: how many cycles a step of `hopper`'s loop takes, and what a forward or backward of a whole problem takes then.
 
 A step is one tile of keys against one tile of queries. What is known of a multiprocessor is read from the emulator's cost model
-(cuda/emulator/model.h), tile sizes from the kernels, the backward's instructions from the profiler's counts (results/h200_cycles.json). Three
-numbers are fitted (`FITTED`), each to one measured step, and one clock for all; nothing else is.
+(cuda/emulator/model.h), tile sizes from the kernels, the backward's instructions from the profiler's counts (results/h200_cycles.json).
+Three numbers are fitted (`FITTED`), each to one measured step, and one clock for all; nothing else is.
 """
 
 import itertools

@@ -76,11 +76,9 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
     names = DEFAULT if name is None else GROUPS.get(name, (name,))
     for each in names:
         rung = cuda.RUNGS.get(each) if len(names) > 1 else None
-        if rung is not None and not rung.pays(call):
+        if rung is not None and not (rung.pays(call) and (which == cuda.FORWARD or not rung.packs_heads)):
             continue
         reason = BACKENDS[each].why_not(call)
-        if reason is None and name is None and rung is not None and call.visible == "interval" and not cuda.INTERVALS_TIMED:
-            reason = "its kernels for windows and spans have not been timed on a GPU yet, and are taken by name only"
         if reason is None and rung is not None and build.failures:
             reason = rung.why_not_built(which, call)
             unbuilt |= reason is not None
@@ -94,11 +92,14 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
 
 def resolve(which: int, call: Call):
     """The backend of a call whose settings name it. A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda"
-    the fastest kernel. Who has chosen before (`as_chosen`) chooses again only where kernels could not be built."""
+    the fastest kernel, and a rung's own name is refused here if it cannot serve the call. Who has chosen before (`as_chosen`) chooses
+    again only where kernels could not be built.
+
+    Raises: as `choose`.
+    """
     name = call.settings.backend
-    if name in BACKENDS and call.settings.block_size is None:
-        return BACKENDS[name]
-    if name in CHOSEN and not build.failures:
+    # The rung for few queries has no backward of its own: the fastest takes what it left.
+    if name in CHOSEN and not build.failures and not (which == cuda.BACKWARD and CHOSEN[name].packs_heads):
         return CHOSEN[name]
     return BACKENDS[choose(name.split("/")[0] or None, call, which)]
 
