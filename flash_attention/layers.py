@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_variadic
 
 from flash_attention.backends import check_name
-from flash_attention.interface import check_window, flash_attention
+from flash_attention.interface import check_softcap, check_window, flash_attention
+from flash_attention.scores import alibi_slopes
 
 CHUNKED = "from flash_attention.integrations.earlier import ChunkedFlashAttention as FlashAttention"
 # What code written for another FlashAttention passes → what it becomes here.
@@ -68,11 +69,13 @@ class FlashAttention(nn.Module):
             8.0, which has no bfloat16); the projections keep their own dtype.
         backend: as in `flash_attention()`.
         bias: whether the four projections have one.
+        softcap: as in `flash_attention()`.
+        alibi: scores fall with distance, by the slopes of `flash_attention.scores.alibi_slopes`.
         key_dim, value_dim: widths of keys and of values; `dim` and `key_dim` unless given.
         q_bucket_size, k_bucket_size, parallel: arguments of FlashAttention2.0, whose code runs unchanged. The first two do not change a
             result: tiles are the backend's choice, or `block_size`. parallel must be False.
 
-    `causal`, `window`, `dropout`, `mixed_precision`, `backend` and `block_size` are attributes that may be set later. A projection may be
+    `causal`, `window`, `softcap`, `dropout`, `mixed_precision`, `backend` and `block_size` are attributes that may be set later. A projection may be
     replaced by any module that gives (B, N, heads · dim_head), or (B, N, heads, dim_head): a Sequential that normalises each head of
     queries and keys, for example.
 
@@ -110,6 +113,8 @@ class FlashAttention(nn.Module):
         bias: bool = False,
         key_dim: int | None = None,
         value_dim: int | None = None,
+        softcap: float | None = None,
+        alibi: bool = False,
         q_bucket_size: int | None = None,
         k_bucket_size: int | None = None,
         parallel: bool = False,
@@ -133,6 +138,10 @@ class FlashAttention(nn.Module):
         self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
         if window is not None:
             check_window(window)
+        if softcap is not None:
+            check_softcap(softcap)
+        self.softcap = softcap
+        self.register_buffer("alibi", alibi_slopes(heads) if alibi else None, persistent=False)
         self.causal, self.window, self.dropout, self.mixed_precision = causal, window, dropout, mixed_precision
         self.block_size, self.backend = block_size, backend
         self.to_q = nn.Linear(dim, heads * dim_head, bias=bias)
@@ -150,6 +159,7 @@ class FlashAttention(nn.Module):
         *,
         value: Tensor | None = None,
         context: Tensor | None = None,
+        score_bias: Tensor | None = None,
     ) -> Tensor:
         """query (B, Nq, dim) → (B, Nq, dim), in the projections' dtype.
 
@@ -159,6 +169,8 @@ class FlashAttention(nn.Module):
 
         mask: bool, True = may attend: (B, Nk) for keys, or anything that broadcasts to (B, heads, Nq, Nk). A (Nq, Nk) mask goes in as
         `mask[None, None]`, because with Nq = B it would be taken for a key mask. A row that may attend nothing gives `to_out`'s bias.
+
+        score_bias: float, broadcasts to (B, heads, Nq, Nk), added to the scores: `flash_attention()`'s bias.
 
         context is another name of key, and q_bucket_size and k_bucket_size change nothing: FlashAttention2.0 has them.
 
@@ -184,6 +196,7 @@ class FlashAttention(nn.Module):
             q, k, v = (x.to(_half(x.device)) for x in (q, k, v))
         dropout_p = self.dropout if self.training else 0.0
         options = {"causal": self.causal, "window": self.window, "backend": self.backend, "block_size": self.block_size}
+        options |= {"softcap": self.softcap, "bias": score_bias, "alibi": self.alibi}
         O = flash_attention(q, k, v, mask, dropout_p=dropout_p, **options)
         return self.to_out(O.transpose(1, 2).flatten(2).to(dtype))
 
@@ -198,6 +211,13 @@ class FlashAttention(nn.Module):
             raise ValueError(f"{name} must give {wanted}, got {tuple(projected.shape)}")
         return projected.flatten(2).unflatten(2, (heads, self.dim_head)).transpose(1, 2)
 
+    def _apply(self, *arguments, **settings):
+        """The slopes go along to another device, and stay float32."""
+        super()._apply(*arguments, **settings)
+        if self.alibi is not None:
+            self.alibi = alibi_slopes(self.heads, self.alibi.device)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments) -> None:
         both = state_dict.pop(f"{prefix}to_kv.weight", None)
         if both is not None:
@@ -209,11 +229,14 @@ class FlashAttention(nn.Module):
         state = dict(state)
         state["block_size"] = state.pop("chunk_size", state.get("block_size"))
         state.setdefault("window", None)
+        state.setdefault("softcap", None)
+        state["_buffers"] = {"alibi": None, **state["_buffers"]}
         super().__setstate__(state)
 
     def extra_repr(self) -> str:
         settings = "heads", "kv_heads", "dim_head", "causal", "window", "dropout", "block_size", "mixed_precision", "backend"
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
+        scored = [f"softcap={self.softcap}"] * (self.softcap is not None) + ["alibi=True"] * (self.alibi is not None)
+        return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in settings), *scored])
 
 
 class ScaledDotProduct(nn.Module):

@@ -85,11 +85,11 @@ def keep(key: Hashable, plan: Callable, settings: Settings) -> None:
         _keep(key, Kept(plan, settings))
 
 
-def plan_backward(arguments: tuple[Tensor | None, ...], settings: tuple) -> Callable:
+def plan_backward(arguments: tuple[Tensor | None, ...], settings: tuple, bias=None, alibi=None, to_bias: bool = False) -> Callable:
     """What computes the backward of these arguments of the op, kept or made."""
     dO, _, q, k, v, mask, spans, O, _, _ = arguments
     key = None
-    if q.is_cuda and mask is None and spans is None:
+    if q.is_cuda and mask is None and spans is None and bias is None and alibi is None:
         tensors = dO, q, k, v, O
         key = (
             tuple(x.shape for x in tensors),
@@ -100,7 +100,7 @@ def plan_backward(arguments: tuple[Tensor | None, ...], settings: tuple) -> Call
         )
         if (plan := _kept.get(key)) is not None:
             return plan
-    plan = backends.plan(cuda.BACKWARD, Call.of(q, k, v, mask, spans, Settings(*settings), O, dO))
+    plan = backends.plan(cuda.BACKWARD, Call.of(q, k, v, mask, spans, Settings(*settings), O, dO, bias, alibi, to_bias))
     if key is not None and isinstance(plan, cuda.Backward):
         _keep(key, plan)
     return plan

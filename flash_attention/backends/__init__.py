@@ -5,11 +5,11 @@ A backend is a module or a rung with
     why_not(call) -> str | None     why it cannot serve this call, or None if it can
     plan(which, call)               what computes its FORWARD or BACKWARD, for tensors like the call's:
 
-        forward(q, k, v, mask, spans, seed) -> (O, LSE)
-        backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed) -> (dQ, dK, dV)
+        forward(q, k, v, mask, spans, seed, bias=None, alibi=None) -> (O, LSE)
+        backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, bias=None, alibi=None) -> (dQ, dK, dV), and dBias if call.to_bias
 
 where mask is None or a (B, H, Nq, Nk) view, spans None or a (B, H, Nq, 2) view, seed None exactly when there is no dropout, and dLSE may be
-None. The reference also has a second_backward.
+None; bias is (B or 1, H or 1, Nq or 1, Nk or 1) and alibi (B or 1, H). The reference also has a second_backward.
 """
 
 import warnings

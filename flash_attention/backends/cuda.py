@@ -72,6 +72,8 @@ class Rung:
         """Why this rung cannot serve the call, or None."""
         if call.q.device.type != self.device_type:
             return f"it needs tensors on {'a CUDA device' if self.device_type == 'cuda' else 'the CPU'}, got {call.q.device}"
+        if call.score:
+            return f"it serves no {', '.join(call.score)}"
         if DTYPE_NAMES.get(call.q.dtype) not in self.dtypes:
             return f"it computes in {', '.join(self.dtypes)}, got {call.q.dtype}"
         D, Dv = call.q.shape[3], call.v.shape[3]
