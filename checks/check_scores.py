@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import BIASES, CPU, MASKS, SPANS, Case, Report, against_truth, expect_error, limit, run_alone
+from harness import BIASES, CPU, MASKS, SPANS, Case, Report, against_truth, expect_error, run_alone
 from torch.func import grad, hessian, jvp, vmap
 
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS, choose
 from flash_attention.call import Call, Form, Settings
-from flash_attention.reference import Dropout, Score, Visible, normal_attention
+from flash_attention.reference import Score, Visible, normal_attention
 from flash_attention.reference.score import HIDES
 
 EMULATED = [name for name in BACKENDS if name.startswith("emulated:")]
@@ -109,9 +109,6 @@ def check_derivatives(causal):
     q, k, v = torch.randn(3, 1, 2, 4, 3, dtype=torch.float64).unbind()
     bias = torch.randn(2, 1, 4, dtype=torch.float64)
     inputs = [x.requires_grad_() for x in (q, k, v, bias)]
-
-    def attend(attention):
-        return lambda q, k, v, bias: attention(q, k, v, bias)
 
     def flash(q, k, v, bias):
         return flash_attention(q, k, v, causal=causal, softcap=1.5, bias=bias, alibi=SLOPES, return_lse=True)

@@ -334,7 +334,8 @@ def flash(case: Case, target: Target, q, k, v, mask, dO, dLSE=None) -> Result:
     options = {"window": case.window, "spans": case.make_spans(q.device.type), "scale": case.scale, "dropout_p": case.dropout_p}
     scored = case.scored(q.device.type)
     if not forward_alone:
-        scored |= {"bias": bias.requires_grad_() for bias in _bias_of(scored)}
+        for bias in _bias_of(scored):
+            bias.requires_grad_()
     O, LSE = flash_attention(q, k, v, mask, causal=case.causal, **options, **scored, return_lse=True, backend=target.backend)
     if forward_alone:
         return Result(O, LSE, None, None, None)

@@ -26,7 +26,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from flash_attention import allocate, backends, shortcut
 from flash_attention.backends import BACKENDS, no_gradients, reference
 from flash_attention.backends.cuda import BACKWARD, FORWARD
-from flash_attention.call import SCHEMA, Call, Form, Settings
+from flash_attention.call import SCHEMA, Call, Settings
 from flash_attention.shortcut import nobody_looks_on
 
 library = torch.library.Library("flash_attention", "DEF")
@@ -104,9 +104,7 @@ class Attention(Function):
             q, k, v, mask, spans, seed, bias, alibi = _primals(ctx)
             dO, dLSE = q.new_zeros(*q.shape[:3], v.shape[3]), allocate.lse(q).zero_()  # any: what is wanted does not depend on them
             scored = tangents[-2], bias, alibi
-            return ops.second_backward(
-                *_filled(tangents[:3], (q, k, v)), dO, dLSE, q, k, v, mask, spans, seed, *ctx.settings, *scored
-            )[:2]
+            return ops.second_backward(*_filled(tangents[:3], (q, k, v)), dO, dLSE, q, k, v, mask, spans, seed, *ctx.settings, *scored)[:2]
 
 
 def _batched(*gradients: Tensor | None) -> bool:

@@ -99,7 +99,20 @@ class Call(NamedTuple):
     to_bias: bool = False  # a backward's: whether it gives the bias' gradient
 
     @classmethod
-    def of(cls, q, k, v, mask: Tensor | None, spans: Tensor | None, settings: Settings, O=None, dO=None, bias=None, alibi=None, to_bias=False):
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        spans: Tensor | None,
+        settings: Settings,
+        O: Tensor | None = None,
+        dO: Tensor | None = None,
+        bias: Tensor | None = None,
+        alibi: Tensor | None = None,
+        to_bias: bool = False,
+    ) -> "Call":
         """The call of these tensors."""
         has_address = mask is not None and not torch._C._functorch.is_functorch_wrapped_tensor(mask)
         is_aligned = has_address and mask.data_ptr() % 16 == 0

@@ -75,9 +75,9 @@ class FlashAttention(nn.Module):
         q_bucket_size, k_bucket_size, parallel: arguments of FlashAttention2.0, whose code runs unchanged. The first two do not change a
             result: tiles are the backend's choice, or `block_size`. parallel must be False.
 
-    `causal`, `window`, `softcap`, `dropout`, `mixed_precision`, `backend` and `block_size` are attributes that may be set later. A projection may be
-    replaced by any module that gives (B, N, heads · dim_head), or (B, N, heads, dim_head): a Sequential that normalises each head of
-    queries and keys, for example.
+    `causal`, `window`, `softcap`, `dropout`, `mixed_precision`, `backend` and `block_size` are attributes that may be set later. A
+    projection may be replaced by any module that gives (B, N, heads · dim_head), or (B, N, heads, dim_head): a Sequential that normalises
+    each head of queries and keys, for example.
 
     The state_dict holds `to_q.weight` (heads · dim_head, dim), `to_k.weight` (kv_heads · dim_head, key_dim), `to_v.weight`
     (kv_heads · dim_head, value_dim), `to_out.weight` (dim, heads · dim_head) and, with bias, `to_q.bias`, `to_k.bias`, `to_v.bias` and

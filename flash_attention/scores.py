@@ -86,7 +86,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     Args:
         x: (B, H, N, D), queries or keys.
         cos, sin: (N, R / 2) or (B, N, R / 2), R ≤ D: the first R features are rotated, the others stay.
-        interleaved: the pairs are features (0, 1), (2, 3), …, as in the paper; otherwise (0, R/2), (1, R/2 + 1), …, as in GPT-NeoX and Llama.
+        interleaved: the pairs are features (0, 1), (2, 3), …, as in the paper; otherwise (0, R/2), (1, R/2 + 1), …, as Llama has them.
 
     Computed in float32 (float64 for float64) and rounded once.
 

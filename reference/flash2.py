@@ -4,8 +4,9 @@ Against the first paper: Q blocks are outside, so that O, m and l of a block of 
 divided by l once, at the end; and the backward is left one vector, LSE = m + log l, instead of two. "line n" below is line n of the
 paper's algorithm.
 
-`score` says what becomes of a tile of scores before the softmax (softcap, bias, ALiBi). `visible` says which tiles the loops visit: what no row of a tile sees is never computed, and only a tile that is not seen whole is hidden
-in part (section 3.1, "Causal masking", and the same for any interval of columns).
+`score` says what becomes of a tile of scores before the softmax (softcap, bias, ALiBi). `visible` says which tiles the loops visit: what no
+row of a tile sees is never computed, and only a tile that is not seen whole is hidden in part (section 3.1, "Causal masking", and the same
+for any interval of columns).
 
 S and P exist one tile at a time. `observe`, if given, is called after every tile with the variables below as keywords: it is how the
 notebooks step through this very code. What it is shown is overwritten later, so it copies what it keeps.

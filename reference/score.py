@@ -27,7 +27,7 @@ HIDES = -(2.0**126)
 
 @dataclass(frozen=True)
 class Score:
-    """softcap: positive. bias: (B or 1, H or 1, Nq or 1, Nk or 1), any float dtype. alibi: slopes (B or 1, H or 1). diagonal: of `Visible`."""
+    """softcap: positive. bias: (B or 1, H or 1, Nq or 1, Nk or 1), any float. alibi: slopes (B or 1, H or 1). diagonal: `Visible`'s."""
 
     softcap: float | None = None
     bias: Tensor | None = None
