@@ -38,6 +38,8 @@ PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # Whether None chooses kernels for calls with windows, spans or offsets. They have run on the emulator alone so far; by name they are taken.
 INTERVALS_TIMED = False
+# The same for calls with softcap, bias or ALiBi.
+SCORES_TIMED = False
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
 # Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
 # summed from −2¹²⁷, lies below it.

@@ -3,8 +3,8 @@
     from flash_attention.integrations.flash_attn import flash_attn_func, flash_attn_with_kvcache
 
 Tensors are (B, N, H, D), as there, of any dtype and on any device that `flash_attention()` takes. dropout_p is rounded to a multiple of
-1/256. What is not computed here raises NotImplementedError, which names it: sliding windows, softcap, ALiBi, rotary embeddings and
-sequences packed one after another (the varlen functions).
+1/256. What is not computed here raises NotImplementedError, which names it: sliding windows, sequences packed one
+after another (the varlen functions), and over a cache softcap, ALiBi and rotary embeddings.
 """
 
 import torch
@@ -43,18 +43,17 @@ def flash_attn_func(
     whose pattern it would show, this raises.
 
     Raises:
-        NotImplementedError: a window other than (-1, -1) and (-1, 0), softcap, alibi_slopes, return_attn_probs with dropout, or
-            deterministic on a GPU without torch.use_deterministic_algorithms(True), which is what makes gradients repeat here.
-            Otherwise as `flash_attention()`.
+        NotImplementedError: a window other than (-1, -1) and (-1, 0), return_attn_probs with dropout, or deterministic on a GPU without
+            torch.use_deterministic_algorithms(True), which is what makes gradients repeat here. Otherwise as `flash_attention()`.
     """
     causal = _causal(causal, window_size)
-    _refuse(softcap=softcap, alibi_slopes=alibi_slopes)
+    scored = {"softcap": softcap or None, "alibi": alibi_slopes}
     if deterministic and q.is_cuda and not torch.are_deterministic_algorithms_enabled():
         raise NotImplementedError("deterministic=True: gradients repeat bit for bit after torch.use_deterministic_algorithms(True)")
     if return_attn_probs and dropout_p:
         raise NotImplementedError("return_attn_probs with dropout: the matrix of probabilities is never computed")
     options = {"causal": causal, "scale": softmax_scale, "dropout_p": dropout_p}
-    O, LSE = flash_attention(*(x.transpose(1, 2) for x in (q, k, v)), return_lse=True, **options)
+    O, LSE = flash_attention(*(x.transpose(1, 2) for x in (q, k, v)), return_lse=True, **options, **scored)
     return (O.transpose(1, 2), LSE, None) if return_attn_probs else O.transpose(1, 2)
 
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from flash_attention.backends import cuda
 from flash_attention.interface import flash_attention
+from flash_attention.scores import with_sinks
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -120,6 +122,8 @@ def attention(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others,
 ) -> tuple[Tensor, None]:
     """query (B, H, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv) → (B, Nq, H, Dv), and None for the weights, which never exist.
@@ -128,7 +132,8 @@ def attention(
     module's `is_causal` (or the argument) decides, aligned bottom-right. indices (B, Nq, n): the only keys that a query attends
     (DeepSeek-V3.2). Keys and values are not repeated for grouped-query attention.
 
-    A float attention_mask and position_bias are added to the scores, which PyTorch's `scaled_dot_product_attention` does.
+    A float attention_mask and position_bias (T5) are added to the scores, softcap (Gemma 2) caps them, s_aux (H,) are sinks (gpt-oss): each
+    with its gradient. On a GPU, PyTorch's `scaled_dot_product_attention` adds to the scores until this project's kernels do.
 
     Raises:
         NotImplementedError: a keyword is set that is not in HARMLESS. TypeError: the mask is neither bool nor float. Otherwise as
@@ -139,26 +144,31 @@ def attention(
     Nq, Nk = query.shape[2], key.shape[2]
     causal = False
     if isinstance(attention_mask, ImpliedMask):
-        implied = attention_mask.written is None and indices is None and position_bias is None
+        implied = attention_mask.written is None and indices is None
         if implied and not attention_mask.causal:
             attention_mask = None
         elif implied and attention_mask.shape[2:] == (Nq, Nk):
             causal, attention_mask = True, None
             if Nk > Nq:
                 key, value = key[:, :, :Nq], value[:, :, :Nq]
+                position_bias = None if position_bias is None else position_bias[..., :Nq]
         else:
             attention_mask = attention_mask.write()
     elif attention_mask is None and Nq > 1:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        if causal and (indices is not None or position_bias is not None):
+        if causal and indices is not None:
             attention_mask, causal = torch.ones(1, 1, Nq, Nk, dtype=torch.bool, device=query.device).tril_(Nk - Nq), False
     if indices is not None:
         chosen = torch.zeros(*indices.shape[:2], Nk, dtype=torch.bool, device=query.device).scatter_(2, indices.long(), True)
         attention_mask = _both(attention_mask, chosen[:, None])
-    if position_bias is not None:
-        attention_mask = _both(attention_mask, position_bias)
+    bias = position_bias
     if attention_mask is not None and attention_mask.is_floating_point():
-        O = functional.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True)
+        bias, attention_mask = attention_mask if bias is None else bias + attention_mask, None
+    if bias is not None and softcap is None and s_aux is None and query.is_cuda and not cuda.SCORES_TIMED:
+        if causal:
+            attention_mask = torch.ones(1, 1, Nq, key.shape[2], dtype=torch.bool, device=query.device).tril_(key.shape[2] - Nq)
+        bias = _both(attention_mask, bias)
+        O = functional.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling, enable_gqa=True)
         return O.transpose(1, 2).contiguous(), None
     if attention_mask is not None:
         if attention_mask.dtype != torch.bool:
@@ -167,7 +177,12 @@ def attention(
     if not query.shape[0] == key.shape[0] == value.shape[0]:  # learned queries, once for the whole batch
         B = torch.broadcast_shapes(*((x.shape[0],) for x in (query, key, value)))[0]
         query, key, value = (x.expand(B, -1, -1, -1) for x in (query, key, value))
-    O = flash_attention(query, key, value, attention_mask, causal=causal, scale=scaling, dropout_p=dropout)  # (B, H, Nq, Dv)
+    options = {"causal": causal, "scale": scaling, "dropout_p": dropout}
+    options |= {name: x for name, x in (("softcap", softcap), ("bias", bias)) if x is not None}
+    if s_aux is None:
+        O = flash_attention(query, key, value, attention_mask, **options)  # (B, H, Nq, Dv)
+    else:
+        O = with_sinks(*flash_attention(query, key, value, attention_mask, **options, return_lse=True), s_aux)
     return O.transpose(1, 2).contiguous(), None
 
 
