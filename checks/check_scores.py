@@ -4,15 +4,18 @@ python checks/check_scores.py
 """
 
 import math
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
-from harness import BIASES, CPU, MASKS, SPANS, Case, Report, against_truth, expect_error, run_alone
+from harness import BIASES, CPU, MASKS, SPANS, Case, Problem, Report, Target, against_truth, expect_error, run_alone
 from torch.func import grad, hessian, jvp, vmap
 
-from flash_attention import flash_attention
-from flash_attention.backends import BACKENDS, choose
+from flash_attention import build, flash_attention
+from flash_attention.backends import BACKENDS, choose, emulated
+from flash_attention.build import Specialisation
 from flash_attention.call import Call, Form, Settings
 from flash_attention.reference import Score, Visible, normal_attention
 from flash_attention.reference.score import HIDES
@@ -253,7 +256,7 @@ def check_arguments():
 
 
 def check_who_serves():
-    """A kernel that has no hook refuses by name; a plain call on a GPU then takes the reference, and says so."""
+    """A kernel without the hook refuses by name; until those that have it are timed, a plain call on a GPU takes the reference, and says so."""
     x = Form.of(torch.empty(1, 2, 64, 64, dtype=torch.bfloat16))._replace(device=torch.device("cuda", 0))
     plain = Call(x, x, x, None, None, Settings(1.0))
     bias = plain._replace(bias=x._replace(shape=torch.Size((1, 2, 64, 64))))
@@ -266,6 +269,97 @@ def check_who_serves():
                 assert reason and word in reason, f"{name}: {reason}"
         with pytest.warns(UserWarning, match=word):
             assert choose(None, call) == "reference"
+
+
+# ---- kernels, emulated
+
+
+EMULATED_CASES = [
+    Case(H=4, Hkv=2, Nq=70, Nk=150, D=64, softcap=1.5),
+    Case(Nq=90, Nk=70, D=32, alibi=True, causal=True),
+    Case(H=4, Hkv=2, Nq=70, Nk=90, D=40, Dv=72, bias="keys", softcap=2.0, alibi=True, mask="dead rows", dropout_p=0.25),
+    Case(Nq=150, Nk=70, D=64, bias="hiding", softcap=2.0),
+    Case(Nq=70, Nk=90, D=32, bias="rows", alibi=True, window=(20, 7)),
+    Case(Nq=70, Nk=90, D=32, bias="number", spans="any", softcap=2.0),
+    Case(Nq=70, Nk=90, D=32, bias="bfloat16", alibi=True, dtype=torch.bfloat16, causal=True),
+    Case(Nq=70, Nk=90, D=32, bias="transposed", scale=-0.3),
+]
+
+
+@pytest.fixture
+def emulator():
+    if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("case", EMULATED_CASES, ids=str)
+def check_emulated(emulator, case):
+    against_truth(case, Target("emulated:simple", "cpu"))
+
+
+def check_emulated_repeats(emulator):
+    """A broadcast bias' gradient is the same, bit for bit, whatever the order of threads and blocks."""
+    target = Target("emulated:simple", "cpu")
+    problem = Problem.of(Case(B=2, H=2, Nq=150, Nk=90, D=32, bias="keys", alibi=True), target)
+    results = []
+    try:
+        for seed in range(3):
+            emulated.options.seed, emulated.options.resident = seed, 1 + seed
+            results.append(problem.answer(target))
+    finally:
+        emulated.options.seed, emulated.options.resident = 0, 2
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def check_frozen_bias(emulator):
+    """A bias that needs no gradient gets none, and its kernel is not launched."""
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 40, 32).unbind())
+    bias = torch.randn(2, 40, 40)
+    work = []
+    for trained in (False, True):
+        O = flash_attention(q, k, v, bias=bias.clone().requires_grad_(trained), backend="emulated:simple")
+        with emulated.counting() as counts:
+            dQ = torch.autograd.grad(O.sum(), q)[0]
+        work.append((counts[0].total, dQ))
+    torch.testing.assert_close(work[0][1], work[1][1])
+    assert sum(work[0][0].values()) < 0.8 * sum(work[1][0].values()), work
+
+
+def _without_hook(text: str) -> str:
+    """A source without what stands between #if SCORE and its #endif."""
+    kept, depth = [], 0
+    for line in text.splitlines(True):
+        if line.startswith("#if"):
+            depth += bool(depth) or line.startswith("#if SCORE")
+        if not depth:
+            kept.append(line)
+        elif line.startswith("#endif"):
+            depth -= 1
+    return "".join(kept).replace("|| BIASED", "")
+
+
+@pytest.mark.parametrize("file", ("forward_1_simple.cu", "backward_1_simple.cu"))
+def check_no_trace_in_others(tmp_path, file):
+    """A kernel that has none of the three is compiled from the same instructions as if the hook had never been written."""
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    without = tmp_path / "cuda"
+    shutil.copytree(build.SOURCES, without)
+    for path in (*without.glob("*.cu"), *without.glob("*.cuh"), without / "attention.h"):
+        path.write_text(_without_hook(path.read_text()))
+    (without / "score.cuh").write_text('#include "visible.cuh"\n')
+    assert "scoring" not in (without / "simple.cuh").read_text() + (without / "attention.h").read_text()
+    plain = Specialisation(file, "90a", 64, "float16", True, None, True)
+    for kind in (plain, plain._replace(score=("alibi",))):
+        ptx = []
+        for folder in (build.SOURCES, without):
+            out = tmp_path / "kernel.ptx"
+            subprocess.run([nvcc, *kind.flags(), "-ptx", str(folder / file), "-o", str(out)], check=True, capture_output=True)
+            ptx.append(out.read_text())
+        assert ".entry" in ptx[0]
+        assert (ptx[0] == ptx[1]) == (not kind.score), kind
 
 
 @pytest.mark.parametrize("mistake", ("order", "sign", "diagonal", "slopes of the first head", "softcap's derivative", "broadcast", "hides"))

@@ -13,7 +13,7 @@ from flash_attention.backends import as_chosen, check_name, choose
 from flash_attention.backends.cuda import FORWARD
 from flash_attention.call import Call, Settings
 from flash_attention.reference.score import broadcast_alibi, broadcast_bias
-from flash_attention.reference.tiles import broadcast_mask
+from flash_attention.reference.tiles import broadcast_mask, sum_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
@@ -203,7 +203,7 @@ def _checked_scores(softcap, bias, alibi, q: Tensor, k: Tensor) -> tuple[float |
     if bias is not None:
         bias = broadcast_bias(bias, B, H, Nq, Nk)
     if alibi is not None:
-        alibi = broadcast_alibi(alibi, B, H).expand(B, H)
+        alibi = broadcast_alibi(alibi, B, H).to(sum_dtype(q)).expand(B, H)
         if alibi.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError("alibi gets no gradient: pass alibi.detach(), or slopes to be learned in a bias")
     for name, x in (("bias", bias), ("alibi", alibi)):

@@ -29,6 +29,7 @@ DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
 CHOSEN = {f"{group}/{name}": cuda.RUNGS[name] for group in ("", *GROUPS) for name in GROUPS["cuda"]}
 
 _warned: set[str] = set()
+UNTIMED = "no kernel with softcap, bias or alibi has been timed on a GPU yet, and those that have them are taken by name only"
 
 
 def as_chosen(asked_for: str | None, name: str) -> str:
@@ -78,7 +79,8 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
         rung = cuda.RUNGS.get(each) if len(names) > 1 else None
         if rung is not None and not rung.pays(call):
             continue
-        reason = BACKENDS[each].why_not(call)
+        timed = name is not None or rung is None or not call.score or cuda.SCORES_TIMED
+        reason = BACKENDS[each].why_not(call) if timed else UNTIMED
         if reason is None and name is None and rung is not None and call.visible == "interval" and not cuda.INTERVALS_TIMED:
             reason = "its kernels for windows and spans have not been timed on a GPU yet, and are taken by name only"
         if reason is None and rung is not None and build.failures:

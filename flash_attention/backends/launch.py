@@ -24,6 +24,9 @@ NO_INTERVAL = bytes(INTERVAL.size)
 # `struct KeySource`, which follows: the addresses of lengths, starts and block table, the stride of the last, page_size, pages.
 KEYS = struct.Struct("@4q 2i")
 NO_KEYS = bytes(KEYS.size)
+# `struct Scoring`, with which the struct of a SCORE kernel ends: a bias' address and strides; the slopes' address and two strides; the address of
+# dBias; the bias' own shape and type, softcap.
+SCORING = struct.Struct("@5q 3q q 5i f")
 
 
 class Addresses(NamedTuple):
@@ -35,6 +38,23 @@ class Addresses(NamedTuple):
     seed: int = 0
     spans: int = 0
     mask: bytes = NO_MASK  # its form in the struct, address and strides
+    bias: int = 0
+    alibi: int = 0
+    d_bias: int = 0
+
+
+class Scoring(NamedTuple):
+    """What a SCORE kernel is told beside addresses."""
+
+    bias_stride: tuple[int, ...] = (0,) * 4  # 0 where it is broadcast
+    alibi_stride: tuple[int, ...] = (0,) * 2
+    bias_shape: tuple[int, ...] = (1,) * 4
+    bias_type: int = 0
+    softcap: float = 0
+
+    def pack(self, addresses: Addresses) -> bytes:
+        bias, alibi = (addresses.bias, *self.bias_stride), (addresses.alibi, *self.alibi_stride)
+        return SCORING.pack(*bias, *alibi, addresses.d_bias, *self.bias_shape, self.bias_type, self.softcap)
 
 
 class Launch(NamedTuple):
@@ -47,6 +67,7 @@ class Launch(NamedTuple):
     device: int
     sm_count: int
     keys: bytes = NO_KEYS
+    scoring: Scoring | None = None  # of a SCORE kernel
 
     def __call__(self, q: Tensor, tensors: Sequence[int], others: Addresses) -> None:
         """Enqueues the kernels on the current stream of q's device. `tensors` are the addresses of q, k, v, O and, of a backward, dO, dQ,
@@ -60,11 +81,13 @@ class Launch(NamedTuple):
     def _params(self, addresses: Sequence[int], others: Addresses) -> bytes:
         tensors = list(self.tensors)
         tensors[: 2 * len(addresses) : 2] = addresses
-        *pointers, spans, mask = others
+        *pointers, spans, mask, _, _, _ = others
         deterministic = torch.are_deterministic_algorithms_enabled()
         params = PARAMS.pack(
             *tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, self._stream(), spans, self.interval
         )
+        if self.scoring is not None:
+            params += self.scoring.pack(others)
         return params + self.keys
 
     def _stream(self) -> int:
