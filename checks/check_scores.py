@@ -256,7 +256,7 @@ def check_arguments():
 
 
 def check_who_serves():
-    """A kernel without the hook refuses by name; until those that have it are timed, a plain call on a GPU takes the reference, and says so."""
+    """A kernel without the hook refuses by name; until those that have it are timed, a plain call on a GPU takes the reference."""
     x = Form.of(torch.empty(1, 2, 64, 64, dtype=torch.bfloat16))._replace(device=torch.device("cuda", 0))
     plain = Call(x, x, x, None, None, Settings(1.0))
     bias = plain._replace(bias=x._replace(shape=torch.Size((1, 2, 64, 64))))
@@ -294,7 +294,8 @@ def emulator():
 
 @pytest.mark.parametrize("case", EMULATED_CASES, ids=str)
 def check_emulated(emulator, case):
-    against_truth(case, Target("emulated:simple", "cpu"))
+    cancels = case.bias == "number"  # its gradient is the sum of all the scores' gradients, of which next to nothing remains
+    against_truth(case, Target("emulated:simple", "cpu"), slack=4 if cancels else 1)
 
 
 def check_emulated_repeats(emulator):

@@ -99,9 +99,10 @@ TABLE = {
         ("load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK, p.scale);", "load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK);", FLOAT32),
         ("P_rmem[r][c] = P * Z;", "P_rmem[r][c] = P;", DROPOUT),
         ("__syncthreads();  // every thread is done with the chunk of Vj or Kj", "//", FLOAT32),
-        ("if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];", ";", CAPPED),
+        ("if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];", ";", CAPPED, 0),
+        ("if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];", ";", CAPPED, 1),
         ("__syncthreads();  // the tile is complete; what follows reads other groups' rows", NO_BARRIER, KEY_BIAS),
-        ("sum_rmem[r][c] += dS_rmem[r][c];", "sum_rmem[r][c] = dS_rmem[r][c];", KEY_BIAS),
+        ("sum_rmem[r][c] += P *", "sum_rmem[r][c] = P *", KEY_BIAS),
         ("own_j + c >= bias.bias_j) continue;", "own_j + c > bias.bias_j) continue;", KEY_BIAS),
         ("h < (all_h ? p.H : own_h + 1)", "h < (all_h ? p.H - 1 : own_h + 1)", case(Nk=90, bias="heads share", dtype=torch.float32)),
         (
@@ -117,7 +118,7 @@ TABLE = {
         ("min(i, p.Nq - 1) * p.scoring.stride_i", "i * p.scoring.stride_i", BIASED),  # beyond the bias' last row
         ("h * p.scoring.stride_h", "h * p.scoring.stride_i", BIASED),
         ("abs(i + diagonal(p) - j)", "abs(i - j)", SLOPED),
-        ("abs(i + diagonal(p) - j)", "(i + diagonal(p) - j)", SLOPED),
+        ("static_cast<float>(abs(i + diagonal(p) - j))", "static_cast<float>(i + diagonal(p) - j)", SLOPED),
         ("h * p.scoring.alibi_stride_h", "b * p.scoring.alibi_stride_h", SLOPED),
     ],
     ("mma", "forward_2_mma.cu"): [

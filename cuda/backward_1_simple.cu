@@ -164,50 +164,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
     }
 }
 
-// Lines 10, 11, 13 and 14 once more, with the tile the other way round: the gradient of the scores that softmax is taken of, and the derivative of
-// those scores where there is a softcap. Q and K with their chunks in shared memory are those of the tile from row i0 and column j0 on.
-__device__ inline void gradient_of_scores(float (&dS_rmem)[ROWS_Q][COLUMNS], [[maybe_unused]] float (&derivative_rmem)[ROWS_Q][COLUMNS],
-                                          Chunk<ROWS_Q * GROUPS>& QdO_smem, Chunk<TILE>& KV_smem, const AttentionParams& p, const Matrix& Q,
-                                          const Matrix& K, const Matrix& V, const Matrix& dO, const float (&LSE_rmem)[ROWS_Q],
-                                          const float (&Delta_rmem)[ROWS_Q], const uint8_t* mask_gmem, bool whole, int b, int h, int i0, int j0) {
-    constexpr int BLOCK_Q = ROWS_Q * GROUPS, BLOCK_K = TILE;
-
-    // line 10: S = Qi Kjᵀ
-    float S_rmem[ROWS_Q][COLUMNS] = {};
-    for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
-        __syncthreads();  // every thread is done with the chunks that these take the place of
-        load_chunk<BLOCK_Q>(QdO_smem, Q, i0, d0, p.scale);
-        load_chunk<BLOCK_K>(KV_smem, K, j0, d0);
-        __syncthreads();  // both chunks are complete
-        add_product_transposed<ROWS_Q>(S_rmem, QdO_smem, KV_smem);
-    }
-
-    // line 13: dP = dOi Vjᵀ
-    for (int d0 = 0; d0 < p.Dv; d0 += CHUNK) {
-        __syncthreads();  // every thread is done with the chunks that these take the place of
-        load_chunk<BLOCK_Q>(QdO_smem, dO, i0, d0);
-        load_chunk<BLOCK_K>(KV_smem, V, j0, d0);
-        __syncthreads();  // both chunks are complete
-        add_product_transposed<ROWS_Q>(dS_rmem, QdO_smem, KV_smem);
-    }
-
-    // line 11: P = exp(S − LSE); line 14: dS = P∘(dP∘Z − Delta)
-#if SCORE
-    apply_score<false>(S_rmem, derivative_rmem, p, b, h, i0, j0);
-#endif
-    hide<false>(S_rmem, p, mask_gmem, whole, b, h, i0, j0);
-    const uint32_t kept = DROPOUT ? kept_scores<false, ROWS_Q>(p, b, h, i0, j0) : 0;
-#pragma unroll
-    for (int r = 0; r < ROWS_Q; ++r)
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) {
-            const float P = expf(S_rmem[r][c] - LSE_rmem[r]);
-            const float Z = !DROPOUT ? 1 : bit(kept, r, c) ? p.keep_scale : 0;
-            dS_rmem[r][c] = P * (dS_rmem[r][c] * Z - Delta_rmem[r]);
-        }
-}
-
-// Line 15.
+// Lines 10, 11, 13 and 14 once more, with the tile the other way round, for line 15.
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid_constant__ AttentionParams p) {
     constexpr int BLOCK_Q = ROWS_Q * GROUPS, BLOCK_K = TILE;
     __shared__ __align__(16) Chunk<BLOCK_Q> QdO_smem;  // [BLOCK_Q, CHUNK] of Qi, then of dOi
@@ -245,16 +202,44 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
     for (int j0 = 0; j0 < columns; j0 += BLOCK_K) {
         constexpr bool whole = false;
 #endif
-        float dS_rmem[ROWS_Q][COLUMNS] = {}, derivative_rmem[ROWS_Q][COLUMNS];
-        gradient_of_scores(dS_rmem, derivative_rmem, QdO_smem, KV_smem, p, Q, K, V, dO, LSE_rmem, Delta_rmem, mask_gmem, whole, b, h, i0, j0);
-#if SCORE
-        if (CAPPED) {
-#pragma unroll
-            for (int r = 0; r < ROWS_Q; ++r)
-#pragma unroll
-                for (int c = 0; c < COLUMNS; ++c) dS_rmem[r][c] *= derivative_rmem[r][c];
+        // line 10: S = Qi Kjᵀ
+        float S_rmem[ROWS_Q][COLUMNS] = {};
+        for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
+            __syncthreads();  // every thread is done with the chunks that these take the place of
+            load_chunk<BLOCK_Q>(QdO_smem, Q, i0, d0, p.scale);
+            load_chunk<BLOCK_K>(KV_smem, K, j0, d0);
+            __syncthreads();  // both chunks are complete
+            add_product_transposed<ROWS_Q>(S_rmem, QdO_smem, KV_smem);
         }
+
+        // line 13: dP = dOi Vjᵀ
+        float dS_rmem[ROWS_Q][COLUMNS] = {};  // dP, which dS will overwrite
+        for (int d0 = 0; d0 < p.Dv; d0 += CHUNK) {
+            __syncthreads();  // every thread is done with the chunks that these take the place of
+            load_chunk<BLOCK_Q>(QdO_smem, dO, i0, d0);
+            load_chunk<BLOCK_K>(KV_smem, V, j0, d0);
+            __syncthreads();  // both chunks are complete
+            add_product_transposed<ROWS_Q>(dS_rmem, QdO_smem, KV_smem);
+        }
+
+        // line 11: P = exp(S − LSE); line 14: dS = P∘(dP∘Z − Delta)
+#if SCORE
+        float derivative_rmem[ROWS_Q][COLUMNS];
+        apply_score<false>(S_rmem, derivative_rmem, p, b, h, i0, j0);
 #endif
+        hide<false>(S_rmem, p, mask_gmem, whole, b, h, i0, j0);
+        const uint32_t kept = DROPOUT ? kept_scores<false, ROWS_Q>(p, b, h, i0, j0) : 0;
+#pragma unroll
+        for (int r = 0; r < ROWS_Q; ++r)
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c) {
+                const float P = expf(S_rmem[r][c] - LSE_rmem[r]);
+                const float Z = !DROPOUT ? 1 : bit(kept, r, c) ? p.keep_scale : 0;
+                dS_rmem[r][c] = P * (dS_rmem[r][c] * Z - Delta_rmem[r]);
+#if SCORE
+                if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];
+#endif
+            }
 
         // line 15: dQ += dS Kj, Kj carrying the scale
         store_scores(dS_smem, dS_rmem);
@@ -320,12 +305,36 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
                     if (j0 >= stop_of_rows(p, i0, BLOCK_Q)) continue;  // wholly in the future
                     constexpr bool whole = false;
 #endif
+                    // Lines 10, 11, 13 and 14, as in dq_kernel; with softcap, before its derivative.
+                    float S_rmem[ROWS_Q][COLUMNS] = {};
+                    for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
+                        __syncthreads();  // every thread is done with the chunks that these take the place of
+                        load_chunk<BLOCK_Q>(QdO_smem, Q, i0, d0, p.scale);
+                        load_chunk<BLOCK_K>(KV_smem, K, j0, d0);
+                        __syncthreads();  // both chunks are complete
+                        add_product_transposed<ROWS_Q>(S_rmem, QdO_smem, KV_smem);
+                    }
+
                     float dS_rmem[ROWS_Q][COLUMNS] = {}, derivative_rmem[ROWS_Q][COLUMNS];
-                    gradient_of_scores(dS_rmem, derivative_rmem, QdO_smem, KV_smem, p, Q, K, V, dO, LSE_rmem, Delta_rmem, mask_gmem, whole, b, h, i0, j0);
+                    for (int d0 = 0; d0 < p.Dv; d0 += CHUNK) {
+                        __syncthreads();  // every thread is done with the chunks that these take the place of
+                        load_chunk<BLOCK_Q>(QdO_smem, dO, i0, d0);
+                        load_chunk<BLOCK_K>(KV_smem, V, j0, d0);
+                        __syncthreads();  // both chunks are complete
+                        add_product_transposed<ROWS_Q>(dS_rmem, QdO_smem, KV_smem);
+                    }
+
+                    apply_score<false>(S_rmem, derivative_rmem, p, b, h, i0, j0);
+                    hide<false>(S_rmem, p, mask_gmem, whole, b, h, i0, j0);
+                    const uint32_t kept = DROPOUT ? kept_scores<false, ROWS_Q>(p, b, h, i0, j0) : 0;
 #pragma unroll
                     for (int r = 0; r < ROWS_Q; ++r)
 #pragma unroll
-                        for (int c = 0; c < COLUMNS; ++c) sum_rmem[r][c] += dS_rmem[r][c];
+                        for (int c = 0; c < COLUMNS; ++c) {
+                            const float P = expf(S_rmem[r][c] - LSE_rmem[r]);
+                            const float Z = !DROPOUT ? 1 : bit(kept, r, c) ? p.keep_scale : 0;
+                            sum_rmem[r][c] += P * (dS_rmem[r][c] * Z - Delta_rmem[r]);
+                        }
                 }
             }
         }

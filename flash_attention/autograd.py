@@ -1,13 +1,15 @@
 """Gradients and transforms, once for every backend.
 
-Three torch.library ops take the backend's name as an argument: `flash_attention::forward`, its derivative `flash_attention::backward`, and
-the derivative of that, `flash_attention::second_backward`. To torch they look like operators of its own: each has a shape-only version (for
-torch.compile), a rule for vmap and one for autograd, so that torch.func's transforms nest in any order. The Functions below are the rules:
+Four torch.library ops take the backend's name as an argument: `flash_attention::forward`, its derivative `flash_attention::backward`, the
+derivative of that, `flash_attention::second_backward`, and the forward's derivative in forward mode, `flash_attention::jvp`. To torch they
+look like operators of its own: each has a shape-only version (for torch.compile), a rule for vmap and one for autograd, so that
+torch.func's transforms nest in any order. The Functions below are the rules:
 
     op                 derivative         derivative in forward mode
-    forward            backward           the cotangents of dO and dLSE in second_backward: they are J · (gQ, gK, gV)
+    forward            backward           jvp
     backward           second_backward    backward, linear in dO, + the cotangents of q, k, v in second_backward: a Hessian is symmetric
     second_backward    PyTorch's, of the arithmetic in reference/second_derivative.py: that makes every order beyond
+    jvp                its result is also the cotangents of dO and dLSE in second_backward, J · (gQ, gK, gV), which then take its place
 
 A bias and ALiBi's slopes stand last, as they are rarely given. Where a bias gets a gradient (`to_bias`), `backward` returns it fourth and
 `second_backward` its cotangent sixth; an empty tensor otherwise.
@@ -42,7 +44,12 @@ library.define(
     "second_backward(Tensor gQ, Tensor gK, Tensor gV, Tensor dO, Tensor dLSE, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? spans, "
     f"{REST}, Tensor? gBias=None, {LAST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+library.define(
+    "jvp(Tensor tQ, Tensor tK, Tensor tV, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? spans, Tensor O, Tensor LSE, "
+    f"{REST}, Tensor? tBias=None, {LAST}) -> (Tensor, Tensor)"
+)
 COUNT = len(Settings._fields)
+NOT_AGAIN = "the backward of a CUDA kernel cannot be differentiated again, nor the forward in forward mode; backend='reference' can"
 NO_SETTINGS = (None,) * COUNT  # their gradients
 BACKEND = 6 + Settings._fields.index("backend")  # of the forward op's arguments
 
@@ -80,7 +87,7 @@ class Attention(Function):
             O, LSE = compute(*arguments[:6]) if bias is alibi is None else compute(*arguments[:6], bias, alibi)
         ctx.save_for_backward(q, k, v, mask, spans, seed, bias, alibi, O, LSE)
         if is_op:
-            ctx.save_for_forward(q, k, v, mask, spans, seed, bias, alibi)  # for jvp, which plain calls have no use for
+            ctx.save_for_forward(q, k, v, mask, spans, seed, bias, alibi, O, LSE)  # for jvp, which plain calls have no use for
         ctx.set_materialize_grads(False)  # LSE is rarely differentiated: None tells the backward to skip its gradient
         return O, LSE
 
@@ -101,10 +108,9 @@ class Attention(Function):
     @staticmethod
     def jvp(ctx, _, *tangents):
         with _set_fwd_grad_enabled(True):  # for transforms around this one
-            q, k, v, mask, spans, seed, bias, alibi = _primals(ctx)
-            dO, dLSE = q.new_zeros(*q.shape[:3], v.shape[3]), allocate.lse(q).zero_()  # any: what is wanted does not depend on them
-            scored = tangents[-2], bias, alibi
-            return ops.second_backward(*_filled(tangents[:3], (q, k, v)), dO, dLSE, q, k, v, mask, spans, seed, *ctx.settings, *scored)[:2]
+            q, k, v, mask, spans, seed, bias, alibi, O, LSE = _primals(ctx)
+            known = mask, spans, O, LSE, seed
+            return ops.jvp(*_filled(tangents[:3], (q, k, v)), q, k, v, *known, *ctx.settings, tangents[-2], bias, alibi)
 
 
 def _batched(*gradients: Tensor | None) -> bool:
@@ -212,12 +218,36 @@ def _second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, spans, seed, *rest):
     settings, (gBias, bias, alibi) = _split(rest, SECOND_LAST)
     chosen = backends.resolve(BACKWARD, Call.of(q, k, v, mask, spans, settings, bias=bias, alibi=alibi))
     if not hasattr(chosen, "second_backward"):
-        raise NotImplementedError(
-            "the backward of a CUDA kernel cannot be differentiated again, nor the forward in forward mode; backend='reference' can"
-        )
+        raise NotImplementedError(NOT_AGAIN)
     gBias = _zeros(bias) if gBias is None and bias is not None else gBias
     results = chosen.second_backward(settings, gQ, gK, gV, dO, dLSE, q, k, v, mask, spans, seed, gBias, bias, alibi)
     return results if bias is not None else (*results, allocate.bias_gradient(q, None))
+
+
+def _jvp(tQ, tK, tV, q, k, v, mask, spans, O, LSE, seed, *rest):
+    settings, (tBias, bias, alibi) = _split(rest, SECOND_LAST)
+    chosen = backends.resolve(FORWARD, Call.of(q, k, v, mask, spans, settings, bias=bias, alibi=alibi))
+    if not hasattr(chosen, "jvp"):
+        raise NotImplementedError(NOT_AGAIN)
+    return chosen.jvp(settings, tQ, tK, tV, q, k, v, mask, spans, seed, O, LSE, tBias, bias, alibi)
+
+
+def _jvp_rule(keyset, *arguments):
+    """Whoever differentiates tangents differentiates `second_backward`, which depends on q, k and v alone, not on O and LSE."""
+    if not _differentiated(arguments):
+        return _BelowAutograd(ops.jvp.default, keyset).call(*arguments)
+    tQ, tK, tV, q, k, v, mask, spans, _, _, seed, *rest = arguments
+    dO, dLSE = q.new_zeros(*q.shape[:3], v.shape[3]), allocate.lse(q).zero_()  # any: what is wanted does not depend on them
+    return ops.second_backward(tQ, tK, tV, dO, dLSE, q, k, v, mask, spans, seed, *rest)[:2]
+
+
+def _differentiated(arguments: tuple) -> bool:
+    """By the transform at hand, in either mode."""
+    return _in_forward_mode(arguments) or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
+
+
+def _in_forward_mode(arguments: tuple) -> bool:
+    return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled() and any(map(_is_dual, arguments))
 
 
 # What follows the settings, where it is not given.
@@ -238,6 +268,10 @@ def _fake_forward(q, k, v, *_):
 def _fake_backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, *rest):
     _, (bias, _, to_bias) = _split(rest, BACKWARD_LAST)
     return *allocate.backward_outputs(q, k, v), allocate.bias_gradient(q, bias if to_bias else None)
+
+
+def _fake_jvp(tQ, tK, tV, q, k, v, mask, spans, O, LSE, *_):
+    return torch.empty_like(O), torch.empty_like(LSE)
 
 
 def _fake_second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, spans, seed, *rest):
@@ -310,12 +344,11 @@ def _differentiable(op, function, tensors: int, last: tuple):
     def rule(keyset, *arguments):
         arguments += last[len(arguments) - tensors - 1 - COUNT :]
         compute = _BelowAutograd(op, keyset)
-        forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled() and any(map(_is_dual, arguments))
-        if not forward_mode and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+        if not _differentiated(arguments):
             return compute.call(*arguments)
         if function is Attention:
             _refuse_gradients(arguments[BACKEND])
-        if forward_mode and function is AttentionSecondBackward:
+        if _in_forward_mode(arguments) and function is AttentionSecondBackward:
             return _second_backward(*arguments)  # plain arithmetic, of which PyTorch knows the derivatives
         with enable_single_level_autograd_function():
             return super(Function, function).apply(compute, *arguments)
@@ -333,3 +366,7 @@ for _name, _real, _fake, _tensors, _last, _function in (
     library.impl(_name, _differentiable(_op, _function, _tensors, _last), "Autograd", with_keyset=True)
     torch.library.register_fake(f"flash_attention::{_name}", _fake, lib=library)
     torch.library.register_vmap(f"flash_attention::{_name}", _vmapped(_op, _tensors, _last), lib=library)
+library.impl("jvp", _jvp, "CompositeExplicitAutograd")
+library.impl("jvp", _jvp_rule, "Autograd", with_keyset=True)
+torch.library.register_fake("flash_attention::jvp", _fake_jvp, lib=library)
+torch.library.register_vmap("flash_attention::jvp", _vmapped(ops.jvp.default, 10, SECOND_LAST), lib=library)

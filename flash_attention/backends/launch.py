@@ -24,8 +24,8 @@ NO_INTERVAL = bytes(INTERVAL.size)
 # `struct KeySource`, which follows: the addresses of lengths, starts and block table, the stride of the last, page_size, pages.
 KEYS = struct.Struct("@4q 2i")
 NO_KEYS = bytes(KEYS.size)
-# `struct Scoring`, with which the struct of a SCORE kernel ends: a bias' address and strides; the slopes' address and two strides; the address of
-# dBias; the bias' own shape and type, softcap.
+# `struct Scoring`, with which the struct of a SCORE kernel ends: a bias' address and strides; the slopes' address and two strides; the
+# address of dBias; the bias' own shape and type, softcap.
 SCORING = struct.Struct("@5q 3q q 5i f")
 
 
