@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from flash_attention.call import Call, Settings
+from flash_attention.reference import Visible
 from flash_attention.reference.tiles import broadcast_mask
+from flash_attention.spans import documents
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 MASKS = ("none", "key", "full")
@@ -29,6 +31,9 @@ class Case:
     dropout_p: float = 0.0
     backward: bool = False
     dv: int | None = None  # the head size of v, if it is another
+    window: int | None = None  # how many columns before its own a row sees
+    documents: tuple[int, ...] = ()  # lengths of documents packed one after another, each of which sees itself
+    as_mask: bool = False  # the window and the documents are given as the dense mask that they stand for
 
     @property
     def mask_kind(self) -> str:
@@ -36,12 +41,14 @@ class Case:
         return self.mask if not self.causal else "causal" if self.mask == "none" else f"causal-{self.mask}"
 
     def shortened(self, length: int) -> "Case":
-        """The same case with one batch and at most `length` queries and keys: for warming up."""
-        return replace(self, b=1, q_len=min(self.q_len, length), kv_len=min(self.kv_len, length))
+        """The same case with one batch, at most `length` queries and keys, and no documents: for warming up."""
+        return replace(self, b=1, q_len=min(self.q_len, length), kv_len=min(self.kv_len, length), documents=())
 
     def describe(self, lengths: bool = True) -> str:
         options = ["forward + backward" if self.backward else "forward", *(["causal"] if self.causal else []), f"mask {self.mask}"]
         options += [f"dropout {self.dropout_p:g}"] if self.dropout_p else []
+        options += [f"window {self.window}"] if self.window is not None else []
+        options += [f"documents {list(self.documents)}"] if self.documents else []
         sizes = f"q_len {self.q_len}, kv_len {self.kv_len}, " if lengths else ""
         head = f"d {self.d}" + (f" dv {self.dv}" if self.dv else "")
         return f"{', '.join(options)}; b {self.b}, h {self.h}, {sizes}{head}, {self.dtype}"
@@ -52,7 +59,8 @@ class Inputs(NamedTuple):
     k: Tensor  # (b, h, kv_len, d)
     v: Tensor  # (b, h, kv_len, dv)
     dO: Tensor | None  # (b, h, q_len, dv), the gradient that a backward starts from
-    mask: Tensor | None  # (b, kv_len) or (b, h, q_len, kv_len), True = may attend
+    mask: Tensor | None  # (b, kv_len) or (b, h or 1, q_len, kv_len), True = may attend
+    spans: Tensor | None = None  # (1, 1, q_len, 2)
 
 
 def random_inputs(case: Case, seed: int = 0) -> Inputs:
@@ -76,25 +84,49 @@ def random_inputs(case: Case, seed: int = 0) -> Inputs:
         shape = (case.b, case.kv_len) if case.mask == "key" else (case.b, case.h, case.q_len, case.kv_len)
         mask = torch.empty(shape, dtype=torch.bool, device=case.device).bernoulli_(0.5, generator=generator)
         mask[..., 0] = True
-    return Inputs(q, k, v, dO, mask)
+    spans = documents(case.documents, causal=case.causal).to(case.device) if case.documents else None
+    if case.as_mask:
+        if mask is not None:
+            raise ValueError(f"a window or documents as a mask beside another mask: {case.describe()}")
+        mask, spans = _visible(case, spans).dense(slice(0, case.q_len), slice(0, case.kv_len), case.device), None
+    return Inputs(q, k, v, dO, mask, spans)
+
+
+def _visible(case: Case, spans: Tensor | None) -> Visible:
+    return Visible(case.q_len, case.kv_len, case.window, 0 if case.causal else None, spans)
+
+
+def visible_rows(case: Case, inputs: Inputs, rows: slice) -> Tensor | None:
+    """(1, 1, rows, kv_len) bool: what these rows see by everything but the mask; None if that is all."""
+    if inputs.spans is None and case.window is None and not case.causal:
+        return None
+    return _visible(case, inputs.spans).dense(rows, slice(0, case.kv_len), case.device)
 
 
 def call_of(case: Case, inputs: Inputs) -> Call:
     """The case as a backend is asked about it."""
     mask = broadcast_mask(inputs.mask, case.b, case.h, case.q_len, case.kv_len)
-    return Call.of(*inputs[:3], mask, None, Settings(1.0, case.dropout_p, right=0 if case.causal else None))
-
-
-def causal_rows(case: Case, rows: slice) -> Tensor:
-    """(rows, kv_len) bool: row r sees columns c ≤ r + kv_len − q_len, aligned bottom-right."""
-    r = torch.arange(rows.start, rows.stop, device=case.device)[:, None]
-    return torch.arange(case.kv_len, device=case.device) <= r + case.kv_len - case.q_len
+    spans = None if inputs.spans is None else inputs.spans.expand(case.b, case.h, case.q_len, 2)
+    left, right = (None, None) if case.as_mask else (case.window, 0 if case.causal else None)
+    return Call.of(*inputs[:3], mask, spans, Settings(1.0, case.dropout_p, left, right))
 
 
 def tera_operations(case: Case, part: str) -> float:
     """Floating-point operations /1e12 of "forward", "backward" or both ("total"), as the field counts them: matrix products of
     2·b·h·q_len·kv_len·d each, two in a forward and five in a backward, halved if causal, whatever the mask; what a backward recomputes is
-    not counted."""
-    product, dv = 2 * case.b * case.h * case.q_len * case.kv_len / (2 if case.causal else 1), case.dv or case.d
+    not counted. Of a window and documents, in the place of q_len·kv_len, the pairs that they let see each other."""
+    product, dv = 2 * case.b * case.h * _pairs(case), case.dv or case.d
     forward, backward = product * (case.d + dv), product * (3 * case.d + 2 * dv)
     return {"forward": forward, "backward": backward, "total": forward + backward}[part if case.backward else "forward"] / 1e12
+
+
+def _pairs(case: Case) -> float:
+    """Of a query and a key that may see each other."""
+    if case.window is None and not case.documents:
+        return case.q_len * case.kv_len / (2 if case.causal else 1)
+    visible = _visible(case, documents(case.documents, causal=case.causal) if case.documents else None)
+    start, stop = map(torch.tensor, zip(*map(visible.interval, range(case.q_len)), strict=True))
+    if visible.spans is not None:
+        first, last = visible.spans[0, 0].unbind(-1)
+        start, stop = torch.maximum(start, first), torch.minimum(stop, last)
+    return int((stop - start).clamp(min=0).sum())

@@ -1,5 +1,6 @@
 """Who is measured: normal attention, flash attention (one contender for each backend), PyTorch's scaled_dot_product_attention (on CUDA
-one for each of its kernels) and, under a dense mask, its FlexAttention, all made callable in the same way."""
+one for each of its kernels), its FlexAttention under a dense mask, a window or documents, and FlashAttention-3, all made callable in the
+same way."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import flash_attention_3
-from benchmarks.case import Case, Inputs, call_of, causal_rows
+from benchmarks.case import Case, Inputs, call_of, visible_rows
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS, choose, emulated, no_gradients
 from flash_attention.reference import normal_attention, normal_attention_causal
@@ -45,7 +46,7 @@ class Runner:
         attend = {"normal": _normal, "flash": _flash, "sdpa": _sdpa, "flex": _flex, "fa3": _fa3}[contender.type](
             contender.backend, case, inputs
         )
-        q, k, v, dO, _ = inputs
+        q, k, v, dO = inputs[:4]
         self.stages: dict[str, Callable[[Any], Any]] = {"forward": lambda _: attend(q, k, v)}
         if case.backward:
             # With nothing accumulated into .grad: a call leaves nothing behind that the next one would have to add to.
@@ -152,37 +153,51 @@ class CoinFlips:
 
 
 def _normal(backend: str, case: Case, inputs: Inputs) -> Callable:
-    attention = normal_attention_causal if case.causal else normal_attention
+    if case.window is not None or case.documents:
+        mask = inputs.mask if case.as_mask else visible_rows(case, inputs, slice(0, case.q_len))
+        attention = normal_attention
+    else:
+        mask, attention = inputs.mask, normal_attention_causal if case.causal else normal_attention
     if not case.dropout_p:
-        return lambda q, k, v: attention(q, k, v, inputs.mask)
-    return lambda q, k, v: attention(q, k, v / (1 - case.dropout_p), inputs.mask, dropout=CoinFlips(case))
+        return lambda q, k, v: attention(q, k, v, mask)
+    return lambda q, k, v: attention(q, k, v / (1 - case.dropout_p), mask, dropout=CoinFlips(case))
 
 
 def _flash(backend: str, case: Case, inputs: Inputs) -> Callable:
-    return lambda q, k, v: flash_attention(q, k, v, inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
+    options = {"dropout_p": case.dropout_p, "backend": backend}
+    if not case.as_mask:
+        window = None if case.window is None else (case.window, None)
+        options |= {"causal": case.causal, "window": window, "spans": inputs.spans}
+    return lambda q, k, v: flash_attention(q, k, v, inputs.mask, **options)
 
 
 def _sdpa(backend: str, case: Case, inputs: Inputs) -> Callable:
     mask = inputs.mask[:, None, None, :] if case.mask == "key" else inputs.mask
     # is_causal is aligned top-left and excludes a mask: wherever that is not what is asked for, PyTorch gets the whole matrix, made here,
     # before the clock starts.
-    is_causal = case.causal and mask is None and case.q_len == case.kv_len
-    if case.causal and not is_causal:
-        past = causal_rows(case, slice(0, case.q_len))
-        mask = past if mask is None else past & mask
+    is_causal = case.causal and mask is None and case.q_len == case.kv_len and case.window is None and not case.documents
+    seen = None if is_causal or case.as_mask else visible_rows(case, inputs, slice(0, case.q_len))
+    if seen is not None:
+        mask = seen if mask is None else seen & mask
     return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=case.dropout_p, is_causal=is_causal)
 
 
 def _flex(backend: str, case: Case, inputs: Inputs) -> Callable:
-    """FlexAttention under a mask, (b, h or 1, q_len, kv_len) or of keys (b, kv_len), that it reads entry by entry; which blocks are empty
-    is found here, before the clock starts."""
-    if inputs.mask is None or case.causal or case.dropout_p:
-        raise NotImplementedError(f"flex is compared under a mask alone, not in the case: {case.describe()}")
-    mask = inputs.mask[:, None, None, :] if case.mask == "key" else inputs.mask
-    batches, heads, rows, _ = mask.shape
+    """FlexAttention under a mask, (b, h or 1, q_len, kv_len) or of keys (b, kv_len), that it reads entry by entry, or with a window or
+    documents, which it computes; which blocks are empty is found here, before the clock starts."""
+    computed = case.window is not None or bool(case.documents)
+    if case.dropout_p or (case.causal and not computed) or (inputs.mask is None and not computed):
+        raise NotImplementedError(f"flex is compared under a mask, a window or documents alone, not in the case: {case.describe()}")
+    if computed:
+        if case.mask != "none":
+            raise NotImplementedError(f"flex is compared with a window or documents alone, not in the case: {case.describe()}")
+        allowed, batches, heads = _allowed(case), 1, 1
+    else:
+        mask = inputs.mask[:, None, None, :] if case.mask == "key" else inputs.mask
+        batches, heads, rows, _ = mask.shape
 
-    def allowed(b, h, i, j):
-        return mask[b, h if heads > 1 else 0, i if rows > 1 else 0, j]
+        def allowed(b, h, i, j):
+            return mask[b, h if heads > 1 else 0, i if rows > 1 else 0, j]
 
     blocks = create_block_mask(allowed, batches, heads, case.q_len, case.kv_len, device=case.device)
     # For this shape alone, and never silently uncompiled.
@@ -190,5 +205,20 @@ def _flex(backend: str, case: Case, inputs: Inputs) -> Callable:
     return lambda q, k, v: attend(q, k, v, block_mask=blocks)
 
 
+def _allowed(case: Case) -> Callable:
+    """The case's window or documents as FlexAttention takes them: a function of a row and a column, equally many of both."""
+    lengths = torch.tensor(case.documents or (case.q_len,))
+    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(case.device)
+    window = case.q_len if case.window is None else case.window
+
+    def of_window(b, h, i, j):
+        return (j >= i - window) & (j <= i) if case.causal else j >= i - window
+
+    def of_documents(b, h, i, j):
+        return (document[i] == document[j]) & of_window(b, h, i, j)
+
+    return of_documents if case.documents else of_window
+
+
 def _fa3(backend: str, case: Case, inputs: Inputs) -> Callable:
-    return lambda q, k, v: flash_attention_3.attend(q, k, v, case.causal)
+    return lambda q, k, v: flash_attention_3.attend(q, k, v, case.causal, case.window, case.documents)

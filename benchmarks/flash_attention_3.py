@@ -2,6 +2,7 @@
 
 import importlib.util
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -34,31 +35,45 @@ def why_not(case: Case) -> str | None:
         return "it runs on compute capability 9.0 alone"
     if max(case.d, case.dv or 0) > 256:
         return "it takes head sizes up to 256"
-    if case.mask != "none" or case.dropout_p:
+    if case.mask != "none" or case.as_mask or case.dropout_p:
         return "it takes no mask and no dropout"
     return None if operators() else f"it was found in neither {' nor '.join(PLACES)}"
 
 
 class _Attention(torch.autograd.Function):
-    """Its two operators take (B, N, H, D)."""
+    """Its two operators take (B, N, H, D), or, with several sequences packed, (N, H, D)."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        O, LSE, *_ = operators().fwd(q, k, v, is_causal=causal)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
+        q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+        O, LSE, *_ = operators().fwd(q, k, v, **options)
         ctx.save_for_backward(q, k, v, O, LSE)
-        ctx.causal = causal
-        return O.transpose(1, 2)
+        ctx.options = options
+        return O.transpose(-3, -2)
 
     @staticmethod
     def backward(ctx, dO: Tensor):
         q, k, v, O, LSE = ctx.saved_tensors
         gradients = tuple(torch.empty_like(x) for x in (q, k, v))
         dq, dk, dv = gradients
-        operators().bwd(dO.transpose(1, 2), q, k, v, O, LSE, dq=dq, dk=dk, dv=dv, is_causal=ctx.causal)
-        return (*(x.transpose(1, 2) for x in gradients), None)
+        operators().bwd(dO.transpose(-3, -2), q, k, v, O, LSE, dq=dq, dk=dk, dv=dv, **ctx.options)
+        return (*(x.transpose(-3, -2) for x in gradients), None)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """(B, H, N, D) → (B, H, N, Dv), with gradients; causal is aligned bottom-right."""
-    return _Attention.apply(q, k, v, causal)
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = None, documents: tuple[int, ...] = ()) -> Tensor:
+    """(B, H, N, D) → (B, H, N, Dv), with gradients; causal is aligned bottom-right. window: how many columns before its own a row sees.
+    documents: lengths of the sequences packed one after another, of a batch of one."""
+    options = {"is_causal": causal}
+    if window is not None:
+        options = {"is_causal": False, "window_size_left": window, "window_size_right": 0 if causal else -1}
+    if not documents:
+        return _Attention.apply(q, k, v, options)
+    options |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), _ends(documents, q.device))
+    options |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), max(documents))
+    return _Attention.apply(q[0], k[0], v[0], options)[None]
+
+
+@cache
+def _ends(documents: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each document begins, and the last one ends; on the device before the clock starts."""
+    return torch.tensor((0, *accumulate(documents)), dtype=torch.int32, device=device)

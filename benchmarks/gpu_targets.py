@@ -14,6 +14,7 @@ alone. Kernels that are not compiled yet are compiled before the clock starts; `
     host     the CPU's time for a call so small that the GPU waits for it
     between  bfloat16, head sizes between 64, 128 and 256: FlashAttention-3, if it is installed (flash_attention_3.py), and PyTorch's choice
     wide     bfloat16, D 512: normal and memory-efficient attention
+    intervals  bfloat16, windows and documents, as such and as the dense mask that they stand for: FlashAttention-3, FlexAttention
     decode   a few queries against many keys (benchmarks/decode.py): the best of SDPA and FlashAttention-3, and the speed of a copy
     rungs    every rung of cuda/ (only when asked for: nothing to reach, it is the table of cuda/README.md)
 
@@ -48,8 +49,7 @@ NORMAL, SDPA, FLEX = Contender("normal"), Contender("sdpa"), Contender("flex")
 FA2, CUDNN, EFFICIENT = Contender("sdpa", "flash"), Contender("sdpa", "cudnn"), Contender("sdpa", "efficient")
 FA3 = Contender("fa3")
 NAMES = {FA2: "FA2", FA3: "FA3", CUDNN: "cuDNN", FLEX: "Flex", EFFICIENT: "efficient", NORMAL: "normal", SDPA: "SDPA"}
-HOPPER, TENSOR_CORE, SIMPLE, HOPPER_FLOAT32 = "hopper", "tensor_core", "simple", "hopper_float32"
-BETWEEN, SPLIT, WIDE = "hopper_between", "hopper_split", "hopper_wide"
+HOPPER, TENSOR_CORE, SIMPLE, WIDE = "hopper", "tensor_core", "simple", "hopper_wide"
 CHOSEN = "cuda"  # the rung that flash_attention() chooses itself
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 
@@ -114,7 +114,10 @@ class Place(NamedTuple):
         case = replace(case, device=self.device)
         if not self.quick:
             return case
-        return replace(case, b=1, h=min(case.h, 2), q_len=max(4, case.q_len // 32), kv_len=max(4, case.kv_len // 32))
+        documents = tuple(max(1, length // 32) for length in case.documents)
+        q_len, kv_len = (sum(documents) or max(4, length // 32) for length in (case.q_len, case.kv_len))
+        window = None if case.window is None else case.window // 32
+        return replace(case, b=1, h=min(case.h, 2), q_len=q_len, kv_len=kv_len, window=window, documents=documents)
 
     def flash(self, backend: str) -> Contender:
         return Contender("flash", backend if self.device.startswith("cuda") else "reference")
@@ -184,15 +187,15 @@ def bert() -> list[Job]:
 
 def float32() -> list[Job]:
     rivals = NORMAL, EFFICIENT
-    small, large = Case(2, 8, 8192, 8192, 64, backward=True), Case(1, 2, 16384, 16384, 512)
+    small, large = Case(2, 8, 8192, 8192, 64, backward=True), Case(1, 2, 16384, 16384, 512, backward=True)
     speed = Target(FORWARD, "tflops", 8), Target(BACKWARD, "tflops", 6)
-    limits = Target(FORWARD, "ms", 500), Target(FORWARD, "memory_mb", 100)
-    # On tensor cores, by the rung that is taken only by name as yet.
     times = [Target(part, f"over {rival}", least) for rival in rivals for part, least in ((FORWARD, 3), (BACKWARD, 2.5))]
     planes = [replace(small, q_len=n, kv_len=n, d=d, causal=causal) for d, n in ((64, 8192), (128, 4096)) for causal in (False, True)]
-    tasks = [Task(case, rivals, tuple(times), (HOPPER_FLOAT32,)) for case in planes]
+    tasks = [Task(case, rivals, tuple(times)) for case in planes]
     tasks += [Task(small, rivals, speed, (SIMPLE,))]
-    tasks += [Task(replace(large, causal=causal), rivals, limits, (SIMPLE,), (FORWARD,)) for causal in (False, True)]
+    for causal, forward, backward in ((False, 2, 1.2), (True, 4, 2.5)):
+        over_normal = Target(FORWARD, f"over {NORMAL}", forward), Target(BACKWARD, f"over {NORMAL}", backward)
+        tasks.append(Task(replace(large, causal=causal), rivals, (*over_normal, Target(FORWARD, "memory_mb", 400))))
     return [partial(run, task) for task in tasks]
 
 
@@ -207,9 +210,7 @@ def between() -> list[Job]:
     targets = Target(FORWARD, f"over {FA3}", 1.0), Target(BACKWARD, f"over {FA3}", 0.9)
     sizes = *((d, None) for d in (72, 80, 96, 112, 160, 192, 256)), (192, 128)
     cases = [Case(4, 16, 4096, 4096, d, "bfloat16", causal=causal, backward=True, dv=dv) for d, dv in sizes for causal in (False, True)]
-    # Of D 256 BETWEEN has HOPPER's own kernels.
-    flash = {d: (BETWEEN, HOPPER) if d <= 128 else (BETWEEN, SPLIT, HOPPER) if d < 256 else (SPLIT, HOPPER) for d, _ in sizes}
-    return [partial(run, Task(case, (FA3, SDPA), () if case.causal else targets, flash[case.d])) for case in cases]
+    return [partial(run, Task(case, (FA3, SDPA), () if case.causal else targets, (HOPPER,))) for case in cases]
 
 
 def wide() -> list[Job]:
@@ -221,6 +222,20 @@ def wide() -> list[Job]:
         jobs.append(partial(run, Task(case, (NORMAL, EFFICIENT), tuple(targets), (WIDE,))))
     more = (Case(4, 16, 2048, 2048, d, "bfloat16", causal=causal, backward=True) for d in (320, 384, 512) for causal in (False, True))
     return jobs + [partial(run, Task(case, (NORMAL, EFFICIENT), flash=(WIDE,))) for case in more]
+
+
+def intervals() -> list[Job]:
+    window = Case(1, 16, 16384, 16384, 128, "bfloat16", causal=True, backward=True)
+    cases = [replace(window, window=left) for left in (512, 1024, 4096)]
+    lists = (1024,) * 16, (4096,) * 4, (64, 4000, 320, 2000, 10000)
+    cases += [replace(window, documents=lengths) for lengths in lists]
+    jobs = []
+    for case in cases:
+        targets = Target(FORWARD, f"over {FA3}", 1.1 if case.documents else 1.05), Target(BACKWARD, f"over {FA3}", 1.0)
+        targets += Target(FORWARD, f"over {FLEX}", 1.6), Target(BACKWARD, f"over {FLEX}", 1.6)
+        jobs.append(partial(run, Task(case, (FA3, FLEX), targets, (HOPPER,))))
+    as_mask = Target(FORWARD, f"over {FLEX}", 1.0), Target(BACKWARD, f"over {FLEX}", 1.2)
+    return jobs + [partial(run, Task(replace(case, as_mask=True), (FLEX,), as_mask, (HOPPER,))) for case in cases]
 
 
 def decode() -> list[Job]:
@@ -246,6 +261,7 @@ GROUPS: dict[str, Callable[[], list[Job]]] = {
     "host": host,
     "between": between,
     "wide": wide,
+    "intervals": intervals,
     "decode": decode,
     "rungs": rungs,
 }
@@ -321,13 +337,16 @@ def run_host(case: Case, rival: Contender, place: Place) -> list[Row]:
 
 
 def run_decode(shape: few_queries.Shape, pages: tuple[int, ...], place: Place) -> list[Row]:
-    """Judges the split_keys rung: against the best of the others, against a copy where there is work for all, and in pages."""
+    """Judges a plain call against the best of the others, and against a copy where there is work for all; pages and float8 against
+    contiguous keys."""
     rows = []
     for row in few_queries.run(shape, pages, place):
         targets = ()
-        if row["name"] == few_queries.SPLIT_KEYS:
+        if row["name"] == few_queries.PLAIN:
             targets = (Target(FORWARD, "over best", 1.05), *([Target(FORWARD, "over copy", 0.85)] if shape.B >= 16 else []))
-        elif row["name"].startswith(few_queries.SPLIT_KEYS):
+        elif row["name"] == few_queries.FLOAT8:
+            targets = (Target(FORWARD, "over contiguous", 1.6),)
+        elif row["name"].startswith(few_queries.PAGES):
             targets = (Target(FORWARD, "over contiguous", 0.95),)
         rows.append(_judged(row, targets, place))
     return rows
@@ -392,8 +411,15 @@ def _label(case: Case) -> str:
     options = [case.dtype, *(["causal"] if case.causal else []), *(["key mask"] if case.mask == "key" else [])]
     options += ["dense mask"] if case.mask == "full" else []
     options += [f"dropout {case.dropout_p:g}"] if case.dropout_p else []
+    options += [f"window {case.window}"] if case.window is not None else []
+    options += [f"documents {_written(case.documents)}"] if case.documents else []
+    options += ["as a mask"] if case.as_mask else []
     head = f"D {case.d}" + (f" Dv {case.dv}" if case.dv else "")
     return f"B {case.b} H {case.h} N {case.q_len} {head} {' '.join(options)}"
+
+
+def _written(lengths: tuple[int, ...]) -> str:
+    return f"{len(lengths)} × {lengths[0]}" if len(set(lengths)) == 1 else str(list(lengths))
 
 
 # ---- telling

@@ -43,9 +43,25 @@ def changed_from(file: str) -> str | None:
     return found and found.group(1)
 
 
+def parts_of(file: str) -> list[str]:
+    """A rung's file behind the parts that it is cut into: headers, read in the order in which they are included, that have its number."""
+    number = re.match(r"[a-z]+_\w+?_", file)[0]  # "forward_4_"
+    files: list[str] = []
+
+    def read(name: str) -> None:
+        text = (build.SOURCES / name).read_text(encoding="utf-8")
+        for part in re.findall(rf'^#include "({number}\w+\.cuh)"', text, re.MULTILINE):
+            if part not in files:
+                read(part)
+        files.append(name)
+
+    read(file)
+    return files
+
+
 def code_of(file: str) -> list[str]:
-    """A file's lines without its header and without those that are comments alone."""
-    lines = (build.SOURCES / file).read_text(encoding="utf-8").splitlines()
+    """The lines of a file and of its parts, without its header and without those that are comments alone."""
+    lines = [line for part in parts_of(file) for line in (build.SOURCES / part).read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if not line.lstrip().startswith("//")]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.cycles import COLUMNS as CYCLES
 from benchmarks.gpu_targets import CUDNN, FA2, FIGURES
 from benchmarks.ladder import COLUMNS as LADDER
 from flash_attention.command_line import run
@@ -87,6 +88,17 @@ def h200_targets(content: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+def h200_intervals(content: dict[str, Any]) -> str:
+    """Windows and documents, each part a line: speed, and ratios to those that were measured beside it."""
+    columns = [
+        ("label", "case", ""),
+        ("part", "", ""),
+        *(column for column in FIGURES if column[0] in ("ms", "tflops", "over fa3", "over flex")),
+    ]
+    rows = [row | {"label": row["label"].removeprefix("B 1 H 16 N 16384 D 128 bfloat16 causal ")} for row in content["results"]]
+    return f"{_gpu(content['environment'])}; B 1, H 16, N 16384, D 128, bfloat16, causal; medians.\n\n{report.markdown(rows, columns)}"
+
+
 def h200_rungs(content: dict[str, Any]) -> str:
     """A line for each rung and case: speed, share of what a matrix product reaches, and speed against FlashAttention-2."""
     lines: dict[tuple, dict[str, Any]] = {}
@@ -113,6 +125,16 @@ def ladder_counts(content: dict[str, Any]) -> str:
     return f"{case}\n\n{report.markdown(content['results'], LADDER)}"
 
 
+def h200_cycles(content: dict[str, Any]) -> str:
+    """What the profiler counts of each rung's forward, and of the last one's backward."""
+    size, unit = content["settings"], {"cycles": 1e3, "instructions": 1e6, "conflicts": 1e3}
+    lines = [{name: value / unit.get(name, 1) if name in unit else value for name, value in row.items()} for row in content["results"]]
+    case = (
+        f"{_gpu(content['environment'])}. B {size['b']} N {size['n']}, {size['dtype']}; H 16 for the ladder, H·D = 2048 for the last six."
+    )
+    return f"{case}\n\n{report.markdown(lines, CYCLES)}"
+
+
 def _gpu(environment: dict[str, Any]) -> str:
     return f"{report.describe(environment)}, driver {environment['driver'] or 'unknown'}, ptxas {environment['ptxas'] or 'unknown'}"
 
@@ -128,6 +150,8 @@ TABLES = {
     "h200_grid": h200_grid,
     "h200_targets": h200_targets,
     "h200_rungs": h200_rungs,
+    "h200_cycles": h200_cycles,
+    "h200_intervals": h200_intervals,
     "ladder_counts": ladder_counts,
 }
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Inputs, causal_rows
+from benchmarks.case import Case, Inputs, visible_rows
 from benchmarks.contenders import Contender, Runner
 from flash_attention.reference import Dropout, normal_attention
 from flash_attention.reference.tiles import broadcast_mask
@@ -89,9 +89,9 @@ def _definition(case: Case, inputs: Inputs, pieces: list[slice], dtype: torch.dt
     outputs = []
     for rows in pieces:
         allowed = None if mask is None else mask[:, :, rows]
-        if case.causal:
-            past = causal_rows(case, rows).expand(1, 1, -1, -1)
-            allowed = past if allowed is None else past & allowed
+        seen = None if case.as_mask else visible_rows(case, inputs, rows)
+        if seen is not None:
+            allowed = seen if allowed is None else seen & allowed
         below = None if dropout is None else _DropoutBelow(dropout, rows.start)
         outputs.append(normal_attention(q[:, :, rows], k, v, allowed, dropout=below))
     O = torch.cat(outputs, 2)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from harness import ALGORITHMS, call_of, half_served, run_alone
 
-from flash_attention import flash_attention
+from flash_attention import backends, flash_attention
 from flash_attention.backends import BACKENDS, choose, cuda
+from flash_attention.backends.cuda import BACKWARD, FORWARD
 
 B, H, Nq, Nk, D = 2, 4, 5, 7, 16
 
@@ -181,9 +182,62 @@ def check_choice(monkeypatch):
     for head_dim, limits in few.items():
         for dropout_p, limit in zip((0.0, 0.1), limits, strict=True):
             for rows, rung in ((1, "tensor_core"), (limit, "tensor_core"), (limit + 1, "hopper")):
-                x = torch.empty(1, 1, rows, head_dim)
-                assert choose("cuda", call_of(x, x, x, dropout_p=dropout_p)) == rung
+                x = torch.empty(1, 1, rows, head_dim).expand(8, 64, -1, -1)
+                assert choose("cuda", call_of(x, x, x, dropout_p=dropout_p), BACKWARD) == rung
                 assert choose("hopper", call_of(x, x, x, dropout_p=dropout_p)) == "hopper"
+
+
+def check_choice_by_head_size(monkeypatch):
+    """On a GPU that has them all, each head size takes the kernels that are compiled closest to it."""
+    monkeypatch.setattr(cuda, "_why_no_kernels", lambda rung, device: None)
+    monkeypatch.setattr(cuda.Rung, "device_type", "meta")
+    for D, Dv, rung, compiled in (
+        (40, 40, "hopper", (64, 64)),
+        (72, 72, "hopper", (80, 80)),
+        (96, 88, "hopper", (96, 96)),
+        (112, 112, "hopper", (112, 112)),
+        (136, 136, "hopper", (160, 160)),
+        (192, 192, "hopper", (192, 192)),
+        (192, 128, "hopper", (192, 128)),
+        (200, 64, "hopper", (256, 256)),
+        (264, 8, "hopper_wide", (320, 320)),
+        (512, 512, "hopper_wide", (512, 512)),
+        (510, 512, "simple", (512, 512)),
+    ):
+        q, k, v = (torch.empty(1, 1, 1000, d, dtype=torch.bfloat16, device="meta") for d in (D, D, Dv))
+        for which in (FORWARD, BACKWARD):
+            call = call_of(q, k, v)
+            assert choose("cuda", call, which) == rung
+            assert cuda.RUNGS[rung].compiled(call) == compiled
+
+
+def check_choice_of_few_queries(monkeypatch):
+    """A token against a cache takes split_keys, and so do a few; a chunk of a prompt, dropout and backwards do not."""
+    monkeypatch.setattr(cuda.Rung, "why_not", lambda *call: None)
+    for B, H, Hkv, Nq, Nk, D, few in (
+        (1, 32, 8, 1, 8192, 128, True),
+        (1, 32, 8, 64, 16384, 128, True),
+        (64, 32, 8, 1, 4096, 128, True),
+        (64, 32, 8, 32, 4096, 128, True),
+        (64, 32, 8, 64, 4096, 128, False),
+        (8, 32, 8, 512, 8192, 128, False),
+        (1, 16, 16, 1, 32768, 64, True),
+        (16, 8, 8, 128, 4096, 64, False),
+        (1, 32, 8, 64, 16384, 256, True),
+        (1, 32, 8, 128, 16384, 256, False),
+        (16, 1, 1, 4096, 4096, 64, False),
+    ):
+        q, k = torch.empty(1, 1, 1, D).expand(B, H, Nq, D), torch.empty(1, 1, 1, D).expand(B, Hkv, Nk, D)
+        case = B, H, Hkv, Nq, Nk, D
+        assert (choose("cuda", call_of(q, k, k)) == "split_keys") == few, case
+        assert choose("cuda", call_of(q, k, k, dropout_p=0.1)) != "split_keys", case
+        assert choose("cuda", call_of(q, k, k), BACKWARD) != "split_keys", case
+    q = torch.empty(1, 32, 1, 64)
+    settings = call_of(q, q, q).settings._replace(backend="/split_keys")
+    assert backends.resolve(FORWARD, call_of(q, q, q)._replace(settings=settings)).name == "split_keys"
+    monkeypatch.setattr(backends, "DEFAULT", backends.GROUPS["cuda"])
+    settings = settings._replace(backend="cuda/split_keys")
+    assert backends.resolve(BACKWARD, call_of(q, q, q)._replace(settings=settings)).name == "tensor_core"
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5, 7), (2, 4, 0, 7), (2, 4, 5, 0), (2, 4, 0, 0), (0, 4, 0, 0)], ids=str)

@@ -5,6 +5,7 @@ python checks/check_example.py
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -87,6 +88,41 @@ def check_checkpoint_is_atomic(example, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         example.save({"losses": [1.0, 2.0]}, path)
     assert torch.load(path, weights_only=True) == {"losses": [1.0]}
+
+
+def check_context_parallel(example, tmp_path):
+    """Each text spread over two processes: the same losses, which fall; one process writes."""
+    settings = [*TINY, "--steps=60"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, str(SCRIPT), "--context_parallel", *settings, "--out", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("step    60:") == 1, done.stdout
+    two, one = json.loads((tmp_path / "two" / "losses.json").read_text()), curves(example, tmp_path / "one", *settings)
+    assert two["training"][-1] < two["training"][0] - 0.5
+    worst = max(abs(a - b) for a, b in zip(two["training"], one["training"], strict=True))
+    last = abs(two["validation"][-1][1] - one["validation"][-1][1])
+    print(f"largest difference between the losses {worst:.1e}, of the last validation {last:.1e}")
+    assert worst < 1e-4 and last < 1e-4
+    assert (tmp_path / "two" / "sample.txt").read_text().startswith("def ")
+
+
+def check_context_parallel_refuses(example, tmp_path, monkeypatch, capsys):
+    """Without torchrun, a length that does not divide, and what it does not go with."""
+    refusals = [
+        ([], None, "torchrun"),
+        (["--length=50"], "4", "--length"),
+        (["--dropout=0.1"], "2", "dropout"),
+        (["--attention=normal"], "2", "attention"),
+    ]
+    for more, size, word in refusals:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        if size:
+            monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(SystemExit, match="2"):
+            curves(example, tmp_path, "--context_parallel", *more)
+        assert word in capsys.readouterr().err
 
 
 def check_resume_refuses(example, tmp_path, capsys):

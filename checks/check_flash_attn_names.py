@@ -107,23 +107,110 @@ def check_cache(kind, leftpad, causal):
     assert torch.equal(caches, untouched)
 
 
+def seen_by(n: int, m: int, causal: bool, window: tuple[int, int]) -> torch.Tensor:
+    """Which of m keys each of n queries sees, True or False, by the package's words: bottom-right, -1 for no limit."""
+    place, j = torch.arange(n)[:, None] + m - n, torch.arange(m)
+    left, right = window[0], 0 if causal else window[1]
+    return ((left < 0) | (j >= place - left)) & ((right < 0) | (j <= place + right))
+
+
+WINDOWS = [(False, (3, 1)), (True, (2, 5)), (False, (-1, 2)), (True, (-1, -1)), (False, (-1, -1))]
+
+
+@pytest.mark.parametrize(("causal", "window"), WINDOWS)
+def check_windows(causal, window):
+    q, k, v = torch.randn(2, 6, 4, 16, dtype=torch.float64), *torch.randn(2, 2, 9, 2, 16, dtype=torch.float64)
+    want = normal_attention(*(x.transpose(1, 2) for x in (q, k, v)), seen_by(6, 9, causal, window)[None, None])
+    torch.testing.assert_close(flash_attn_func(q, k, v, causal=causal, window_size=window), want.transpose(1, 2))
+    for queries in (q, q[:, -1:]):
+        O = flash_attn_with_kvcache(queries, k, v, cache_seqlens=torch.tensor([9, 7], dtype=torch.int32), causal=causal, window_size=window)
+        for b, n in enumerate((9, 7)):
+            one = (x[b : b + 1].transpose(1, 2) for x in (queries, k[:, :n], v[:, :n]))
+            want = normal_attention(*one, seen_by(queries.shape[1], n, causal, window)[None, None])
+            torch.testing.assert_close(O[b : b + 1], want.transpose(1, 2))
+
+
+@pytest.mark.parametrize("paged", (False, True))
+@pytest.mark.parametrize(("causal", "window"), WINDOWS)
+def check_packed_sequences(causal, window, paged):
+    """Each as it would be alone, one without queries and one without keys; gradients too."""
+    random = torch.Generator().manual_seed(1)
+    lengths, k_lengths, size = [5, 0, 3, 2], [7, 4, 3, 0], 4
+    q = torch.randn(sum(lengths), 4, 16, dtype=torch.float64, generator=random, requires_grad=True)
+    kv = torch.randn(sum(k_lengths), 2, 2, 16, dtype=torch.float64, generator=random, requires_grad=True)
+    starts, k_starts = ([sum(n[:b]) for b in range(5)] for n in (lengths, k_lengths))
+    cu_seqlens, k_cu_seqlens = torch.tensor(starts, dtype=torch.int32), torch.tensor(k_starts, dtype=torch.int32)
+    options = {"causal": causal, "window_size": window, "softmax_scale": 0.3, "return_attn_probs": True}
+    if paged:
+        table = torch.randperm(8, generator=random).view(4, 2).int()
+        pools = torch.full((2, 8, size, 2, 16), torch.nan, dtype=torch.float64)
+        for b, n in enumerate(k_lengths):
+            for j in range(n):
+                pools[:, table[b, j // size], j % size] = kv[k_starts[b] + j].detach()
+        lengths_of_both = cu_seqlens, k_cu_seqlens, 5, 7
+        O, LSE, _ = flash_attn.flash_attn_varlen_func(q, *pools, *lengths_of_both, block_table=table, **options)
+    else:
+        O, LSE, _ = flash_attn.flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens, k_cu_seqlens, 5, 7, **options)
+    assert LSE.shape == (4, sum(lengths))
+    wanted = []
+    for b, (n, m) in enumerate(zip(lengths, k_lengths, strict=True)):
+        one = q[starts[b] :][:n], *kv[k_starts[b] :][:m].unbind(1)
+        seen = seen_by(n, m, causal, window)[None, None]
+        wanted.append(normal_attention(*(x.transpose(0, 1)[None] for x in one), seen, scale=0.3)[0].transpose(0, 1))
+    wanted = torch.cat(wanted)
+    torch.testing.assert_close(O, wanted)
+    if not paged:
+        inputs, dO = (q, kv), torch.randn(O.shape, dtype=torch.float64, generator=random)
+        for got, gradient in zip(torch.autograd.grad(O, inputs, dO), torch.autograd.grad(wanted, inputs, dO), strict=True):
+            torch.testing.assert_close(got, gradient)
+    qkv = torch.randn(6, 3, 2, 16, dtype=torch.float64, generator=random)
+    packed = flash_attn.flash_attn_varlen_qkvpacked_func(qkv, torch.tensor([0, 6], dtype=torch.int32), 6, causal=True)
+    torch.testing.assert_close(packed, flash_attn_qkvpacked_func(qkv[None], causal=True)[0])
+
+
+def check_probabilities():
+    """What is returned is what was dropped, and the generator is where it would be without; packed sequences have their own."""
+    q, k, v = (torch.randn(2, n, h, 16, dtype=torch.float64) for n, h in ((6, 4), (40, 2), (40, 2)))
+    torch.manual_seed(5)
+    O, LSE, P = flash_attn_func(q, k, v, 0.25, causal=True, return_attn_probs=True)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(flash_attn_func(q, k, v, 0.25, causal=True), O)
+    assert torch.equal(torch.rand(1), after)
+    assert 0.1 < float((P < 0).sum() / (P != 0).sum()) < 0.4
+    values = v.transpose(1, 2).repeat_interleave(2, 1)
+    torch.testing.assert_close(O.transpose(1, 2), P.clamp(min=0) / 0.75 @ values)
+    torch.testing.assert_close(P.abs().sum(-1), torch.ones_like(LSE))
+    cu_seqlens, k_cu_seqlens = (torch.tensor([0, n, 2 * n], dtype=torch.int32) for n in (6, 40))
+    packed = (x.flatten(0, 1) for x in (q, k, v))
+    O, _, P = flash_attn.flash_attn_varlen_func(*packed, cu_seqlens, k_cu_seqlens, 6, 40, 0.25, return_attn_probs=True)
+    torch.testing.assert_close(O.unflatten(0, (2, 6)).transpose(1, 2), P.clamp(min=0) / 0.75 @ values)
+
+
+def check_deterministic():
+    """The same gradients; the setting that kernels look at is on during the backward alone."""
+    q, k, v = (torch.randn(1, n, 2, 16, dtype=torch.float64, requires_grad=n > 5) for n in (6, 5, 9))
+    k = torch.randn(1, 9, 2, 16, dtype=torch.float64, requires_grad=True)
+    v.requires_grad_(False)
+    O, LSE, _ = flash_attn_func(q, k, v, causal=True, deterministic=True, return_attn_probs=True)
+    seen = []
+    O.register_hook(lambda x: seen.append(torch.are_deterministic_algorithms_enabled()))
+    want = flash_attention(*(x.transpose(1, 2) for x in (q, k, v)), causal=True, return_lse=True)
+    loss, wanted = (O.transpose(1, 2).square().sum() + LSE.sin().sum() for O, LSE in ((O, LSE), (want[0].transpose(1, 2), want[1])))
+    for got, gradient in zip(torch.autograd.grad(loss, (q, k)), torch.autograd.grad(wanted, (q, k)), strict=True):
+        torch.testing.assert_close(got, gradient)
+    assert seen == [False]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def check_what_is_not_served_is_named():
     x = torch.randn(1, 4, 2, 16)
-    cu = torch.tensor([0, 4], dtype=torch.int32)
-    for options, words in (
-        ({"window_size": (3, 0)}, ["window_size", "(3, 0)"]),
-        ({"window_size": (-1, 2)}, ["window_size"]),
-        ({"softcap": 30.0}, ["softcap"]),
-        ({"alibi_slopes": torch.ones(2)}, ["alibi_slopes"]),
-    ):
-        if "window_size" in options:
-            expect_error(lambda options=options: flash_attn_func(x, x, x, **options), NotImplementedError, words)
+    cu, varlen = torch.tensor([0, 4], dtype=torch.int32), flash_attn.flash_attn_varlen_func
+    for options, words in (({"softcap": 30.0}, ["softcap"]), ({"alibi_slopes": torch.ones(2)}, ["alibi_slopes"])):
+        expect_error(lambda options=options: flash_attn_func(x, x, x, 0.1, **options, return_attn_probs=True), NotImplementedError, words)
         expect_error(lambda options=options: flash_attn_with_kvcache(x, x, x, **options), NotImplementedError, words)
-    expect_error(lambda: flash_attn_func(x, x, x, 0.1, return_attn_probs=True), NotImplementedError, ["return_attn_probs", "dropout"])
+        expect_error(lambda options=options: varlen(x[0], x[0], x[0], cu, cu, 4, 4, **options), NotImplementedError, words)
     expect_error(lambda: flash_attn_with_kvcache(x, x, x, rotary_cos=x), NotImplementedError, ["rotary_cos"])
-    expect_error(lambda: flash_attn.flash_attn_varlen_func(x[0], x[0], x[0], cu, cu, 4, 4), NotImplementedError, ["cu_seqlens"])
-    expect_error(lambda: flash_attn.flash_attn_varlen_kvpacked_func(x[0], x, cu, cu, 4, 4), NotImplementedError, ["cu_seqlens"])
-    expect_error(lambda: flash_attn.flash_attn_varlen_qkvpacked_func(x, cu, 4), NotImplementedError, ["cu_seqlens"])
     expect_error(lambda: flash_attn_with_kvcache(x.requires_grad_(), x, x), NotImplementedError, ["gradients", "no_grad"])
 
 

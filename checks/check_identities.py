@@ -305,7 +305,7 @@ def check_scale(target, causal, scale):
     against_truth(Case(Nq=113, Nk=203, D=32, causal=causal, scale=scale, dtype=dtype_served(target)), target)
 
 
-def check_default_scale(target):
+def check_default_scale(target, repeatable):
     """1/√D unless given."""
     case = Case(Nq=113, Nk=203, D=64, dtype=dtype_served(target))
     got, want = (Problem.of(replace(case, scale=scale), target).answer(target) for scale in (None, 0.125))

@@ -154,7 +154,9 @@ def on_the_device(lengths, N, causal, starts, page_size, multiprocessors):
             pools.append(pool)
         k, v = pools
         table[torch.arange(columns) * page_size >= lengths[:, None]] = 1 << 20
-    O, LSE = split_keys.forward(RUNG, q, k, v, lengths, None if starts is None else first, table, N, causal, D**-0.5)
+    plan = split_keys.Plan.of(RUNG, q, k, v, table is not None, N, causal, D**-0.5)
+    assert plan.why_not(k, v) is None
+    O, LSE = plan(q, k, v, lengths, None if starts is None else first, table)
     error, allowed = (O - truth).abs().max(), 2 * (naive - truth).abs().max() + 1e-3
     assert error <= allowed, f"error {error:.1e}, allowed {allowed:.1e}"
     assert torch.equal(LSE.isneginf(), LSE_truth.isneginf())

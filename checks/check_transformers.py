@@ -96,10 +96,97 @@ def check_logits(transformers, tiled, calls, kind, padded):
         truth, torchs, got = (m(**inputs).logits[real] for m in three(build(transformers, kind, **settings), tiled))
     assert len(calls) == 2, f"{len(calls)} of 2 layers reached flash_attention"
     assert all(k[1] == (4 if kind == "bert" else 2) for _, k, _, _ in calls), f"keys were repeated: {calls}"
-    assert all((mask is None) == (not padded and kind != "mistral") for *_, mask in calls), f"masks {calls}"
+    assert all(mask == (torch.Size((3, 13)) if padded else None) for *_, mask in calls), f"masks {calls}"
     report = Report(f"{kind}, {'left padding' if padded else 'no padding'}")
     report.compare("logits", "O", got, truth, limit("O", truth, torchs, torch.float32, 16))
     report.verdict()
+
+
+FAMILIES = {  # with layers whose window is 5
+    "Mistral": {"sliding_window": 5},
+    "Gemma2": {"sliding_window": 5, "attn_logit_softcapping": None, "query_pre_attn_scalar": 16},
+    "Gemma3": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16},
+    "Qwen2": {"sliding_window": 5, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+    "Qwen3": {},
+    "Phi3": {"sliding_window": 5, "original_max_position_embeddings": 64, "max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("batch", ("plain", "left padding", "packed", "pieces"))
+@pytest.mark.parametrize("family", FAMILIES)
+def check_windows_and_documents(transformers, tiled, calls, family, batch):
+    """What `eager` gives, without a mask for each pair of a query and a key: windows, padding, and documents packed in one row."""
+    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config(**DECODER | FAMILIES[family] | {"attn_implementation": "eager"})).eval()
+    mine = copy.deepcopy(model)
+    mine.set_attn_implementation(tiled)
+    inputs, keys = prompts((13, 13)), None
+    if batch == "left padding":
+        inputs, keys = prompts(), torch.Size((3, 13))
+    if batch == "packed":
+        position = torch.cat([torch.arange(n) for n in (1, 7, 5)])[None]
+        inputs = {"input_ids": prompts((13,))["input_ids"], "position_ids": position}
+
+    def run(model, **inputs):
+        if batch != "pieces":
+            return model(**inputs, use_cache=False).logits
+        cache = transformers.DynamicCache(config=model.config)
+        return torch.cat([model(input_ids=x, past_key_values=cache).logits for x in inputs["input_ids"].split([5, 1, 7], dim=1)], dim=1)
+
+    with torch.no_grad():
+        want = run(model, **inputs)
+        got = run(mine, **inputs)
+    real = inputs.get("attention_mask", torch.ones(inputs["input_ids"].shape)).bool()
+    torch.testing.assert_close(got[real], want[real], atol=2e-5, rtol=1e-5)
+    assert calls and all(mask == keys for *_, mask in calls), f"masks {calls}"
+
+
+def check_documents_by_their_ends(integration):
+    """cu_seq_lens_q and cu_seq_lens_k separate documents where no mask does, and are refused where they cannot be obeyed."""
+    q, k, v = qkv()
+    q, k, v, ends, module = q[:1], k[:1], v[:1], torch.tensor([0, 4, 4, 9], dtype=torch.int32), torch.nn.Module()
+    both = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    for mask in (None, integration.mask(1, 9, 9)):
+        got, _ = integration.attention(module, q, k, v, mask, **both, sliding_window=None)
+        want = [flash_attention(*(x[:, :, i] for x in (q, k, v)), causal=True) for i in (slice(0, 4), slice(4, 9))]
+        torch.testing.assert_close(got, torch.cat(want, 2).transpose(1, 2), atol=1e-6, rtol=0)
+    window = integration.masking_utils.sliding_window_causal_mask_function(3)
+    got, _ = integration.attention(module, q, k, v, integration.mask(1, 9, 9, mask_function=window), **both)
+    want = [flash_attention(*(x[:, :, i] for x in (q, k, v)), window=(2, 0)) for i in (slice(0, 4), slice(4, 9))]
+    torch.testing.assert_close(got, torch.cat(want, 2).transpose(1, 2), atol=1e-6, rtol=0)
+    for wrong in ({"cu_seq_lens_q": ends, "cu_seq_lens_k": torch.tensor([0, 3, 4, 9], dtype=torch.int32)}, {"seq_idx": torch.zeros(1, 9)}):
+        with pytest.raises(NotImplementedError, match="seq"):
+            integration.attention(module, q, k, v, None, **wrong)
+
+
+def check_patterns_are_what_is_written_out(integration):
+    """Mask functions that are understood against transformers' own `sdpa_mask`; one of somebody's own is written out."""
+    utils = integration.masking_utils
+    position = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    packed = utils.find_packed_sequence_indices(position)
+    functions = {
+        "causal": utils.causal_mask_function,
+        "all": utils.bidirectional_mask_function,
+        "window": utils.sliding_window_causal_mask_function(3),
+        "both sides": utils.sliding_window_bidirectional_mask_function(2),
+        "packed": utils.packed_sequence_compatibility_function(utils.causal_mask_function, position, packed),
+        "packed window": utils.packed_sequence_compatibility_function(utils.sliding_window_causal_mask_function(3), position, packed),
+    }
+    real = torch.arange(9) >= torch.tensor([[3], [0]])
+    for name, function in functions.items():
+        for padding in (None, real):
+            for Nq, q_offset in ((9, 0), (4, 5), (1, 8)) if "packed" not in name else ((9, 0),):
+                given = {"mask_function": function, "attention_mask": padding, "q_offset": q_offset, "allow_is_causal_skip": False}
+                got, want = integration.mask(2, Nq, 9, **given), utils.sdpa_mask(2, Nq, 9, **given)
+                assert isinstance(got, integration.ImpliedMask) and got.written is None
+                assert torch.equal(got & True, want), f"{name}, {Nq} queries"
+                q, k, v = qkv()
+                O, _ = integration.attention(torch.nn.Module(), q[:, :, -Nq:], k, v, integration.mask(2, Nq, 9, **given))
+                expected = flash_attention(q[:, :, -Nq:], k, v, want).transpose(1, 2)
+                torch.testing.assert_close(O, expected, atol=1e-6, rtol=0, msg=f"{name}, {Nq} queries")
+    own = integration.mask(1, 9, 9, mask_function=lambda b, h, i, j: (i + j) % 2 == 0, allow_is_causal_skip=False)
+    assert not isinstance(own, integration.ImpliedMask) and own[0, 0, 0, :2].tolist() == [True, False]
 
 
 def check_cached_pieces(transformers, tiled, calls):
@@ -294,13 +381,14 @@ def check_implied_mask(integration):
     huge = integration.mask(1, 1 << 20, 1 << 20)  # 1 TB if it were in memory
     assert huge.shape == (1, 1, 1 << 20, 1 << 20) and huge.dtype == torch.bool and huge.written is None
     elsewhere = huge.to("meta")
-    assert elsewhere.device.type == "meta" and elsewhere.causal and elsewhere.written is None
+    assert elsewhere.device.type == "meta" and elsewhere.pattern.right == 0 and elsewhere.written is None
     tril = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
     assert integration.mask(1, 9, 9).to(torch.float32).dtype == torch.float32
     assert torch.equal(integration.mask(1, 9, 9)[:, :, -3:], tril[:, :, -3:])
     assert torch.equal(~integration.mask(1, 9, 9), ~tril) and torch.equal(integration.mask(1, 9, 9) & tril.mT, tril & tril.mT)
     assert torch.equal(integration.mask(2, 9, 12).any(2)[1, 0], torch.arange(12) < 9)  # the last of a static cache are not written yet
-    full = integration.mask(1, 9, 9, allow_is_causal_skip=False, allow_is_bidirectional_skip=True)
+    everything = integration.masking_utils.bidirectional_mask_function
+    full = integration.mask(1, 9, 9, mask_function=everything, allow_is_causal_skip=False, allow_is_bidirectional_skip=True)
     q, k, v = qkv()
     seen, module = integration.mask(1, 9, 9), torch.nn.Module()
     module.is_causal = False  # the mask decides, not the module

@@ -353,19 +353,15 @@ def check_a_window_is_fast_and_takes_linear_memory():
     assert largest < 4096 * 4096, f"{largest} bytes were allocated at once"
 
 
-def check_a_kernel_for_intervals_is_taken_by_name_only(monkeypatch):
-    """Until it has been timed on a GPU."""
+def check_a_plain_call_takes_a_kernel_for_intervals(monkeypatch):
     from flash_attention.backends import choose, cuda
     from flash_attention.call import Call, Form
 
     monkeypatch.setattr(cuda.Rung, "why_not", lambda *call: None)
     x = Form(torch.Size((2, 3, 2000, 64)), (384000, 128000, 64, 1), torch.float16, torch.device("cuda:0"))
-    window = Call(x, x, x, None, None, Settings(1.0, left=5))
-    assert choose(None, window._replace(settings=Settings(1.0))) == "hopper"
-    assert choose("hopper", window) == choose("cuda", window) == "hopper"
-    if not cuda.INTERVALS_TIMED:
-        with pytest.warns(UserWarning, match="by name only"):
-            assert choose(None, window) == "reference"
+    for window in (Settings(1.0, left=5), Settings(1.0, q_offset=64), Settings(1.0)):
+        call = Call(x, x, x, None, None, window)
+        assert choose(None, call) == choose("hopper", call) == choose("cuda", call) == "hopper"
 
 
 if __name__ == "__main__":

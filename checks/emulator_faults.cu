@@ -193,9 +193,24 @@ __global__ void bulk_over_readers(Faults f) {
         }
         ptx::mbarrier_wait(tile.full, n & 1);
         sum += read(tile);
+        f.data[1024 + threadIdx.x] = sum;
         ptx::mbarrier_arrive(tile.empty);
     }
-    f.data[1024 + threadIdx.x] = sum;
+}
+template <bool BROKEN>
+__global__ void released_before_it_is_read(Faults f) {  // the load may still be under way
+    const Tile tile = begin(1, 128);
+    for (int n = 0; n < 2; ++n) {
+        if (threadIdx.x == 0) {
+            ptx::mbarrier_wait(tile.empty, n & 1 ^ 1);
+            ask(tile, f);
+        }
+        ptx::mbarrier_wait(tile.full, n & 1);
+        const float x = read(tile);
+        if (!BROKEN) f.data[1024 + threadIdx.x] = x;
+        ptx::mbarrier_arrive(tile.empty);
+        f.data[2048 + threadIdx.x] = x;
+    }
 }
 template <bool BROKEN>
 __global__ void bytes_too_many(Faults f) {  // announced
@@ -220,10 +235,10 @@ __global__ void arrivals_too_many(Faults f) {
         }
         ptx::mbarrier_wait(tile.full, n & 1);
         sum += read(tile);
+        f.data[1024 + threadIdx.x] = sum;
         ptx::mbarrier_arrive(tile.empty);
         if (BROKEN && threadIdx.x == 77) ptx::mbarrier_arrive(tile.empty);  // in place of the thread that comes last
     }
-    f.data[1024 + threadIdx.x] = sum;
 }
 template <bool BROKEN>
 __global__ void barrier_not_fenced(Faults f) {
@@ -389,7 +404,7 @@ __global__ void turn_taken_twice(Faults f) {
     X(no_barrier) X(no_syncwarp) X(no_barrier_before_reuse) X(lanes_missing) X(lanes_apart) X(barrier_of_too_few) X(barrier_half_full)       \
     X(barrier_of_two_sizes) X(depends_on_order) X(beyond_global) X(far_beyond_global) X(unwritten_global) X(beyond_shared)                   \
     X(unwritten_shared) X(misaligned) X(cp_async_not_awaited) X(cp_async_of_others) X(cp_async_over_readers) X(cp_async_at_the_end)          \
-    X(bulk_not_awaited) X(bulk_over_readers) X(bytes_too_many) X(arrivals_too_few) X(arrivals_too_many) X(barrier_not_fenced)                \
+    X(bulk_not_awaited) X(bulk_over_readers) X(released_before_it_is_read) X(bytes_too_many) X(arrivals_too_few) X(arrivals_too_many) X(barrier_not_fenced)                \
     X(store_without_fence) X(store_not_awaited) X(box_misplaced) X(box_that_nobody_swizzled) X(product_not_awaited)                          \
     X(product_of_written_tile) X(product_without_fence) X(product_of_copied_tile) X(product_of_touched_registers) X(product_of_wrong_rows) X(product_beyond_shared) X(product_of_three_warps)          \
     X(registers_of_nobody) X(turn_taken_twice)

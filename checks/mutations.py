@@ -42,6 +42,7 @@ MANY_TILES_FLOAT32 = case(Nk=700, dtype=torch.float32)
 DROPOUT_FLOAT32 = case(dropout_p=0.25, dtype=torch.float32)
 SHARP_FLOAT32 = case(sharp=5, dtype=torch.float32)
 WIDE_FLOAT32 = case(D=128, dtype=torch.float32)
+HEAD_256_FLOAT32 = case(D=256, H=1, Nq=130, Nk=200, causal=True, dtype=torch.float32)
 TURNS_FLOAT32 = case(Nk=700, causal=True, dtype=torch.float32)
 WINDOW = case(window=(70, 30))
 TILE_START = case(Nk=150, window=(62, None))
@@ -49,6 +50,8 @@ TILE_STOP = case(Nk=150, window=(None, 62))
 BLIND_SPANS = case(Nk=128, spans="some blind")
 ANY_SPANS = case(Nk=150, spans="any")
 WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
+MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
+LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 MASKED_WINDOW = case(window=(70, 30), mask="heads share")
 
 CAPPED = case(softcap=1.5, dtype=torch.float32)
@@ -266,8 +269,7 @@ TABLE = {
         ("__syncthreads();  // Q is there for every thread", "//", ONE_QUERY),
         ("__syncthreads();  // every warp is done with Q, its ring", "//", FEW_ROWS),
         ("__syncthreads();  // all warps' sums are there", "//", ONE_QUERY, 0),
-        ("__syncthreads();  // all warps' sums are there", "//", ONE_QUERY, 1),
-        ("return ptx::ex2((m - m_all) * (c.p.scale * LOG2_E));", "return 1;", FEW_ROWS),
+        ("return ptx::ex2((m - m_all) * (s.score * LOG2_E));", "return 1;", FEW_ROWS),
         ("if (filled < 2 * count)", "if (filled < 2 * count - 1)", ONE_QUERY),
         ("filled, to_fill = to_fill + 1 == SLOTS ? 0 : to_fill + 1;", "filled, to_fill = to_fill == SLOTS ? 0 : to_fill + 1;", ONE_QUERY),
         (
@@ -278,44 +280,22 @@ TABLE = {
         ("min(limit, i_rmem[m][r] + offset + 1) : limit;", "min(limit, i_rmem[m][r] + offset + 2) : limit;", FEW_ROWS),
         ("min(limit, row0 / group + offset + 1) : limit;", "limit : limit;", FEW_ROWS),
         ("j0 + row + r < limit &&", "j0 + row + r <= limit &&", ONE_QUERY),
-        ("int in_split = (steps + c.splits - 1) / c.splits;", "int in_split = steps / c.splits;", ONE_QUERY),
+        ("{limit, first, count, (count + c.splits - 1) / c.splits};", "{limit, first, count, count / c.splits};", ONE_QUERY),
+        ("steps.count ? (steps.count + steps.share - 1) / steps.share : 0;", "c.splits;", ONE_QUERY),
+        ("steps.count ? (steps.count + steps.share - 1) / steps.share : 0;", "steps.count / steps.share;", ONE_QUERY),
+        ("const int begin = split * steps.share,", "const int begin = split * (steps.share - 1),", ONE_QUERY),
         ("if (__any_sync(0xffffffff, grew))", "if (grew && false)", FEW_ROWS),
-        ("l += weight(c, ml.x, m_all) * ml.y;", "l += ml.y;", FEW_ROWS),
-        ("+ row / c.rows) * c.splits * c.rows + row % c.rows;", "+ row / c.rows) * c.splits * c.rows;", ONE_QUERY),
-        ("hidden_origin[m][r] + step + WARPS];", "hidden_origin[m][r] + step + 1];", FEW_MASKED),
+        ("l += factor * ml[s].y;", "l += ml[s].y;", FEW_ROWS),
+        ("O[n][0] = fmaf(factor, x[s][n].x, O[n][0])", "O[n][0] += x[s][n].x", FEW_ROWS),
+        ("+ tile) * c.splits * c.rows + row % c.rows;", "+ tile) * c.splits * c.rows;", ONE_QUERY),
+        ("hidden_origin[m][r] + step_of(n + 1)];", "hidden_origin[m][r] + step_of(n) + 1];", FEW_MASKED),
         ("word = i % 32 / 8;", "word = i % 16 / 8;", case(H=1, Nq=30, dropout_p=0.25)),
         ("dropout_bytes(key, b, h, i, j0 + 2 * t)", "dropout_bytes(key, b, h_kv, i, j0 + 2 * t)", FEW_MASKED),
-        ("const float factor = final_factor(c, b, m_all, l);", "const float factor = 1 / l;", FEW_MASKED, 1),
+        ("const float factor = final_factor(c, scales, b, m_all, l);", "const float factor = 1 / l;", FEW_MASKED, 1),
     ],
     ("hopper", "forward_4_hopper.cu"): [
-        ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
-        ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
-        ("release(barriers.K_empty, now.stage);", ";", MANY_TILES),
         ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS + 1);", MANY_TILES),
         ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS - 1);", MANY_TILES),
-        ("(barrier(empty, slot.stage), slot.parity ^ 1);", "(barrier(empty, slot.stage), slot.parity);", PLAIN),
-        ("ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);", NO_WAIT, MANY_TILES),
-        ("Tile::BYTES + more_bytes);", "Tile::BYTES);", MASKED),
-        ("ptx::mbarrier_wait(barrier(barriers.V_full, before.stage), before.parity);", NO_WAIT, PLAIN),
-        ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", PLAIN),
-        ("ptx::wgmma_wait_group<0>();\n                        // Few tiles", "// Few tiles", PLAIN),
-        (
-            "ptx::wgmma_fence();\n#pragma unroll\n            for (int k = 0; k < BLOCK_K / 16; ++k)",
-            "for (int k = 0; k < BLOCK_K / 16; ++k)",
-            PLAIN,
-        ),
-        ("ptx::fence_proxy_async();  // of what this lane has stored", NO_BARRIER, PLAIN),
-        ("if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there", "//", case(D=256, Nq=300)),
-        ("ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_V::PANEL_BYTES)", "ptx::descriptor(V_tile + k * 16 * ROW_BYTES)", WIDE),
-        ("ptx::advance(K_tile, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32)", "ptx::advance(K_tile, d * 32)", WIDE),
-        (
-            "ptx::advance(Q_rows, d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32)",
-            "ptx::advance(Q_rows, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 64)",
-            PLAIN,
-        ),
-        ("(panel + more) * 64, work.i0", "panel * 64, work.i0", WIDE),
-        ("if (consumer == CONSUMERS - 1) your_turn(0);", ";", PLAIN),
-        ("if (consumer == 0) my_turn();  // meets", "//", PLAIN),
         ("ptx::fence_mbarrier_init();", ";", PLAIN),
         (
             "    __syncthreads();\n\n    const int group = uniform(threadIdx.x / GROUP);",
@@ -323,12 +303,64 @@ TABLE = {
             PLAIN,
         ),
         ("ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();", ";", PLAIN),
+    ],
+    ("hopper", "forward_4_schedule.cuh"): [
+        ("+ short_tiles - 1 - place / heads;", "+ short_tiles - place / heads;", LONG_WINDOW),
+        ("if (unit >= units) return false;", "if (unit + 1 >= units) return false;", MANY_DOCUMENTS, 0),
+        ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
+    ],
+    ("hopper", "forward_4_producer.cuh"): [
+        ("(barrier(empty, slot.stage), slot.parity ^ 1);", "(barrier(empty, slot.stage), slot.parity);", PLAIN),
+        ("ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);", NO_WAIT, MANY_TILES),
+        ("Tile::BYTES + more_bytes);", "Tile::BYTES);", MASKED),
         ("if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);", "if (work.k_tiles == 0) return;", PLAIN),
+    ],
+    ("hopper", "longest_first.cuh"): [
+        ("order.units[counts[c] + __popc(same & first_bits(lane))] = unit;", "order.units[counts[c]] = unit;", MANY_DOCUMENTS),
+        ("before += totals_smem[c];", ";", MANY_DOCUMENTS),
+        ("if (threadIdx.x == 0) *order.queue = 0;", ";", MANY_DOCUMENTS),
+    ],
+    ("hopper", "backward_workspace.cuh"): [  # an interval is one short, in the backward only
+        ("max(0, keys.stop - keys.start)", "max(0, keys.stop - keys.start - 1)", WINDOW),
+        ("make_uint2(keys.start, max(0", "make_uint2(keys.start + 1, max(0", WINDOW),
+    ],
+    ("hopper", "forward_4_softmax.cuh"): [
+        ("of_lane(keys.stop - 2 * t)", "of_lane(keys.stop - 2 * t - 1)", WINDOW),
+        ("min(column % 8, 2)", "min(column % 8, 1)", WINDOW),
+        ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
+    ],
+    ("hopper", "forward_4_epilogue.cuh"): [
+        ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
+        ("ptx::fence_proxy_async();  // of what this lane has stored", NO_BARRIER, PLAIN),
+        ("if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there", "//", case(D=256, Nq=300)),
+        ("(panel + more) * 64, work.i0", "panel * 64, work.i0", WIDE),
+    ],
+    ("hopper", "forward_4_consumer.cuh"): [
+        ("release(barriers.K_empty, now.stage);", ";", MANY_TILES),
+        ("await_V(before);", NO_WAIT, PLAIN),
+        ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", PLAIN),
+        ("ptx::wgmma_wait_group<0>();\n                    // Few tiles", "// Few tiles", PLAIN),
+        (
+            "ptx::wgmma_fence();\n#pragma unroll\n    for (int k = 0; k < BLOCK_K / 16; ++k)",
+            "for (int k = 0; k < BLOCK_K / 16; ++k)",
+            PLAIN,
+        ),
+        ("ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_V::PANEL_BYTES)", "ptx::descriptor(V_tile + k * 16 * ROW_BYTES)", WIDE),
+        ("ptx::advance(K_tile, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32)", "ptx::advance(K_tile, d * 32)", WIDE),
+        (
+            "ptx::advance(Q_rows, d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32)",
+            "ptx::advance(Q_rows, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 64)",
+            PLAIN,
+        ),
+        ("if (consumer == CONSUMERS - 1) your_turn(0);", ";", PLAIN),
+        ("if (consumer == 0) my_turn();  // meets", "//", PLAIN),
         ("O_rmem[i] *= alpha[i >> 1 & 1];", ";", SHARP),
+        ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
     ],
     ("hopper", "keep_bits.cuh"): [
         ("push(r, upper ? from_other : mine[r], p);", "push(r, mine[r], p);", DROPOUT),
         ("(low & word) | (either & (low | word))", "(low & word)", DROPOUT),
+        ("panel / OF_PART * PART + panel % OF_PART * 64;", "panel * 64;", HEAD_192),
     ],
     ("hopper", "mask_start.cuh"): [
         ("S[4 * (4 * w + n) + 2 * r + c]", "S[4 * (4 * w + n) + 2 * r + 1 - c]", MASKED),
@@ -337,7 +369,14 @@ TABLE = {
         ("((chunk % 8) ^ (row % 8)) * 16", "chunk % 8 * 16", PLAIN),
     ],
     ("hopper", "backward_4_hopper.cu"): [
-        ("now.bh % p.H, i + 1).holds(j)) P1 = 0;", "now.bh % p.H, i).holds(j)) P1 = 0;", WINDOW),
+        ("if (j - rows.z >= rows.w)", "if (j - rows.x >= rows.y)", WINDOW),
+        ("const bool cut = now.cut;", "const bool cut = false;", WINDOW),
+        ("told_smem[stage] = at;", ";", WINDOW),
+        (
+            "const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;",
+            "const int unit = blockIdx.x / 2;",
+            MANY_DOCUMENTS,
+        ),
         ("ptx::fence_proxy_async();  // this thread's part of dSᵀ", NO_BARRIER, PLAIN),
         ("meet();                    // dSᵀ is whole", "//", PLAIN),
         ("ptx::wgmma_wait_group<0>();  // dK too", "ptx::wgmma_wait_group<1>();  //", MANY_TILES),
@@ -350,9 +389,14 @@ TABLE = {
         ("Tile_Q::BYTES + ROWS_BYTES + more_bytes);", "Tile_Q::BYTES + more_bytes);", PLAIN),
     ],
     ("hopper", "backward_hopper.cuh"): [
+        ("cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);", "cut = !bounds.see_whole(k_tile * BLOCK_K + 1, BLOCK_K - 1);", TILE_START),
+        ("cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);", "cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K - 1);", TILE_STOP),
+        ("first = tiles.start, tile = tiles.stop - 1;", "first = tiles.start, tile = tiles.stop - 2;", WINDOW),
+        ("return p.deterministic ? k_tile - maps", "return p.deterministic ? k_tile + 0 * maps", WINDOW_TURNS),
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
         ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
         ("max(0, j0 - diagonal(p)) / BLOCK_Q - 1", "max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
+        ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
     ],
     ("hopper", "backward_4_hopper_wide.cu"): [
         ("ptx::wgmma_wait_group<3>();  // S is there", "ptx::wgmma_wait_group<4>();  //", WIDEST),
@@ -361,35 +405,24 @@ TABLE = {
         ("if (MASK) ptx::mbarrier_arrive(mask_empty);", ";", WIDEST_MASKED),
         ("ptx::wgmma_wait_group<1>();  // dV is there: done with dO", "ptx::wgmma_wait_group<2>();", WIDEST),
         ("dS_of(next.n), Q_of(next.n), false);", "dS_of(n), Q_of(next.n), false);", WIDEST),
-    ],
-    ("hopper_between", "forward_4_hopper.cu"): [
-        ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
-        ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
-    ],
-    ("hopper_between", "backward_hopper.cuh"): [
-        ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
-    ],
-    ("hopper_between", "keep_bits.cuh"): [
-        ("panel / OF_PART * PART + panel % OF_PART * 64;", "panel * 64;", HEAD_192),
-    ],
-    ("hopper_between", "backward_4_hopper_wide.cu"): [
         ("d / STEPS * PANELS + d % STEPS / 4", "d / 4", HEAD_192),
         ("p.D, consumer * COLUMNS,", "p.D, consumer * 128,", HEAD_192),
-    ],
-    ("hopper_split", "backward_5_split.cu"): [
-        ("ptx::bar_sync(P_IS_THERE, CONSUMERS * GROUP);", ";", HEAD_192),
-        ("ptx::fence_proxy_async();  // this thread's part of Pᵀ or dSᵀ", NO_BARRIER, HEAD_192),
-        ("meet();  // Pᵀ and dSᵀ are whole", "//", HEAD_192),
-        ("n % 2 * 2 * Tile_S::BYTES; };", "0; };", HEAD_192),
-        ("word >> (bit + ROW_STEP * r) % 32 << 7", "word >> bit % 32 << 7", case(D=192, H=1, mask="heads share")),
-        ("if (cut && 8 * i + c >= visible) x = 0;", "if (cut && 8 * i + c > visible) x = 0;", case(D=192, H=1, causal=True)),
-        ("ptx::wgmma_wait_group<0>();  // the tile before has been added", "ptx::wgmma_wait_group<1>();", HEAD_192),
     ],
     ("hopper_wide", "forward_5_wide.cu"): [
         ("ptx::wgmma_wait_group<1>();  // the panel before has been read", ";", HEAD_512),
         ("release(barriers.K_empty[before]);", ";", HEAD_512),
         ("if (++stage == RING) stage = 0, parity ^= 1;", "if (++stage == RING) stage = 0;", HEAD_512),
-        ("if (panel == K_PANELS / 2 - 1 && n > 0) load_V(before);", "if (panel == K_PANELS / 2 - 1 && n > 0) load_V(keys);", HEAD_512),
+        ("ptx::mbarrier_wait(barrier(barriers.V_empty), n & 1 ^ 1);", NO_WAIT, HEAD_512),
+        (
+            "load_boxes<Tile_V>(V_smem, maps.v[work.part], work.j0(tile),",
+            "load_boxes<Tile_V>(V_smem, maps.v[work.part], work.j0(0),",
+            HEAD_512,
+        ),
+        (
+            "for (Work work = next_with_keys(m); work.k_tiles > 0; work = next_with_keys(m)) {",
+            "for (Work work = next_with_keys(m); work.k_tiles > 0; work = next_with_keys(++m)) {",
+            HEAD_512_CAUSAL,
+        ),
         ("columns_from(p.o, part * PART)", "columns_from(p.o, part * 128)", HEAD_512),
         ("ptx::mbarrier_arrive(barrier(barriers.mask_empty));", ";", HEAD_512_MASKED),
         ("work.part == 0 && t == 0 && i < p.Nq)", "work.part == 0 && t == 0 && i <= p.Nq)", HEAD_512),
@@ -428,7 +461,38 @@ TABLE = {
         ("if (MASK) __syncwarp();      // every lane has read", "//", case(Nk=700, mask="heads share", dtype=torch.float32)),
         ("P_rmem[0][k][e] &= kept, P_rmem[1][k][e] &= kept;", "P_rmem[0][k][e] &= kept;", DROPOUT_FLOAT32),
     ],
+    ("hopper_float32", "forward_5_float32_wide.cu"): [
+        ("join(m_new, larger);", "", HEAD_256_FLOAT32),
+        ("meet();                    // P is whole", "//", HEAD_256_FLOAT32),
+        ("ptx::fence_proxy_async();  // this thread's part of P", NO_BARRIER, HEAD_256_FLOAT32),
+        ("(product == 0) * Tile_P::BYTES + k * 32", "k * 32", HEAD_256_FLOAT32),
+        ("fmaf(O_rmem[32 * chunk + i], alpha[i >> 1 & 1], part_rmem[i])", "O_rmem[32 * chunk + i] + part_rmem[i]", HEAD_256_FLOAT32),
+        ("ptx::wgmma_wait_group<1>();  // the piece before has been read", "//", HEAD_256_FLOAT32),
+        ("join(l_rmem, [](float x, float y) { return x + y; });", "", HEAD_256_FLOAT32),
+    ],
+    ("hopper_float32_wide", "backward_5_float32_wide.cu"): [
+        ("meet();  // both groups are done with the last tile's dS", "//", HEAD_256_FLOAT32),
+        ("meet();                    // dS is whole", "//", HEAD_256_FLOAT32),
+        ("ptx::fence_proxy_async();  // this thread's part of dS", NO_BARRIER, HEAD_256_FLOAT32),
+        ("release(2), release_A(2);", "release(2), release_A(1);", HEAD_256_FLOAT32),
+        (
+            "begin = OF == OF_Q ? 0 : first_row_of(p, row0) / BLOCK;",
+            "begin = OF == OF_Q ? 0 : (first_row_of(p, row0) + BLOCK) / BLOCK;",
+            HEAD_256_FLOAT32,
+        ),
+        ("const int i1 = i + !BY_ROWS,", "const int i1 = i,", HEAD_256_FLOAT32),
+        (
+            "exponent_of(OF == OF_Q ? range.k : range.q)",
+            "exponent_of(range.q)",
+            case(D=256, H=1, Nq=70, Nk=100, sharp=5, dtype=torch.float32),
+        ),
+    ],
     ("hopper_float32", "backward_5_float32.cu"): [
+        (
+            "multiply(S_rmem, K_smem, Q_tile, !MASK);\n",
+            "if (MASK) ptx::mbarrier_arrive(mask_empty);\nmultiply(S_rmem, K_smem, Q_tile, !MASK);\nif (false)\n",
+            case(Nq=300, mask="heads share", dtype=torch.float32),
+        ),
         ("meet();  // both groups are done with the last tile's", "//", case(Nq=700, dtype=torch.float32)),
         ("meet();                    // Pᵀ and dSᵀ are whole", "//", FLOAT32),
         ("ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ", NO_BARRIER, FLOAT32),

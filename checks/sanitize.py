@@ -20,6 +20,7 @@ from harness import call_of
 
 from flash_attention import flash_attention
 from flash_attention.backends.cuda import RUNGS
+from flash_attention.spans import documents
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 CLEAN = {"racecheck": "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"}  # the other tools say:
@@ -29,6 +30,12 @@ LENGTHS = ((130, 200), (200, 130), (1, 70))  # Nq, Nk; causal with Nq > Nk has r
 # causal, mask (each head has its own: some rungs read it as bytes; all share one: packed to bits), dropout_p
 FLAGS = ((False, None, 0.0), (True, None, 0.0), (False, "one", 0.0), (False, "each", 0.0), (True, "each", 0.0), (True, "one", 0.1))
 HEAD_DIMS = (40, 64, 128, 256)  # hopper has a backward of its own above 128
+# What rows see, each its own interval; with a mask and dropout in the last.
+INTERVALS = (
+    ({"window": (70, 9)}, None, 0.0),
+    ({"spans": "documents"}, None, 0.0),
+    ({"spans": "documents", "window": (20, None), "causal": True}, "one", 0.1),
+)
 MANY = 140  # heads: more tiles than multiprocessors. A hopper block then takes several, with one or two places for Q.
 
 
@@ -58,7 +65,28 @@ def run_grid(backend: str) -> None:
         torch.cuda.synchronize()
         served += 1
     assert served, f"{backend} served no case"
+    if rung.intervals:
+        served += run_intervals(backend)
     print(f"{backend}: {served} cases")
+
+
+def run_intervals(backend: str) -> int:
+    """The same for windows and spans; → how many cases."""
+    dtype = getattr(torch, RUNGS[backend].dtypes[0])
+    cases = list(product(LENGTHS, INTERVALS, HEAD_DIMS))
+    for (Nq, Nk), (options, masks, dropout_p), D in cases:
+        q = torch.randn(1, 4, Nq, D, device="cuda", dtype=dtype, requires_grad=True)
+        k, v = (torch.randn(1, 2, Nk, D, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+        mask = torch.rand(1, 1, Nq, Nk, device="cuda") < 0.5 if masks else None
+        if "spans" in options:
+            lengths = ([Nq // 3, 0, Nq - Nq // 3], [Nk // 2, 3, Nk - Nk // 2 - 3])
+            options = options | {"spans": documents(*lengths, causal=True).cuda()}
+        O, LSE = flash_attention(q, k, v, mask, **options, dropout_p=dropout_p, return_lse=True, backend=backend)
+        if backend == "hopper":
+            O.data.copy_(O.data.cpu())  # as above
+        torch.autograd.backward((O, LSE), (torch.randn_like(O), torch.randn_like(LSE).where(~LSE.isneginf(), 0)))
+        torch.cuda.synchronize()
+    return len(cases)
 
 
 def sanitize(tool: str, backend: str) -> bool:

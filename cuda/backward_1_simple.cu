@@ -373,7 +373,7 @@ extern "C" int attention(const AttentionParams* params) {
     if (!numbers_fit(p, {delta_blocks, dkv_blocks, dq_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
 #if INTERVAL
-    if (const cudaError_t error = summarise_spans(p, p.workspace + summaries_offset(p), TILE, 0); error != cudaSuccess) return error;
+    if (const cudaError_t error = summarise(p, p.workspace + summaries_offset(p), TILE, 0); error != cudaSuccess) return error;
 #endif
     cudaError_t error = launch(delta_kernel, delta_blocks, THREADS, p);
     if (error == cudaSuccess) error = launch(dkv_kernel, dkv_blocks, THREADS, p);

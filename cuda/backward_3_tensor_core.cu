@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         int stage;    // where in shared memory
     };
 #if INTERVAL
-    const Visits visits = {Summaries(p, workspace.summaries(p), BLOCK_Q, BLOCK_K), b, keys.tile, BLOCK_Q, BLOCK_K, end_h};
+    const Visits visits = {Summaries(p, workspace.summaries(p), BLOCK_Q, BLOCK_K), b, keys.tile, BLOCK_K, end_h};
 #endif
     auto advance = [&](Place& at) {
         at.stage = at.stage == STAGES - 1 ? 0 : at.stage + 1;
@@ -427,7 +427,7 @@ extern "C" int attention(const AttentionParams* params) {
     cudaError_t error = cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     if (error != cudaSuccess) return error;
 #if INTERVAL
-    if (error = summarise_spans(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K); error != cudaSuccess) return error;
+    if (error = summarise(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K); error != cudaSuccess) return error;
 #endif
     if (all_rows > 0) launch_kernel(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);
     if (k_blocks > 0) launch_kernel(backward_kernel, static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream, p, p.scale * LOG2_E);

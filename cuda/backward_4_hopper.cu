@@ -15,7 +15,8 @@ static_assert(HEAD_DIM <= 128 && HEAD_DIM % 16 == 0 && V_HEAD_DIM == HEAD_DIM, "
 #include "backward_hopper.cuh"
 
 constexpr int N_TILES = BLOCK_Q / 8;
-constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES + STAGES * (2 * ROWS_BYTES + MASK_BYTES);
+constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // what each row sees
+constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES + STAGES * (2 * ROWS_BYTES + MASK_BYTES + SEEN_BYTES);
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 // "full": the bytes have arrived, with those of Q the mask's. "empty": every computing thread is done with them.
@@ -33,12 +34,22 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     constexpr int ROWS_OFFSET = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES;
     const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
     uint8_t* mask_smem = smem + ROWS_OFFSET + STAGES * 2 * ROWS_BYTES;            // STAGES × [BLOCK_K] BitRow
+#if INTERVAL
+    __shared__ Told told_smem[STAGES];
+    constexpr int SEEN_OFFSET = ROWS_OFFSET + STAGES * (2 * ROWS_BYTES + MASK_BYTES);
+    const uint2* seen_smem = reinterpret_cast<const uint2*>(smem + SEEN_OFFSET);  // STAGES × [BLOCK_Q]: each row's first column, and how many
+#endif
     const uint32_t KV_full = ptx::smem_address(&barriers.KV_full);
     auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
 
     // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
+#if INTERVAL
+    const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
+    const int k_tile = unit % k_tiles, b_kv_h = unit / k_tiles;
+#else
     const int k_tile = blockIdx.x % k_tiles, b_kv_h = blockIdx.x / k_tiles;  // b_kv_h = b·Hkv + kv_h
+#endif
     const int j0 = k_tile * BLOCK_K, offset = diagonal(p);                   // causal: row i sees columns j ≤ i + offset
 
     if (threadIdx.x == 0) {
@@ -61,7 +72,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::mbarrier_arrive_expect_tx(KV_full, 2 * Tile_K::BYTES);
             load_boxes<Tile_K, RowOrder>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             load_boxes<Tile_K, RowOrder>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+#if INTERVAL
+            Visit at(p, maps, k_tile, b_kv_h);
+            for (; at.more(); at.advance(maps)) {
+#else
             for (Visit at(p, j0, b_kv_h); at.more(); at.advance(p)) {
+#endif
                 const Slot<STAGES> slot = at.slot();
                 const int stage = slot.stage, i0 = at.tile * BLOCK_Q;
                 const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
@@ -73,12 +89,23 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 };
                 ptx::mbarrier_wait(barrier(barriers.empty, stage), slot.parity ^ 1);  // passes at once in the first round
                 const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES;
-                load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES);
+#if INTERVAL
+                told_smem[stage] = at;  // seen by those who have waited for "full"
+#endif
+                load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES + SEEN_BYTES);
+#if INTERVAL
+                ptx::cp_async_bulk(K_smem + SEEN_OFFSET + stage * SEEN_BYTES, maps.seen + row, SEEN_BYTES, barrier(barriers.Q_full, stage));
+#endif
                 if (MASK)
                     ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + stage * MASK_BYTES), &maps.mask, one_row(p) ? 0 : i0 / BIT_COLUMNS * 4, j0,
                                                  at.bh % p.H, at.bh / p.H, barrier(barriers.Q_full, stage));
                 load(Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage), 0);
             }
+#if INTERVAL
+            ptx::mbarrier_wait(barrier(barriers.empty, at.slot().stage), at.slot().parity ^ 1);
+            told_smem[at.slot().stage] = {0, -1, 0};
+            ptx::mbarrier_arrive(barrier(barriers.Q_full, at.slot().stage));
+#endif
         }
     } else {
         // ---- the consumers: 64 keys each
@@ -91,7 +118,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
         float dK_rmem[HEAD_DIM / 2] = {}, dV_rmem[HEAD_DIM / 2] = {};
         ptx::mbarrier_wait(KV_full, 0);
-        for (Visit now(p, j0, b_kv_h); now.more(); now.advance(p)) {
+#if INTERVAL
+        ToldVisit now(told_smem, barriers.Q_full);
+#else
+        Visit now(p, j0, b_kv_h);
+#endif
+        for (; now.more(); now.advance(p)) {
             const Slot<STAGES> slot = now.slot();
             const int stage = slot.stage, i0 = now.tile * BLOCK_Q;
             const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, dO_tile = Q_tile + Tile_Q::BYTES;
@@ -101,7 +133,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
             // Whether some key of the tile is not seen by all rows.
 #if INTERVAL
-            const bool cut = !now.whole(p, j0);
+            const bool cut = now.cut;
+            const uint2* seen = seen_smem + stage * BLOCK_Q + 2 * t;
 #else
             const bool cut = j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk);
 #endif
@@ -145,22 +178,37 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                     float &P0 = S_rmem[4 * n + 2 * r], &P1 = S_rmem[4 * n + 2 * r + 1];
                     P0 = ptx::ex2(fmaf(P0, scale_log2, -LSE.x));
                     P1 = ptx::ex2(fmaf(P1, scale_log2, -LSE.y));
-#if INTERVAL
-                    if (cut) {
-                        const int j = j0 + first_row + ROW_STEP * r, i = i0 + 8 * n + 2 * t;
-                        if (!keys_of_row(p, now.bh / p.H, now.bh % p.H, i).holds(j)) P0 = 0;
-                        if (!keys_of_row(p, now.bh / p.H, now.bh % p.H, i + 1).holds(j)) P1 = 0;
-                    }
-#else
+#if !INTERVAL
                     if (!MASK && cut) {
                         const int j = j0 + first_row + ROW_STEP * r, i = i0 + 8 * n + 2 * t;
                         if (j >= p.Nk || (CAUSAL && j > i + offset)) P0 = 0;
                         if (j >= p.Nk || (CAUSAL && j > i + 1 + offset)) P1 = 0;
                     }
-#endif
                     P_rmem[n / 2][n % 2 * 2 + r] = ptx::cvt_pair<element>(P0, P1) & (DROPOUT ? keep.pair(r, n) : ~0u);
+#endif
                 }
             };
+#if INTERVAL
+            // Once all of P is there: one branch a tile, under which nothing else has to wait.
+            auto hide_P = [&] {
+#pragma unroll
+                for (int n = 0; n < N_TILES; ++n) {
+                    const uint4 rows = *reinterpret_cast<const uint4*>(seen + 8 * n);  // two of them: first column, how many
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        const unsigned j = j0 + first_row + ROW_STEP * r;
+                        if (j - rows.x >= rows.y) S_rmem[4 * n + 2 * r] = 0;  // unsigned: also what lies before the first
+                        if (j - rows.z >= rows.w) S_rmem[4 * n + 2 * r + 1] = 0;
+                    }
+                }
+            };
+            auto round_P = [&](int n) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+                    P_rmem[n / 2][n % 2 * 2 + r] =
+                        ptx::cvt_pair<element>(S_rmem[4 * n + 2 * r], S_rmem[4 * n + 2 * r + 1]) & (DROPOUT ? keep.pair(r, n) : ~0u);
+            };
+#endif
             // dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end, as it is in dV.
             auto make_dS = [&](int n) {
                 const float2 Delta = *reinterpret_cast<const float2*>(Delta_smem + 8 * n);
@@ -177,8 +225,18 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
                 make_P(n);
+#if !INTERVAL
+                if (DROPOUT) make_dS(n);
+#endif
+            }
+#if INTERVAL
+            if (cut) hide_P();
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+                round_P(n);
                 if (DROPOUT) make_dS(n);
             }
+#endif
             ptx::wgmma_wait_group<0>();  // so is dPᵀ
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n)
@@ -211,7 +269,11 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::wgmma_wait_group<1>();  // dV and dQ are there
             const Workspace workspace(p);
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
-            const int turn = now.turn(p, k_tile);
+#if INTERVAL
+            const int turn = now.turn(p, maps, k_tile);
+#else
+            const int turn = k_tile;
+#endif
             take_turn(p, workspace, row, turn);
             add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? consumer * 64 : 0), BY_ROWS ? 0 : consumer * COLUMNS, dQ_rmem);
             end_turn(p, workspace, row, turn);
@@ -237,6 +299,6 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     }
 }
 
-extern "C" int64_t workspace_floats(const AttentionParams* params) { return Workspace::floats(*params); }
+extern "C" int64_t workspace_floats(const AttentionParams* params) { return backward_floats(*params); }
 
 extern "C" int attention(const AttentionParams* params) { return launch_backward(backward_kernel, SMEM_BYTES, *params); }

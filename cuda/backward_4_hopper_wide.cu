@@ -58,12 +58,20 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     constexpr int ROWS_OFFSET = Tile_K::BYTES + Tile_V::BYTES + STAGES * QDO_BYTES + 2 * 2 * Tile_S::BYTES;
     const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
     uint8_t* mask_smem = smem + ROWS_OFFSET + STAGES * 2 * ROWS_BYTES;            // [BLOCK_K] BitRow
+#if INTERVAL
+    __shared__ Told told_smem[STAGES];
+#endif
     const uint32_t KV_full = ptx::smem_address(&barriers.KV_full), mask_empty = ptx::smem_address(&barriers.mask_empty);
     auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
 
     // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
+#if INTERVAL
+    const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
+    const int k_tile = unit % k_tiles, b_kv_h = unit / k_tiles;
+#else
     const int k_tile = blockIdx.x % k_tiles, b_kv_h = blockIdx.x / k_tiles;  // b_kv_h = b·Hkv + kv_h
+#endif
     const int j0 = k_tile * BLOCK_K, offset = diagonal(p);                   // causal: row i sees columns j ≤ i + offset
 
     if (threadIdx.x == 0) {
@@ -88,7 +96,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::mbarrier_arrive_expect_tx(KV_full, Tile_K::BYTES + Tile_V::BYTES);
             load_boxes<Tile_K, RowOrder, COLUMNS>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             load_boxes<Tile_V, RowOrder, V_COLUMNS>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+#if INTERVAL
+            Visit at(p, maps, k_tile, b_kv_h);
+            for (; at.more(); at.advance(maps)) {
+#else
             for (Visit at(p, j0, b_kv_h); at.more(); at.advance(p)) {
+#endif
                 const Slot<STAGES> slot = at.slot();
                 const int stage = slot.stage, i0 = at.tile * BLOCK_Q;
                 const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
@@ -101,6 +114,10 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                     load_boxes<Tile, InOrder, decltype(half)::value>(tile, map, i0, at.bh % p.H, at.bh / p.H, full);
                     ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
                 };
+#if INTERVAL
+                ptx::mbarrier_wait(barrier(barriers.Q_empty, stage), slot.parity ^ 1);
+                told_smem[stage] = at;  // seen by those who have waited for "full"
+#endif
                 load(Tile_Q(), std::integral_constant<int, COLUMNS>(), Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), barrier(barriers.Q_empty, stage), MASK_BYTES);
                 if (MASK) {
                     ptx::mbarrier_wait(mask_empty, (at.n & 1) ^ 1);
@@ -110,6 +127,11 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 load(Tile_dO(), std::integral_constant<int, V_COLUMNS>(), Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage),
                      barrier(barriers.dO_empty, stage), 0);
             }
+#if INTERVAL
+            ptx::mbarrier_wait(barrier(barriers.Q_empty, at.slot().stage), at.slot().parity ^ 1);
+            told_smem[at.slot().stage] = {0, -1, 0};
+            ptx::mbarrier_arrive(barrier(barriers.Q_full, at.slot().stage));
+#endif
         }
     } else {
         // ---- the consumers
@@ -133,12 +155,14 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         auto dS_of = [&](int n) { return P_of(n) + Tile_S::BYTES; };
 
         // A tile's first row in the workspace.
-        auto first_row_of = [&](const Visit& at) { return static_cast<int64_t>(at.bh) * Workspace(p).rows + at.tile * BLOCK_Q; };
+        auto first_row_of = [&](const auto& at) { return static_cast<int64_t>(at.bh) * Workspace(p).rows + at.tile * BLOCK_Q; };
         // Whether some key of the block is not seen by all rows of a tile.
 #if INTERVAL
-        auto cut = [&](const Visit& at) { return !at.whole(p, j0); };
+        using Visited = ToldVisit;
+        auto cut = [&](const Visited& at) { return at.cut != 0; };
 #else
-        auto cut = [&](const Visit& at) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? at.tile * BLOCK_Q + offset + 1 : p.Nk); };
+        using Visited = Visit;
+        auto cut = [&](const Visited& at) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? at.tile * BLOCK_Q + offset + 1 : p.Nk); };
 #endif
 
         // The group's columns of K Qᵀ or V dOᵀ, under way.
@@ -154,7 +178,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             }
             ptx::wgmma_commit_group();
         };
-        auto start_scores = [&](const Visit& at) {
+        auto start_scores = [&](const Visited& at) {
             ptx::mbarrier_wait(barrier(barriers.Q_full, at.slot().stage), at.slot().parity);
 #if MASK
             // Key j is seen by the rows from j − offset on.
@@ -170,27 +194,34 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             multiply(std::integral_constant<int, V_COLUMNS>(), dP_rmem, V_smem, dO_of(at.n), true);
         };
         // Draws what dropout keeps of a tile.
-        auto draw = [&](const Visit& at) {
+        auto draw = [&](const Visited& at) {
             if (DROPOUT) keep.draw_keys(p, at.bh / p.H, at.bh % p.H, j0 + first_row, at.tile * BLOCK_Q + consumer * ROWS, lane);
         };
         // S becomes P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys. Beyond the end of the rows LSE is ∞.
-        auto make_P = [&](const Visit& at) {
+        auto make_P = [&](const Visited& at) {
             const float* LSE_smem = rows_smem + at.slot().stage * 2 * BLOCK_Q + consumer * ROWS + 2 * t;
             const bool is_cut = (INTERVAL || !MASK) && cut(at);
+#if INTERVAL
+            const uint2* seen = maps.seen + first_row_of(at) + consumer * ROWS + 2 * t;  // in global memory: shared memory is full
+#endif
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
                 const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + 8 * n);
+#if INTERVAL
+                const uint4 two_rows = is_cut ? *reinterpret_cast<const uint4*>(seen + 8 * n) : uint4{};
+#endif
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     float &P0 = S_rmem[4 * n + 2 * r], &P1 = S_rmem[4 * n + 2 * r + 1];
                     P0 = ptx::ex2(fmaf(P0, scale_log2, -LSE.x));
                     P1 = ptx::ex2(fmaf(P1, scale_log2, -LSE.y));
                     if (is_cut) {
-                        const int j = j0 + first_row + ROW_STEP * r, i = at.tile * BLOCK_Q + consumer * ROWS + 8 * n + 2 * t;
 #if INTERVAL
-                        if (!keys_of_row(p, at.bh / p.H, at.bh % p.H, i).holds(j)) P0 = 0;
-                        if (!keys_of_row(p, at.bh / p.H, at.bh % p.H, i + 1).holds(j)) P1 = 0;
+                        const unsigned j = j0 + first_row + ROW_STEP * r;
+                        if (j - two_rows.x >= two_rows.y) P0 = 0;  // unsigned: also what lies before the first
+                        if (j - two_rows.z >= two_rows.w) P1 = 0;
 #else
+                        const int j = j0 + first_row + ROW_STEP * r, i = at.tile * BLOCK_Q + consumer * ROWS + 8 * n + 2 * t;
                         if (j >= p.Nk || (CAUSAL && j > i + offset)) P0 = 0;
                         if (j >= p.Nk || (CAUSAL && j > i + 1 + offset)) P1 = 0;
 #endif
@@ -201,7 +232,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             }
         };
         // dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end, as it is in dV.
-        auto make_dS = [&](const Visit& at) {
+        auto make_dS = [&](const Visited& at) {
             const float* Delta_smem = rows_smem + at.slot().stage * 2 * BLOCK_Q + BLOCK_Q + consumer * ROWS + 2 * t;
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
@@ -248,7 +279,11 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         };
 
         ptx::mbarrier_wait(KV_full, 0);
+#if INTERVAL
+        ToldVisit next(told_smem, barriers.Q_full);
+#else
         Visit next(p, j0, b_kv_h);
+#endif
         if (next.more()) {
             // The first tile has no predecessor whose products could run under its exponentials.
             start_scores(next);
@@ -261,7 +296,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             add(dK_rmem, dS_of(0), Q_of(0), true);
             int64_t row = first_row_of(next);
 #if INTERVAL
-            int turn = next.turn(p, k_tile);
+            int turn = next.turn(p, maps, k_tile);
 #else
             const int& turn = k_tile;
 #endif
@@ -289,7 +324,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 end_turn(p, Workspace(p), row, turn);
                 row = first_row_of(next);
 #if INTERVAL
-                turn = next.turn(p, k_tile);
+                turn = next.turn(p, maps, k_tile);
 #endif
             }
             start_dQ(n, 0);
@@ -329,6 +364,6 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     }
 }
 
-extern "C" int64_t workspace_floats(const AttentionParams* params) { return Workspace::floats(*params); }
+extern "C" int64_t workspace_floats(const AttentionParams* params) { return backward_floats(*params); }
 
 extern "C" int attention(const AttentionParams* params) { return launch_backward(backward_kernel, SMEM_BYTES, *params); }

@@ -296,9 +296,9 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const int j = j0 + first_row + ROW_STEP * r;
                 return first_bits((j >= p.Nk ? ROWS : CAUSAL ? j - offset - first_i : 0) - 32 * w);
             });
-            ptx::mbarrier_arrive(mask_empty);
 #endif
             multiply(S_rmem, K_smem, Q_tile, !MASK);
+            if (MASK) ptx::mbarrier_arrive(mask_empty);  // not before the product has what was read: an arrival waits for no load
             ptx::mbarrier_wait(barrier(barriers.dO_full, stage), slot.parity);
             multiply(dP_rmem, V_smem, dO_tile, true);
 

@@ -10,6 +10,7 @@ constexpr int THREADS = GROUP * (1 + CONSUMERS);
 constexpr int PADDED_TO = BLOCK_Q;
 #include "backward_workspace.cuh"
 #include "keep_bits.cuh"
+#include "longest_first.cuh"
 #include "mask_start.cuh"
 #include "ptx_hopper.cuh"
 #include "tensor_map.cuh"
@@ -32,29 +33,77 @@ constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0
 
 struct Maps {
     CUtensorMap q, k, v, d_o, mask;
+#if INTERVAL
+    Summaries summaries;
+    const uint2* seen;  // Workspace::seen
+    const int* order;   // of blocks, each a tile of keys; NULL: as they are numbered
+#endif
 };
 
-// The tiles of Q that see some of a block's keys, of every query head that shares them: head bh = b·H + h, tile, and the how-manieth it is. Causal:
+// The tiles of Q that see some of a block's keys, of every query head that shares them: head bh = b·H + h, tile, and its index among them. Causal:
 // from the last tile down, so that the blocks of a head are at the same tile at about the same time; taking turns, they must be.
 #if INTERVAL
-struct Visit {
-    const Visits visits;
-    int bh, tile, n = 0;
+// Which tiles these are takes several dependent reads to find out, so the producer alone does, ahead of the others, and tells them.
+struct Told {
+    int bh, tile;  // a tile of −1: there is no more
+    int cut;       // whether some row does not see all of the block's keys
+};
 
-    __device__ Visit(const AttentionParams& p, int j0, int b_kv_h)
-        : visits{Summaries(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K), 0, j0 / BLOCK_K, BLOCK_Q, BLOCK_K, (b_kv_h + 1) * (p.H / p.Hkv)},
-          bh(b_kv_h * (p.H / p.Hkv)) {
-        visits.start(p, bh, tile);
+struct Visit : Told {
+    int first, end_bh, n = 0;  // the head's first tile
+    const int k_tile;
+
+    __device__ Visit(const AttentionParams& p, const Maps& maps, int k_tile, int b_kv_h) : k_tile(k_tile) {
+        const int group = p.H / p.Hkv;
+        bh = b_kv_h * group, end_bh = bh + group;
+        if (p.Nq > 0) enter(maps), settle(maps);
+        else bh = end_bh;
     }
-    __device__ bool more() const { return bh < visits.end_h; }
-    __device__ void advance(const AttentionParams& p) {
-        --tile, ++n;
-        visits.settle(p, bh, tile);
-    }
+    __device__ bool more() const { return bh < end_bh; }
+    __device__ void advance(const Maps& maps) { --tile, ++n, settle(maps); }
     __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
-    // Whether every row of the tile sees all of the block's keys; how many blocks before this one add to its dQ.
-    __device__ bool whole(const AttentionParams& p, int j0) const { return visits.bounds(p, bh, tile).see_whole(j0, BLOCK_K); }
-    __device__ int turn(const AttentionParams& p, int) const { return visits.turn(p, bh, tile); }
+
+private:
+    // The head's tiles, from the last one.
+    __device__ void enter(const Maps& maps) {
+        const Interval tiles = maps.summaries.of_keys[bh * maps.summaries.k_tiles + k_tile];
+        first = tiles.start, tile = tiles.stop - 1;
+    }
+    // From here on down, and through the heads that follow.
+    __device__ void settle(const Maps& maps) {
+        while (true) {
+            for (; tile >= first; --tile) {
+                const Bounds bounds = maps.summaries.of_rows[bh * maps.summaries.q_tiles + tile];
+                cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);
+                if (bounds.see_some(k_tile * BLOCK_K, BLOCK_K)) return;
+            }
+            if (++bh == end_bh) return;
+            enter(maps);
+        }
+    }
+};
+
+// The same visits as the consumers are told of them, each with its tile of Q.
+struct ToldVisit : Told {
+    const Told* told;  // [STAGES], in shared memory
+    uint32_t Q_full;   // barriers
+    int n = 0;
+
+    __device__ ToldVisit(const Told* told, const uint64_t* Q_full) : told(told), Q_full(ptx::smem_address(Q_full)) { listen(); }
+    __device__ bool more() const { return tile >= 0; }
+    __device__ void advance(const AttentionParams&) { ++n, listen(); }
+    __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
+    // How many blocks before this one add to the tile's dQ.
+    __device__ int turn(const AttentionParams& p, const Maps& maps, int k_tile) const {
+        return p.deterministic ? k_tile - maps.summaries.of_rows[bh * maps.summaries.q_tiles + tile].some.start / BLOCK_K : 0;
+    }
+
+private:
+    __device__ void listen() {
+        ptx::mbarrier_wait(Q_full + slot().stage * sizeof(uint64_t), slot().parity);
+        const Told& now = told[slot().stage];
+        bh = uniform(now.bh), tile = uniform(now.tile), cut = uniform(now.cut);
+    }
 };
 #else
 struct Visit {
@@ -112,19 +161,55 @@ __device__ inline void add_dQ(const Workspace& workspace, int64_t row, int colum
             ptx::red_add_4(dQ_gmem + fragment_offset(0, 8 * n, 0), dQ_rmem[4 * n], dQ_rmem[4 * n + 1], dQ_rmem[4 * n + 2], dQ_rmem[4 * n + 3]);
 }
 
+#if INTERVAL
+// A tile of keys visits so many tiles of Q.
+struct KeyTileLength {
+    Summaries summaries;
+
+    __device__ int operator()(const AttentionParams& p, int unit) const {
+        const int k_tile = unit % summaries.k_tiles, group = p.H / p.Hkv;
+        int length = 0;
+        for (int bh = unit / summaries.k_tiles * group, end = bh + group; bh < end; ++bh) {
+            const Interval tiles = summaries.of_keys[bh * summaries.k_tiles + k_tile];
+            length += tiles.stop - tiles.start;
+        }
+        return length;
+    }
+};
+
+inline float* workspace_for_order(const AttentionParams& p) {
+    return Workspace(p).summaries(p) + whole_chunks(Summaries::floats(p, BLOCK_Q, BLOCK_K, true));
+}
+#endif
+
+// Of workspace.
+inline int64_t backward_floats(const AttentionParams& p) {
+#if INTERVAL
+    return workspace_for_order(p) - p.workspace + Order::floats(tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B);
+#else
+    return Workspace::floats(p);
+#endif
+}
+
 // The kernel, and what comes before and after it.
 inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int smem_bytes, const AttentionParams& p) {
     const int64_t all_rows = Workspace::all_rows(p), k_blocks = tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B;
     if (!numbers_fit(p, {all_rows / PREPARE_ROWS, k_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
 #if INTERVAL
-    if (const cudaError_t error = summarise_spans(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K); error != cudaSuccess) return error;
+    if (const cudaError_t error = summarise(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K); error != cudaSuccess) return error;
 #endif
     if (all_rows > 0) launch_kernel(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);
     if (k_blocks > 0) {
         // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+#if INTERVAL
+        Maps maps = {{}, {}, {}, {}, {}, Summaries(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K), Workspace(p).seen(p),
+                     p.deterministic || p.seen.spans == nullptr ? nullptr : Order(workspace_for_order(p)).units};
+        if (maps.order != nullptr) error = put_longest_first(p, KeyTileLength{maps.summaries}, Order(workspace_for_order(p)), k_blocks, p.sm_count);
+#else
         Maps maps = {};
+#endif
         if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BOX_ROWS<Tile_K, RowOrder>);
         if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BOX_ROWS<Tile_V, RowOrder>);
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);

@@ -4,7 +4,8 @@
 
 #include "tensor_core.cuh"
 
-// ---- workspace: dQ in fragment order, then LSE·log2 e and Delta of every row, then a counter for every tile of Q. Rows are padded to whole tiles.
+// ---- workspace: dQ in fragment order, then LSE·log2 e and Delta of every row, then a counter for every tile of Q; where rows see intervals, these too,
+// and their summaries. Rows are padded to whole tiles.
 struct Workspace {
     float *dQ, *LSE, *Delta;  // [B·H·rows, HEAD_DIM], [B·H·rows], [B·H·rows]
     int* turns;               // [B·H·rows / BLOCK_Q]: how many key blocks have added to the tile, used if deterministic
@@ -17,15 +18,19 @@ struct Workspace {
     }
     static int64_t floats(const AttentionParams& p) {
 #if INTERVAL
-        if (p.seen.spans) return Workspace(p).summaries(p) - p.workspace + Summaries::floats(p, BLOCK_Q, BLOCK_K, true);
+        return Workspace(p).summaries(p) - p.workspace + Summaries::floats(p, BLOCK_Q, BLOCK_K, true);
 #endif
         return all_rows(p) * (HEAD_DIM + 2) + all_rows(p) / BLOCK_Q;
     }
 #if INTERVAL
-    // Where summaries of spans begin, behind the rest.
-    __host__ __device__ float* summaries(const AttentionParams& p) const {
+    // [B·H·rows]: the first column that a row sees, and how many.
+    __host__ __device__ uint2* seen(const AttentionParams& p) const {
         const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * rows;
-        return p.workspace + whole_chunks(all_rows * (HEAD_DIM + 2) + all_rows / BLOCK_Q);
+        return reinterpret_cast<uint2*>(p.workspace + whole_chunks(all_rows * (HEAD_DIM + 2) + all_rows / BLOCK_Q));
+    }
+    // Where summaries begin, behind the rest.
+    __host__ __device__ float* summaries(const AttentionParams& p) const {
+        return reinterpret_cast<float*>(seen(p) + static_cast<int64_t>(p.B) * p.H * rows);
     }
 #endif
     static int64_t all_rows(const AttentionParams& p) { return tiles_of(p.Nq, PADDED_TO) * PADDED_TO * p.H * p.B; }
@@ -70,6 +75,10 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_c
         if (dead) Delta = 0;
         workspace.Delta[row] = DROPOUT ? Delta / p.keep_scale : Delta;  // with dropout, the backward computes dS / keep_scale
         if (i % BLOCK_Q == 0) workspace.turns[row / BLOCK_Q] = 0;
+#if INTERVAL
+        const Interval keys = i < p.Nq ? keys_of_row(p, b, h, i) : Interval{0, 0};
+        workspace.seen(p)[row] = make_uint2(keys.start, max(0, keys.stop - keys.start));
+#endif
     }
     float4* dQ = reinterpret_cast<float4*>(workspace.dQ + static_cast<int64_t>(blockIdx.x) * PREPARE_ROWS * HEAD_DIM);
 #pragma unroll

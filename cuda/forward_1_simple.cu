@@ -157,7 +157,7 @@ extern "C" int attention(const AttentionParams* params) {
     if (!numbers_fit(p, {blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
 #if INTERVAL
-    if (const cudaError_t error = summarise_spans(p, p.workspace, BLOCK_Q, 0); error != cudaSuccess) return error;
+    if (const cudaError_t error = summarise(p, p.workspace, BLOCK_Q, 0); error != cudaSuccess) return error;
 #endif
     return launch(forward_kernel, blocks, THREADS, p);
 }

@@ -11,6 +11,9 @@
 // rows: 51 TFLOP/s on an H200 at 1.7 GHz, and forward_2_mma.cu reaches 48.6. Swizzled, they are 576 cycles, and shared memory is no longer what
 // limits: the wait for each pair of tiles is, which nothing hides but the other blocks of the multiprocessor. About 190 TFLOP/s.
 //
+// Measured (H200, bfloat16, B 4 H 16 N 4096, dense): 205 TFLOP/s at D 64, 208 at D 128; forward_2_mma.cu reaches 49 at both. Loads meet 26 thousand
+// bank conflicts instead of 1057 million, and a warp waits 1.2 cycles an instruction for shared memory instead of 20.
+//
 // Limits: float16 and bfloat16, head sizes up to 128 that are multiples of 8 (padded to 64 or 128), positive scale, rows that begin at multiples
 // of 16 bytes; dense and causal attention with any lengths and grouped heads, but neither a mask nor dropout, and no backward.
 #include "mma_swizzled.cuh"

@@ -10,6 +10,9 @@
 // Prediction, before any measurement: the wait for a pair of tiles, about 1 µs of latency and L2 bandwidth in a step of 2 to 3 µs, disappears
 // behind the products of the same block. About 260 TFLOP/s at D 64, where forward_2b_swizzle.cu is expected to reach 190.
 //
+// Measured (H200, bfloat16, B 4 H 16 N 4096, dense): 283 TFLOP/s at D 64, 322 at D 128, from 205 and 208. The wait for global memory falls from 0.95 to
+// 0.33 cycles an instruction; the gain is larger than predicted at D 128, where fewer blocks were there to hide it.
+//
 // Limits: as forward_2b_swizzle.cu; tensors up to 64 GB.
 #include "mma_swizzled.cuh"
 #include "tensor_core.cuh"

@@ -329,7 +329,7 @@ extern "C" int attention(const AttentionParams* params) {
     DeviceGuard guard(p.device);
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
 #if INTERVAL
-    if (error == cudaSuccess) error = summarise_spans(p, p.workspace, BLOCK_Q, 0);
+    if (error == cudaSuccess) error = summarise(p, p.workspace, BLOCK_Q, 0);
 #endif
     if (error != cudaSuccess) return error;
     launch_kernel(forward_kernel, static_cast<unsigned>(blocks), THREADS, SMEM_BYTES, p.stream, p);

@@ -12,6 +12,9 @@
 // another in each group, and only the other blocks of the multiprocessor, three or four at D 64, fill the gaps. About 330 TFLOP/s at D 64, where
 // forward_2c_cp_async.cu is expected to reach 260.
 //
+// Measured (H200, bfloat16, B 4 H 16 N 4096, dense): 411 TFLOP/s at D 64, 474 at D 128, from 283 and 322: a quarter more than predicted. The other
+// blocks of the multiprocessor fill the gaps better than thought.
+//
 // Limits: as forward_2c_cp_async.cu, and sm_90a alone: no other architecture has wgmma.
 #include "tensor_core.cuh"
 #include "wgmma.cuh"

@@ -11,3 +11,21 @@ inline void launch_kernel(void (*kernel)(P...), dim3 blocks, int threads, int sm
     emulator::launch(kernel, blocks, threads, smem_bytes, stream, arguments...);
 #endif
 }
+
+// The same for a kernel that follows another of this file closely: on sm_90 its blocks may take their places while the other's last blocks
+// run, and wait for the other's end themselves (griddepcontrol_wait).
+constexpr bool LAUNCHED_EARLY = ARCH >= 90;
+template <class... P, class... A>
+inline void launch_early(void (*kernel)(P...), dim3 blocks, int threads, cudaStream_t stream, const A&... arguments) {
+#ifdef __CUDACC__
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = LAUNCHED_EARLY;
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks, config.blockDim = dim3(threads), config.stream = stream;
+    config.attrs = &attribute, config.numAttrs = LAUNCHED_EARLY;
+    cudaLaunchKernelEx(&config, kernel, arguments...);
+#else
+    launch_kernel(kernel, blocks, threads, 0, stream, arguments...);
+#endif
+}

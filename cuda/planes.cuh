@@ -124,9 +124,10 @@ inline cudaError_t make_planes_map(CUtensorMap* map, const Operand& x, int B, in
 // ---- before attention
 
 constexpr int PREPARE_THREADS = 256;
-constexpr int ROW_LANES = HEAD_DIM / 8;  // that share a row, 8 columns each
+constexpr int ROW_LANES = HEAD_DIM <= 256 ? HEAD_DIM / 8 : 32;  // that share a row, 8 columns each at a time
+constexpr int ROW_PARTS = HEAD_DIM / (8 * ROW_LANES);           // of a row, one after the other
 constexpr int ROWS_AT_ONCE = PREPARE_THREADS / ROW_LANES, PREPARE_ROWS = 4 * ROWS_AT_ONCE;
-static_assert(ROW_LANES <= 32, "a row lies within a warp");
+static_assert(ROW_LANES * ROW_PARTS * 8 == HEAD_DIM, "lanes have whole parts of a row");
 
 // The largest of a warp's numbers joins what is there.
 __device__ inline void join_maximum(int* to, int x) {
@@ -140,8 +141,8 @@ __global__ void __launch_bounds__(PREPARE_THREADS) clear_kernel(const __grid_con
     if (n < ints) reinterpret_cast<int*>(all.ranges)[n] = 0;
 }
 
-// A block of these kernels has PREPARE_ROWS rows of one head of operand blockIdx.y. For each row, this lane's 8 numbers: visit(x, range, row, numbers),
-// where `row` counts those of all heads, or is −1 beyond the end.
+// A block of these kernels has PREPARE_ROWS rows of one head of operand blockIdx.y. For each row, this lane's 8 numbers of each part: visit(x, range, row,
+// numbers), where `row` counts those of all heads, or is −1 beyond the end.
 template <class Visit>
 __device__ inline void visit_rows(const Operands& all, int B, Visit visit) {
     const Operand& x = all.of[blockIdx.y];
@@ -152,20 +153,22 @@ __device__ inline void visit_rows(const Operands& all, int B, Visit visit) {
 #pragma unroll 1
     for (int r = 0; r < PREPARE_ROWS; r += ROWS_AT_ONCE) {
         const int i = blockIdx.x % of_head * PREPARE_ROWS + r + threadIdx.x / ROW_LANES;
-        float4 numbers[2] = {};
+        float4 numbers[ROW_PARTS][2] = {};
         const float* source = reinterpret_cast<const float*>(x.tensor.data) + b * x.tensor.stride_b + h * x.tensor.stride_h + i * x.tensor.stride_n + column;
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            if (i < x.N && column + 4 * half < x.D) numbers[half] = reinterpret_cast<const float4*>(source)[half];
-        visit(x, range, i < x.N ? static_cast<int64_t>(bh) * x.N + i : -1, reinterpret_cast<const float(&)[8]>(numbers));
+        for (int part = 0; part < ROW_PARTS; ++part)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                if (i < x.N && column + part * ROW_LANES * 8 + 4 * half < x.D) numbers[part][half] = reinterpret_cast<const float4*>(source + part * ROW_LANES * 8)[half];
+        visit(x, range, i < x.N ? static_cast<int64_t>(bh) * x.N + i : -1, reinterpret_cast<const float(&)[ROW_PARTS][8]>(numbers));
     }
 }
 
 __global__ void __launch_bounds__(PREPARE_THREADS) range_kernel(const __grid_constant__ Operands all, int B) {
-    visit_rows(all, B, [](const Operand& x, Range& range, int64_t, const float(&numbers)[8]) {
+    visit_rows(all, B, [](const Operand& x, Range& range, int64_t, const float(&numbers)[ROW_PARTS][8]) {
         int largest = 0;
 #pragma unroll
-        for (int e = 0; e < 8; ++e) largest = max(largest, magnitude(numbers[e]));
+        for (int e = 0; e < 8 * ROW_PARTS; ++e) largest = max(largest, magnitude(numbers[e / 8][e % 8]));
         join_maximum(&(range.*x.largest), largest);
     });
 }
@@ -178,20 +181,23 @@ __device__ inline void split(float x0, float x1, uint32_t& hi, uint32_t& lo) {
 }
 
 __global__ void __launch_bounds__(PREPARE_THREADS) planes_kernel(const __grid_constant__ Operands all, int B) {
-    visit_rows(all, B, [&](const Operand& x, Range& range, int64_t row, const float(&numbers)[8]) {
+    visit_rows(all, B, [&](const Operand& x, Range& range, int64_t row, const float(&numbers)[ROW_PARTS][8]) {
         const float factor = scalbnf(1, exponent_of(range.*x.largest));
-        uint32_t pairs[PLANES][4];
         float squares = 0;
 #pragma unroll
-        for (int e = 0; e < 8; e += 2) {
-            const float x0 = numbers[e] * factor, x1 = numbers[e + 1] * factor;
-            split(x0, x1, pairs[0][e / 2], pairs[1][e / 2]);
-            squares = fmaf(x0, x0, fmaf(x1, x1, squares));
-        }
+        for (int part = 0; part < ROW_PARTS; ++part) {
+            uint32_t pairs[PLANES][4];
 #pragma unroll
-        for (int plane = 0; plane < PLANES; ++plane) {
-            uint4* to = reinterpret_cast<uint4*>(x.planes + (plane * x.rows(B) + row) * (HEAD_DIM / 2)) + threadIdx.x % ROW_LANES;
-            if (row >= 0) *to = make_uint4(pairs[plane][0], pairs[plane][1], pairs[plane][2], pairs[plane][3]);
+            for (int e = 0; e < 8; e += 2) {
+                const float x0 = numbers[part][e] * factor, x1 = numbers[part][e + 1] * factor;
+                split(x0, x1, pairs[0][e / 2], pairs[1][e / 2]);
+                squares = fmaf(x0, x0, fmaf(x1, x1, squares));
+            }
+#pragma unroll
+            for (int plane = 0; plane < PLANES; ++plane) {
+                uint4* to = reinterpret_cast<uint4*>(x.planes + (plane * x.rows(B) + row) * (HEAD_DIM / 2)) + part * ROW_LANES + threadIdx.x % ROW_LANES;
+                if (row >= 0) *to = make_uint4(pairs[plane][0], pairs[plane][1], pairs[plane][2], pairs[plane][3]);
+            }
         }
         if (x.norm == nullptr) return;
 #pragma unroll

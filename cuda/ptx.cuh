@@ -40,6 +40,19 @@ __device__ inline void cp_async_first(uint32_t smem, const void* gmem, int bytes
 // 16 bytes, or zeros if `valid` is false.
 __device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) { cp_async_first<16>(smem, gmem, valid ? 16 : 0); }
 
+// A policy for lines of the L2 cache (9.7.9.18: createpolicy): they are the first to leave.
+__device__ inline uint64_t createpolicy_evict_first() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+    return policy;
+}
+
+// The same 16 bytes under such a policy.
+__device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(smem), "l"(gmem), "r"(valid ? 16 : 0), "l"(policy)
+                 : "memory");
+}
+
 // N = 4 or 8 bytes, through L1.
 template <int N>
 __device__ inline void cp_async_small(uint32_t smem, const void* gmem) {
@@ -53,6 +66,23 @@ __device__ inline void cp_async_commit_group() { asm volatile("cp.async.commit_g
 template <int N>
 __device__ inline void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// ---- a kernel launched before the one that it depends on has ended, sm_90 (9.7.13.13: griddepcontrol)
+
+// From this block's side, kernels that depend on this one may be launched; its memory they see after their wait only.
+__device__ inline void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Waits until the kernels before this one have ended and what they wrote is visible.
+__device__ inline void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// ---- float8, sm_89 (9.7.9.21: cvt)
+
+// The two e4m3 numbers in the low half of x as float16, exactly.
+__device__ inline uint32_t halves_of_float8(uint32_t x) {
+    uint32_t pair;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low;}" : "=r"(pair) : "r"(x));
+    return pair;
 }
 
 // ---- shared memory by its 32-bit address (9.7.9.12: st)

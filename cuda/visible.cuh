@@ -5,7 +5,7 @@
 // window and spans, in which positions may also count from the beginning of a larger whole. What does not depend on the row is a constant in the
 // first two, which is why all three share this file without sharing machine code.
 //
-// With spans, tiles are asked about often, and rows read once: summarise_spans_kernel takes each tile's least and greatest bounds, and, for a
+// With spans, and in a backward, tiles are asked about often, and rows read once: summaries hold each tile's least and greatest bounds and, for a
 // backward, each tile of keys' first and last tile of rows.
 #pragma once
 
@@ -91,7 +91,7 @@ __device__ inline Interval tiles_of_keys(const AttentionParams& p, int j0, int s
 }
 
 #if INTERVAL
-// ---- summaries of spans, in a workspace: of each tile of rows its bounds, then, in a backward, of each tile of keys the tiles of rows that see it
+// ---- summaries, in a workspace: of each tile of rows its bounds, then, in a backward, of each tile of keys the tiles of rows that see it
 
 struct Summaries {
     Bounds* of_rows;    // [B·H, q_tiles]
@@ -102,9 +102,11 @@ struct Summaries {
         : of_rows(reinterpret_cast<Bounds*>(workspace)), q_tiles((p.Nq + block_q - 1) / block_q), k_tiles((p.Nk + block_k - 1) / block_k) {
         of_keys = reinterpret_cast<Interval*>(of_rows + static_cast<int64_t>(p.B) * p.H * q_tiles);
     }
+    // Whether a launch makes them: without spans, a forward finds bounds by arithmetic.
+    static bool made(const AttentionParams& p, bool with_keys) { return with_keys || p.seen.spans != nullptr; }
     // Of workspace, with those of keys or without.
     static int64_t floats(const AttentionParams& p, int block_q, int block_k, bool with_keys) {
-        if (p.seen.spans == nullptr) return 0;
+        if (!made(p, with_keys)) return 0;
         const Summaries summaries(p, nullptr, block_q, block_k);
         return static_cast<int64_t>(p.B) * p.H * (summaries.q_tiles * int64_t{4} + (with_keys ? summaries.k_tiles * int64_t{2} : 0));
     }
@@ -114,13 +116,12 @@ struct Summaries {
 // that the blocks of a head are at the same tile at about the same time.
 struct Visits {
     const Summaries summaries;
-    int b, k_tile, block_q, block_k, end_h;
+    int b, k_tile, block_k, end_h;
 
     __device__ Bounds bounds(const AttentionParams& p, int h, int tile) const {
-        return bounds_of_rows(p, summaries.of_rows, (static_cast<int64_t>(b) * p.H + h) * summaries.q_tiles + tile, tile * block_q, block_q);
+        return summaries.of_rows[(static_cast<int64_t>(b) * p.H + h) * summaries.q_tiles + tile];
     }
     __device__ Interval tiles(const AttentionParams& p, int h) const {
-        if (p.seen.spans == nullptr) return tiles_of_keys(p, k_tile * block_k, block_k, block_q);
         return summaries.of_keys[(static_cast<int64_t>(b) * p.H + h) * summaries.k_tiles + k_tile];
     }
     // From head h on, the first place; h is end_h if there is none.
@@ -187,9 +188,9 @@ __global__ void __launch_bounds__(32 * SUMMARY_WARPS)
     if (threadIdx.x % 32 == 0) summaries.of_keys[tile] = last < 0 ? Interval{0, 0} : Interval{first, last + 1};
 }
 
-// What kernels that follow on the stream find summarised, if the call has spans. Without keys, block_k is 0.
-inline cudaError_t summarise_spans(const AttentionParams& p, float* workspace, int block_q, int block_k) {
-    if (p.seen.spans == nullptr) return cudaSuccess;
+// What kernels that follow on the stream find summarised. Without keys, block_k is 0.
+inline cudaError_t summarise(const AttentionParams& p, float* workspace, int block_q, int block_k) {
+    if (!Summaries::made(p, block_k > 0)) return cudaSuccess;
     const Summaries summaries(p, workspace, block_q, block_k > 0 ? block_k : 1);
     auto blocks = [&](int tiles) { return static_cast<unsigned>((static_cast<int64_t>(p.B) * p.H * tiles + SUMMARY_WARPS - 1) / SUMMARY_WARPS); };
     if (blocks(summaries.q_tiles) == 0) return cudaSuccess;

@@ -4,6 +4,7 @@
     python examples/train_char_transformer.py --attention normal     # the same losses, with the whole N × N matrix
     python examples/train_char_transformer.py --resume               # go on from the last checkpoint, exactly
     python examples/train_char_transformer.py --preset gpu           # tokens per second, flash beside normal
+    torchrun --nproc_per_node 2 examples/train_char_transformer.py --context_parallel   # each text spread over two processes
 
 Writes checkpoint.pt, losses.json, losses.png and sample.txt to --out. Section by section: data, model, training, sample, command line.
 """
@@ -21,12 +22,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from flash_attention import command_line, flash_attention
+from flash_attention import command_line, flash_attention, parallel
 from flash_attention.reference import normal_attention_causal
 
 # ---- data: the .py files that every Python carries
@@ -66,6 +68,11 @@ def batch(text: Tensor, size: int, length: int, random: torch.Generator, device:
 ATTENTION = {"flash": partial(flash_attention, causal=True), "normal": normal_attention_causal}
 
 
+def in_shares(cache: list | None) -> bool:
+    """Whether what the model gets is this process's share of each text: --context_parallel, but for a sample, which is made on one."""
+    return dist.is_initialized() and cache is None
+
+
 class Block(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float, attention: str):
         super().__init__()
@@ -80,7 +87,8 @@ class Block(nn.Module):
         if cache is not None:
             k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache, (k, v), strict=True)) if cache else (k, v)
             cache[:] = k, v
-        O = self.attend(q, k, v)  # bottom-right alignment: with a cache, the N queries are the last of the Nk positions
+        attend = partial(parallel.parallel_attention, causal=True) if in_shares(cache) else self.attend
+        O = attend(q, k, v)  # bottom-right alignment: with a cache, the N queries are the last of the Nk positions
         x = x + self.dropout(self.to_out(O.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.down(functional.gelu(self.up(self.norm_2(x)))))
 
@@ -99,7 +107,10 @@ class Transformer(nn.Module):
     def forward(self, characters: Tensor, caches: list[list[Tensor]] | None = None) -> Tensor:
         """(B, N) → logits of each next character (B, N, 128). With caches, one a block, the characters follow those already seen."""
         seen = caches[0][0].shape[2] if caches and caches[0] else 0
-        x = self.character(characters) + self.position.weight[seen : seen + characters.shape[1]]  # (B, N, dim)
+        place = torch.arange(seen, seen + characters.shape[1], device=characters.device)
+        if in_shares(caches):
+            place = parallel.positions(len(place) * dist.get_world_size(), device=place.device)
+        x = self.character(characters) + self.position(place)  # (B, N, dim)
         for n, block in enumerate(self.blocks):
             x = block(x, None if caches is None else caches[n])
         return self.to_logits(self.norm(x))
@@ -114,12 +125,20 @@ class Refused(ValueError):
     """What the command line asks for cannot be done, as the data or a checkpoint shows."""
 
 
+def add_parts(x: Tensor) -> Tensor:
+    """In place, the sum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
 class Training:
     """A model, its optimizer and all that decides what comes next; `state()` is the whole of it."""
 
     def __init__(self, args: argparse.Namespace):
         torch.manual_seed(args.seed)
         self.args = args
+        self.processes = dist.get_world_size() if dist.is_initialized() else 1
         self.model = Transformer(args.layers, args.heads, args.dim, args.length, args.dropout, args.attention).to(args.device)
         self.run = torch.compile(self.model) if args.compile else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.1)
@@ -128,10 +147,13 @@ class Training:
         self.validation: list[tuple[int, float]] = []  # (steps done, loss)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean over all characters, or, with --context_parallel, this process's part of it."""
+        if dist.is_initialized():
+            x, y = parallel.shard(x, dim=1), parallel.shard(y, dim=1)
         dtype = getattr(torch, self.args.dtype)
         with torch.autocast(torch.device(self.args.device).type, dtype, enabled=dtype != torch.float32):
             logits = self.run(x)
-        return functional.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+        return functional.cross_entropy(logits.float().flatten(0, 1), y.flatten()) / self.processes
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One update; the loss before it. The rate warms up, then falls along a cosine to a tenth."""
@@ -140,9 +162,11 @@ class Training:
         loss = self.loss(x, y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        for parameter in self.model.parameters():
+            add_parts(parameter.grad)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        return loss.detach()
+        return add_parts(loss.detach())
 
     @torch.no_grad()
     def validate(self, text: Tensor, batches: int = 8) -> float:
@@ -151,7 +175,7 @@ class Training:
         self.model.eval()
         losses = [self.loss(*batch(text, self.args.batch, self.args.length, random, self.args.device)) for _ in range(batches)]
         self.model.train()
-        return torch.stack(losses).mean().item()
+        return add_parts(torch.stack(losses).mean()).item()
 
     def state(self) -> dict:
         return {
@@ -187,6 +211,11 @@ def save(state: dict, path: Path) -> None:
     partial_file.replace(path)
 
 
+def is_first() -> bool:
+    """Of the processes, the one that writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def train(args: argparse.Namespace) -> Training:
     training_text, validation_text = read_sources()
     shortest = min(len(training_text), len(validation_text))
@@ -198,16 +227,19 @@ def train(args: argparse.Namespace) -> Training:
     if args.resume:
         training.load_state(torch.load(checkpoint, map_location="cpu", weights_only=True))
     parameters = sum(p.numel() for p in training.model.parameters())
-    print(f"{len(training_text):,} characters for training, {len(validation_text):,} for validation; {parameters:,} parameters")
-    with tqdm(total=args.steps, initial=len(training.losses), unit="step", disable=None) as bar:  # drawn on a terminal only
+    if is_first():
+        print(f"{len(training_text):,} characters for training, {len(validation_text):,} for validation; {parameters:,} parameters")
+    disable = None if is_first() else True  # None: drawn on a terminal only
+    with tqdm(total=args.steps, initial=len(training.losses), unit="step", disable=disable) as bar:
         while len(training.losses) < args.steps:
             x, y = batch(training_text, args.batch, args.length, training.random, args.device)
             training.losses.append(training.step(x, y).item())
             steps = len(training.losses)
             if steps % args.validate_every == 0 or steps in (1, args.steps):
                 training.validation.append((steps, training.validate(validation_text)))
-                bar.write(f"step {steps:5}: training loss {training.losses[-1]:.4f}, validation loss {training.validation[-1][1]:.4f}")
-            if steps % args.checkpoint_every == 0 or steps == args.steps:
+                if is_first():
+                    bar.write(f"step {steps:5}: training loss {training.losses[-1]:.4f}, validation loss {training.validation[-1][1]:.4f}")
+            if is_first() and (steps % args.checkpoint_every == 0 or steps == args.steps):
                 save(training.state(), checkpoint)
             bar.set_postfix(loss=f"{training.losses[-1]:.3f}", refresh=False)
             bar.update()
@@ -299,6 +331,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=command_line.probability, default=0.0, help="after attention and after the MLP")
     parser.add_argument("--seed", type=command_line.seed, default=0)
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
+    parser.add_argument("--context_parallel", action="store_true", help="under torchrun: each text is spread over the processes")
     parser.add_argument("--resume", action="store_true", help="from --out's checkpoint; every setting must be as it was")
     parser.add_argument("--out", type=command_line.output_folder, default=Path("profiles/char_transformer"))
     for name in ("checkpoint_every", "validate_every"):
@@ -312,6 +345,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--heads must divide --dim, got {args.heads} and {args.dim}")
     if not 1 <= len(args.prompt) <= args.length:
         parser.error(f"--prompt must have 1 to --length {args.length} characters, got {len(args.prompt)}")
+    if args.context_parallel and "WORLD_SIZE" not in os.environ:
+        parser.error("--context_parallel runs under torchrun, which starts the processes")
+    if args.context_parallel and args.length % (2 * int(os.environ["WORLD_SIZE"])):
+        parser.error(f"--context_parallel over {os.environ['WORLD_SIZE']} processes needs a --length that twice as many divide")
+    for name, value in (("attention", "flash"), ("dropout", 0.0), ("compile", False), ("preset", "cpu")):
+        if args.context_parallel and getattr(args, name) != value:
+            parser.error(f"--context_parallel goes with --{name} {value} only, got {getattr(args, name)}")
     if args.resume and not (args.out / "checkpoint.pt").exists():
         parser.error(f"nothing to resume: there is no {args.out / 'checkpoint.pt'}")
     if args.preset == "gpu" and not torch.cuda.is_available():
@@ -328,10 +368,19 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if args.preset == "gpu":
             return compare_speed(args)
+        if args.context_parallel:
+            if args.device.startswith("cuda"):
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         training = train(args)
     except Refused as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    if args.context_parallel:
+        first = is_first()
+        dist.destroy_process_group()
+        if not first:
+            return
     plot(training, args.out / "losses.png")
     (args.out / "losses.json").write_text(json.dumps({"training": training.losses, "validation": training.validation}))
     text = sample(training.model, args.prompt, args.length, args.temperature, torch.Generator().manual_seed(args.seed))

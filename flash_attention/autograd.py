@@ -48,10 +48,11 @@ library.define(
     "jvp(Tensor tQ, Tensor tK, Tensor tV, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? spans, Tensor O, Tensor LSE, "
     f"{REST}, Tensor? tBias=None, {LAST}) -> (Tensor, Tensor)"
 )
-COUNT = len(Settings._fields)
 NOT_AGAIN = "the backward of a CUDA kernel cannot be differentiated again, nor the forward in forward mode; backend='reference' can"
+COUNT = len(Settings._fields)
 NO_SETTINGS = (None,) * COUNT  # their gradients
-BACKEND = 6 + Settings._fields.index("backend")  # of the forward op's arguments
+SETTINGS = 6  # where they begin among the forward op's arguments
+BACKEND = SETTINGS + Settings._fields.index("backend")
 
 
 def attention(plan: Callable | None, q, k, v, mask, spans, seed, settings: Settings, bias=None, alibi=None) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,8 @@ def attention(plan: Callable | None, q, k, v, mask, spans, seed, settings: Setti
         return ops.forward(*arguments, *settings, bias, alibi)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)):
         _refuse_gradients(settings.backend)
-        return Attention.apply(plan, *arguments, *settings, bias, alibi)
+        scored = () if bias is alibi is None else (bias, alibi)
+        return Attention.apply(plan, *arguments, settings, *scored)
     return plan(*arguments) if bias is alibi is None else plan(*arguments, bias, alibi)
 
 
@@ -75,16 +77,15 @@ def _refuse_gradients(backend: str) -> None:
 
 
 class Attention(Function):
-    """(q, k, v, bias) → (O, LSE). `compute` computes them: a backend's plan, or the op below its autograd rule."""
+    """(q, k, v, bias) → (O, LSE). `compute` computes them: a backend's plan, or the op below its autograd rule. Settings come as one
+    argument, bias and alibi where there are any: each costs a microsecond here."""
 
     @staticmethod
-    def forward(ctx, compute, *arguments):
-        q, k, v, mask, spans, seed, *ctx.settings, bias, alibi = arguments
+    def forward(ctx, compute, q, k, v, mask, spans, seed, settings, bias=None, alibi=None):
         is_op = isinstance(compute, _BelowAutograd)
-        if is_op:
-            O, LSE = compute(*arguments)
-        else:
-            O, LSE = compute(*arguments[:6]) if bias is alibi is None else compute(*arguments[:6], bias, alibi)
+        scored = () if bias is alibi is None else (bias, alibi)
+        O, LSE = compute(q, k, v, mask, spans, seed, *settings, *scored) if is_op else compute(q, k, v, mask, spans, seed, *scored)
+        ctx.settings = settings
         ctx.save_for_backward(q, k, v, mask, spans, seed, bias, alibi, O, LSE)
         if is_op:
             ctx.save_for_forward(q, k, v, mask, spans, seed, bias, alibi, O, LSE)  # for jvp, which plain calls have no use for
@@ -95,15 +96,17 @@ class Attention(Function):
     def backward(ctx, dO, dLSE):
         q, k, v, mask, spans, seed, bias, alibi, O, LSE = ctx.saved_tensors
         if dO is None and dLSE is None:
-            return (None,) * 7 + NO_SETTINGS + (None, None)
+            return (None,) * len(ctx.needs_input_grad)
         dO = torch.zeros_like(O) if dO is None else dO
         # Only create_graph=True, as torch.func always has it, leaves gradients enabled here.
         looked_on = torch.is_grad_enabled() or not nobody_looks_on(q, k, v) or forward_ad._current_level >= 0
         backward = ops.backward if looked_on or type(dO) is not Tensor or _batched(dO, dLSE) else _backward
-        to_bias = ctx.needs_input_grad[7 + COUNT]
-        last = () if bias is alibi is None else (bias, alibi, to_bias)
-        dQ, dK, dV, dBias = backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, *ctx.settings, *last)
-        return None, dQ, dK, dV, None, None, None, *NO_SETTINGS, dBias if to_bias else None, None
+        if bias is alibi is None:
+            dQ, dK, dV, _ = backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, *ctx.settings)
+            return None, dQ, dK, dV, *(None,) * (len(ctx.needs_input_grad) - 4)
+        to_bias = ctx.needs_input_grad[8]
+        dQ, dK, dV, dBias = backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, *ctx.settings, bias, alibi, to_bias)
+        return None, dQ, dK, dV, None, None, None, None, dBias if to_bias else None, None
 
     @staticmethod
     def jvp(ctx, _, *tangents):
@@ -350,6 +353,9 @@ def _differentiable(op, function, tensors: int, last: tuple):
             _refuse_gradients(arguments[BACKEND])
         if _in_forward_mode(arguments) and function is AttentionSecondBackward:
             return _second_backward(*arguments)  # plain arithmetic, of which PyTorch knows the derivatives
+        if function is Attention:
+            settings = arguments[SETTINGS : SETTINGS + COUNT]
+            arguments = *arguments[:SETTINGS], settings, *arguments[SETTINGS + COUNT :]
         with enable_single_level_autograd_function():
             return super(Function, function).apply(compute, *arguments)
 

@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 from flash_attention.backends import BACKENDS, check_name
-from flash_attention.backends.split_keys import forward, why_not
+from flash_attention.backends.split_keys import Plan
+from flash_attention.build import BuildError
 from flash_attention.interface import DTYPES, flash_attention
 
 RUNG = "split_keys"
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MOST = torch.finfo(FLOAT8).max
+FLOAT8_TIMED = False  # whether None takes the kernel for float8: it has run on the emulator alone so far
+ROUNDED = 256  # lengths, for the kernel's plan: a plan serves so many tokens one after another
 
 
 class KeyValueCache:
@@ -25,6 +30,7 @@ class KeyValueCache:
     Attributes:
         lengths: int32 (layers, B) on the device, tokens that each layer has of each sequence.
         starts: int32 (B,), tokens at the beginning of each sequence that are padding, or None (`pad_left`).
+        scales: float32 (layers, 2, Hkv), what float8 keys and values are multiplied by; None unless they are float8.
         block_table: int32 (B, pages of a sequence), the page in which tokens page_size · p … of a sequence lie; an entry
             without a page yet is the number of pages. None without pages.
     """
@@ -42,6 +48,7 @@ class KeyValueCache:
         device: torch.device | str = "cpu",
         page_size: int | None = None,
         pages: int | None = None,
+        float8: bool = False,
     ):
         """
         Args:
@@ -50,6 +57,10 @@ class KeyValueCache:
             dtype: float32, float16, bfloat16 or float64.
             page_size: tokens of a page; the kernel reads multiples of 16. None: each sequence has its own memory for `capacity` tokens.
             pages: how many there are for all sequences together, in each layer; as many as `capacity` can need unless given.
+            float8: keep e4m3 numbers, half of the memory of float16, with a scale for each head that follows from the first tokens
+                appended: numbers twice as large as the largest of those still fit, larger ones become the largest that does. A number
+                is kept to about 3 %. backend="split_keys" reads them as they are, anything else as a copy in `dtype`: the kernel has not
+                been timed on a GPU yet.
 
         Raises:
             ValueError: a size is not a positive integer, or pages are given without a page_size. TypeError: dtype is none of those above.
@@ -64,7 +75,9 @@ class KeyValueCache:
             raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
         if pages is not None and page_size is None:
             raise ValueError(f"pages have a page_size, got pages {pages} and page_size None")
-        self.B, self.capacity, self.page_size = B, capacity, page_size
+        self.B, self.capacity, self.page_size, self.dtype = B, capacity, page_size, dtype
+        self.scales = torch.ones(layers, 2, Hkv, device=device) if float8 else None
+        dtype = FLOAT8 if float8 else dtype
         self.starts: Tensor | None = None
         self.block_table: Tensor | None = None
         if page_size is None:
@@ -140,6 +153,7 @@ class Layer:
 
     def __init__(self, cache: KeyValueCache, number: int):
         self.cache, self.keys, self.values, self.lengths = cache, cache.keys[number], cache.values[number], cache.lengths[number]
+        self.scales = None if cache.scales is None else cache.scales[number]  # (2, Hkv)
         self.longest: int | None = 0
         self.equal = True
 
@@ -169,8 +183,10 @@ class Layer:
         else:
             size = self.cache.page_size
             rows, places = self.cache.block_table.long().gather(1, places // size), places % size
-        self.keys[rows, :, places] = k.transpose(1, 2)
-        self.values[rows, :, places] = v.transpose(1, 2)
+        for n_of_scale, (kept, x) in enumerate(((self.keys, k), (self.values, v))):
+            if self.scales is not None:
+                kept, x = kept.view(torch.uint8), self._as_float8(x, self.scales[n_of_scale]).view(torch.uint8)
+            kept[rows, :, places] = x.transpose(1, 2)
         self.lengths += n if counts is None else counts
         if capturing:
             self.longest = None
@@ -178,13 +194,21 @@ class Layer:
             self.longest = self.longest + n if counts is None or k.is_cuda else int(self.lengths.max())
         self.equal = self.equal and counts is None and not capturing
 
+    def _as_float8(self, x: Tensor, scale: Tensor) -> Tensor:
+        """x (B, Hkv, n, head size) as it is kept. The first tokens set the scale (Hkv)."""
+        if self.longest in (0, None) and x.shape[2]:
+            largest = x.abs().amax((0, 2, 3)).float()
+            first = torch.where(largest > 0, largest * (2 / FLOAT8_MOST), 1)
+            scale.copy_(torch.where(self.lengths.any(), scale, first) if self.longest is None else first)
+        return (x.float() / scale[:, None, None]).clamp(-FLOAT8_MOST, FLOAT8_MOST).to(FLOAT8)
+
     def _check(self, k: Tensor, v: Tensor, counts: Tensor | None) -> None:
         for name, x, cached in (("k", k, self.keys), ("v", v, self.values)):
             wanted = (self.cache.B, cached.shape[1], k.shape[2] if k.dim() == 4 else "n", cached.shape[3])
             if tuple(x.shape) != wanted:
                 raise ValueError(f"{name} must have shape (B, Hkv, n, head size) = {wanted}, got {tuple(x.shape)}")
-            if x.dtype != cached.dtype:
-                raise TypeError(f"{name} must be {cached.dtype} as the cache, got {x.dtype}")
+            if x.dtype != self.cache.dtype:
+                raise TypeError(f"{name} must be {self.cache.dtype} as the cache, got {x.dtype}")
             if x.device != cached.device:
                 raise ValueError(f"{name} must be on {cached.device} as the cache, got {x.device}")
             if torch.is_grad_enabled() and x.requires_grad:
@@ -210,7 +234,8 @@ def attend(
         scale: of the scores; 1/√D unless given.
         return_lse: return LSE (B, H, Nq) too.
         backend: "split_keys", the kernel for few rows, which reads lengths and pages on the device, or "emulated:split_keys", the same on a
-            CPU; another name as for `flash_attention()`, which gets a mask, and a copy where keys lie in pages. None: the latter.
+            CPU; another name as for `flash_attention()`, which gets a mask, and a copy where keys lie in pages. None: the kernel for few
+            rows on a GPU where it is the fastest, otherwise the latter.
 
     Returns:
         O (B, H, Nq, Dv), and LSE if asked for. No gradients.
@@ -223,12 +248,12 @@ def attend(
     if q.dim() != 4 or q.shape[0] != cache.B or q.shape[1] % layer.keys.shape[1] or q.shape[3] != layer.keys.shape[3]:
         wanted = f"(B, H, Nq, D) = ({cache.B}, a multiple of {layer.keys.shape[1]}, Nq, {layer.keys.shape[3]})"
         raise ValueError(f"q must have shape {wanted}, got {tuple(q.shape)}")
-    if q.dtype != layer.keys.dtype:
-        raise TypeError(f"q must be {layer.keys.dtype} as the cache, got {q.dtype}")
+    if q.dtype != cache.dtype:
+        raise TypeError(f"q must be {cache.dtype} as the cache, got {q.dtype}")
     known = (layer.longest, layer.equal)
     return attend_keys(
         q, layer.keys, layer.values, layer.lengths, cache.starts, cache.block_table, cache.capacity, known,
-        causal=causal, scale=scale, return_lse=return_lse, backend=backend,
+        causal=causal, scale=scale, return_lse=return_lse, backend=backend, scales=layer.scales,
     )  # fmt: skip
 
 
@@ -246,40 +271,69 @@ def attend_keys(
     scale: float | None,
     return_lse: bool,
     backend: str | None,
+    window: tuple[int | None, int | None] | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attend` on any keys: k and v (B, Hkv, N, D or Dv), or with a block_table int32 (B, pages of a sequence) (pages, Hkv, page_size, D
     or Dv), any strides. lengths, starts: int32 (B,) on their device. known: what the host knows of the lengths, as `Layer.longest` and
-    `Layer.equal`."""
+    `Layer.equal`. window: (left, right) as `flash_attention()` takes it, aligned with each sequence's end.
+    scales: float32 (2, Hkv), where k and v are float8."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise NotImplementedError("attention over a cache has no gradients, and an input requires them: call under torch.no_grad()")
     check_name(backend)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     longest, equal = known
-    name = RUNG if backend is None and BACKENDS[RUNG].timed and q.is_cuda else backend
-    if name is not None and name.split(":")[-1] == RUNG:
-        rung = BACKENDS[name]
-        reason = why_not(rung, q, k, v, block_table, causal)
-        if reason is None:
-            most = capacity if longest is None else max(longest, 1)
-            O, LSE = forward(rung, q, k, v, lengths, starts, block_table, most, causal, scale)
-            return (O, LSE) if return_lse else O
-        if backend is not None:
-            raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}")
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+    left, right = window or (None, None)
+    if right == 0 or q.shape[2] == 1:  # of one query, which stands at the end, a limit to the right hides nothing
+        causal, right = causal or right == 0, None
+    if left is not None and q.shape[2] == 1:
+        first = (lengths - 1 - left).clamp(min=0)
+        starts, left = first if starts is None else torch.maximum(starts, first), None
+    name = RUNG if backend is None and q.is_cuda else backend
+    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    if name is not None and name.split(":")[-1] == RUNG and left is right is None:
+        most = capacity if longest is None else min(capacity, -(-max(longest, 1) // ROUNDED) * ROUNDED)
+        try:
+            plan = Plan.of(BACKENDS[name], q, k, v, block_table is not None, most, causal, scale)
+        except BuildError:
+            if backend is not None or capturing:
+                raise
+        else:
+            reason = plan.why_not(k, v)
+            chosen = plan.pays and (scales is None or FLOAT8_TIMED)
+            if reason is None and (backend is not None or capturing or chosen):
+                O, LSE = plan(q, k, v, lengths, starts, block_table, scales, return_lse)
+                return (O, LSE) if return_lse else O
+            if backend is not None:
+                raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}")
+    if capturing:
         raise NotImplementedError('of the backends only "split_keys" finds the lengths on the device, as a CUDA graph needs it')
     longest = int(lengths.max()) if longest is None else longest
     if block_table is not None:
         pages = block_table[:, : -(-longest // k.shape[2])].long()
         # A page that is not there yet holds nothing that is seen.
-        k, v = (x[pages.clamp(max=x.shape[0] - 1)].transpose(1, 2).flatten(2, 3) for x in (k, v))
+        k, v = (_of_pages(x, pages.clamp(max=x.shape[0] - 1)) for x in (k, v))
     k, v = k[:, :, :longest], v[:, :, :longest]
+    if scales is not None:
+        k, v = ((x.float() * scale[:, None, None]).to(q.dtype) for x, scale in zip((k, v), scales, strict=True))
     mask = None
     if not equal or starts is not None:
         j, end = torch.arange(longest, device=q.device), lengths[:, None, None, None]
+        place = end - torch.arange(q.shape[2], 0, -1, device=q.device)[:, None]  # (B, 1, Nq, 1), the columns at which queries stand
         mask = j < end  # (B, 1, 1, longest)
-        if causal:
-            mask = j < end - torch.arange(q.shape[2] - 1, -1, -1, device=q.device)[:, None]  # (B, 1, Nq, longest)
+        limits = (0 if causal else right, lambda n: j <= place + n), (left, lambda n: j >= place - n)
+        for limit, allowed in limits:
+            mask = mask if limit is None else mask & allowed(limit)
         if starts is not None:
             mask = mask & (j >= starts[:, None, None, None])
-    causal = causal and mask is None
-    return flash_attention(q, k, v, mask, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
+        causal, window = False, None
+    else:
+        window = None if left is right is None else (left, right)
+    return flash_attention(q, k, v, mask, causal=causal, window=window, scale=scale, return_lse=return_lse, backend=backend)
+
+
+def _of_pages(x: Tensor, pages: Tensor) -> Tensor:
+    """(pages, Hkv, page_size, D) and which ones, (B, n) → (B, Hkv, n · page_size, D)."""
+    as_bytes = x.dtype == FLOAT8  # which are not indexed everywhere
+    found = (x.view(torch.uint8) if as_bytes else x)[pages].transpose(1, 2).flatten(2, 3)
+    return found.view(FLOAT8) if as_bytes else found

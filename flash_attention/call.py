@@ -130,6 +130,11 @@ class Call(NamedTuple):
         return tuple(name for name, x in given.items() if x is not None)
 
     @property
+    def has_float8_keys(self) -> bool:
+        """K and V are e4m3, with a scale for each of their heads."""
+        return self.k.dtype == torch.float8_e4m3fn
+
+    @property
     def head_dim(self) -> int:
         """The larger of D and Dv."""
         return max(self.q.shape[3], self.v.shape[3])

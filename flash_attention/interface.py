@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from flash_attention import backends, shortcut
+from flash_attention import shortcut
 from flash_attention.autograd import attention
 from flash_attention.backends import as_chosen, check_name, choose
 from flash_attention.backends.cuda import FORWARD
@@ -128,7 +128,7 @@ def _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, scored, b
     settings = settings._replace(backend=as_chosen(backend, choose(backend, call)))
     if not shortcut.nobody_looks_on(q, k, v) or forward_ad._current_level >= 0:
         return attention(None, q, k, v, mask, spans, seed, settings, bias, alibi)
-    plan = backends.plan(FORWARD, call._replace(settings=settings))
+    plan = shortcut.plan(FORWARD, call._replace(settings=settings))
     if key is not None:
         shortcut.keep(key, plan, settings)
     return attention(plan, q, k, v, mask, spans, seed, settings, bias, alibi)

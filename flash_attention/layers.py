@@ -3,6 +3,7 @@
 import functools
 import inspect
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch.overrides import has_torch_function_variadic
 from flash_attention.backends import check_name
 from flash_attention.interface import check_softcap, check_window, flash_attention
 from flash_attention.scores import alibi_slopes
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh, ProcessGroup
 
 CHUNKED = "from flash_attention.integrations.earlier import ChunkedFlashAttention as FlashAttention"
 # What code written for another FlashAttention passes → what it becomes here.
@@ -72,8 +76,11 @@ class FlashAttention(nn.Module):
         softcap: as in `flash_attention()`.
         alibi: scores fall with distance, by the slopes of `flash_attention.scores.alibi_slopes`.
         key_dim, value_dim: widths of keys and of values; `dim` and `key_dim` unless given.
-        q_bucket_size, k_bucket_size, parallel: arguments of FlashAttention2.0, whose code runs unchanged. The first two do not change a
-            result: tiles are the backend's choice, or `block_size`. parallel must be False.
+        parallel: a ProcessGroup, or a DeviceMesh of one dimension, over whose ranks the sequence is spread: the layer then takes and
+            returns this rank's share, cut by `flash_attention.parallel.shard(x, parallel, dim=1)`, and attends over the whole sequence.
+        order: of the shares, "zigzag" or "contiguous", as in `flash_attention.parallel`.
+        q_bucket_size, k_bucket_size: arguments of FlashAttention2.0, whose code runs unchanged. They do not change a result: tiles are the
+            backend's choice, or `block_size`.
 
     `causal`, `window`, `softcap`, `dropout`, `mixed_precision`, `backend` and `block_size` are attributes that may be set later. A
     projection may be replaced by any module that gives (B, N, heads · dim_head), or (B, N, heads, dim_head): a Sequential that normalises
@@ -89,7 +96,7 @@ class FlashAttention(nn.Module):
         TypeError: arguments do not fit; the message says what code written for an earlier FlashAttention becomes.
         ValueError: a size is not a positive integer, kv_heads does not divide heads, dropout is not in [0, 1), there is no such backend, or
             a backend other than the reference is asked for together with block_size.
-        NotImplementedError: parallel is True.
+        NotImplementedError: parallel is True, as in FlashAttention2.0.
 
     >>> layer = FlashAttention(512, heads=8, dim_head=64, causal=True)
     >>> layer(torch.randn(2, 100, 512)).shape
@@ -117,7 +124,8 @@ class FlashAttention(nn.Module):
         alibi: bool = False,
         q_bucket_size: int | None = None,
         k_bucket_size: int | None = None,
-        parallel: bool = False,
+        parallel: "ProcessGroup | DeviceMesh | bool" = False,
+        order: str = "zigzag",
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -128,8 +136,10 @@ class FlashAttention(nn.Module):
             raise ValueError(f"kv_heads must divide heads, got heads {heads} and kv_heads {kv_heads}")
         _check_dropout(dropout)
         _check_buckets(q_bucket_size, k_bucket_size)
-        if parallel:
-            raise NotImplementedError("parallel=True: wrap the model in torch.nn.parallel.DistributedDataParallel instead")
+        if parallel is True:
+            raise NotImplementedError(
+                "parallel=True: wrap the model in torch.nn.parallel.DistributedDataParallel instead; parallel=mesh spreads the sequence"
+            )
         check_name(backend)
         if block_size is not None:
             _check_sizes(block_size=block_size)
@@ -143,7 +153,7 @@ class FlashAttention(nn.Module):
         self.softcap = softcap
         self.register_buffer("alibi", alibi_slopes(heads) if alibi else None, persistent=False)
         self.causal, self.window, self.dropout, self.mixed_precision = causal, window, dropout, mixed_precision
-        self.block_size, self.backend = block_size, backend
+        self.block_size, self.backend, self.parallel, self.order = block_size, backend, parallel or None, order
         self.to_q = nn.Linear(dim, heads * dim_head, bias=bias)
         self.to_k = nn.Linear(key_dim, kv_heads * dim_head, bias=bias)
         self.to_v = nn.Linear(value_dim, kv_heads * dim_head, bias=bias)
@@ -175,7 +185,8 @@ class FlashAttention(nn.Module):
         context is another name of key, and q_bucket_size and k_bucket_size change nothing: FlashAttention2.0 has them.
 
         Raises:
-            TypeError: an argument is no tensor, the mask is not bool, or key and context are both given. ValueError: shapes do not fit.
+            TypeError: an argument is no tensor, the mask is not bool, or key and context are both given. ValueError: shapes do not fit, or
+            the layer is parallel and gets a mask or has a block_size. What `parallel_attention` raises, if it is.
         """
         if context is not None:
             if key is not None:
@@ -195,9 +206,18 @@ class FlashAttention(nn.Module):
         if self.mixed_precision and dtype.itemsize > 2:
             q, k, v = (x.to(_half(x.device)) for x in (q, k, v))
         dropout_p = self.dropout if self.training else 0.0
-        options = {"causal": self.causal, "window": self.window, "backend": self.backend, "block_size": self.block_size}
-        options |= {"softcap": self.softcap, "bias": score_bias, "alibi": self.alibi}
-        O = flash_attention(q, k, v, mask, dropout_p=dropout_p, **options)
+        options = {"causal": self.causal, "window": self.window, "backend": self.backend, "dropout_p": dropout_p}
+        scored = {"softcap": self.softcap, "bias": score_bias, "alibi": self.alibi}
+        if self.parallel is None:
+            O = flash_attention(q, k, v, mask, **options, **scored, block_size=self.block_size)
+        elif mask is not None or self.block_size is not None:
+            raise ValueError("a layer that is parallel takes no mask and no block_size; causal and window say what a row of the whole sees")
+        elif any(x is not None for x in scored.values()):
+            raise ValueError("a layer that is parallel takes no softcap, score_bias and alibi")
+        else:
+            from flash_attention.parallel import parallel_attention  # here, for builds of torch without torch.distributed
+
+            O = parallel_attention(q, k, v, **options, group=self.parallel, order=self.order)
         return self.to_out(O.transpose(1, 2).flatten(2).to(dtype))
 
     def _project(self, stream: str, x: Tensor) -> Tensor:
@@ -228,15 +248,17 @@ class FlashAttention(nn.Module):
         """Layers pickled when block_size was called chunk_size load too."""
         state = dict(state)
         state["block_size"] = state.pop("chunk_size", state.get("block_size"))
-        state.setdefault("window", None)
-        state.setdefault("softcap", None)
+        for name, value in (("window", None), ("parallel", None), ("order", "zigzag"), ("softcap", None)):
+            state.setdefault(name, value)
         state["_buffers"] = {"alibi": None, **state["_buffers"]}
         super().__setstate__(state)
 
     def extra_repr(self) -> str:
         settings = "heads", "kv_heads", "dim_head", "causal", "window", "dropout", "block_size", "mixed_precision", "backend"
-        scored = [f"softcap={self.softcap}"] * (self.softcap is not None) + ["alibi=True"] * (self.alibi is not None)
-        return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in settings), *scored])
+        shown = [f"{name}={getattr(self, name)!r}" for name in settings]
+        shown += [f"softcap={self.softcap}"] * (self.softcap is not None) + ["alibi=True"] * (self.alibi is not None)
+        shown += [] if self.parallel is None else [f"parallel={self.parallel!r}", f"order={self.order!r}"]
+        return ", ".join(shown)
 
 
 class ScaledDotProduct(nn.Module):

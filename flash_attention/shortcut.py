@@ -1,8 +1,8 @@
 """A call like one before it: straight to its kernel.
 
 On the host, most of a small call's time goes into checking it, choosing a backend and making its plan. Shapes, strides, dtypes and settings
-determine all of that: for the plainest kind of call (no mask, no spans, no dropout, nobody looking on) the plan that served it is kept, and
-the next such call only fills in addresses. So are plans of backwards.
+determine all of that, so plans are kept. The next call of the plainest kind (no mask, no spans, no dropout, nobody looking on) is told by
+what it was given, before any check, and only fills in addresses. Any other is checked, and then finds its plan.
 """
 
 from collections.abc import Callable, Hashable
@@ -24,7 +24,7 @@ class Kept(NamedTuple):
     settings: Settings
 
 
-_kept: dict[Hashable, Any] = {}  # Kept by what `signature` gives, and plans of backwards
+_kept: dict[Hashable, Any] = {}  # Kept by what `signature` gives, and plans
 
 
 def nobody_looks_on(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -85,25 +85,21 @@ def keep(key: Hashable, plan: Callable, settings: Settings) -> None:
         _keep(key, Kept(plan, settings))
 
 
+def plan(which: int, call: Call) -> Callable:
+    """What computes the call's forward or backward (`backends.plan`), kept or made."""
+    key = which, call
+    if (found := _kept.get(key)) is None:
+        found = backends.plan(which, call)
+        # An emulated one is made of files that may change.
+        if isinstance(found, (cuda.Forward, cuda.Backward)) and call.q.device.type == "cuda":
+            _keep(key, found)
+    return found
+
+
 def plan_backward(arguments: tuple[Tensor | None, ...], settings: tuple, bias=None, alibi=None, to_bias: bool = False) -> Callable:
-    """What computes the backward of these arguments of the op, kept or made."""
+    """What computes the backward of these arguments of the op."""
     dO, _, q, k, v, mask, spans, O, _, _ = arguments
-    key = None
-    if q.is_cuda and mask is None and spans is None and bias is None and alibi is None:
-        tensors = dO, q, k, v, O
-        key = (
-            tuple(x.shape for x in tensors),
-            tuple(x.stride() for x in tensors),
-            tuple(x.dtype for x in tensors),
-            q.device,
-            tuple(settings),
-        )
-        if (plan := _kept.get(key)) is not None:
-            return plan
-    plan = backends.plan(cuda.BACKWARD, Call.of(q, k, v, mask, spans, Settings(*settings), O, dO, bias, alibi, to_bias))
-    if key is not None and isinstance(plan, cuda.Backward):
-        _keep(key, plan)
-    return plan
+    return plan(cuda.BACKWARD, Call.of(q, k, v, mask, spans, Settings(*settings), O, dO, bias, alibi, to_bias))
 
 
 def _keep(key: Hashable, plan) -> None:

@@ -50,6 +50,7 @@ struct Thread {
     std::vector<BusyRegisters> busy;
     Touched touched;
     int registers;
+    void* loaded;      // where it last read what the copy engine has brought, if nothing that could use the value came since
 };
 
 struct NamedBarrier {

@@ -173,6 +173,9 @@ void bulk_wait_read(int groups) {
     known = std::max(known, read);
 }
 
-void fence_proxy_async() { current->clocks.tick(current->running, true); }
+void fence_proxy_async() {
+    current->self().loaded = nullptr;
+    current->clocks.tick(current->running, true);
+}
 
 }  // namespace emulator

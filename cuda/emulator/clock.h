@@ -38,6 +38,7 @@ struct Clocks {
     int products_of(int warpgroup) const { return threads + warpgroup; }
     int bulk_of(int warp) const { return threads + 8 + warp; }
     int mbarrier(int n) const { return threads + 8 + 32 + n; }
+    bool is_mbarrier(int component) const { return component >= mbarrier(0) && component < mbarrier(MBARRIERS); }
     int cp_async_of(int thread) const { return threads + 8 + 32 + MBARRIERS + thread; }
     int components() const { return cp_async_used ? length : cp_async_of(0); }
 

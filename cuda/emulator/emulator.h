@@ -52,6 +52,7 @@ float exponential(float x);
 uint32_t shared_address(const void*);
 void store_shared(uint32_t address, uint32_t x);
 float atomic_add(float* p, float x);
+int atomic_add(int* p, int x);
 void reduce_add(float* p, const float* x, int count);
 void reduce_max(int* p, int x);
 int load_acquire(const int* p);

@@ -59,6 +59,7 @@ void Shared::access(Granule& g, uint32_t mask, uint32_t offset, const Access& by
         fail("%s reads shared byte %u, at @%x, which cp.async of thread %d wrote at @%x with no fence.proxy.async between its wait and this: the engine may not see it",
              who_is(by.who, by.when).c_str(), offset, site_offset(by.site), thread, g.write_site);
     // Two readers are remembered: one whose read this one follows makes place for it, else one that is drawn.
+    if (!by.async && g.writer != NOBODY && block.clocks.is_mbarrier(g.writer)) block.threads[by.who].loaded = by.site;
     int n = 0;
     if (g.reader[0] != NOBODY && g.reader[0] != by.who && by.seen[g.reader[0]] < g.read_tick[0]) {
         n = 1;

@@ -77,12 +77,10 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
     names = DEFAULT if name is None else GROUPS.get(name, (name,))
     for each in names:
         rung = cuda.RUNGS.get(each) if len(names) > 1 else None
-        if rung is not None and not rung.pays(call):
+        if rung is not None and not (rung.pays(call) and (which == cuda.FORWARD or not rung.packs_heads)):
             continue
         timed = name is not None or rung is None or not call.score or cuda.SCORES_TIMED
         reason = BACKENDS[each].why_not(call) if timed else UNTIMED
-        if reason is None and name is None and rung is not None and call.visible == "interval" and not cuda.INTERVALS_TIMED:
-            reason = "its kernels for windows and spans have not been timed on a GPU yet, and are taken by name only"
         if reason is None and rung is not None and build.failures:
             reason = rung.why_not_built(which, call)
             unbuilt |= reason is not None
@@ -102,7 +100,8 @@ def resolve(which: int, call: Call):
     Raises: as `choose`.
     """
     name = call.settings.backend
-    if name in CHOSEN and not build.failures:
+    # The rung for few queries has no backward of its own: the fastest takes what it left.
+    if name in CHOSEN and not build.failures and not (which == cuda.BACKWARD and CHOSEN[name].packs_heads):
         return CHOSEN[name]
     return BACKENDS[choose(name.split("/")[0] or None, call, which)]
 

@@ -19,6 +19,7 @@ from flash_attention.backends.launch import (
     INTERVAL,
     MASK,
     NO_INTERVAL,
+    NO_KEYS,
     NO_MASK,
     NO_TENSOR,
     PARAMS,
@@ -38,9 +39,7 @@ PACK_MASK = "pack_mask.cu"
 
 PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# Whether None chooses kernels for calls with windows, spans or offsets. They have run on the emulator alone so far; by name they are taken.
-INTERVALS_TIMED = False
-# The same for calls with softcap, bias or ALiBi.
+# Whether None chooses kernels for calls with softcap, bias or ALiBi. They have run on the emulator alone so far; by name they are taken.
 SCORES_TIMED = False
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
 # Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
@@ -68,10 +67,13 @@ class Rung:
     timed: bool = True  # on a GPU; until a rung has been, it is taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
-    wide_backward: tuple[int, str] | None = None  # above this head size the backward has a file of its own
+    wide_forward: tuple[int, str] | None = None  # above this head size the forward has a file of its own
+    wide_backward: tuple[int, str] | None = None  # so has the backward
     few_rows: tuple[tuple[int, int, int], ...] = ()  # up to a head size: rows up to which a lower rung is faster, without and with dropout
-    most_rows: int | None = None  # that share a key head, where it is the one to choose
+    packs_heads: bool = False  # a tile has all query heads of a key head: the rung for few queries
+    least_scores: tuple[tuple[int, int], ...] = ()  # up to a head size: scores of all heads up to which a lower rung is faster
     forward_workspace: bool = False  # whether its forward may need one
+    float8_keys: bool = False  # whether K and V may be e4m3
 
     def why_not(self, call: Call) -> str | None:
         """Why this rung cannot serve the call, or None."""
@@ -93,6 +95,8 @@ class Rung:
             return f"it serves no dropout, got dropout_p = {call.settings.dropout_p}"
         if call.mask is not None and not self.masks[FORWARD]:
             return f"it serves no mask, got {tuple(call.mask.shape)}"
+        if call.has_float8_keys and (reason := self._why_no_float8(call)):
+            return reason
         if call.visible == "interval":
             return self._why_no_interval(call) or self._why_no_kernels(call.q.device.index or 0)
         return self._why_no_kernels(call.q.device.index or 0)
@@ -108,6 +112,15 @@ class Rung:
         Nq, Nk = call.q.shape[2], call.k.shape[2]
         if max(map(abs, (*offsets, settings.diagonal_of(Nq, Nk)))) >= 2**30 or Nq + Nk >= 2**30:
             return f"it numbers rows and columns up to 2³⁰, got Nq = {Nq}, Nk = {Nk}, offsets {offsets}"
+        return None
+
+    def _why_no_float8(self, call: Call) -> str | None:
+        if not self.float8_keys:
+            return f"it reads no float8 keys, got {call.k.dtype}"
+        if call.k.shape[3] % 16 or call.v.shape[3] % 16:
+            return f"it takes head sizes of float8 keys that are multiples of 16, got D = {call.k.shape[3]}, Dv = {call.v.shape[3]}"
+        if call.q.device.type == "cuda" and torch.cuda.get_device_capability(call.q.device) < (8, 9):
+            return f"float8 needs compute capability 8.9, {torch.cuda.get_device_name(call.q.device)} has less"
         return None
 
     def _why_no_kernels(self, device: int) -> str | None:
@@ -126,7 +139,7 @@ class Rung:
         form, device = self._mask_form(which, call), call.q.device.index
         if form not in (None, "bytes"):
             _pack_mask_library(device)
-        kind = DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout, call.score
+        kind = DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout, call.has_float8_keys, call.score
         return _library(self, which, device, *kind)
 
     def why_no_backward(self) -> str | None:
@@ -151,23 +164,26 @@ class Rung:
         visible: str,
         mask: str | None,
         dropout: bool,
+        float8: bool = False,
         score: tuple[str, ...] = (),
     ) -> build.Specialisation:
         """What its forward or backward for one kind of call is compiled from. sizes: compiled ones, of Q and K and of V."""
         D, Dv = sizes
         kind = dtype, visible == "causal", mask, dropout, visible == "interval"
-        return build.Specialisation(self.file(which, D), arch, D, *kind, None if Dv == D else Dv, score)
+        return build.Specialisation(self.file(which, D), arch, D, *kind, None if Dv == D else Dv, float8, score)
 
     def file(self, which: int, head_dim: int) -> str:
         """The source of its forward or backward for a compiled head size."""
-        if which == BACKWARD and self.wide_backward and head_dim > self.wide_backward[0]:
-            return self.wide_backward[1]
-        return self.files[which]
+        wide = (self.wide_forward, self.wide_backward)[which]
+        return wide[1] if wide and head_dim > wide[0] else self.files[which]
 
     def pays(self, call: Call) -> bool:
         """Whether this rung, of those that can serve a call, is the one to choose."""
-        if self.most_rows is not None and call.q.shape[2] * (call.q.shape[1] // call.k.shape[1]) > self.most_rows:
+        if self.packs_heads and not _pays_to_pack(call):
             return False
+        if self.least_scores:
+            B, H, Nq, _ = call.q.shape
+            return B * H * Nq * call.k.shape[2] > next((scores for up_to, scores in self.least_scores if call.head_dim <= up_to), 0)
         few = next((kinds for up_to, *kinds in self.few_rows if call.head_dim <= up_to), (0, 0))
         return call.q.shape[2] > few[call.has_dropout]
 
@@ -236,15 +252,17 @@ class Forward(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Nothing comes before or after the launch."""
-        special = self.mask_form is not None or self.call.has_dropout or self.workspace or self.call.score
+        """Nothing but memory is needed before the launch, and nothing after it."""
+        special = self.mask_form is not None or self.call.has_dropout or self.call.score
         return self.factor == 1 and not any(self.copied) and not special
 
-    def repeat(self, q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor | None]:
-        """O and, if asked for, LSE, of a plain plan for tensors at multiples of 16 bytes."""
+    def repeat(self, q: Tensor, k: Tensor, v: Tensor, lse: bool = True, keys: bytes = NO_KEYS) -> tuple[Tensor, Tensor | None]:
+        """O and, if asked for, LSE, of a plain plan for tensors at multiples of 16 bytes. keys: `struct KeySource`."""
         O = torch.empty_like(q) if self.O_is_like_q else allocate.output(q, v)
         LSE = allocate.lse(q) if lse else None
-        self.launch(q, (q.data_ptr(), k.data_ptr(), v.data_ptr(), O.data_ptr()), Addresses(LSE.data_ptr() if lse else 0))
+        workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device) if self.workspace else None
+        others = Addresses(LSE.data_ptr() if lse else 0, 0, _address(workspace), keys=keys)
+        self.launch(q, (q.data_ptr(), k.data_ptr(), v.data_ptr(), O.data_ptr()), others)
         return O, LSE
 
     def __call__(
@@ -257,18 +275,18 @@ class Forward(NamedTuple):
         seed: Tensor | None,
         bias: Tensor | None = None,
         alibi: Tensor | None = None,
-    ):
-        """→ O (B, H, Nq, Dv), LSE (B, H, Nq)."""
+        keys: bytes = NO_KEYS,
+    ) -> tuple[Tensor, Tensor]:
+        """→ O (B, H, Nq, Dv), LSE (B, H, Nq). keys: `struct KeySource`."""
         tensors = (q if self.factor == 1 else q * self.factor), k, v
         if (copied := _to_copy(self.rung, tensors, self.copied)) != self.copied:
-            return self.of(self.rung, self.call, copied)(q, k, v, mask, spans, seed, bias, alibi)
+            return self.of(self.rung, self.call, copied)(q, k, v, mask, spans, seed, bias, alibi, keys)
         O, LSE = allocate.forward_outputs(q, v)
         tensors = *_as_contiguous(tensors, copied), O
         workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device) if self.workspace else None
         mask_fields, _alive = _mask_fields(self.rung, self.mask_form, mask)
-        others = Addresses(
-            LSE.data_ptr(), 0, _address(workspace), _address(seed), _address(spans), mask_fields, _address(bias), _address(alibi)
-        )
+        addresses = LSE.data_ptr(), 0, _address(workspace), _address(seed), _address(spans)
+        others = Addresses(*addresses, mask_fields, keys, _address(bias), _address(alibi))
         self.launch(q, [x.data_ptr() for x in tensors], others)
         return O, LSE
 
@@ -331,7 +349,8 @@ HOPPER = Rung(
     min_arch=90,
     only_min_arch=True,
     dtypes=("float16", "bfloat16"),
-    head_dims=(64, 128, 256),
+    head_dims=(64, 80, 96, 112, 128, 160, 192, 256),
+    pairs=((192, 128),),
     multiple_of=8,
     masks=(("bits",), ("key bits",)),
     dropout=True,
@@ -339,24 +358,37 @@ HOPPER = Rung(
     wide_backward=(128, "backward_4_hopper_wide.cu"),
     few_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
 )
-# The same kernels, compiled for more head sizes: once these are timed, they are hopper's.
-HOPPER_BETWEEN = replace(HOPPER, name="hopper_between", head_dims=(64, 80, 96, 112, 128, 160, 192, 256), pairs=((192, 128),), timed=False)
-HOPPER_SPLIT = replace(  # another backward for the widest of them
-    HOPPER_BETWEEN,
-    name="hopper_split",
-    files=("forward_4_hopper.cu", "backward_5_split.cu"),
-    head_dims=(160, 192, 256),
-    intervals=False,
-    wide_backward=None,
-)
 HOPPER_WIDE = replace(
     HOPPER,
     name="hopper_wide",
     files=("forward_5_wide.cu", "backward_5_wide.cu"),
     head_dims=(320, 384, 512),
+    pairs=(),
     intervals=False,
     wide_backward=None,
     few_rows=(),
+)
+HOPPER_FLOAT32 = Rung(
+    name="hopper_float32",
+    files=("forward_5_float32.cu", "backward_5_float32.cu"),
+    min_arch=90,
+    only_min_arch=True,
+    dtypes=("float32",),
+    head_dims=(64, 128, 256, 512),
+    multiple_of=4,
+    masks=(("bits",), ("key bits",)),
+    dropout=True,
+    wide_forward=(128, "forward_5_float32_wide.cu"),
+    wide_backward=(128, "backward_1_simple.cu"),
+    least_scores=((128, 1 << 22), (512, 1 << 18)),
+    forward_workspace=True,
+)
+# With a backward on tensor cores for the wider heads, too, which no GPU has timed yet.
+HOPPER_FLOAT32_WIDE = replace(
+    HOPPER_FLOAT32,
+    name="hopper_float32_wide",
+    head_dims=(256, 512),
+    wide_backward=(128, "backward_5_float32_wide.cu"),
     timed=False,
 )
 
@@ -372,9 +404,9 @@ RUNGS = {
             multiple_of=8,
             masks=(("bits",), ("bits",)),
             dropout=True,
-            timed=False,
-            most_rows=64,
+            packs_heads=True,
             forward_workspace=True,
+            float8_keys=True,
         ),
         HOPPER,
         Rung(
@@ -389,6 +421,7 @@ RUNGS = {
             intervals=True,
         ),
         HOPPER_WIDE,  # behind all that take narrower heads
+        HOPPER_FLOAT32,
         Rung(
             name="simple",
             files=("forward_1_simple.cu", "backward_1_simple.cu"),
@@ -409,21 +442,7 @@ RUNGS = {
             multiple_of=8,
             teaching=True,
         ),
-        Rung(
-            name="hopper_float32",
-            files=("forward_5_float32.cu", "backward_5_float32.cu"),
-            min_arch=90,
-            only_min_arch=True,
-            dtypes=("float32",),
-            head_dims=(64, 128),
-            multiple_of=4,
-            masks=(("bits",), ("key bits",)),
-            dropout=True,
-            timed=False,
-            forward_workspace=True,
-        ),
-        HOPPER_BETWEEN,
-        HOPPER_SPLIT,
+        HOPPER_FLOAT32_WIDE,
         *(
             Rung(
                 name=name,
@@ -446,6 +465,26 @@ RUNGS = {
         ),
     )
 }
+
+
+# What a tile of packed rows costs for each key, a 128-row tile of one head in hopper being 1, as timed on an H200: up to a head size,
+# (rows, cost) of the tiles there are. A tile's beginning and end cost as much as so many keys.
+PACKED_TILES = ((128, ((16, 0.5), (32, 0.8))), (256, ((16, 0.72),)))
+PACKED_START, HEAD_START = 400, 200
+MOST_QUERIES = 256  # that have been timed
+
+
+def _pays_to_pack(call: Call) -> bool:
+    """Whether tiles that pack the heads of a group, with keys split evenly over the multiprocessors, take less time than tiles of one head,
+    which are spread over the multiprocessors whole."""
+    (B, H, Nq, _), (_, Hkv, Nk, _) = call.q.shape, call.k.shape
+    multiprocessors = _sm_count(call.q.device.index) if call.q.device.type == "cuda" else 132  # an H200's
+    kinds = next((kinds for up_to, kinds in PACKED_TILES if call.head_dim <= up_to), PACKED_TILES[-1][1])
+    packed = Nq * (H // Hkv)
+    rows, cost = next((kind for kind in kinds if packed <= kind[0]), kinds[-1])
+    whole_rounds = -(-B * H * -(-Nq // 128) // multiprocessors)
+    time = cost * B * Hkv * -(-packed // rows) * (Nk + PACKED_START) / multiprocessors
+    return Nq <= MOST_QUERIES and not call.has_dropout and time <= whole_rounds * (Nk + HEAD_START)
 
 
 def _as_read(rung: Rung, tensors: tuple[Form, ...], copied: tuple[bool, ...]) -> tuple[list[Form], tuple[bool, ...]]:
@@ -543,11 +582,12 @@ def _library(
     visible: str,
     mask: str | None,
     dropout: bool,
-    score: tuple[str, ...] = (),
+    float8: bool,
+    score: tuple[str, ...],
 ) -> ctypes.CDLL:
     """The rung's forward (0) or backward (1) for one kind of call, compiled if it must be."""
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    wanted = rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout, score)
+    wanted = rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout, float8, score)
     return declared(build.load(wanted, params_size(score)))
 
 

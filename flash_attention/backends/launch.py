@@ -21,8 +21,9 @@ PARAMS = struct.Struct("@" + 8 * "q 24s" + "40s 4q 44s 3i q q 56s")
 NO_TENSOR = (0, bytes(STRIDES.size))
 NO_MASK = bytes(MASK.size)
 NO_INTERVAL = bytes(INTERVAL.size)
-# `struct KeySource`, which follows: the addresses of lengths, starts and block table, the stride of the last, page_size, pages.
-KEYS = struct.Struct("@4q 2i")
+# `struct KeySource`, which follows: the addresses of lengths, starts and block table, the stride of the last, page_size, pages, the
+# addresses of k_scale and v_scale.
+KEYS = struct.Struct("@4q 2i 2q")
 NO_KEYS = bytes(KEYS.size)
 # `struct Scoring`, with which the struct of a SCORE kernel ends: a bias' address and strides; the slopes' address and two strides; the
 # address of dBias; the bias' own shape and type, softcap.
@@ -38,6 +39,7 @@ class Addresses(NamedTuple):
     seed: int = 0
     spans: int = 0
     mask: bytes = NO_MASK  # its form in the struct, address and strides
+    keys: bytes = NO_KEYS  # `struct KeySource`
     bias: int = 0
     alibi: int = 0
     d_bias: int = 0
@@ -66,7 +68,6 @@ class Launch(NamedTuple):
     interval: bytes
     device: int
     sm_count: int
-    keys: bytes = NO_KEYS
     scoring: Scoring | None = None  # of a SCORE kernel
 
     def __call__(self, q: Tensor, tensors: Sequence[int], others: Addresses) -> None:
@@ -81,14 +82,14 @@ class Launch(NamedTuple):
     def _params(self, addresses: Sequence[int], others: Addresses) -> bytes:
         tensors = list(self.tensors)
         tensors[: 2 * len(addresses) : 2] = addresses
-        *pointers, spans, mask, _, _, _ = others
+        *pointers, spans, mask, keys, _, _, _ = others
         deterministic = torch.are_deterministic_algorithms_enabled()
         params = PARAMS.pack(
             *tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, self._stream(), spans, self.interval
         )
         if self.scoring is not None:
             params += self.scoring.pack(others)
-        return params + self.keys
+        return params + keys
 
     def _stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.device)

@@ -1,61 +1,91 @@
 """The split_keys rung on keys whose lengths, and perhaps pages, are known on the device only (struct KeySource of cuda/attention.h)."""
 
+from collections.abc import Hashable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from flash_attention import allocate
-from flash_attention.backends.cuda import FORWARD, Rung, _address, _positive
-from flash_attention.backends.launch import KEYS, SETTINGS, Addresses
+from flash_attention.backends.cuda import FORWARD, Forward, Rung, _address
+from flash_attention.backends.launch import KEYS
 from flash_attention.call import Call, Form, Settings
 
 PAGE_MULTIPLE = 16  # of a page's keys: what a warp finds with one number
+CAPACITY = 1024  # of kept plans: where shapes differ without end, the table starts anew
 
 
-def why_not(rung: Rung, q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, causal: bool) -> str | None:
-    """Why the kernel cannot serve the call, or cannot read these keys where they lie, or None: a cache is never copied."""
-    if reason := rung.why_not(_call(q, k, v, causal, 1.0)):
-        return reason
-    if not all(rung.reads(Form.of(x)) and x.data_ptr() % 16 == 0 for x in (k, v)):
-        return f"it reads rows of 16-byte multiples, got strides {k.stride()} and {v.stride()}"
-    if block_table is not None and k.shape[2] % PAGE_MULTIPLE:
-        return f"it reads pages of a multiple of {PAGE_MULTIPLE} keys, got {k.shape[2]}"
-    return None
+class Plan(NamedTuple):
+    """What shapes, strides and settings determine of attention over such keys."""
+
+    rung: Rung
+    call: Call
+    reason: str | None  # why the kernel cannot serve the call, or cannot read these keys where they lie: a cache is never copied
+    forward: Forward | None  # unless there is a reason
+    is_plain: bool = False  # `Forward.is_plain`
+    pays: bool = False  # whether the rung is the one to choose
+
+    @classmethod
+    def of(cls, rung: Rung, q: Tensor, k: Tensor, v: Tensor, paged: bool, most: int, causal: bool, scale: float) -> "Plan":
+        """q (B, H, Nq, D). k and v (B, Hkv, N, D or Dv), or in pages (pages, Hkv, page_size, D or Dv). causal: the last query of a sequence
+        sees its last key. most: no sequence has more keys; the number of splits depends on it.
+
+        Raises:
+            BuildError: the kernel cannot be built.
+        """
+        if not q.is_cuda:
+            return cls._made(rung, q, k, v, paged, most, causal, scale)
+        forms = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, q.device)
+        key = rung, *forms, paged, most, causal, scale
+        if (plan := _kept.get(key)) is None:
+            plan = cls._made(rung, q, k, v, paged, most, causal, scale)
+            if len(_kept) >= CAPACITY:
+                _kept.clear()
+            _kept[key] = plan
+        return plan
+
+    @classmethod
+    def _made(cls, rung: Rung, q: Tensor, k: Tensor, v: Tensor, paged: bool, most: int, causal: bool, scale: float) -> "Plan":
+        B, settings = q.shape[0], Settings(scale, right=0 if causal else None)
+        keys, values = (Form.of(x)._replace(shape=torch.Size((B, x.shape[1], most, x.shape[3]))) for x in (k, v))
+        call = Call(Form.of(q), keys, values, None, None, settings)
+        reason = rung.why_not(call)
+        if reason is None and any(not rung.reads(x) or any(n * x.dtype.itemsize % 16 for n in x.stride[:3]) for x in (keys, values)):
+            reason = f"it reads rows of 16-byte multiples, got strides {k.stride()} and {v.stride()} of {k.dtype}"
+        if reason is None and paged and k.shape[2] % PAGE_MULTIPLE:
+            reason = f"it reads pages of a multiple of {PAGE_MULTIPLE} keys, got {k.shape[2]}"
+        if reason:
+            return cls(rung, call, reason, None)
+        forward = rung.plan(FORWARD, call)
+        return cls(rung, call, None, forward, q.is_cuda and forward.is_plain, rung.pays(call))
+
+    def why_not(self, k: Tensor, v: Tensor) -> str | None:
+        """Why the kernel cannot serve the call, or cannot read these keys where they lie, or None."""
+        if self.reason is None and (k.data_ptr() | v.data_ptr()) % 16:
+            return "it reads keys and values that begin at multiples of 16 bytes"
+        return self.reason
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        starts: Tensor | None,
+        block_table: Tensor | None,
+        scales: Tensor | None = None,
+        lse: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """→ O (B, H, Nq, Dv), LSE (B, H, Nq) if asked for. Of k and v nothing is copied, and nothing waits for the device.
+
+        lengths, starts: int32 (B,), the keys [start, length) of each sequence. block_table: int32 (B, pages of a sequence) where keys lie
+        in pages. scales: float32 (2, Hkv), of float8 keys and values.
+        """
+        table = (_address(block_table), block_table.stride(0), k.shape[2], k.shape[0]) if block_table is not None else (0, 0, 0, 0)
+        of_heads = (0, 0) if scales is None else (scales.data_ptr(), scales.data_ptr() + 4 * k.shape[1])
+        keys = KEYS.pack(lengths.data_ptr(), _address(starts), *table, *of_heads)
+        if self.is_plain and q.data_ptr() % 16 == 0:
+            return self.forward.repeat(q, k, v, lse, keys)
+        return self.forward(q, k, v, None, None, None, keys=keys)
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Call:
-    return Call.of(q, k, v, None, None, Settings(scale, right=0 if causal else None))
-
-
-def forward(
-    rung: Rung,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    block_table: Tensor | None,
-    most: int,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """→ O (B, H, Nq, Dv), LSE (B, H, Nq). Nothing is copied and nothing waits for the device.
-
-    q (B, H, Nq, D). k and v (B, Hkv, N, D or Dv), or, with a block_table int32 (B, pages of a sequence), (pages, Hkv, page_size, D or Dv).
-    lengths, starts: int32 (B,), the keys [start, length) of each sequence; causal: its last query sees its last key. most: no length is
-    more; the number of splits depends on it.
-    """
-    O, LSE = allocate.forward_outputs(q, v)
-    factor, scale = _positive(scale)
-    q = q if factor == 1 else q * factor
-    if not rung.reads(Form.of(q)) or q.data_ptr() % 16:
-        q = q.clone(memory_format=torch.contiguous_format)
-    tensors = q, k, v, O
-    launch = rung.launch(FORWARD, _call(q, k, v, causal, scale), tuple(map(Form.of, tensors)), scale)
-    B, H, Hkv, Nq, _, *rest = SETTINGS.unpack(launch.settings)
-    table = (_address(block_table), block_table.stride(0), k.shape[2], k.shape[0]) if block_table is not None else (0, 0, 0, 0)
-    launch = launch._replace(
-        settings=SETTINGS.pack(B, H, Hkv, Nq, most, *rest), keys=KEYS.pack(lengths.data_ptr(), _address(starts), *table)
-    )
-    workspace = torch.empty(launch.workspace_floats(False), dtype=torch.float32, device=q.device)
-    launch(q, [x.data_ptr() for x in tensors], Addresses(LSE.data_ptr(), 0, _address(workspace)))
-    return O, LSE
+_kept: dict[Hashable, Plan] = {}

@@ -3,15 +3,19 @@
     from flash_attention.integrations.flash_attn import flash_attn_func, flash_attn_with_kvcache
 
 Tensors are (B, N, H, D), as there, of any dtype and on any device that `flash_attention()` takes. dropout_p is rounded to a multiple of
-1/256. What is not computed here raises NotImplementedError, which names it: sliding windows, sequences packed one
-after another (the varlen functions), and over a cache softcap, ALiBi and rotary embeddings.
+1/256. What is not computed here raises NotImplementedError, which names it: rotary embeddings, and in packed sequences and over a cache
+softcap and ALiBi.
 """
+
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from flash_attention.cache import attend_keys
-from flash_attention.interface import flash_attention
+from flash_attention.interface import _seed, flash_attention
+from flash_attention.reference.dropout import Dropout
+from flash_attention.spans import documents
 
 __all__ = [
     "flash_attn_func",
@@ -37,24 +41,29 @@ def flash_attn_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """q (B, Nq, H, D), k (B, Nk, Hkv, D), v (B, Nk, Hkv, Dv) → (B, Nq, H, Dv). causal is aligned bottom-right.
+    """q (B, Nq, H, D), k (B, Nk, Hkv, D), v (B, Nk, Hkv, Dv) → (B, Nq, H, Dv). causal and window_size are aligned bottom-right.
 
-    return_attn_probs: return (O, LSE (B, H, Nq), None). The third is the matrix of probabilities, which is never computed: with dropout,
-    whose pattern it would show, this raises.
+    deterministic: gradients repeat bit for bit.
+    return_attn_probs: return (O, LSE (B, H, Nq), None). With dropout the third is (B, H, Nq, Nk), the probabilities, negative where they
+        are dropped: a matrix that is computed beside the kernels, for checks.
 
     Raises:
-        NotImplementedError: a window other than (-1, -1) and (-1, 0), return_attn_probs with dropout, or deterministic on a GPU without
-            torch.use_deterministic_algorithms(True), which is what makes gradients repeat here. Otherwise as `flash_attention()`.
+        NotImplementedError: return_attn_probs with dropout and softcap or alibi_slopes. Otherwise as `flash_attention()`.
     """
-    causal = _causal(causal, window_size)
-    scored = {"softcap": softcap or None, "alibi": alibi_slopes}
-    if deterministic and q.is_cuda and not torch.are_deterministic_algorithms_enabled():
-        raise NotImplementedError("deterministic=True: gradients repeat bit for bit after torch.use_deterministic_algorithms(True)")
+    options = {"causal": causal, "window": _window(window_size), "scale": softmax_scale, "dropout_p": dropout_p}
+    options |= {"softcap": softcap or None, "alibi": alibi_slopes}
     if return_attn_probs and dropout_p:
-        raise NotImplementedError("return_attn_probs with dropout: the matrix of probabilities is never computed")
-    options = {"causal": causal, "scale": softmax_scale, "dropout_p": dropout_p}
-    O, LSE = flash_attention(*(x.transpose(1, 2) for x in (q, k, v)), return_lse=True, **options, **scored)
-    return (O.transpose(1, 2), LSE, None) if return_attn_probs else O.transpose(1, 2)
+        _refuse(softcap=softcap, alibi_slopes=alibi_slopes)  # the matrix of probabilities is made beside the kernels, without them
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    seed = _next_seed(q) if return_attn_probs and dropout_p else None
+    O, LSE = _attention(q, k, v, options, deterministic)
+    probabilities = None
+    if seed is not None:
+        spans = documents([q.shape[2]], [k.shape[2]], causal=causal, window=_window(window_size)).to(q.device)
+        dropout = Dropout(dropout_p, seed, range(q.shape[0]), range(q.shape[1]))
+        probabilities = _probabilities(q, k, LSE, spans, softmax_scale, dropout)
+    O = O.transpose(1, 2)
+    return (O, LSE, probabilities) if return_attn_probs else O
 
 
 def flash_attn_kvpacked_func(
@@ -110,8 +119,40 @@ def flash_attn_varlen_func(
     return_attn_probs=False,
     block_table=None,
 ):
-    """Not computed yet: raises NotImplementedError."""
-    raise NotImplementedError("flash_attn_varlen_func: sequences packed one after another (cu_seqlens) are not computed here")
+    """Sequences packed one after another: q (total of queries, H, D), k and v (total of keys, Hkv, D or Dv) → (total of queries, H, Dv).
+
+    cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), where each sequence begins, and where the last one ends; the host reads them. causal and
+    window_size are aligned bottom-right in each sequence. max_seqlen_q, max_seqlen_k have no effect.
+    block_table: int32 (B, pages of a sequence): k and v are (pages, page_size, Hkv, D or Dv), and copied.
+    deterministic, return_attn_probs: as in `flash_attn_func`, with LSE (H, total of queries) and probabilities (B, H, longest, longest).
+
+    Raises:
+        NotImplementedError: softcap or alibi_slopes. Otherwise as `flash_attention()`.
+    """
+    _refuse(softcap=softcap, alibi_slopes=alibi_slopes)
+    lengths, k_lengths = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    if block_table is not None:
+        page_size = k.shape[1]
+        there = torch.arange(block_table.shape[1] * page_size, device=k.device) < k_lengths[:, None]  # (B, tokens of all its pages)
+        pages = block_table.long().clamp(0, k.shape[0] - 1)  # a page that no key needs may be any number
+        k, v = (x[pages].flatten(1, 2)[there] for x in (k, v))
+    window = _window(window_size)
+    spans = documents(lengths, k_lengths, causal=causal, window=window).to(q.device)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, total, D)
+    seed = _next_seed(q) if return_attn_probs and dropout_p else None
+    O, LSE = _attention(q, k, v, {"spans": spans, "scale": softmax_scale, "dropout_p": dropout_p}, deterministic)
+    probabilities = None
+    if seed is not None:
+        longest, k_longest = int(lengths.max()), int(k_lengths.max())
+        probabilities = q.new_zeros(len(lengths), q.shape[1], longest, k_longest)
+        starts = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), lengths.tolist(), k_lengths.tolist(), strict=False)
+        for one, (i, j, n, m) in zip(probabilities, starts, strict=True):
+            seen = documents([n], [m], causal=causal, window=window).to(q.device)
+            dropout = Dropout(dropout_p, seed, range(1), range(q.shape[1]), (i, j))
+            part = q[:, :, i : i + n], k[:, :, j : j + m], LSE[:, :, i : i + n]
+            one[:, :n, :m] = _probabilities(*part, seen, softmax_scale, dropout)[0]
+    O = O[0].transpose(0, 1)
+    return (O, LSE[0], probabilities) if return_attn_probs else O
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -130,8 +171,11 @@ def flash_attn_varlen_kvpacked_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """Not computed yet: raises NotImplementedError."""
-    raise NotImplementedError("flash_attn_varlen_kvpacked_func: sequences packed one after another (cu_seqlens) are not computed here")
+    """`flash_attn_varlen_func` with kv (total of keys, 2, Hkv, D)."""
+    k, v = kv.unbind(1)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    others = window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    return flash_attn_varlen_func(q, k, v, *lengths, dropout_p, softmax_scale, causal, *others)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -147,8 +191,10 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """Not computed yet: raises NotImplementedError."""
-    raise NotImplementedError("flash_attn_varlen_qkvpacked_func: sequences packed one after another (cu_seqlens) are not computed here")
+    """`flash_attn_varlen_func` with qkv (total, 3, H, D)."""
+    q, k, v = qkv.unbind(1)
+    others = window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, *others)
 
 
 def flash_attn_with_kvcache(
@@ -181,18 +227,17 @@ def flash_attn_with_kvcache(
         cache_batch_idx: int32 (B,), the cache's batch that is sequence b. Where an index comes twice, appended keys may be either's.
         cache_leftpad: int32 (B,), the first token that may be attended.
         block_table: int32 (B, pages of a sequence), the page in which tokens page_size · p … lie.
-        causal: aligned bottom-right, the last query sees the last token.
+        causal, window_size: aligned bottom-right, the last query sees the last token.
         num_splits: has no effect: the number follows from the sizes.
 
     Returns:
         (B, Nq, H, D), and LSE (B, H, Nq) if return_softmax_lse. No gradients.
 
     Raises:
-        NotImplementedError: a window other than (-1, -1) and (-1, 0), softcap, alibi_slopes, rotary_cos, rotary_sin; gradients.
+        NotImplementedError: softcap, alibi_slopes, rotary_cos, rotary_sin; gradients.
         TypeError, ValueError: shapes, dtypes or devices do not fit, or, where lengths are on the CPU, the cache is too short. Nothing
             has been written then.
     """
-    causal = _causal(causal, window_size)
     _refuse(softcap=softcap, alibi_slopes=alibi_slopes, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
     capacity = _check_cache(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     B, device = q.shape[0], q.device
@@ -214,17 +259,74 @@ def flash_attn_with_kvcache(
         v_cache[rows, places] = v
     O = attend_keys(
         q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2), before + n, cache_leftpad, block_table, capacity, known,
-        causal=causal, scale=softmax_scale, return_lse=return_softmax_lse, backend=None,
+        causal=causal, window=_window(window_size), scale=softmax_scale, return_lse=return_softmax_lse, backend=None,
     )  # fmt: skip
     return (O[0].transpose(1, 2), O[1]) if return_softmax_lse else O.transpose(1, 2)
 
 
-def _causal(causal: bool, window_size: tuple[int, int]) -> bool:
-    """Whether a call is causal, which a window of all keys to the left and none to the right is too."""
-    left, right = window_size
-    if left >= 0 or right > 0:
-        raise NotImplementedError(f"window_size {tuple(window_size)}: sliding windows are not computed here")
-    return causal or right == 0
+def _window(window_size) -> tuple[int | None, int | None] | None:
+    """As `flash_attention()` takes it: there -1 is no limit."""
+    left, right = (None if limit < 0 else int(limit) for limit in window_size)
+    return None if left is None and right is None else (left, right)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, options: dict, deterministic: bool) -> tuple[Tensor, Tensor]:
+    """O and LSE."""
+    wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if deterministic and wants_gradients and not torch.are_deterministic_algorithms_enabled():
+        return _Deterministic.apply(q, k, v, options)
+    return flash_attention(q, k, v, return_lse=True, **options)
+
+
+class _Deterministic(torch.autograd.Function):
+    """`flash_attention()` whose backward alone runs under `torch.use_deterministic_algorithms`, which is what its kernels ask."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+        ctx.wanted = [n for n, x in enumerate((q, k, v)) if ctx.needs_input_grad[n]]
+        inputs = [x.detach().requires_grad_(wanted) for x, wanted in zip((q, k, v), ctx.needs_input_grad, strict=False)]
+        with torch.enable_grad():
+            O, LSE = flash_attention(*inputs, return_lse=True, **options)
+        ctx.graph = inputs, O, LSE
+        return O.detach(), LSE.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dO: Tensor, dLSE: Tensor):
+        inputs, O, LSE = ctx.graph
+        gradients = [None] * 4
+        with _deterministic():
+            found = torch.autograd.grad((O, LSE), [inputs[n] for n in ctx.wanted], (dO, dLSE), retain_graph=True)
+        for n, x in zip(ctx.wanted, found, strict=True):
+            gradients[n] = x
+        return tuple(gradients)
+
+
+@contextmanager
+def _deterministic():
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _next_seed(q: Tensor) -> Tensor:
+    """The seed that the next call with dropout draws."""
+    with torch.random.fork_rng([q.device] if q.is_cuda else [], enabled=True):
+        return _seed(q)
+
+
+def _probabilities(q: Tensor, k: Tensor, LSE: Tensor, spans: Tensor, scale: float | None, dropout: Dropout) -> Tensor:
+    """(B, H, Nq, Nk) in q's dtype: softmax of the scores of the columns that each row's span holds, negative where dropped."""
+    Nq, Nk, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    j = torch.arange(Nk, device=q.device)
+    seen = (j >= spans[..., :1]) & (j < spans[..., 1:])
+    q_wide, k_wide = q.detach().to(LSE.dtype), k.detach().to(LSE.dtype).repeat_interleave(group, 1)
+    S = q_wide @ k_wide.mT * (q.shape[3] ** -0.5 if scale is None else scale)
+    P = (S - LSE.detach()[..., None]).exp().where(seen, 0).to(q.dtype)
+    return P.where(dropout.keep(slice(0, Nq), slice(0, Nk)), -P)
 
 
 def _refuse(**settings) -> None:

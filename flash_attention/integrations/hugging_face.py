@@ -9,6 +9,9 @@ For models that look their attention up in transformers' `AttentionInterface`, a
 transformers.py, which would hide the library from a script in this folder.
 """
 
+import inspect
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,10 +19,11 @@ from torch.utils._pytree import tree_map_only
 
 from flash_attention.backends import cuda
 from flash_attention.interface import flash_attention
+from flash_attention.reference import Visible
 from flash_attention.scores import with_sinks
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     from transformers.masking_utils import sdpa_mask
     from transformers.utils import logging
 except ImportError as error:
@@ -28,7 +32,7 @@ except ImportError as error:
         "pip install 'flash_attention[transformers]', in a clone pip install -e '.[transformers]'"
     ) from error
 
-# Keywords that models pass along without any effect here: `sliding_window` is in the mask already, the others are meant for other layers.
+# Keywords that models pass along without any effect here: `sliding_window` is in the mask, the others are meant for other layers.
 # Any other keyword that is set is refused, whether it is known here or not.
 HARMLESS = frozenset(
     ["sliding_window", "max_length_q", "max_length_k", "deterministic", "position_ids", "use_cache", "num_items_in_batch", "grid_thw",
@@ -59,11 +63,24 @@ def register(name: str = "tiled_attention") -> str:
     return name
 
 
-def mask(batch_size: int, q_length: int, kv_length: int, *args, allow_is_causal_skip: bool = True, **others) -> Tensor | None:
-    """transformers' own `sdpa_mask`: bool (B, 1, Nq, Nk), True = may attend; an `ImpliedMask` where `sdpa_mask` returns None.
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **others,
+) -> Tensor:
+    """What transformers' `sdpa_mask` makes: bool (B, 1, Nq, Nk), True = may attend. Causality, sliding windows, padding and packed
+    documents become an `ImpliedMask`, which takes no memory of that size; other patterns are written out by `sdpa_mask`.
 
-    None does not say whether it stands for causality or for none, for which alignment, nor for how many queries: a model that drops the
-    first ones, as Gemma 4 does in layers that share keys and values, must not change what the others see.
+    `sdpa_mask` returns None for some masks, which does not say whether it stands for causality or for none, for which alignment, nor for
+    how many queries: a model that drops the first ones, as Gemma 4 does in layers that share keys and values, must not change what the
+    others see.
 
     Raises:
         NotImplementedError: the model type is in EAGER_ONLY.
@@ -71,44 +88,127 @@ def mask(batch_size: int, q_length: int, kv_length: int, *args, allow_is_causal_
     kind = getattr(others.get("config"), "model_type", None)
     if kind in EAGER_ONLY:
         raise NotImplementedError(f'{kind} needs attn_implementation="eager": {EAGER_ONLY[kind]}')
-    made = sdpa_mask(batch_size, q_length, kv_length, *args, allow_is_causal_skip=allow_is_causal_skip, **others)
-    if made is not None or torch.compiler.is_compiling():
-        return made
-    return ImpliedMask((batch_size, 1, q_length, kv_length), allow_is_causal_skip and q_length > 1, others.get("device", "cpu"))
+    offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
+    pattern = None
+    if not torch.compiler.is_compiling() and not isinstance(q_offset, Tensor):
+        pattern = Pattern.of(mask_function)
+    if pattern is None:
+        options = {"mask_function": mask_function, "attention_mask": attention_mask, "local_size": local_size}
+        made = sdpa_mask(batch_size, q_length, kv_length, **offsets, **options, allow_is_causal_skip=allow_is_causal_skip, **others)
+        if made is not None or torch.compiler.is_compiling():
+            return made
+        pattern, attention_mask = Pattern(right=0 if allow_is_causal_skip and q_length > 1 else None), None
+        q_offset = kv_offset = 0
+    keys = None
+    if attention_mask is not None:
+        keys = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)[:, kv_offset : kv_offset + kv_length].bool()
+        keys = None if keys.all() else keys
+    pattern = pattern._replace(diagonal=q_offset - kv_offset, keys=keys)
+    return ImpliedMask((batch_size, 1, q_length, kv_length), pattern, others.get("device", "cpu"))
+
+
+class Pattern(NamedTuple):
+    """What each row sees: `Visible`'s terms, and which keys are no padding."""
+
+    left: int | None = None
+    right: int | None = None
+    diagonal: int = 0  # row i stands at column i + diagonal
+    document: Tensor | None = None  # (B, N): the number of each row's, which never decreases
+    keys: Tensor | None = None  # (B, Nk) bool, True = may be attended
+
+    @classmethod
+    def of(cls, function) -> "Pattern | None":
+        """The pattern of a mask function of transformers.masking_utils, or None if it is not one of those known here."""
+        if getattr(function, "__module__", None) != masking_utils.__name__ or not inspect.isfunction(function):
+            return None
+        inside = inspect.getclosurevars(function).nonlocals
+        match function.__qualname__.removesuffix(".<locals>.inner_mask"):
+            case "causal_mask_function":
+                return cls(right=0)
+            case "bidirectional_mask_function":
+                return cls()
+            case "sliding_window_overlay":
+                return cls(left=inside["sliding_window"] - 1)
+            case "sliding_window_bidirectional_overlay":
+                return cls(left=inside["sliding_window"], right=inside["sliding_window"])
+            case "packed_sequence_mask_function":
+                return cls(document=inside["packed_sequence_mask"])
+            case "remap_positions_for_packed_sequence":  # positions inside each document, of which the others see distances alone
+                return cls.of(inside["mask_function"])
+            case "and_masks.<locals>.and_mask":
+                parts = [cls.of(part) for part in inside["mask_functions"]]
+                return None if None in parts else cls(*map(_tighter, *(part[:2] for part in parts)), document=_only(parts))
+        return None
+
+    @property
+    def spans(self) -> Tensor | None:
+        """(B, 1, N, 2), of the documents."""
+        if self.document is None:
+            return None
+        ends = [torch.searchsorted(self.document, self.document, right=right) for right in (False, True)]
+        return torch.stack(ends, -1).int()[:, None]
+
+    def dense(self, Nq: int, Nk: int, device: torch.device) -> Tensor:
+        """Written out, (B or 1, 1, Nq, Nk)."""
+        visible = Visible(Nq, Nk, self.left, self.right, self.spans, self.diagonal)
+        seen = visible.dense(slice(0, Nq), slice(0, Nk), device)
+        return seen if self.keys is None else seen & self.keys[:, None, None]
+
+    def options(self, Nq: int, Nk: int) -> tuple[slice, dict[str, Any]] | None:
+        """The keys to attend, and `flash_attention()`'s options for these, aligned to their last one; None if it cannot be said so."""
+        left, right, diagonal = self.left, self.right, self.diagonal
+        stop = Nk if right is None else min(Nk, Nq + diagonal + right)
+        start = 0
+        if Nq == 1:  # then all that is limited is where the keys begin and end
+            start, left, right = 0 if left is None else max(0, diagonal - left), None, None
+        if ((left, right) != (None, None) and stop - Nq != diagonal) or not 0 <= start < stop:
+            return None
+        options = {"causal": right == 0, "window": None if left is None and right in (None, 0) else (left, right), "spans": self.spans}
+        return slice(start, stop), options | {"mask": None if self.keys is None else self.keys[:, start:stop]}
+
+
+def _tighter(*limits: int | None) -> int | None:
+    return min((x for x in limits if x is not None), default=None)
+
+
+def _only(parts: list[Pattern]) -> Tensor | None:
+    """The documents of the pattern that has some."""
+    return next((part.document for part in parts if part.document is not None), None)
 
 
 class ImpliedMask(Tensor):
-    """A bool mask (B, 1, Nq, Nk) that is not in memory: row i sees columns j ≤ i if causal, else all. Operations see it written out.
+    """A bool mask (B, 1, Nq, Nk) that is not in memory, but what it stands for. Operations see it written out.
 
-    Nk > Nq is the first pass over an empty static cache, whose unwritten keys come last.
+    Nk > Nq + diagonal is the first pass over an empty static cache, whose unwritten keys come last.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, ...], causal: bool, device: torch.device | str) -> "ImpliedMask":
+    def __new__(cls, shape: tuple[int, ...], pattern: Pattern, device: torch.device | str) -> "ImpliedMask":
         return Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
 
-    def __init__(self, shape: tuple[int, ...], causal: bool, device: torch.device | str) -> None:
-        self.causal = causal
+    def __init__(self, shape: tuple[int, ...], pattern: Pattern, device: torch.device | str) -> None:
+        self.pattern = pattern
         self.written: Tensor | None = None  # once an operation has seen it, which may have changed it
 
     def write(self) -> Tensor:
         if self.written is None:
-            rows = torch.ones(self.shape[2:], dtype=torch.bool, device=self.device)
-            self.written = (rows.tril_() if self.causal else rows).expand(self.shape)
+            self.written = self.pattern.dense(*self.shape[2:], self.device).expand(self.shape)
         return self.written
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if operation is torch.ops.aten._to_copy.default and args[0].written is None and kwargs.get("dtype") in (None, torch.bool):
-            return cls(args[0].shape, args[0].causal, kwargs.get("device") or args[0].device)  # layers on several devices
+            device = kwargs.get("device") or args[0].device  # layers on several devices
+            pattern = Pattern(*(x.to(device) if isinstance(x, Tensor) else x for x in args[0].pattern))
+            return cls(args[0].shape, pattern, device)
         args, kwargs = tree_map_only(cls, cls.write, (args, kwargs))
         return operation(*args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"ImpliedMask({tuple(self.shape)}, causal={self.causal})"
+        return f"ImpliedMask({tuple(self.shape)}, {self.pattern})"
 
 
 def attention(
@@ -128,9 +228,10 @@ def attention(
 ) -> tuple[Tensor, None]:
     """query (B, H, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv) → (B, Nq, H, Dv), and None for the weights, which never exist.
 
-    attention_mask: bool, broadcasts to (B, H, Nq, Nk), True = may attend; it holds causality, sliding windows and padding. None: the
-    module's `is_causal` (or the argument) decides, aligned bottom-right. indices (B, Nq, n): the only keys that a query attends
-    (DeepSeek-V3.2). Keys and values are not repeated for grouped-query attention.
+    attention_mask: bool, broadcasts to (B, H, Nq, Nk), True = may attend; it holds causality, sliding windows, padding and packed
+    documents. None: the module's `is_causal` (or the argument) and `sliding_window` decide, aligned bottom-right. indices (B, Nq, n): the
+    only keys that a query attends (DeepSeek-V3.2). cu_seq_lens_q and cu_seq_lens_k (documents + 1): where, in a batch of one, packed
+    documents begin and the last one ends, unless a mask separates them. Keys and values are not repeated for grouped-query attention.
 
     A float attention_mask and position_bias (T5) are added to the scores, softcap (Gemma 2) caps them, s_aux (H,) are sinks (gpt-oss): each
     with its gradient. On a GPU, PyTorch's `scaled_dot_product_attention` adds to the scores until this project's kernels do.
@@ -139,34 +240,34 @@ def attention(
         NotImplementedError: a keyword is set that is not in HARMLESS. TypeError: the mask is neither bool nor float. Otherwise as
             `flash_attention()`.
     """
-    if others:
-        _check(module, attention_mask, others)
     Nq, Nk = query.shape[2], key.shape[2]
-    causal = False
+    pattern = None  # of what a row sees, where it is not a mask in memory
     if isinstance(attention_mask, ImpliedMask):
-        implied = attention_mask.written is None and indices is None
-        if implied and not attention_mask.causal:
-            attention_mask = None
-        elif implied and attention_mask.shape[2:] == (Nq, Nk):
-            causal, attention_mask = True, None
-            if Nk > Nq:
-                key, value = key[:, :, :Nq], value[:, :, :Nq]
-                position_bias = None if position_bias is None else position_bias[..., :Nq]
-        else:
-            attention_mask = attention_mask.write()
-    elif attention_mask is None and Nq > 1:
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        if causal and indices is not None:
-            attention_mask, causal = torch.ones(1, 1, Nq, Nk, dtype=torch.bool, device=query.device).tril_(Nk - Nq), False
+        everything = attention_mask.pattern._replace(diagonal=0) == Pattern()  # for as many queries as there are
+        if attention_mask.written is None and (everything or attention_mask.shape[2:] == (Nq, Nk)):
+            pattern = attention_mask.pattern
+    elif attention_mask is None:
+        causal = Nq > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        window = others.get("sliding_window") if causal else None
+        pattern = Pattern(None if window is None else window - 1, 0 if causal else None, Nk - Nq)
+    if others:
+        pattern = _check(module, query, attention_mask, pattern, others)
+    to_torch = softcap is None and s_aux is None and query.is_cuda and not cuda.SCORES_TIMED  # what is added to the scores
+    attended, options = slice(None), {}
+    dense = indices is not None or (position_bias is not None and to_torch)
+    if pattern is not None and not dense and (found := pattern.options(Nq, Nk)):
+        attention_mask, (attended, options) = None, found
+    elif isinstance(attention_mask, ImpliedMask):
+        attention_mask = attention_mask.write()
+    elif attention_mask is None and pattern != Pattern(diagonal=Nk - Nq):
+        attention_mask = pattern.dense(Nq, Nk, query.device)
     if indices is not None:
         chosen = torch.zeros(*indices.shape[:2], Nk, dtype=torch.bool, device=query.device).scatter_(2, indices.long(), True)
         attention_mask = _both(attention_mask, chosen[:, None])
     bias = position_bias
     if attention_mask is not None and attention_mask.is_floating_point():
         bias, attention_mask = attention_mask if bias is None else bias + attention_mask, None
-    if bias is not None and softcap is None and s_aux is None and query.is_cuda and not cuda.SCORES_TIMED:
-        if causal:
-            attention_mask = torch.ones(1, 1, Nq, key.shape[2], dtype=torch.bool, device=query.device).tril_(key.shape[2] - Nq)
+    if bias is not None and to_torch:
         bias = _both(attention_mask, bias)
         O = functional.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling, enable_gqa=True)
         return O.transpose(1, 2).contiguous(), None
@@ -177,25 +278,37 @@ def attention(
     if not query.shape[0] == key.shape[0] == value.shape[0]:  # learned queries, once for the whole batch
         B = torch.broadcast_shapes(*((x.shape[0],) for x in (query, key, value)))[0]
         query, key, value = (x.expand(B, -1, -1, -1) for x in (query, key, value))
-    options = {"causal": causal, "scale": scaling, "dropout_p": dropout}
-    options |= {name: x for name, x in (("softcap", softcap), ("bias", bias)) if x is not None}
+    key, value = key[:, :, attended], value[:, :, attended]
+    options |= {"scale": scaling, "dropout_p": dropout}
+    if bias is not None:
+        options["bias"] = bias if bias.shape[-1] == 1 else bias[..., attended]
+    if softcap is not None:
+        options["softcap"] = softcap
+    options = {"mask": attention_mask} | options
     if s_aux is None:
-        O = flash_attention(query, key, value, attention_mask, **options)  # (B, H, Nq, Dv)
+        O = flash_attention(query, key, value, **options)  # (B, H, Nq, Dv)
     else:
-        O = with_sinks(*flash_attention(query, key, value, attention_mask, **options, return_lse=True), s_aux)
+        O = with_sinks(*flash_attention(query, key, value, **options, return_lse=True), s_aux)
     return O.transpose(1, 2).contiguous(), None
 
 
-def _check(module: nn.Module, attention_mask: Tensor | None, others: dict) -> None:
-    """Refuses every keyword that is set and not known to change nothing."""
+def _check(module: nn.Module, query: Tensor, attention_mask: Tensor | None, pattern: Pattern | None, others: dict) -> Pattern | None:
+    """The pattern, with the documents of the keywords if it has none. Refuses every keyword that is set and not known to change nothing."""
     if others.get("output_attentions"):
         logger.warning_once('attention weights are never computed: output_attentions=True needs attn_implementation="eager"')
-    separated = attention_mask is not None and not (isinstance(attention_mask, ImpliedMask) and attention_mask.written is None)
-    harmless = HARMLESS | DOCUMENTS if separated else HARMLESS
+    separated = attention_mask is not None if pattern is None else pattern.document is not None
+    ends, k_ends = others.get("cu_seq_lens_q"), others.get("cu_seq_lens_k")
+    read = frozenset()
+    if not separated and pattern is not None and ends is not None and query.shape[0] == 1 and (k_ends is ends or torch.equal(ends, k_ends)):
+        numbers = torch.arange(len(ends) - 1, device=ends.device)
+        pattern = pattern._replace(document=torch.repeat_interleave(numbers, ends.diff().long())[None])
+        read = frozenset(("cu_seq_lens_q", "cu_seq_lens_k"))
+    harmless = HARMLESS | DOCUMENTS if separated else HARMLESS | read
     refused = [name for name, x in others.items() if name not in harmless and x is not None and x is not False]
     if refused:
         what = ", ".join(refused)
         raise NotImplementedError(f'{type(module).__name__} passes {what}, which is not computed here; use attn_implementation="eager"')
+    return pattern
 
 
 def _both(a: Tensor | None, b: Tensor) -> Tensor:

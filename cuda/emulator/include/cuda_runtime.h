@@ -87,6 +87,7 @@ inline void __syncthreads() { emulator::barrier_sync(0, emulator::threads_of_blo
 inline void __syncwarp(uint32_t mask = 0xffffffff) { emulator::warp_sync(mask); }
 inline void __threadfence() {}  // the emulator's memory is one; order between blocks comes from acquire and release
 inline uint32_t __ballot_sync(uint32_t mask, bool x) { return emulator::ballot(mask, x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline bool __any_sync(uint32_t mask, bool x) { return emulator::ballot(mask, x) != 0; }
 inline bool __all_sync(uint32_t mask, bool x) { return emulator::ballot(mask, x) == mask; }
 
@@ -117,6 +118,7 @@ inline T __shfl_up_sync(uint32_t mask, T x, int lanes) {
     return emulator::shuffled(mask, x, source >= 0 ? source : emulator::this_lane());
 }
 inline float atomicAdd(float* p, float x) { return emulator::atomic_add(p, x); }
+inline int atomicAdd(int* p, int x) { return emulator::atomic_add(p, x); }
 
 // ---- the host's side
 

@@ -1,0 +1,198 @@
+// The forward of `hopper`, fifth part: the consumers, groups of four warps that compute. First a group's two products; then, in consume(), what it says
+// to the producer and to the other groups, and its loop over works and their tiles of keys.
+#pragma once
+
+#include "forward_4_epilogue.cuh"
+#include "forward_4_softmax.cuh"
+
+// A group skips tiles of keys that only rows of other groups see. Two groups have next to none, and under a mask registers do not suffice.
+constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL;
+
+// S = Q Kᵀ, under way: this consumer's 64 rows of Q.
+__device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& shared, int consumer, const Slot_Q& slot_Q, const Slot_KV& slot) {
+    // Uniform, because a descriptor belongs in registers that the warp shares.
+    const uint64_t Q_rows = ptx::descriptor(uniform(shared.Q + slot_Q.stage * Tile_Q::BYTES + consumer * 64 * ROW_BYTES));
+    const uint64_t K_tile = ptx::descriptor(uniform(shared.K + slot.stage * Tile_K::BYTES));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM / 16; ++d)
+        ptx::wgmma_ss<element, BLOCK_K>(S_rmem, ptx::advance(Q_rows, d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
+                                        ptx::advance(K_tile, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK || d > 0);
+    ptx::wgmma_commit_group();
+}
+
+// O += P V, under way. Every descriptor is made anew: advanced by an addition, as above, D 64 is 2 – 3 % slower.
+__device__ inline void multiply_PV(float (&O_rmem)[V_HEAD_DIM / 2], const uint32_t (&P_rmem)[BLOCK_K / 16][4], const Shared& shared, const Slot_KV& slot) {
+    const uint32_t V_tile = uniform(shared.V + slot.stage * Tile_V::BYTES);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < BLOCK_K / 16; ++k)
+        ptx::wgmma_rs<element, V_HEAD_DIM>(O_rmem, P_rmem[k], ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_V::PANEL_BYTES));
+    ptx::wgmma_commit_group();
+}
+
+// Consumer 0, 1, …: 64 rows of each tile of Q.
+__device__ inline void consume(const AttentionParams& p, const Maps& maps, const Shared& shared, int consumer) {
+    Barriers& barriers = shared.barriers;
+    const int lane = threadIdx.x % 32;
+    const Rows rows(p, lane);
+    const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
+
+    float O_rmem[V_HEAD_DIM / 2];  // not yet divided by l
+    float S_rmem[BLOCK_K / 2];
+    uint32_t P_rmem[BLOCK_K / 16][4];
+    float m_rmem[2], l_rmem[2], alpha[2];
+    [[maybe_unused]] KeepBits<BLOCK_K> keep;
+    int q = 0, n = 0;  // of all tiles of Q, of keys
+
+    // ---- what it says to others
+    // One lane of every warp arrives at an "empty" barrier, once its products that read the tile are over.
+    auto release = [&](uint64_t* empty, int stage) {
+        if (lane == 0) ptx::mbarrier_arrive(barrier(empty, stage));
+    };
+    // Q's by every thread, since every one has read which work it is for.
+    auto release_Q = [&](const Slot_Q& slot) { ptx::mbarrier_arrive(barrier(barriers.Q_empty, slot.stage)); };
+    // Groups issue products in turns, so that one is at its exponentials while another's products run.
+    auto my_turn = [&] { ptx::bar_sync(1 + consumer, 2 * GROUP); };
+    auto your_turn = [&](int next) { ptx::bar_arrive(1 + next, 2 * GROUP); };
+
+    // ---- what it waits for
+    // The next work, once its Q is there.
+    auto take = [&] {
+        const Slot_Q slot(q);
+        ptx::mbarrier_wait(barrier(barriers.Q_full, slot.stage), slot.parity);
+        const Work& work = shared.works[slot.stage];
+#if INTERVAL
+        return Work{uniform(work.i0),      uniform(work.h),          uniform(work.b),
+                    uniform(work.k_tiles), uniform(work.first_tile), {uniform(work.all.start), uniform(work.all.stop)}};
+#else
+        return Work{uniform(work.i0), uniform(work.h), uniform(work.b), uniform(work.k_tiles)};
+#endif
+    };
+    // K, and the mask, from which S's sums start.
+    auto await_K = [&](const Slot_KV& slot, const Work& work, int j0) {
+        ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
+#if MASK
+        rows.start(S_rmem, shared.mask + slot.stage * MASK_BYTES, work, j0);
+#endif
+    };
+    auto await_V = [&](const Slot_KV& slot) { ptx::mbarrier_wait(barrier(barriers.V_full, slot.stage), slot.parity); };
+
+    // ---- tiles of keys that none of its rows sees
+    // How many it skips. One at least it computes, so that every work goes the same way.
+    auto skipped = [&](const Work& work) {
+        return SKIPS ? max(0, min(work.k_tiles - 1, work.k_tiles - tiles_seen(p, work.i0 + consumer * 64, 64))) : 0;
+    };
+    auto skip = [&](int tiles) {
+        for (const int end = n + tiles; n < end; ++n) {
+            const Slot_KV slot(n);
+            ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
+            __syncwarp();  // all lanes have seen that it came, before it may be replaced
+            release(barriers.K_empty, slot.stage);
+            my_turn();
+            your_turn((consumer + 1) % CONSUMERS);
+            await_V(slot);
+            __syncwarp();
+            release(barriers.V_empty, slot.stage);
+        }
+    };
+
+    // ---- the steps of the loop
+    // A work's first S, under way.
+    auto multiply_first = [&] {
+        my_turn();
+        multiply_QK(S_rmem, shared, consumer, Slot_Q(q), Slot_KV(n));
+        your_turn((consumer + 1) % CONSUMERS);
+    };
+    // S becomes what P is rounded from; alpha is what O must be multiplied by.
+    auto exponentials = [&](const Work& work, int j0) {
+        if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
+        softmax(S_rmem, m_rmem, l_rmem, alpha, scale_log2);
+    };
+
+    if (consumer == CONSUMERS - 1) your_turn(0);
+    Work work = take();
+    if (work.k_tiles > 0) {
+        int tile = skipped(work);
+        skip(tile);
+        await_K(Slot_KV(n), work, work.j0(tile));
+        multiply_first();
+        while (true) {
+            const Slot_Q slot_Q(q);
+            // The first tile has no predecessor whose product could run under its softmax.
+            draw(keep, p, work, work.j0(tile));
+            ptx::wgmma_wait_group<0>();
+#pragma unroll
+            for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] = 0;
+            m_rmem[0] = m_rmem[1] = p.lowest, l_rmem[0] = l_rmem[1] = 0;
+            release(barriers.K_empty, Slot_KV(n).stage);
+            if (tile + 1 == work.k_tiles) release_Q(slot_Q);
+            exponentials(work, work.j0(tile));
+            round_P(P_rmem, S_rmem, keep);
+            ++tile, ++n;
+            for (; tile < work.k_tiles; ++tile, ++n) {
+                const Slot_KV now(n), before(n - 1);
+                await_K(now, work, work.j0(tile));
+                my_turn();
+                multiply_QK(S_rmem, shared, consumer, slot_Q, now);
+                await_V(before);
+                multiply_PV(O_rmem, P_rmem, shared, before);
+                your_turn((consumer + 1) % CONSUMERS);
+                draw(keep, p, work, work.j0(tile));
+                ptx::wgmma_wait_group<1>();  // S is there
+                release(barriers.K_empty, now.stage);
+                if (tile + 1 == work.k_tiles) release_Q(slot_Q);
+                exponentials(work, work.j0(tile));
+                // The compiler would put the wait for O before the exponentials that O's product should run under, but moves it over no branch:
+                // the condition, which always holds, gives D 256 15 % and D 128 2 %. At D 64 it costs 2 to 4 %.
+                if (HEAD_DIM == 64 || scale_log2 > 0) {
+                    ptx::wgmma_wait_group<0>();
+                    // Few tiles raise a maximum.
+                    if (HEAD_DIM == 64 || __any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1)) {
+#pragma unroll
+                        for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
+                    }
+                }
+                ptx::wgmma_wait_group<0>();  // O is there
+                release(barriers.V_empty, before.stage);
+                round_P(P_rmem, S_rmem, keep);
+            }
+            // The last product, and behind it the next work's first, which runs while O leaves. If there is no more work, it multiplies what lies
+            // there, for nobody: the compiler would not let a product be under way on one of two branches.
+            ++q;
+            const Slot_KV last(n - 1);
+            Work next;
+            if (AHEAD) {
+                next = take();
+                tile = skipped(next);
+                if (tile == 0 && next.k_tiles > 0) await_K(Slot_KV(n), next, next.j0(0));
+            }
+            await_V(last);
+            multiply_PV(O_rmem, P_rmem, shared, last);
+            if (AHEAD) {
+                if (tile > 0) {
+                    ptx::wgmma_wait_group<0>();
+                    release(barriers.V_empty, last.stage);
+                    skip(tile);
+                    await_K(Slot_KV(n), next, next.j0(tile));
+                }
+                multiply_first();
+            }
+            ptx::wgmma_wait_group<AHEAD ? 1 : 0>();
+            if (!AHEAD || tile == 0) release(barriers.V_empty, last.stage);
+            write_O(p, maps.o, shared.O, work, rows, lane, scale_log2, O_rmem, m_rmem, l_rmem);
+
+            if (!AHEAD) next = take();
+            if (next.k_tiles == 0) break;
+            if (!AHEAD) {
+                tile = 0;
+                await_K(Slot_KV(n), next, next.j0(0));
+                multiply_first();
+            }
+            work = next;
+        }
+        ptx::wgmma_wait_group<0>();
+        if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // shared memory is the block's until then
+    }
+    if (consumer == 0) my_turn();  // meets the last group's last arrival, so that no barrier is left half full
+}

@@ -1,0 +1,78 @@
+// The forward of `hopper`, third part: the producer. One thread hands out works and asks for every tile, in the order in which their places become empty.
+#pragma once
+
+#include "forward_4_schedule.cuh"
+
+__device__ inline void produce(const AttentionParams& p, const Maps& maps, const Schedule& schedule, const Shared& shared) {
+    int m = 0, q = 0, n = 0;  // of all works, tiles of Q, tiles of keys
+    auto next_with_keys = [&] {
+        Work work;
+        while (schedule.deal(p, m++, work))
+            if (work.k_tiles > 0) return work;
+        return Work{};
+    };
+    // A wait for "empty" passes at once in a place's first round.
+    auto hand_out = [&](const Work& work) {
+        const Slot_Q slot(q++);
+        const uint32_t full = barrier(shared.barriers.Q_full, slot.stage);
+        ptx::mbarrier_wait(barrier(shared.barriers.Q_empty, slot.stage), slot.parity ^ 1);
+        shared.works[slot.stage] = work;  // seen by those who have waited for "full"
+        if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);
+        ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES);
+        load_boxes<Tile_Q, RowOrder>(shared.Q + slot.stage * Tile_Q::BYTES, maps.q, work.i0, work.h, work.b, full);
+    };
+    struct Keys {
+        int j0, kv_h, b;
+    };
+    // A tile of K or V, by panels. more_bytes: those that come with it.
+    auto load = [&](auto tile, const Slot_KV& slot, uint32_t tiles, const CUtensorMap& map, uint64_t* full, uint64_t* empty, const Keys& keys,
+                    int more_bytes) {
+        using Tile = decltype(tile);
+        ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);
+        ptx::mbarrier_arrive_expect_tx(barrier(full, slot.stage), Tile::BYTES + more_bytes);
+#pragma unroll
+        for (int panel = 0; panel < Tile::PANELS; ++panel)
+            ptx::cp_async_bulk_tensor_4d(tiles + slot.stage * Tile::BYTES + panel * Tile::PANEL_BYTES, &map, panel * 64, keys.j0, keys.kv_h, keys.b,
+                                         barrier(full, slot.stage));
+    };
+    Keys keys{}, before;  // V is asked for a tile later than K: it is needed later, and its place is in use for longer
+    auto load_V = [&] { load(Tile_V(), Slot_KV(n - 1), shared.V, maps.v, shared.barriers.V_full, shared.barriers.V_empty, before, 0); };
+
+    Work work = next_with_keys();
+    if (AHEAD) hand_out(work);
+    while (work.k_tiles > 0) {
+        const Work next = next_with_keys();
+        for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
+            const Slot_KV slot(n);
+            before = keys, keys = {work.j0(tile), kv_head(p, work.h), work.b};
+            load(Tile_K(), slot, shared.K, maps.k, shared.barriers.K_full, shared.barriers.K_empty, keys, MASK ? schedule.mask_bytes : 0);
+            if (MASK)
+                ptx::cp_async_bulk_tensor_4d(ptx::smem_address(shared.mask + slot.stage * MASK_BYTES), &maps.mask, keys.j0 / BIT_COLUMNS * 4, work.i0,
+                                             work.h, work.b, barrier(shared.barriers.K_full, slot.stage));
+            if (n > 0) load_V();
+            if (AHEAD && tile + 1 == work.k_tiles) hand_out(next);
+            if (!AHEAD && tile == 0) hand_out(work);
+        }
+        work = next;
+    }
+    before = keys;
+    if (n > 0) load_V();
+    if (!AHEAD) hand_out(work);
+}
+
+// Another warp, otherwise idle: works without keys, whose O is 0.
+__device__ inline void write_rows_without_keys(const AttentionParams& p, const Schedule& schedule) {
+#if INTERVAL
+    for (int unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) {
+        const Work work = schedule.work_of(p, unit);
+#else
+    Work work;
+    for (int m = 0; schedule.deal(p, m, work); ++m) {
+#endif
+        for (int i = work.i0; work.k_tiles == 0 && i < min(p.Nq, work.i0 + BLOCK_Q); ++i) {
+            element* O = head_of(p.o, work.b, work.h) + i * p.o.stride_n;
+            for (int d = threadIdx.x % 32; d < p.Dv; d += 32) O[d] = element(0.0f);
+            if (p.lse && threadIdx.x % 32 == 0) LSE_of(p, work, i) = -CUDART_INF_F;
+        }
+    }
+}

@@ -1,0 +1,136 @@
+// The forward of `hopper`, second part: who computes what. A block stays on its multiprocessor and takes one work after another. The producer finds out
+// which; consumers are told which work a tile of Q is for.
+#pragma once
+
+#include "forward_4_tiles.cuh"
+#include "longest_first.cuh"
+
+// A tile of Q, against the tiles of keys that it sees, from the last to the first, since those that are cut come last.
+struct Work {
+    int i0, h, b;  // first row, query head, batch
+    int k_tiles;
+#if INTERVAL
+    int first_tile;
+    Interval all;  // that every row sees
+
+    __device__ int j0(int n) const { return (first_tile + k_tiles - 1 - n) * BLOCK_K; }
+#else
+    // First key of the n-th tile.
+    __device__ int j0(int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
+#endif
+};
+
+// Where the LSE of row i of the work's head is kept.
+__device__ inline float& LSE_of(const AttentionParams& p, const Work& work, int i) {
+    return p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + i];
+}
+
+// Of the tiles of keys, from the first, those that some of `rows` rows from i0 on see. Tiles beyond are never visited.
+__device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
+    const int columns = i0 >= p.Nq ? 0 : CAUSAL ? max(0, stop_of_rows(p, i0, rows)) : p.Nk;
+    return (columns + BLOCK_K - 1) / BLOCK_K;
+}
+
+#if INTERVAL
+// How the tiles of Q are dealt out to blocks. With spans, from a queue, the longest first (longest_first.cuh). With a window alone most are equally long,
+// and only a head's first ones are shorter: those of all heads come last, and fill what the others leave.
+struct Schedule {
+    int units, q_tiles;
+    int short_tiles;  // of a head, that see fewer columns than the others
+    int mask_bytes;   // that come with a tile of K; the producer has no registers left to find it out
+    Order order;
+
+    // The block's m-th work. False if there are not so many.
+    __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
+        int unit = p.seen.spans == nullptr ? m * gridDim.x + blockIdx.x : order.take(units);
+        if (unit >= units) return false;
+        if (p.seen.spans == nullptr) unit = placed(unit);
+        work = work_of(p, unit);
+        return true;
+    }
+    // That of a unit: of all heads one after another.
+    __device__ Work work_of(const AttentionParams& p, int unit) const {
+        const int bh = unit / q_tiles, i0 = unit % q_tiles * BLOCK_Q;
+        const Bounds seen = bounds_of_rows(p, reinterpret_cast<const Bounds*>(p.workspace), unit, i0, BLOCK_Q);
+        const int first_tile = seen.some.start / BLOCK_K;
+        return {i0, bh % p.H, bh / p.H, max(0, (seen.some.stop + BLOCK_K - 1) / BLOCK_K - first_tile), first_tile, seen.all};
+    }
+
+private:
+    // The unit at a place of a window's order: each head from its last tile down, then the short ones, the longest first.
+    __device__ int placed(int place) const {
+        const int heads = units / q_tiles, long_tiles = q_tiles - short_tiles;
+        if (place < heads * long_tiles) return place / long_tiles * q_tiles + q_tiles - 1 - place % long_tiles;
+        place -= heads * long_tiles;
+        return place % heads * q_tiles + short_tiles - 1 - place / heads;
+    }
+};
+
+// A tile of Q visits so many tiles of keys.
+struct QueryTileLength {
+    __device__ int operator()(const AttentionParams& p, int unit) const {
+        const Interval some = reinterpret_cast<const Bounds*>(p.workspace)[unit].some;
+        return (some.stop + BLOCK_K - 1) / BLOCK_K - some.start / BLOCK_K;
+    }
+};
+
+inline Order order_of(const AttentionParams& p) { return Order(p.workspace + whole_chunks(Summaries::floats(p, BLOCK_Q, 1, false))); }
+
+inline Schedule schedule_of(const AttentionParams& p, int mask_bytes) {
+    const int q_tiles = static_cast<int>(tiles_of(p.Nq, BLOCK_Q));
+    // The first row that sees as many columns before its own as the window has: those before see fewer.
+    const int64_t full_row = p.seen.left < 0 ? 0 : int64_t{p.seen.left} - p.seen.diagonal;
+    const int short_tiles = static_cast<int>(std::clamp<int64_t>(full_row, 0, p.Nq) / BLOCK_Q);
+    return {q_tiles * p.H * p.B, q_tiles, short_tiles, mask_bytes, order_of(p)};
+}
+
+// What the schedule reads, put on the stream.
+inline cudaError_t prepare_schedule(const Schedule& schedule, const AttentionParams& p) {
+    cudaError_t error = summarise(p, p.workspace, BLOCK_Q, 0);
+    if (error == cudaSuccess && p.seen.spans != nullptr) error = put_longest_first(p, QueryTileLength{}, schedule.order, schedule.units, p.sm_count);
+    return error;
+}
+#else
+// How the tiles of Q are dealt out to blocks: units, head by head, so that at any time few heads' K and V are read. A unit is a tile, or causal a pair,
+// one from the end of the sequence and its mirror image from the start: nearly all pairs are equally long.
+struct Schedule {
+    int units;
+    int q_tiles, of_head;  // of one head: tiles, units
+    int mask_bytes;        // that come with a tile of K; the producer has no registers left to find it out
+
+    // The block's m-th work. False if there are not so many.
+    __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
+        const int blocks = gridDim.x, unit = (CAUSAL ? m / 2 : m) * blocks + blockIdx.x;
+        if (unit >= units) return false;
+        const int bh = unit / of_head, first = bh * of_head;
+        // Turned by one place a round: where a head has 2, 3 or 4, a block would otherwise have the same one of every head, and some are shorter.
+        const int place = (unit + first / blocks) % of_head;
+        const bool from_end = CAUSAL && m % 2 == 0;
+        // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
+        const bool again = CAUSAL && m % 2 && 2 * place + 1 == q_tiles;
+        const int i0 = again ? p.Nq : (from_end ? q_tiles - 1 - place : place) * BLOCK_Q;
+        work = {i0, bh % p.H, bh / p.H, tiles_seen(p, i0, BLOCK_Q)};
+        return true;
+    }
+};
+#endif
+
+// What the threads of a block share: their tiles, the barriers, and what each Q is for. A work without keys says that there is no more.
+struct Shared {
+    uint32_t Q;     // Q_STAGES × [BLOCK_Q, HEAD_DIM]
+    uint32_t K;     // STAGES × [BLOCK_K, HEAD_DIM]
+    uint32_t V;     // STAGES × [BLOCK_K, V_HEAD_DIM]
+    uint32_t O;     // [BLOCK_Q, 64 · O_PANELS]
+    uint8_t* mask;  // STAGES × [BLOCK_Q] BitRow
+    Barriers& barriers;
+    Work* works;    // [Q_STAGES]
+
+    __device__ Shared(uint8_t* smem, Barriers& barriers, Work* works)
+        : Q(ptx::smem_address(smem)),
+          K(Q + Q_STAGES * Tile_Q::BYTES),
+          V(K + STAGES * Tile_K::BYTES),
+          O(V + STAGES * Tile_V::BYTES),
+          mask(smem + SMEM_BYTES - STAGES * MASK_BYTES),
+          barriers(barriers),
+          works(works) {}
+};

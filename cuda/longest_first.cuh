@@ -1,0 +1,103 @@
+// The order in which blocks take units of work of very different length, as spans make them: the longest first (Graham, 1969), so that no long one
+// starts when the others end. A unit is a tile of Q in the forward, a tile of keys in the backward, numbered head by head; its length is the number of
+// tiles that it visits.
+//
+// Sorted by length alone, units that share keys would lie far apart, and each would read them from memory anew. So lengths are sorted into classes, each
+// twice as long as the next, and within a class units keep their order. All that are shorter than a sixteenth of a block's share are one class: whichever
+// of them comes last, blocks end within that of each other.
+#pragma once
+
+#include "visible.cuh"
+
+#if INTERVAL
+constexpr int ORDER_WARPS = 32;
+constexpr int CLASSES = 8;
+
+// In a workspace.
+struct Order {
+    int* queue;  // how many units blocks have taken from it
+    int* units;  // [units]
+
+    __host__ __device__ Order(float* workspace) : queue(reinterpret_cast<int*>(workspace)), units(queue + 4) {}
+    static int64_t floats(int64_t units) { return whole_chunks(units + 4); }
+
+    // The next unit, for any thread of any block; `units` or more if there is none.
+    __device__ int take(int count) const {
+        const int place = atomicAdd(queue, 1);
+        return place < count ? units[place] : count;
+    }
+};
+
+// length(p, unit) is a unit's length. `blocks` take them. A warp sorts a stretch of units, 32 at a time.
+template <class Length>
+__global__ void __launch_bounds__(32 * ORDER_WARPS)
+    order_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Length length, const __grid_constant__ Order order, int units, int blocks) {
+    __shared__ float sums_smem[ORDER_WARPS];
+    __shared__ int counts_smem[CLASSES][ORDER_WARPS];  // of the class: each warp's units, then all before these
+    __shared__ int totals_smem[CLASSES];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int stretch = (units + 32 * ORDER_WARPS - 1) / (32 * ORDER_WARPS) * 32, begin = warp * stretch + lane, end = min(units, (warp + 1) * stretch);
+
+    float sum = 0;
+    for (int unit = begin; unit < end; unit += 32) sum += length(p, unit);
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
+    if (lane == 0) sums_smem[warp] = sum;
+    if (threadIdx.x == 0) *order.queue = 0;
+    __syncthreads();  // every warp's sum is there
+    sum = 0;
+    for (int w = 0; w < ORDER_WARPS; ++w) sum += sums_smem[w];
+    const float shortest = sum / (16.0f * blocks);
+    auto class_of = [&](int unit) {  // beyond the last unit: none
+        if (unit >= end) return CLASSES;
+        float bound = shortest;
+        int c = CLASSES - 1;
+        for (const int n = length(p, unit); c > 0 && n > bound; bound *= 2) --c;
+        return c;
+    };
+
+    int counts[CLASSES] = {};
+    for (int unit = begin; unit - lane < end; unit += 32) {
+        const int its = class_of(unit);
+#pragma unroll
+        for (int c = 0; c < CLASSES; ++c) counts[c] += __popc(__ballot_sync(0xffffffff, its == c));
+    }
+#pragma unroll
+    for (int c = 0; c < CLASSES; ++c)
+        if (lane == 0) counts_smem[c][warp] = counts[c];
+    __syncthreads();  // every warp's counts are there
+    static_assert(ORDER_WARPS == 32 && CLASSES <= ORDER_WARPS, "a warp sums a class, a lane has a warp's");
+    if (warp < CLASSES) {
+        const int its = counts_smem[warp][lane];
+        int up_to_it = its;
+        for (int lanes = 1; lanes < 32; lanes *= 2) {
+            const int from = __shfl_up_sync(0xffffffff, up_to_it, lanes);
+            if (lane >= lanes) up_to_it += from;
+        }
+        counts_smem[warp][lane] = up_to_it - its;
+        if (lane == 31) totals_smem[warp] = up_to_it;
+    }
+    __syncthreads();  // so are the sums over warps
+    int before = 0;
+#pragma unroll
+    for (int c = 0; c < CLASSES; ++c) {
+        counts[c] = before + counts_smem[c][warp];
+        before += totals_smem[c];
+    }
+    for (int unit = begin; unit - lane < end; unit += 32) {
+        const int its = class_of(unit);
+#pragma unroll
+        for (int c = 0; c < CLASSES; ++c) {
+            const uint32_t same = __ballot_sync(0xffffffff, its == c);
+            if (its == c) order.units[counts[c] + __popc(same & first_bits(lane))] = unit;
+            counts[c] += __popc(same);
+        }
+    }
+}
+
+template <class Length>
+inline cudaError_t put_longest_first(const AttentionParams& p, const Length& length, const Order& order, int64_t units, int64_t blocks) {
+    if (units == 0) return cudaSuccess;
+    launch_kernel(order_kernel<Length>, 1, 32 * ORDER_WARPS, 0, p.stream, p, length, order, static_cast<int>(units), static_cast<int>(blocks));
+    return cudaGetLastError();
+}
+#endif

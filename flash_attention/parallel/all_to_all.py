@@ -1,0 +1,86 @@
+"""All-to-all over heads (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509): each rank attends with some heads over all positions.
+
+One all-to-all turns shares of the sequence with all heads into the whole sequence with a share of the heads, another turns O back. In
+between stands one plain call. Each rank sends (ranks − 1) / ranks of its Q, K, V and O, however many ranks there are, where a ring sends
+its K and V ranks − 1 times; but nothing is computed meanwhile, and the number of ranks must divide that of the heads.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributed import ProcessGroup
+
+from flash_attention.interface import flash_attention
+from flash_attention.parallel.order import places, runs, unshard
+
+
+def why_not(ranks: int, H: int, Hkv: int, dropout_p: float) -> str | None:
+    """Why it cannot serve a call, or None."""
+    if H % ranks or Hkv % ranks:
+        return f"the {ranks} ranks must divide the heads, got H = {H}, Hkv = {Hkv}"
+    if dropout_p:
+        return "the bits of dropout depend on a head's number, which a kernel counts from the first head at hand"
+    return None
+
+
+def attention(
+    q, k, v, spans: Tensor | None, group: ProcessGroup, order: str, causal, window, scale, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """O and LSE of this rank's rows, differentiable."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if spans is not None:
+        spans = unshard(spans, group, order=order)
+        heads = q.shape[1] // ranks
+        spans = spans if spans.shape[1] == 1 else spans[:, rank * heads : (rank + 1) * heads]
+    whole = (ToHeads.apply(x, group, order) for x in (q, k, v))  # (B, H / ranks, N, D)
+    options = {"causal": causal, "window": window, "spans": spans, "scale": scale, "backend": backend}
+    O, LSE = flash_attention(*whole, **options, return_lse=True)
+    return ToPositions.apply(O, group, order), ToPositions.apply(LSE.unsqueeze(-1), group, order).squeeze(-1)
+
+
+def to_heads(x: Tensor, group: ProcessGroup, order: str) -> Tensor:
+    """(B, H, N / ranks, D), a share of the positions → (B, H / ranks, N, D), a share of the heads."""
+    ranks = dist.get_world_size(group)
+    sent = x.unflatten(1, (ranks, -1)).movedim(1, 0).contiguous()  # (ranks, B, H / ranks, N / ranks, D)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    n = x.shape[2]
+    whole = x.new_empty(*sent.shape[1:3], ranks * n, x.shape[3])
+    for other in range(ranks):
+        held = runs(ranks * n, ranks, other, order)
+        for run, place in zip(held, places(held), strict=True):
+            whole[:, :, run.start : run.stop] = received[other, :, :, place]
+    return whole
+
+
+def to_positions(x: Tensor, group: ProcessGroup, order: str) -> Tensor:
+    """(B, H / ranks, N, D) → (B, H, N / ranks, D)."""
+    ranks = dist.get_world_size(group)
+    shares = [runs(x.shape[2], ranks, other, order) for other in range(ranks)]
+    sent = torch.stack([torch.cat([x[:, :, run.start : run.stop] for run in held], 2) for held in shares])
+    received = torch.empty_like(sent)  # (ranks, B, H / ranks, N / ranks, D)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.movedim(0, 1).flatten(1, 2)
+
+
+class ToHeads(Function):
+    @staticmethod
+    def forward(ctx, x, group, order):
+        ctx.how = group, order
+        return to_heads(x, group, order)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ToPositions.apply(gradient, *ctx.how), None, None
+
+
+class ToPositions(Function):
+    @staticmethod
+    def forward(ctx, x, group, order):
+        ctx.how = group, order
+        return to_positions(x, group, order)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ToHeads.apply(gradient, *ctx.how), None, None
