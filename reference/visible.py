@@ -104,8 +104,8 @@ class Visible:
             return S
         if self.spans is not None:
             return S.masked_fill_(~self.dense(i, j), -math.inf)
-        # Only the columns that some row does not see, and for these ∞ where it hides and 0 elsewhere: subtracted, twice as fast as masked_fill_
-        # on a CPU. tril_ and triu_ come first, as ∞ − ∞ is NaN.
+        # Only the columns that some row does not see, and for these ∞ where it hides and 0 elsewhere: subtracted, twice as fast as
+        # masked_fill_ on a CPU. tril_ and triu_ come first, as ∞ − ∞ is NaN.
         if self.right is not None and (first := self.interval(i.start)[1]) < j.stop:
             ending = S[..., max(first - j.start, 0) :]
             diagonal = self.place(i.start) + self.right - max(first, j.start)
