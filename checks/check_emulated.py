@@ -110,6 +110,8 @@ def check_other_head_sizes(name):
 # Each size of hopper's between 64, 128 and 256, and hopper_wide's with panels that are not full, in part or not at all; D, Dv.
 MORE_SIZES = {
     "hopper": [(72, 72), (96, 88), (112, 112), (160, 160), (192, 192), (192, 128), (184, 40)],
+    "hopper_float32": [(256, 256), (512, 320)],  # wide forward; the backward is simple's
+    "hopper_float32_wide": [(320, 512), (256, 136), (256, 256), (136, 512)],
     "hopper_wide": [(512, 512), (384, 264), (296, 320), (512, 72)],
 }
 MORE = [(name, *sizes, n % 2) for name, each in MORE_SIZES.items() for n, sizes in enumerate(each)]  # plain or everything, by turns
@@ -118,8 +120,9 @@ MORE = [(name, *sizes, n % 2) for name, each in MORE_SIZES.items() for n, sizes 
 @pytest.mark.parametrize(("name", "D", "Dv", "kind"), MORE)
 def check_sizes_between_and_wide(name, D, Dv, kind):
     """Tiles cut at the end and by the diagonal; with everything that a call may have."""
-    plain = Case(B=1, H=1, Nq=70, Nk=150, D=D, Dv=Dv, dtype=torch.bfloat16, causal=True)
-    everything = Case(B=1, H=2, Hkv=1, Nq=150, Nk=70, D=D, Dv=Dv, dtype=torch.float16, mask="dead rows", dropout_p=0.25)
+    dtypes = (torch.float32,) * 2 if "float32" in name else (torch.bfloat16, torch.float16)
+    plain = Case(B=1, H=1, Nq=70, Nk=150, D=D, Dv=Dv, dtype=dtypes[0], causal=True)
+    everything = Case(B=1, H=2, Hkv=1, Nq=150, Nk=70, D=D, Dv=Dv, dtype=dtypes[1], mask="dead rows", dropout_p=0.25)
     against_truth((plain, everything)[kind], target(name))
 
 

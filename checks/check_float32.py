@@ -15,8 +15,9 @@ from benchmarks.float32_planes import inputs
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS, emulated
 
-PLANES = "hopper_float32"
+PLANES, WIDE = "hopper_float32", "hopper_float32_wide"
 ALMOST = 1.25  # times PyTorch's error: the largest of many rounding errors is a matter of luck, too
+SHARP = 256  # a score from which on its own rounding in float32, which it enters P with, is the most that any of them can be blamed for
 FLOOR = 7e-7  # of the largest entry, below what design rules allow float32 (1e-6 forward, 2e-6 backward): luck again
 N, D = 130, 64
 TARGETS = [Target(f"emulated:{PLANES}", "cpu"), Target(PLANES, "cuda")]
@@ -57,9 +58,11 @@ def against_torch(where: Target, call: list[torch.Tensor]) -> None:
     truth = gradients(sdpa, *(x.double() for x in call))
     ours = errors(gradients(lambda *qkv: flash_attention(*qkv, backend=where.backend), *call), truth)
     torch_s = errors(gradients(sdpa, *call), truth)
+    largest = (call[0] @ call[1].mT).abs().max().item() * call[0].shape[3] ** -0.5
+    floor = max(FLOOR, 2**-23 * largest if SHARP < largest < 2**16 else 0)
     table = [f"{part} {a:.1e} (PyTorch's {b:.1e})" for part, a, b in zip(("O", "dQ", "dK", "dV"), ours, torch_s, strict=True)]
     print("", *table, sep="\n  ")
-    assert all(a <= max(ALMOST * b, FLOOR) for a, b in zip(ours, torch_s, strict=True)), table
+    assert all(a <= max(ALMOST * b, floor) for a, b in zip(ours, torch_s, strict=True)), table
 
 
 @pytest.mark.parametrize("name", inputs(8, 8))
@@ -79,6 +82,12 @@ def check_never_worse_than_torch(where, name):
         for each in counts
     )
     assert served_by == SERVED_BY.get(name, ("planes", "planes"))
+
+
+@pytest.mark.parametrize("name", ("as drawn", "q × 5", "rows of v, dO × 1e-2 … 1e2"))
+def check_wide_heads(name):
+    """The same of 256 columns, forward and backward."""
+    against_torch(Target(f"emulated:{WIDE}", "cpu"), [x[None, :1] for x in inputs(70, 256)[name]])
 
 
 def check_small_rows_of_O():

@@ -7,7 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import HALF, MASKS, Case, Problem, Report, against_truth, dtype_served, flash, half_served, naive, run_alone, skip_unless_masks, skip_unless_served
+from harness import (
+    HALF,
+    MASKS,
+    Case,
+    Problem,
+    Report,
+    against_truth,
+    dtype_served,
+    flash,
+    half_served,
+    naive,
+    run_alone,
+    skip_unless_masks,
+    skip_unless_served,
+)
 
 from flash_attention import flash_attention
 from flash_attention.reference import (

@@ -42,6 +42,7 @@ MANY_TILES_FLOAT32 = case(Nk=700, dtype=torch.float32)
 DROPOUT_FLOAT32 = case(dropout_p=0.25, dtype=torch.float32)
 SHARP_FLOAT32 = case(sharp=5, dtype=torch.float32)
 WIDE_FLOAT32 = case(D=128, dtype=torch.float32)
+HEAD_256_FLOAT32 = case(D=256, H=1, Nq=130, Nk=200, causal=True, dtype=torch.float32)
 TURNS_FLOAT32 = case(Nk=700, causal=True, dtype=torch.float32)
 WINDOW = case(window=(70, 30))
 TILE_START = case(Nk=150, window=(62, None))
@@ -242,7 +243,7 @@ TABLE = {
         ("__syncthreads();  // Q is there for every thread", "//", ONE_QUERY),
         ("__syncthreads();  // every warp is done with Q, its ring", "//", FEW_ROWS),
         ("__syncthreads();  // all warps' sums are there", "//", ONE_QUERY, 0),
-        ("return ptx::ex2((m - m_all) * (c.p.scale * LOG2_E));", "return 1;", FEW_ROWS),
+        ("return ptx::ex2((m - m_all) * (s.score * LOG2_E));", "return 1;", FEW_ROWS),
         ("if (filled < 2 * count)", "if (filled < 2 * count - 1)", ONE_QUERY),
         ("filled, to_fill = to_fill + 1 == SLOTS ? 0 : to_fill + 1;", "filled, to_fill = to_fill == SLOTS ? 0 : to_fill + 1;", ONE_QUERY),
         (
@@ -264,7 +265,7 @@ TABLE = {
         ("hidden_origin[m][r] + step_of(n + 1)];", "hidden_origin[m][r] + step_of(n) + 1];", FEW_MASKED),
         ("word = i % 32 / 8;", "word = i % 16 / 8;", case(H=1, Nq=30, dropout_p=0.25)),
         ("dropout_bytes(key, b, h, i, j0 + 2 * t)", "dropout_bytes(key, b, h_kv, i, j0 + 2 * t)", FEW_MASKED),
-        ("const float factor = final_factor(c, b, m_all, l);", "const float factor = 1 / l;", FEW_MASKED, 1),
+        ("const float factor = final_factor(c, scales, b, m_all, l);", "const float factor = 1 / l;", FEW_MASKED, 1),
     ],
     ("hopper", "forward_4_hopper.cu"): [
         ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS + 1);", MANY_TILES),
@@ -385,7 +386,17 @@ TABLE = {
         ("ptx::wgmma_wait_group<1>();  // the panel before has been read", ";", HEAD_512),
         ("release(barriers.K_empty[before]);", ";", HEAD_512),
         ("if (++stage == RING) stage = 0, parity ^= 1;", "if (++stage == RING) stage = 0;", HEAD_512),
-        ("if (panel == K_PANELS / 2 - 1 && n > 0) load_V(before);", "if (panel == K_PANELS / 2 - 1 && n > 0) load_V(keys);", HEAD_512),
+        ("ptx::mbarrier_wait(barrier(barriers.V_empty), n & 1 ^ 1);", NO_WAIT, HEAD_512),
+        (
+            "load_boxes<Tile_V>(V_smem, maps.v[work.part], work.j0(tile),",
+            "load_boxes<Tile_V>(V_smem, maps.v[work.part], work.j0(0),",
+            HEAD_512,
+        ),
+        (
+            "for (Work work = next_with_keys(m); work.k_tiles > 0; work = next_with_keys(m)) {",
+            "for (Work work = next_with_keys(m); work.k_tiles > 0; work = next_with_keys(++m)) {",
+            HEAD_512_CAUSAL,
+        ),
         ("columns_from(p.o, part * PART)", "columns_from(p.o, part * 128)", HEAD_512),
         ("ptx::mbarrier_arrive(barrier(barriers.mask_empty));", ";", HEAD_512_MASKED),
         ("work.part == 0 && t == 0 && i < p.Nq)", "work.part == 0 && t == 0 && i <= p.Nq)", HEAD_512),
@@ -424,7 +435,38 @@ TABLE = {
         ("if (MASK) __syncwarp();      // every lane has read", "//", case(Nk=700, mask="heads share", dtype=torch.float32)),
         ("P_rmem[0][k][e] &= kept, P_rmem[1][k][e] &= kept;", "P_rmem[0][k][e] &= kept;", DROPOUT_FLOAT32),
     ],
+    ("hopper_float32", "forward_5_float32_wide.cu"): [
+        ("join(m_new, larger);", "", HEAD_256_FLOAT32),
+        ("meet();                    // P is whole", "//", HEAD_256_FLOAT32),
+        ("ptx::fence_proxy_async();  // this thread's part of P", NO_BARRIER, HEAD_256_FLOAT32),
+        ("(product == 0) * Tile_P::BYTES + k * 32", "k * 32", HEAD_256_FLOAT32),
+        ("fmaf(O_rmem[32 * chunk + i], alpha[i >> 1 & 1], part_rmem[i])", "O_rmem[32 * chunk + i] + part_rmem[i]", HEAD_256_FLOAT32),
+        ("ptx::wgmma_wait_group<1>();  // the piece before has been read", "//", HEAD_256_FLOAT32),
+        ("join(l_rmem, [](float x, float y) { return x + y; });", "", HEAD_256_FLOAT32),
+    ],
+    ("hopper_float32_wide", "backward_5_float32_wide.cu"): [
+        ("meet();  // both groups are done with the last tile's dS", "//", HEAD_256_FLOAT32),
+        ("meet();                    // dS is whole", "//", HEAD_256_FLOAT32),
+        ("ptx::fence_proxy_async();  // this thread's part of dS", NO_BARRIER, HEAD_256_FLOAT32),
+        ("release(2), release_A(2);", "release(2), release_A(1);", HEAD_256_FLOAT32),
+        (
+            "begin = OF == OF_Q ? 0 : first_row_of(p, row0) / BLOCK;",
+            "begin = OF == OF_Q ? 0 : (first_row_of(p, row0) + BLOCK) / BLOCK;",
+            HEAD_256_FLOAT32,
+        ),
+        ("const int i1 = i + !BY_ROWS,", "const int i1 = i,", HEAD_256_FLOAT32),
+        (
+            "exponent_of(OF == OF_Q ? range.k : range.q)",
+            "exponent_of(range.q)",
+            case(D=256, H=1, Nq=70, Nk=100, sharp=5, dtype=torch.float32),
+        ),
+    ],
     ("hopper_float32", "backward_5_float32.cu"): [
+        (
+            "multiply(S_rmem, K_smem, Q_tile, !MASK);\n",
+            "if (MASK) ptx::mbarrier_arrive(mask_empty);\nmultiply(S_rmem, K_smem, Q_tile, !MASK);\nif (false)\n",
+            case(Nq=300, mask="heads share", dtype=torch.float32),
+        ),
         ("meet();  // both groups are done with the last tile's", "//", case(Nq=700, dtype=torch.float32)),
         ("meet();                    // Pᵀ and dSᵀ are whole", "//", FLOAT32),
         ("ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ", NO_BARRIER, FLOAT32),

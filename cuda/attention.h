@@ -78,6 +78,8 @@ struct KeySource {
     int64_t block_table_stride;  // in elements
     int32_t page_size;           // a multiple of 16
     int32_t pages;               // of k and v
+    const float* k_scale;        // [Hkv]: what float8 elements of k and v are multiplied by
+    const float* v_scale;
 };
 
 // Defined by every kernel file. Each returns a cudaError_t; 0 is success. Nothing synchronises.

@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
             for (int k = 0; k < BLOCK_Q / 16; ++k)
                 ptx::wgmma_rs<element, PART>(dV_rmem, P_rmem[k], ptx::descriptor(dO_tile + k * 16 * ROW_BYTES, Tile_dO::PANEL_BYTES));
             ptx::wgmma_commit_group();
+            ptx::mbarrier_arrive(barrier(barriers.rows_empty[n % 2]));  // not before the product has what was read: an arrival waits for no load
         };
 
         // Once Sᵀ is there: Pᵀ in its place.
@@ -174,7 +175,6 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
             const float* LSE_smem = reinterpret_cast<const float*>(rows_smem + n % 2 * ROWS_BYTES + MASK_BYTES);
 #pragma unroll
             for (int i = 0; i < BLOCK_Q / 8; ++i) make_P(S_rmem, p, LSE_smem, mine, i, i0, j0, cut);
-            ptx::mbarrier_arrive(barrier(barriers.rows_empty[n % 2]));
         };
         auto draw = [&](int h, int i0) {
             if (!DROPOUT) return;

@@ -101,6 +101,11 @@ class Call(NamedTuple):
         return self.settings.dropout_p > 0
 
     @property
+    def has_float8_keys(self) -> bool:
+        """K and V are e4m3, with a scale for each of their heads."""
+        return self.k.dtype == torch.float8_e4m3fn
+
+    @property
     def head_dim(self) -> int:
         """The larger of D and Dv."""
         return max(self.q.shape[3], self.v.shape[3])

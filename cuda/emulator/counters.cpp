@@ -87,7 +87,6 @@ void count_rows(const uint32_t (&addresses)[32], bool write, void* site) {
 
 static void count_exponential() {
     if (!current) return;
-    current->self().loaded = nullptr;
     count(EXPONENTIALS, 1);
     if (current->timing) current->timing->exponential();
 }

@@ -68,6 +68,7 @@ class Rung:
     packs_heads: bool = False  # a tile has all query heads of a key head: the rung for few queries
     least_scores: tuple[tuple[int, int], ...] = ()  # up to a head size: scores of all heads up to which a lower rung is faster
     forward_workspace: bool = False  # whether its forward may need one
+    float8_keys: bool = False  # whether K and V may be e4m3
 
     def why_not(self, call: Call) -> str | None:
         """Why this rung cannot serve the call, or None."""
@@ -83,6 +84,8 @@ class Rung:
             return f"it serves no dropout, got dropout_p = {call.settings.dropout_p}"
         if call.mask is not None and not self.masks[FORWARD]:
             return f"it serves no mask, got {tuple(call.mask.shape)}"
+        if call.has_float8_keys and (reason := self._why_no_float8(call)):
+            return reason
         if call.visible == "interval":
             return self._why_no_interval(call) or self._why_no_kernels(call.q.device.index or 0)
         return self._why_no_kernels(call.q.device.index or 0)
@@ -98,6 +101,15 @@ class Rung:
         Nq, Nk = call.q.shape[2], call.k.shape[2]
         if max(map(abs, (*offsets, settings.diagonal_of(Nq, Nk)))) >= 2**30 or Nq + Nk >= 2**30:
             return f"it numbers rows and columns up to 2³⁰, got Nq = {Nq}, Nk = {Nk}, offsets {offsets}"
+        return None
+
+    def _why_no_float8(self, call: Call) -> str | None:
+        if not self.float8_keys:
+            return f"it reads no float8 keys, got {call.k.dtype}"
+        if call.k.shape[3] % 16 or call.v.shape[3] % 16:
+            return f"it takes head sizes of float8 keys that are multiples of 16, got D = {call.k.shape[3]}, Dv = {call.v.shape[3]}"
+        if call.q.device.type == "cuda" and torch.cuda.get_device_capability(call.q.device) < (8, 9):
+            return f"float8 needs compute capability 8.9, {torch.cuda.get_device_name(call.q.device)} has less"
         return None
 
     def _why_no_kernels(self, device: int) -> str | None:
@@ -116,7 +128,8 @@ class Rung:
         form, device = self._mask_form(which, call), call.q.device.index
         if form not in (None, "bytes"):
             _pack_mask_library(device)
-        return _library(self, which, device, DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout)
+        kind = DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout, call.has_float8_keys
+        return _library(self, which, device, *kind)
 
     def why_no_backward(self) -> str | None:
         """Why no call of this rung may ask for gradients, or None."""
@@ -132,27 +145,28 @@ class Rung:
         return min((size for size in sizes if size[0] >= call.q.shape[3] and size[1] >= call.v.shape[3]), key=sum)
 
     def specialisation(
-        self, which: int, arch: str, dtype: str, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool
+        self, which: int, arch: str, dtype: str, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool, float8: bool = False
     ) -> build.Specialisation:
         """What its forward or backward for one kind of call is compiled from. sizes: compiled ones, of Q and K and of V."""
         D, Dv = sizes
         kind = dtype, visible == "causal", mask, dropout, visible == "interval"
-        return build.Specialisation(self.file(which, D), arch, D, *kind, None if Dv == D else Dv)
+        return build.Specialisation(self.file(which, D), arch, D, *kind, None if Dv == D else Dv, float8)
 
     def file(self, which: int, head_dim: int) -> str:
         """The source of its forward or backward for a compiled head size."""
         wide = (self.wide_forward, self.wide_backward)[which]
         return wide[1] if wide and head_dim > wide[0] else self.files[which]
 
-    def pays(self, call: Call) -> bool:
-        """Whether this rung, of those that can serve a call, is the one to choose."""
-        if self.packs_heads and not _pays_to_pack(call):
-            return False
+    def pays(self, call: Call, which: int = FORWARD) -> bool:
+        """Whether this rung, of those that can serve a call's forward or backward, is the one to choose."""
+        if self.packs_heads:
+            return which == FORWARD and _pays_to_pack(call)
         if self.least_scores:
             B, H, Nq, _ = call.q.shape
             return B * H * Nq * call.k.shape[2] > next((scores for up_to, scores in self.least_scores if call.head_dim <= up_to), 0)
         few = next((kinds for up_to, *kinds in self.few_rows if call.head_dim <= up_to), (0, 0))
-        return call.q.shape[2] > few[call.has_dropout]
+        plain = which == FORWARD and not call.has_dropout and call.mask is None and call.visible != "interval"
+        return call.q.shape[2] > few[call.has_dropout] or (plain and call.k.shape[2] >= MANY_KEYS)
 
     def plan(self, which: int, call: Call) -> "Forward | Backward":
         """What computes the call's forward or backward.
@@ -321,6 +335,29 @@ HOPPER_WIDE = replace(
     wide_backward=None,
     few_rows=(),
 )
+HOPPER_FLOAT32 = Rung(
+    name="hopper_float32",
+    files=("forward_5_float32.cu", "backward_5_float32.cu"),
+    min_arch=90,
+    only_min_arch=True,
+    dtypes=("float32",),
+    head_dims=(64, 128, 256, 512),
+    multiple_of=4,
+    masks=(("bits",), ("key bits",)),
+    dropout=True,
+    wide_forward=(128, "forward_5_float32_wide.cu"),
+    wide_backward=(128, "backward_1_simple.cu"),
+    least_scores=((128, 1 << 22), (512, 1 << 18)),
+    forward_workspace=True,
+)
+# With a backward on tensor cores for the wider heads, too, which no GPU has timed yet.
+HOPPER_FLOAT32_WIDE = replace(
+    HOPPER_FLOAT32,
+    name="hopper_float32_wide",
+    head_dims=(256, 512),
+    wide_backward=(128, "backward_5_float32_wide.cu"),
+    timed=False,
+)
 
 RUNGS = {
     rung.name: rung
@@ -336,6 +373,7 @@ RUNGS = {
             dropout=True,
             packs_heads=True,
             forward_workspace=True,
+            float8_keys=True,
         ),
         HOPPER,
         Rung(
@@ -350,21 +388,7 @@ RUNGS = {
             intervals=True,
         ),
         HOPPER_WIDE,  # behind all that take narrower heads
-        Rung(
-            name="hopper_float32",
-            files=("forward_5_float32.cu", "backward_5_float32.cu"),
-            min_arch=90,
-            only_min_arch=True,
-            dtypes=("float32",),
-            head_dims=(64, 128, 256, 512),
-            multiple_of=4,
-            masks=(("bits",), ("key bits",)),
-            dropout=True,
-            wide_forward=(128, "forward_5_float32_wide.cu"),
-            wide_backward=(128, "backward_1_simple.cu"),
-            least_scores=((128, 1 << 22), (512, 1 << 18)),
-            forward_workspace=True,
-        ),
+        HOPPER_FLOAT32,
         Rung(
             name="simple",
             files=("forward_1_simple.cu", "backward_1_simple.cu"),
@@ -384,6 +408,7 @@ RUNGS = {
             multiple_of=8,
             teaching=True,
         ),
+        HOPPER_FLOAT32_WIDE,
         *(
             Rung(
                 name=name,
@@ -412,6 +437,7 @@ RUNGS = {
 # (rows, cost) of the tiles there are. A tile's beginning and end cost as much as so many keys.
 PACKED_TILES = ((128, ((16, 0.5), (32, 0.8))), (256, ((16, 0.72),)))
 PACKED_START, HEAD_START = 400, 200
+MANY_KEYS = 256  # from which a forward of few rows is not one of few keys, which `few_rows` is about
 MOST_QUERIES = 256  # that have been timed
 
 
@@ -497,11 +523,11 @@ def _why_no_kernels(rung: Rung, device: int) -> str | None:
 
 @functools.cache
 def _library(
-    rung: Rung, which: int, device: int, dtype: str, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool
+    rung: Rung, which: int, device: int, dtype: str, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool, float8: bool
 ) -> ctypes.CDLL:
     """The rung's forward (0) or backward (1) for one kind of call, compiled if it must be."""
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    return declared(build.load(rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout), PARAMS.size))
+    return declared(build.load(rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout, float8), PARAMS.size))
 
 
 def _positive(scale: float) -> tuple[float, float]:

@@ -21,8 +21,9 @@ PARAMS = struct.Struct("@" + 8 * "q 24s" + "40s 4q 44s 3i q q 56s")
 NO_TENSOR = (0, bytes(STRIDES.size))
 NO_MASK = bytes(MASK.size)
 NO_INTERVAL = bytes(INTERVAL.size)
-# `struct KeySource`, which follows: the addresses of lengths, starts and block table, the stride of the last, page_size, pages.
-KEYS = struct.Struct("@4q 2i")
+# `struct KeySource`, which follows: the addresses of lengths, starts and block table, the stride of the last, page_size, pages, the
+# addresses of k_scale and v_scale.
+KEYS = struct.Struct("@4q 2i 2q")
 NO_KEYS = bytes(KEYS.size)
 
 

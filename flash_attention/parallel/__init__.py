@@ -7,6 +7,8 @@
 Every rank of the group calls with its own share, and runs the backward if there is one. The result is that of one device.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -40,6 +42,7 @@ def parallel_attention(
     order: str = "zigzag",
     method: str | None = None,
     backend: str | None = None,
+    observe: Callable[[ring.Step], None] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention()` of the whole sequence, of which every rank of a group holds an equal share.
 
@@ -52,6 +55,7 @@ def parallel_attention(
         order: "zigzag", in which causal work is balanced, or "contiguous", in which a window has fewer neighbours.
         method: "ring": K and V go from rank to rank while the last ones are attended to. "all_to_all": each rank attends with its share of
             the heads over the whole sequence. None: the ring where its copies hide behind the arithmetic, else what sends less.
+        observe: called after each step of a ring, forward and backward, with what this rank computed and what travelled meanwhile.
 
     Returns:
         O (B, H, Nq / ranks, Dv) of this rank's rows, and LSE (B, H, Nq / ranks) if asked for, both differentiable once.
@@ -94,7 +98,7 @@ def parallel_attention(
     terms = Terms(*shapes, q.dtype, causal, left, right, spans is not None, *settings[:2], order, method, has_gradients)
     needs, seed = agree(group, q.device, terms, share.needs, (lambda: interface._seed(q)) if dropout_p else None)
     if method == "ring":
-        how = ring.Ring(share, group, ring.trips(needs), backend)
+        how = ring.Ring(share, group, ring.trips(needs), backend, observe)
         O, LSE = ring.RingAttention.apply(how, q, k, v, seed)
     else:
         O, LSE = all_to_all.attention(q, k, v, spans, group, order, causal, window, settings.scale, backend)
