@@ -2,8 +2,8 @@
 
     python -m benchmarks.cycles --json results/h200_cycles.json
 
-Runs itself under ncu (Nsight Compute, part of the CUDA toolkit), which must be allowed to read the performance counters. Clocks stay as they
-are: cycles, unlike milliseconds, hardly depend on them. Each kernel is launched once, with a cold L2 cache.
+Runs itself under ncu (Nsight Compute, part of the CUDA toolkit), which must be allowed to read the performance counters. Clocks stay as
+they are: cycles, unlike milliseconds, hardly depend on them. Each kernel is launched once, with a cold L2 cache.
 
     ladder   every rung's forward, B 4 H 16 N 4096 D 64, bfloat16
     hopper   forward and backward, B 4 N 4096, H·D = 2048, D 64, 128, 256, bfloat16

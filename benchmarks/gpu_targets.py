@@ -337,13 +337,16 @@ def run_host(case: Case, rival: Contender, place: Place) -> list[Row]:
 
 
 def run_decode(shape: few_queries.Shape, pages: tuple[int, ...], place: Place) -> list[Row]:
-    """Judges the split_keys rung: against the best of the others, against a copy where there is work for all, and in pages."""
+    """Judges a plain call against the best of the others, and against a copy where there is work for all; pages and float8 against
+    contiguous keys."""
     rows = []
     for row in few_queries.run(shape, pages, place):
         targets = ()
-        if row["name"] == few_queries.SPLIT_KEYS:
+        if row["name"] == few_queries.PLAIN:
             targets = (Target(FORWARD, "over best", 1.05), *([Target(FORWARD, "over copy", 0.85)] if shape.B >= 16 else []))
-        elif row["name"].startswith(few_queries.SPLIT_KEYS):
+        elif row["name"] == few_queries.FLOAT8:
+            targets = (Target(FORWARD, "over contiguous", 1.6),)
+        elif row["name"].startswith(few_queries.PAGES):
             targets = (Target(FORWARD, "over contiguous", 0.95),)
         rows.append(_judged(row, targets, place))
     return rows

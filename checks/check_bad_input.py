@@ -187,6 +187,30 @@ def check_choice(monkeypatch):
                 assert choose("hopper", call_of(x, x, x, dropout_p=dropout_p)) == "hopper"
 
 
+def check_choice_by_head_size(monkeypatch):
+    """On a GPU that has them all, each head size takes the kernels that are compiled closest to it."""
+    monkeypatch.setattr(cuda, "_why_no_kernels", lambda rung, device: None)
+    monkeypatch.setattr(cuda.Rung, "device_type", "meta")
+    for D, Dv, rung, compiled in (
+        (40, 40, "hopper", (64, 64)),
+        (72, 72, "hopper", (80, 80)),
+        (96, 88, "hopper", (96, 96)),
+        (112, 112, "hopper", (112, 112)),
+        (136, 136, "hopper", (160, 160)),
+        (192, 192, "hopper", (192, 192)),
+        (192, 128, "hopper", (192, 128)),
+        (200, 64, "hopper", (256, 256)),
+        (264, 8, "hopper_wide", (320, 320)),
+        (512, 512, "hopper_wide", (512, 512)),
+        (510, 512, "simple", (512, 512)),
+    ):
+        q, k, v = (torch.empty(1, 1, 1000, d, dtype=torch.bfloat16, device="meta") for d in (D, D, Dv))
+        for which in (FORWARD, BACKWARD):
+            call = call_of(q, k, v)
+            assert choose("cuda", call, which) == rung
+            assert cuda.RUNGS[rung].compiled(call) == compiled
+
+
 def check_choice_of_few_queries(monkeypatch):
     """A token against a cache takes split_keys, and so do a few; a chunk of a prompt, dropout and backwards do not."""
     monkeypatch.setattr(cuda.Rung, "why_not", lambda *call: None)
@@ -208,6 +232,15 @@ def check_choice_of_few_queries(monkeypatch):
         assert (choose("cuda", call_of(q, k, k)) == "split_keys") == few, case
         assert choose("cuda", call_of(q, k, k, dropout_p=0.1)) != "split_keys", case
         assert choose("cuda", call_of(q, k, k), BACKWARD) != "split_keys", case
+    q, k = torch.empty(1, 1, 1, 128).expand(64, 32, 64, 128), torch.empty(1, 1, 1, 128).expand(64, 8, 4096, 128)
+    assert choose("cuda", call_of(q, k, k)) == "hopper"  # few rows, but many keys
+    assert choose("cuda", call_of(q, k[:, :, :255], k[:, :, :255])) == "tensor_core"
+    others = ({"dropout_p": 0.1}, {"window": (9, None)}, {"mask": torch.empty(1, dtype=torch.bool).expand(64, 32, 64, 4096)})
+    assert all(choose("cuda", call_of(q, k, k, **each)) == "tensor_core" for each in others)
+    assert choose("cuda", call_of(q, k, k), BACKWARD) == "tensor_core"
+    settings = call_of(q, k, k).settings._replace(backend="cuda/hopper")
+    assert backends.resolve(FORWARD, call_of(q, k, k)._replace(settings=settings)).name == "hopper"
+    assert backends.resolve(BACKWARD, call_of(q, k, k)._replace(settings=settings)).name == "tensor_core"
     q = torch.empty(1, 32, 1, 64)
     settings = call_of(q, q, q).settings._replace(backend="/split_keys")
     assert backends.resolve(FORWARD, call_of(q, q, q)._replace(settings=settings)).name == "split_keys"

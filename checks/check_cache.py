@@ -133,6 +133,47 @@ def check_kernel_sees_growth_without_the_host():
     torch.testing.assert_close(attend(q, cache[0]).double(), want, rtol=0, atol=2e-3)
 
 
+CUDA = pytest.param("split_keys", "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine"))
+
+
+@pytest.mark.parametrize("page_size", (None, 16))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
+@pytest.mark.parametrize(("backend", "device"), ((None, "cpu"), pytest.param(EMULATED, "cpu", marks=needs_emulator), CUDA))
+def check_float8(backend, device, dtype, page_size):
+    """Attention over the numbers that are kept is as exact as ever, and they are near to those appended, whatever their size."""
+    if backend and dtype == torch.float32:
+        pytest.skip("the kernel computes in float16 and bfloat16")
+    random = torch.Generator().manual_seed(0)
+    B, H, Hkv, D, Dv = 2, 6, 2, 64, 96
+    cache = KeyValueCache(1, B, Hkv, D, 200, Dv=Dv, dtype=dtype, device=device, page_size=page_size, float8=True)
+    sizes = torch.tensor([0.25, 3.0])[:, None, None]
+    k, v = ((torch.randn(B, Hkv, 180, d, generator=random) * sizes).to(device, dtype) for d in (D, Dv))
+    for first, last in ((0, 150), (150, 177), (177, 180)):
+        cache[0].append(k[:, :, first:last], v[:, :, first:last])
+    kept = []
+    for x, scale, kept_x in zip((k, v), cache[0].scales, (cache[0].keys, cache[0].values), strict=True):
+        assert (scale * 448 / x.abs().amax((0, 2, 3))).sub(2).abs().max() < 0.5
+        if page_size:
+            pages = cache.block_table[:, :12].long()
+            kept_x = kept_x.view(torch.uint8)[pages].transpose(1, 2).flatten(2, 3).view(torch.float8_e4m3fn)
+        held = kept_x[:, :, :180].double() * scale.double()[:, None, None]
+        assert ((held - x.double()).abs() <= x.double().abs() / 16 + scale.double()[:, None, None] / 512).all()
+        kept.append(held.cpu())
+    q = torch.randn(B, H, 3, D, generator=random).to(device, dtype)
+    O, LSE = attend(q, cache[0], return_lse=True, backend=backend)
+    want = truth(q.cpu(), *kept, None, True)
+    error = 2 ** -{torch.float32: 18, torch.float16: 8, torch.bfloat16: 5}[dtype]
+    torch.testing.assert_close(O.cpu().double(), want, rtol=0, atol=error * float(kept[1].abs().max()) / 4)
+    past = torch.ones(3, 180, dtype=torch.bool).tril(177)[None, None]
+    LSE_wanted = normal_attention(q.cpu().double(), *kept, past, return_lse=True)[1]
+    torch.testing.assert_close(LSE.cpu().double(), LSE_wanted, rtol=0, atol=1e-4 if backend else error)
+    cache.clear()
+    cache[0].append(4 * k[:, :, :1], v[:, :, :1])
+    torch.testing.assert_close(cache[0].scales[0] * 448, 8 * k[:, :, :1].abs().amax((0, 2, 3)).float())
+    cache[0].append(1e4 * k[:, :, 1:2], v[:, :, 1:2])  # the largest that is kept
+    assert cache[0].keys.float().isfinite().all()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("page_size", (None, 16))
 def check_graph(page_size):

@@ -3,19 +3,20 @@
 python checks/check_parallel.py
 """
 
+import importlib
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from harness import Case, Report, Result, expect_error, limit, naive, run_alone
 
 from flash_attention import FlashAttention, flash_attention, parallel
 from flash_attention.parallel import order as orders
-from flash_attention.parallel import parallel_attention, positions, ring, shard, unshard
+from flash_attention.parallel import parallel_attention, positions, processes, ring, shard, unshard
 from flash_attention.reference.visible import Visible
 from flash_attention.spans import documents
 
@@ -88,11 +89,11 @@ def exact(rank: int, dtype) -> list[tuple]:
 
 
 @pytest.mark.parametrize("size", (2, 3, 4))
-def check_exact(size, tmp_path):
+def check_exact(size):
     """float64: within 1e-12 of one device; the same bits twice."""
     report = Report(f"{size} ranks beside one, float64")
     wanted = {}
-    for what, name, got in ranks.results(size, exact, torch.float64, folder=tmp_path)[0]:
+    for what, name, got in processes.results(size, exact, torch.float64)[0]:
         Hkv = 4 if "all_to_all" in what and size == 4 else 2
         if (name, Hkv) not in wanted:
             wanted[name, Hkv] = one_device(SETTINGS[name], *inputs(torch.float64, Hkv))
@@ -110,11 +111,11 @@ def rounded(rank: int, dtype) -> list[tuple]:
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def check_rounding(dtype, tmp_path):
+def check_rounding(dtype):
     """Four ranks, by the rule for all backends: merging partial results rounds no more than one device does."""
     report = Report(f"4 ranks, {dtype}")
     whole = inputs(dtype, 2)
-    for order, name, got in ranks.results(4, rounded, dtype, folder=tmp_path)[0]:
+    for order, name, got in processes.results(4, rounded, dtype)[0]:
         truth = one_device(SETTINGS[name], *(x.double() for x in whole))
         in_dtype = truth  # then nothing is allowed for what naive attention would be off by
         if dtype == torch.bfloat16:
@@ -299,8 +300,8 @@ def several(rank: int) -> dict:
     return found
 
 
-def check_several(tmp_path):
-    found = ranks.results(4, several, folder=tmp_path)
+def check_several():
+    found = processes.results(4, several)
     report = Report("other lengths of queries, 4 ranks")
     for key, got in found[0].items():
         if isinstance(got, Result):
@@ -379,8 +380,8 @@ def outcomes(rank: int) -> dict[str, tuple[str, str]]:
     return found
 
 
-def check_mismatches(tmp_path):
-    found = ranks.results(3, outcomes, folder=tmp_path)
+def check_mismatches():
+    found = processes.results(3, outcomes)
     for name in MISMATCHES:
         for rank, one in enumerate(found):
             kind, message = one["mismatch", name]
@@ -422,14 +423,47 @@ TIMEOUT = 4
 
 
 @pytest.mark.parametrize("how", ("dies before", "dies in the forward", "dies in the backward", "stays away", "runs no backward"))
-def check_dead_rank(how, tmp_path):
+def check_dead_rank(how):
     """The others raise within the group's timeout, and no gradient is written."""
-    found = ranks.run(3, fails, how, seconds=TIMEOUT, folder=tmp_path, dead=(1,))
+    found = processes.run(3, fails, how, seconds=TIMEOUT, dead=(1,))
     for rank in (0, 2):
         assert found[rank] is not None, f"rank {rank} noticed nothing"
         kind, message, seconds = found[rank]
         print(f"{how}: rank {rank}: {kind} after {seconds:.1f} s: {message[:120]}")
-        assert kind in ("RuntimeError", "DistBackendError") and seconds < 2 * TIMEOUT + 2, found[rank]
+        assert kind in ("RuntimeError", "DistBackendError") and seconds < 2 * TIMEOUT + 10, found[rank]
+
+
+def check_compiled(recwarn):
+    """A compiled function that attends in shares: the same result and gradients, without a warning."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        q, k, v = torch.randn(3, 1, 4, 16, 8, dtype=torch.float64).unbind()
+        q.requires_grad_()
+
+        def function(q, k, v):
+            return parallel_attention(q * 2, k, v, causal=True) * 3
+
+        plain, compiled = function(q, k, v), torch.compile(function, backend="aot_eager")(q, k, v)
+        assert torch.equal(plain, compiled)
+        assert torch.equal(*(torch.autograd.grad(O.sum(), q)[0] for O in (plain, compiled)))
+        assert not [warning for warning in recwarn if "flash_attention" in str(warning.message)]
+    finally:
+        dist.destroy_process_group()
+
+
+def check_example(monkeypatch):
+    """What examples/ring_on_a_laptop.py tells of: one process's result, work that is balanced, and what travels."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    laptop = importlib.import_module("ring_on_a_laptop")
+    results = laptop.together(2, 32, "zigzag", causal=True)
+    for name, got, want in zip(("O", "dQ", "dK", "dV"), results[0].tensors, laptop.alone(32, causal=True), strict=True):
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=0, msg=name)
+    kv = 2 * 2 * 16 * 8 * 4  # two heads of 8, float32
+    for result in results:
+        scores = [len(did.scores) for did in result.steps if did.what == "forward"]
+        assert scores == [16 * 17 // 2, 128], scores
+        assert [did.sent["K, V"] for did in result.steps] == [kv, 0, kv, 0, 0]
+        assert [did.sent["dK, dV"] for did in result.steps] == [0, 0, 0, 0, kv]
 
 
 def check_without_a_group():

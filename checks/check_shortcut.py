@@ -10,7 +10,6 @@ import torch
 from harness import Case, dtype_served, run_alone
 
 from flash_attention import flash_attention, interface, shortcut
-from flash_attention.backends import BACKENDS
 
 
 @pytest.fixture

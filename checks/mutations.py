@@ -50,7 +50,14 @@ TILE_STOP = case(Nk=150, window=(None, 62))
 BLIND_SPANS = case(Nk=128, spans="some blind")
 ANY_SPANS = case(Nk=150, spans="any")
 WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
+MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
+LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 MASKED_WINDOW = case(window=(70, 30), mask="heads share")
+
+CAPPED = case(softcap=1.5, dtype=torch.float32)
+BIASED = case(bias="batches share", Nk=90, dtype=torch.float32)
+KEY_BIAS = case(bias="keys", B=2, Nk=90, dtype=torch.float32)
+SLOPED = case(alibi=True, dtype=torch.float32)
 
 NO_BARRIER, NO_WAIT = "", ""
 
@@ -95,6 +102,27 @@ TABLE = {
         ("load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK, p.scale);", "load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK);", FLOAT32),
         ("P_rmem[r][c] = P * Z;", "P_rmem[r][c] = P;", DROPOUT),
         ("__syncthreads();  // every thread is done with the chunk of Vj or Kj", "//", FLOAT32),
+        ("if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];", ";", CAPPED, 0),
+        ("if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];", ";", CAPPED, 1),
+        ("__syncthreads();  // the tile is complete; what follows reads other groups' rows", NO_BARRIER, KEY_BIAS),
+        ("sum_rmem[r][c] += P *", "sum_rmem[r][c] = P *", KEY_BIAS),
+        ("own_j + c >= bias.bias_j) continue;", "own_j + c > bias.bias_j) continue;", KEY_BIAS),
+        ("h < (all_h ? p.H : own_h + 1)", "h < (all_h ? p.H - 1 : own_h + 1)", case(Nk=90, bias="heads share", dtype=torch.float32)),
+        (
+            "if (j0 >= stop_of_rows(p, i0, BLOCK_Q)) continue;",
+            "if (j0 + BLOCK_K >= stop_of_rows(p, i0, BLOCK_Q)) continue;",
+            case(Nk=150, bias="keys", causal=True, dtype=torch.float32),
+        ),
+    ],
+    ("simple", "score.cuh"): [
+        ("derivative = 1 - capped * capped;", "derivative = 1;", CAPPED),
+        ("s = capped * p.scoring.softcap;", "s = capped;", CAPPED),
+        ("s = bias < HIDES ? -CUDART_INF_F : s + bias;", "s += bias;", case(Nk=150, bias="hiding", dtype=torch.float32)),
+        ("min(i, p.Nq - 1) * p.scoring.stride_i", "i * p.scoring.stride_i", BIASED),  # beyond the bias' last row
+        ("h * p.scoring.stride_h", "h * p.scoring.stride_i", BIASED),
+        ("abs(i + diagonal(p) - j)", "abs(i - j)", SLOPED),
+        ("static_cast<float>(abs(i + diagonal(p) - j))", "static_cast<float>(i + diagonal(p) - j)", SLOPED),
+        ("h * p.scoring.alibi_stride_h", "b * p.scoring.alibi_stride_h", SLOPED),
     ],
     ("mma", "forward_2_mma.cu"): [
         ("__syncthreads();  // every warp is done with the tiles", "//", PLAIN),
@@ -241,7 +269,7 @@ TABLE = {
         ("__syncthreads();  // Q is there for every thread", "//", ONE_QUERY),
         ("__syncthreads();  // every warp is done with Q, its ring", "//", FEW_ROWS),
         ("__syncthreads();  // all warps' sums are there", "//", ONE_QUERY, 0),
-        ("return ptx::ex2((m - m_all) * (c.p.scale * LOG2_E));", "return 1;", FEW_ROWS),
+        ("return ptx::ex2((m - m_all) * (s.score * LOG2_E));", "return 1;", FEW_ROWS),
         ("if (filled < 2 * count)", "if (filled < 2 * count - 1)", ONE_QUERY),
         ("filled, to_fill = to_fill + 1 == SLOTS ? 0 : to_fill + 1;", "filled, to_fill = to_fill == SLOTS ? 0 : to_fill + 1;", ONE_QUERY),
         (
@@ -253,7 +281,6 @@ TABLE = {
         ("min(limit, row0 / group + offset + 1) : limit;", "limit : limit;", FEW_ROWS),
         ("j0 + row + r < limit &&", "j0 + row + r <= limit &&", ONE_QUERY),
         ("{limit, first, count, (count + c.splits - 1) / c.splits};", "{limit, first, count, count / c.splits};", ONE_QUERY),
-        ("steps.count ? (steps.count + steps.share - 1) / steps.share : 0;", "c.splits;", ONE_QUERY),
         ("steps.count ? (steps.count + steps.share - 1) / steps.share : 0;", "steps.count / steps.share;", ONE_QUERY),
         ("const int begin = split * steps.share,", "const int begin = split * (steps.share - 1),", ONE_QUERY),
         ("if (__any_sync(0xffffffff, grew))", "if (grew && false)", FEW_ROWS),
@@ -263,7 +290,7 @@ TABLE = {
         ("hidden_origin[m][r] + step_of(n + 1)];", "hidden_origin[m][r] + step_of(n) + 1];", FEW_MASKED),
         ("word = i % 32 / 8;", "word = i % 16 / 8;", case(H=1, Nq=30, dropout_p=0.25)),
         ("dropout_bytes(key, b, h, i, j0 + 2 * t)", "dropout_bytes(key, b, h_kv, i, j0 + 2 * t)", FEW_MASKED),
-        ("const float factor = final_factor(c, b, m_all, l);", "const float factor = 1 / l;", FEW_MASKED, 1),
+        ("const float factor = final_factor(c, scales, b, m_all, l);", "const float factor = 1 / l;", FEW_MASKED, 1),
     ],
     ("hopper", "forward_4_hopper.cu"): [
         ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS + 1);", MANY_TILES),
@@ -277,6 +304,8 @@ TABLE = {
         ("ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();", ";", PLAIN),
     ],
     ("hopper", "forward_4_schedule.cuh"): [
+        ("+ short_tiles - 1 - place / heads;", "+ short_tiles - place / heads;", LONG_WINDOW),
+        ("if (unit >= units) return false;", "if (unit + 1 >= units) return false;", MANY_DOCUMENTS, 0),
         ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
     ],
     ("hopper", "forward_4_producer.cuh"): [
@@ -285,7 +314,18 @@ TABLE = {
         ("Tile::BYTES + more_bytes);", "Tile::BYTES);", MASKED),
         ("if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);", "if (work.k_tiles == 0) return;", PLAIN),
     ],
+    ("hopper", "longest_first.cuh"): [
+        ("order.units[counts[c] + __popc(same & first_bits(lane))] = unit;", "order.units[counts[c]] = unit;", MANY_DOCUMENTS),
+        ("before += totals_smem[c];", ";", MANY_DOCUMENTS),
+        ("if (threadIdx.x == 0) *order.queue = 0;", ";", MANY_DOCUMENTS),
+    ],
+    ("hopper", "backward_workspace.cuh"): [  # an interval is one short, in the backward only
+        ("max(0, keys.stop - keys.start)", "max(0, keys.stop - keys.start - 1)", WINDOW),
+        ("make_uint2(keys.start, max(0", "make_uint2(keys.start + 1, max(0", WINDOW),
+    ],
     ("hopper", "forward_4_softmax.cuh"): [
+        ("of_lane(keys.stop - 2 * t)", "of_lane(keys.stop - 2 * t - 1)", WINDOW),
+        ("min(column % 8, 2)", "min(column % 8, 1)", WINDOW),
         ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
     ],
     ("hopper", "forward_4_epilogue.cuh"): [
@@ -328,7 +368,14 @@ TABLE = {
         ("((chunk % 8) ^ (row % 8)) * 16", "chunk % 8 * 16", PLAIN),
     ],
     ("hopper", "backward_4_hopper.cu"): [
-        ("now.bh % p.H, i + 1).holds(j)) P1 = 0;", "now.bh % p.H, i).holds(j)) P1 = 0;", WINDOW),
+        ("if (j - rows.z >= rows.w)", "if (j - rows.x >= rows.y)", WINDOW),
+        ("const bool cut = now.cut;", "const bool cut = false;", WINDOW),
+        ("told_smem[stage] = at;", ";", WINDOW),
+        (
+            "const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;",
+            "const int unit = blockIdx.x / 2;",
+            MANY_DOCUMENTS,
+        ),
         ("ptx::fence_proxy_async();  // this thread's part of dSᵀ", NO_BARRIER, PLAIN),
         ("meet();                    // dSᵀ is whole", "//", PLAIN),
         ("ptx::wgmma_wait_group<0>();  // dK too", "ptx::wgmma_wait_group<1>();  //", MANY_TILES),
@@ -341,6 +388,10 @@ TABLE = {
         ("Tile_Q::BYTES + ROWS_BYTES + more_bytes);", "Tile_Q::BYTES + more_bytes);", PLAIN),
     ],
     ("hopper", "backward_hopper.cuh"): [
+        ("cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);", "cut = !bounds.see_whole(k_tile * BLOCK_K + 1, BLOCK_K - 1);", TILE_START),
+        ("cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);", "cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K - 1);", TILE_STOP),
+        ("first = tiles.start, tile = tiles.stop - 1;", "first = tiles.start, tile = tiles.stop - 2;", WINDOW),
+        ("return p.deterministic ? k_tile - maps", "return p.deterministic ? k_tile + 0 * maps", WINDOW_TURNS),
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
         ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
         ("max(0, j0 - diagonal(p)) / BLOCK_Q - 1", "max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
@@ -360,7 +411,17 @@ TABLE = {
         ("ptx::wgmma_wait_group<1>();  // the panel before has been read", ";", HEAD_512),
         ("release(barriers.K_empty[before]);", ";", HEAD_512),
         ("if (++stage == RING) stage = 0, parity ^= 1;", "if (++stage == RING) stage = 0;", HEAD_512),
-        ("if (panel == K_PANELS / 2 - 1 && n > 0) load_V(before);", "if (panel == K_PANELS / 2 - 1 && n > 0) load_V(keys);", HEAD_512),
+        ("ptx::mbarrier_wait(barrier(barriers.V_empty), n & 1 ^ 1);", NO_WAIT, HEAD_512),
+        (
+            "load_boxes<Tile_V>(V_smem, maps.v[work.part], work.j0(tile),",
+            "load_boxes<Tile_V>(V_smem, maps.v[work.part], work.j0(0),",
+            HEAD_512,
+        ),
+        (
+            "for (Work work = next_with_keys(m); work.k_tiles > 0; work = next_with_keys(m)) {",
+            "for (Work work = next_with_keys(m); work.k_tiles > 0; work = next_with_keys(++m)) {",
+            HEAD_512_CAUSAL,
+        ),
         ("columns_from(p.o, part * PART)", "columns_from(p.o, part * 128)", HEAD_512),
         ("ptx::mbarrier_arrive(barrier(barriers.mask_empty));", ";", HEAD_512_MASKED),
         ("work.part == 0 && t == 0 && i < p.Nq)", "work.part == 0 && t == 0 && i <= p.Nq)", HEAD_512),

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             }
 #if INTERVAL
             ptx::mbarrier_wait(barrier(barriers.Q_empty, at.slot().stage), at.slot().parity ^ 1);
-            told_smem[at.slot().stage].tile = -1;
+            told_smem[at.slot().stage] = {0, -1, 0};
             ptx::mbarrier_arrive(barrier(barriers.Q_full, at.slot().stage));
 #endif
         }

@@ -14,10 +14,17 @@
 //
 // The number of splits depends on sizes and on the number of multiprocessors only, so results repeat bit for bit.
 //
-// The lengths of the sequences may lie in device memory, and the keys in pages (KeySource in attention.h).
+// On sm_90 the merge's blocks are launched while the last blocks of the forward run. The lengths of the sequences may lie in device memory, and the
+// keys in pages (KeySource in attention.h); with KEYS_FLOAT8 keys and values are e4m3 numbers with a scale for each key head (sm_89).
+//
+// Measured on an H200: 5 to 7 µs above a kernel that only reads the keys (LOG.md).
 //
 // Limits: float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale. Its backward is rung 3's: that needs O and LSE only.
 #include "tensor_core.cuh"
+
+#ifndef KEYS_FLOAT8
+#define KEYS_FLOAT8 0  // 1: k and v are float8 (e4m3), with a scale for each key head
+#endif
 
 constexpr int KEYS = 32;  // of a step: what a word of the mask and a call of Philox cover
 // Where shared memory has no room for two tiles of K and V of four warps, there are two.
@@ -32,7 +39,8 @@ constexpr int D_STEPS = HEAD_DIM / 16;                 // steps of 16 along the 
 
 template <int M_TILES>
 using Tile_Q = SwizzledTile<16 * M_TILES, HEAD_DIM>;
-using Tile_KV = SwizzledTile<KEYS, HEAD_DIM>;
+using Tile_KV = SwizzledTile<KEYS, KEYS_FLOAT8 ? HEAD_DIM / 2 : HEAD_DIM>;
+constexpr int UNIT = KEYS_FLOAT8 ? 16 : 8;  // elements of k and v in 16 bytes
 
 // A warp's ring. One tile is computed with, the others are on their way: at D 128 on sm_90 2 · 8 KB in each of eight warps, 128 KB a multiprocessor;
 // 25 bytes/ns times a latency of 1 µs is 25 KB.
@@ -68,6 +76,9 @@ __device__ inline float2* partial_ml(const Call& c, int64_t row) {
 
 // ---- which keys
 
+// The 16-byte unit at which a head of k or v begins.
+__device__ inline uint32_t first_unit(const Tensor4& t, int b, int h) { return static_cast<uint32_t>((b * t.stride_b + h * t.stride_h) / UNIT); }
+
 struct Sequence {
     int start, length;  // keys [start, length) may be attended
 };
@@ -88,18 +99,48 @@ __device__ inline Steps steps_of(const Call& c, const Sequence& keys, int tile) 
     return {limit, first, count, (count + c.splits - 1) / c.splits};
 }
 
+// ---- scales of a key head
+
+struct Scales {
+    float score, value;  // of Q Kᵀ and of P V
+    float lowest;        // where a running maximum starts: times score · log2 e it does not overflow
+};
+__device__ inline Scales scales_of(const Call& c, int h_kv) {
+#if KEYS_FLOAT8
+    const float k = c.keys.k_scale[h_kv], v = c.keys.v_scale[h_kv];
+    return {c.p.scale * k, v, c.p.lowest / fmaxf(1, k)};
+#else
+    return {c.p.scale, 1, c.p.lowest};
+#endif
+}
+
+// ---- float8 keys and values as operands. A lane's four bytes are columns 4t … 4t + 3 of a row of 16, where a fragment of 16-bit elements has
+// 2t, 2t + 1, 2t + 8 and 2t + 9: Q Kᵀ sums over columns, so Q's fragment takes them in the same order, and O's columns are stored where they belong.
+
+#if KEYS_FLOAT8
+__device__ inline uint32_t operand_of(uint32_t two) {  // as Q's elements
+    const uint32_t halves = ptx::halves_of_float8(two);
+    if (DTYPE == FLOAT16) return halves;
+    const float2 x = ptx::floats_of_pair(halves);
+    return ptx::cvt_pair<element>(x.x, x.y);
+}
+using probability = __half;  // P and V
+#else
+using probability = element;
+#endif
+
 // ---- the end of a row
 
 // Sums that were taken against different maxima, as one.
-__device__ inline float weight(const Call& c, float m, float m_all) { return ptx::ex2((m - m_all) * (c.p.scale * LOG2_E)); }
+__device__ inline float weight(const Scales& s, float m, float m_all) { return ptx::ex2((m - m_all) * (s.score * LOG2_E)); }
 
-__device__ inline float final_factor(const Call& c, int b, float m, float l) {
+__device__ inline float final_factor(const Call& c, const Scales& s, int b, float m, float l) {
     const Sequence keys = sequence(c, b);
-    if (m == c.p.lowest && keys.length <= keys.start) return 0;  // nothing to attend
-    return factor_of_row(c.p, m, c.p.scale * LOG2_E, (DROPOUT ? c.p.keep_scale : 1.0f) / l);
+    if (m == s.lowest && keys.length <= keys.start) return 0;  // nothing to attend
+    return factor_of_row(c.p, m == s.lowest ? c.p.lowest : m, s.score * LOG2_E, (DROPOUT ? c.p.keep_scale : 1.0f) / l) * s.value;
 }
-__device__ inline void store_lse(const Call& c, int b, int h, int i, float m, float l) {
-    if (c.p.lse) c.p.lse[(static_cast<int64_t>(b) * c.p.H + h) * c.p.Nq + i] = m * c.p.scale + logf(l);
+__device__ inline void store_lse(const Call& c, const Scales& s, int b, int h, int i, float m, float l) {
+    if (c.p.lse) c.p.lse[(static_cast<int64_t>(b) * c.p.H + h) * c.p.Nq + i] = m * s.score + logf(l);
 }
 
 // ---- one block: one tile of packed rows against one split of the keys
@@ -121,6 +162,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 
     if (LAUNCHED_EARLY) ptx::griddepcontrol_launch_dependents();  // once every block has come here, the merge's blocks may take their places
 
+    const Scales scales = scales_of(c, h_kv);
     const Sequence keys = sequence(c, b);
     const int offset = keys.length - p.Nq;  // causal: row i sees columns j ≤ i + offset
     const Steps steps = steps_of(c, keys, tile);
@@ -150,7 +192,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         const bool is_K = n % 2 == 0;
         const Tensor4& X = is_K ? p.k : p.v;
         const int D = is_K ? p.D : p.Dv;
-        const uint32_t stride = static_cast<uint32_t>(X.stride_n / 8);  // offsets are in 16-byte units, as in load_tile
+        const uint32_t stride = static_cast<uint32_t>(X.stride_n / UNIT);  // offsets are in 16-byte units, as in load_tile
         const int j0 = step_of(n / 2) * KEYS;
         uint32_t from[2];
         if (c.keys.block_table) {
@@ -158,13 +200,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                 const int j = step_of(n / 2 + lane / 2) * KEYS + lane % 2 * 16;
                 const int page = j < limit ? c.keys.block_table[b * c.keys.block_table_stride + j / c.keys.page_size] : 0;
                 const int row = j % c.keys.page_size;
-                page_K = head_unit(p.k, page, h_kv) + row * static_cast<uint32_t>(p.k.stride_n / 8);
-                page_V = head_unit(p.v, page, h_kv) + row * static_cast<uint32_t>(p.v.stride_n / 8);
+                page_K = first_unit(p.k, page, h_kv) + row * static_cast<uint32_t>(p.k.stride_n / UNIT);
+                page_V = first_unit(p.v, page, h_kv) + row * static_cast<uint32_t>(p.v.stride_n / UNIT);
             }
 #pragma unroll
             for (int e = 0; e < 2; ++e) from[e] = __shfl_sync(0xffffffff, is_K ? page_K : page_V, n % 32 / 2 * 2 + e);
         } else {
-            from[0] = head_unit(X, b, h_kv) + j0 * stride, from[1] = from[0] + 16 * stride;
+            from[0] = first_unit(X, b, h_kv) + j0 * stride, from[1] = from[0] + 16 * stride;
         }
         const int row = lane / 8, chunk = lane % 8;  // eight lanes copy 128 bytes of a row
 #pragma unroll
@@ -174,7 +216,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                 // Where not valid, the address may lie outside the tensor; nothing is read there.
                 copy(smem + Tile_KV::offset(row + r, panel * 8 + chunk),
                      static_cast<const uint4*>(X.data) + from[r / 16] + (row + r % 16) * stride + panel * 8 + chunk,
-                     j0 + row + r < limit && j0 + row + r >= keys.start && panel * 64 + chunk * 8 < D);
+                     j0 + row + r < limit && j0 + row + r >= keys.start && panel * 8 * UNIT + chunk * UNIT < D);
     };
     int filled = 0, to_fill = 0;  // tiles asked for, and the slot that the next one gets
     auto fill = [&]() {           // commits even where nothing is left, so that tile n is group n + 1
@@ -204,7 +246,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            m_rmem[m][r] = p.lowest, l_rmem[m][r] = 0;
+            m_rmem[m][r] = scales.lowest, l_rmem[m][r] = 0;
             const int row = min(row0 + 16 * m + 8 * r + g, rows - 1);
             i_rmem[m][r] = row / group, h_rmem[m][r] = h_kv * group + row % group;
             if (MASK) {
@@ -213,7 +255,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                 hidden_next[m][r] = count ? static_cast<const uint32_t*>(p.mask.data)[hidden_origin[m][r] + step_of(0)] : 0;
             }
         }
-    const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
+    const float scale_log2 = scales.score * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
     [[maybe_unused]] const uint2 key = DROPOUT ? dropout_key(p) : uint2{};
 
     ptx::cp_async_wait_group<SLOTS - 1>();
@@ -233,6 +275,36 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
             }
 #endif
         const uint32_t K_smem = next() + Tile_KV::lane_b(0, lane);
+#if KEYS_FLOAT8
+#pragma unroll
+        for (int d = 0; d < D_STEPS; d += 2) {
+            uint32_t K_rmem[N_TILES][2];  // of each tile of 8 keys, the bytes of steps d and d + 1
+#pragma unroll
+            for (int k = 0; k < N_TILES; k += 2) {
+                uint32_t x[4];
+                ptx::ldmatrix_x4(x, Tile_KV::step(K_smem, d / 2) + k * 8 * ROW_BYTES);
+                K_rmem[k][0] = x[0], K_rmem[k][1] = x[1], K_rmem[k + 1][0] = x[2], K_rmem[k + 1][1] = x[3];
+            }
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                uint32_t Q_rmem[M_TILES][4];
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        const uint32_t from = Tile_Q<M_TILES>::offset(16 * m + 8 * r + g, 2 * (d + e) + t / 2) + t % 2 * 8;
+                        const uint2 x = *reinterpret_cast<const uint2*>(smem + from);
+                        Q_rmem[m][r] = x.x, Q_rmem[m][2 + r] = x.y;
+                    }
+#pragma unroll
+                for (int k = 0; k < N_TILES; ++k) {
+                    const uint32_t first = operand_of(K_rmem[k][e] & 0xffff), second = operand_of(K_rmem[k][e] >> 16);
+#pragma unroll
+                    for (int m = 0; m < M_TILES; ++m) ptx::mma_m16n8k16<element>(S_rmem[m][k], Q_rmem[m], first, second);
+                }
+            }
+        }
+#else
 #pragma unroll
         for (int d = 0; d < D_STEPS; ++d) {
             uint32_t Q_rmem[M_TILES][4];
@@ -250,6 +322,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                 }
             }
         }
+#endif
 
         // Hide what lies before the first key, beyond the diagonal or beyond the last key.
         const int first_visible = CAUSAL ? min(limit, row0 / group + offset + 1) : limit;
@@ -319,7 +392,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 #endif
 #pragma unroll
                 for (int k = 0; k < N_TILES; ++k) {
-                    uint32_t pair = ptx::cvt_pair<element>(S_rmem[m][k][2 * r], S_rmem[m][k][2 * r + 1]);
+                    uint32_t pair = ptx::cvt_pair<probability>(S_rmem[m][k][2 * r], S_rmem[m][k][2 * r + 1]);
                     if (DROPOUT) pair &= keep[k];
                     P_rmem[m][k / 2][k % 2 * 2 + r] = pair;
                 }
@@ -327,6 +400,21 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         const uint32_t V_smem = next() + Tile_KV::lane_b_trans(lane);
 #pragma unroll
         for (int k = 0; k < KEYS / 16; ++k)
+#if KEYS_FLOAT8
+#pragma unroll
+            for (int o = 0; o < O_TILES; o += 4) {
+                uint32_t V_rmem[4];  // of columns 8o …, keys 0 … 7 and 8 … 15, then of columns 8o + 16 …
+                ptx::ldmatrix_x4_trans(V_rmem, Tile_KV::step(V_smem, o / 4) + k * 16 * ROW_BYTES);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {  // even columns, odd columns
+                    const uint32_t selector = e % 2 ? 0x4431 : 0x4420;
+                    const uint32_t first = ptx::halves_of_float8(ptx::prmt(V_rmem[e / 2 * 2], 0, selector));
+                    const uint32_t second = ptx::halves_of_float8(ptx::prmt(V_rmem[e / 2 * 2 + 1], 0, selector));
+#pragma unroll
+                    for (int m = 0; m < M_TILES; ++m) ptx::mma_m16n8k16<probability>(O_rmem[m][o + e], P_rmem[m][k], first, second);
+                }
+            }
+#else
 #pragma unroll
             for (int o = 0; o < O_TILES; o += 2) {
                 uint32_t V_rmem[4];
@@ -337,6 +425,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                     ptx::mma_m16n8k16<element>(O_rmem[m][o + 1], P_rmem[m][k], V_rmem[2], V_rmem[3]);
                 }
             }
+#endif
     }
 
     // The warps' sums become one, 16 rows at a time: O / l, or the block's part of it.
@@ -352,20 +441,27 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
             l += __shfl_xor_sync(0xffffffff, l, 2);
             if (row0 + 16 * m + 8 * r + g >= rows) continue;
             if (t == 0) merge.ml[warp][8 * r + g] = make_float2(m_rmem[m][r], l);
+#if KEYS_FLOAT8
+#pragma unroll
+            for (int o = 0; o < O_TILES; o += 2)
+                *reinterpret_cast<float4*>(&merge.O[warp][8 * r + g][8 * o + 4 * t]) =
+                    make_float4(O_rmem[m][o][2 * r], O_rmem[m][o + 1][2 * r], O_rmem[m][o][2 * r + 1], O_rmem[m][o + 1][2 * r + 1]);
+#else
 #pragma unroll
             for (int o = 0; o < O_TILES; ++o)
                 *reinterpret_cast<float2*>(&merge.O[warp][8 * r + g][8 * o + 2 * t]) = make_float2(O_rmem[m][o][2 * r], O_rmem[m][o][2 * r + 1]);
+#endif
         }
         __syncthreads();  // all warps' sums are there
         for (int n = threadIdx.x; n < 16 * O_TILES; n += THREADS) {
             const int r = n / O_TILES, column = n % O_TILES * 8, row = row0 + 16 * m + r;
             if (row >= rows) continue;
-            float m_all = p.lowest, l = 0, O[8] = {};
+            float m_all = scales.lowest, l = 0, O[8] = {};
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) m_all = fmaxf(m_all, merge.ml[w][r].x);
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) {
-                const float factor = weight(c, merge.ml[w][r].x, m_all);
+                const float factor = weight(scales, merge.ml[w][r].x, m_all);
                 l += factor * merge.ml[w][r].y;
 #pragma unroll
                 for (int e = 0; e < 8; ++e) O[e] = fmaf(factor, merge.O[w][r][column + e], O[e]);
@@ -377,12 +473,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                 if (column == 0) *partial_ml(c, place) = make_float2(m_all, l);
             } else {
                 const int i = row / group, h = h_kv * group + row % group;
-                const float factor = final_factor(c, b, m_all, l);
+                const float factor = final_factor(c, scales, b, m_all, l);
                 uint4 x;
                 x.x = ptx::cvt_pair<element>(O[0] * factor, O[1] * factor), x.y = ptx::cvt_pair<element>(O[2] * factor, O[3] * factor);
                 x.z = ptx::cvt_pair<element>(O[4] * factor, O[5] * factor), x.w = ptx::cvt_pair<element>(O[6] * factor, O[7] * factor);
                 if (column < p.Dv) *reinterpret_cast<uint4*>(head_of(p.o, b, h) + i * p.o.stride_n + column) = x;
-                if (column == 0) store_lse(c, b, h, i, m_all, l);
+                if (column == 0) store_lse(c, scales, b, h, i, m_all, l);
             }
         }
     }
@@ -396,7 +492,7 @@ constexpr int LANE_COLUMNS = (HEAD_DIM + 127) / 128;  // times four
 constexpr int AT_ONCE = 4;                            // splits
 
 template <int W>
-__global__ void __launch_bounds__(32 * MERGE_WARPS, 4) merge_kernel(const __grid_constant__ Call c) {
+__global__ void __launch_bounds__(32 * MERGE_WARPS, HEAD_DIM > 128 ? 2 : 4) merge_kernel(const __grid_constant__ Call c) {
     __shared__ __align__(16) float O_smem[W][HEAD_DIM];
     __shared__ float2 ml_smem[W];
     const AttentionParams& p = c.p;
@@ -412,7 +508,8 @@ __global__ void __launch_bounds__(32 * MERGE_WARPS, 4) merge_kernel(const __grid
 
     if (LAUNCHED_EARLY) ptx::griddepcontrol_wait();  // the forward has ended, and what it wrote is visible
 
-    float m_all = p.lowest, l = 0, O[LANE_COLUMNS][4] = {};
+    const Scales scales = scales_of(c, h_kv);
+    float m_all = scales.lowest, l = 0, O[LANE_COLUMNS][4] = {};
     for (int from = warp; from < splits; from += W * AT_ONCE) {
         float2 ml[AT_ONCE];
         float4 x[AT_ONCE][LANE_COLUMNS];
@@ -421,7 +518,7 @@ __global__ void __launch_bounds__(32 * MERGE_WARPS, 4) merge_kernel(const __grid
         for (int s = 0; s < AT_ONCE; ++s) {
             const int split = from + s * W;
             const int64_t place = first + static_cast<int64_t>(split) * c.rows;
-            ml[s] = split < splits ? *partial_ml(c, place) : make_float2(p.lowest, 0);
+            ml[s] = split < splits ? *partial_ml(c, place) : make_float2(scales.lowest, 0);
 #pragma unroll
             for (int n = 0; n < LANE_COLUMNS; ++n) {
                 const int column = 128 * n + 4 * lane;
@@ -430,13 +527,13 @@ __global__ void __launch_bounds__(32 * MERGE_WARPS, 4) merge_kernel(const __grid
         }
 #pragma unroll
         for (int s = 0; s < AT_ONCE; ++s) m_new = fmaxf(m_new, ml[s].x);
-        const float alpha = weight(c, m_all, m_new);
+        const float alpha = weight(scales, m_all, m_new);
         l *= alpha;
 #pragma unroll
         for (int n = 0; n < LANE_COLUMNS; ++n) O[n][0] *= alpha, O[n][1] *= alpha, O[n][2] *= alpha, O[n][3] *= alpha;
 #pragma unroll
         for (int s = 0; s < AT_ONCE; ++s) {
-            const float factor = weight(c, ml[s].x, m_new);
+            const float factor = weight(scales, ml[s].x, m_new);
             l += factor * ml[s].y;
 #pragma unroll
             for (int n = 0; n < LANE_COLUMNS; ++n) {
@@ -454,7 +551,7 @@ __global__ void __launch_bounds__(32 * MERGE_WARPS, 4) merge_kernel(const __grid
                 *reinterpret_cast<float4*>(&O_smem[warp][128 * n + 4 * lane]) = make_float4(O[n][0], O[n][1], O[n][2], O[n][3]);
         __syncthreads();  // all warps' sums are there
         if (warp > 0) return;
-        float m_new = p.lowest;
+        float m_new = scales.lowest;
 #pragma unroll
         for (int w = 0; w < W; ++w) m_new = fmaxf(m_new, ml_smem[w].x);
         m_all = m_new, l = 0;
@@ -462,7 +559,7 @@ __global__ void __launch_bounds__(32 * MERGE_WARPS, 4) merge_kernel(const __grid
         for (int n = 0; n < LANE_COLUMNS; ++n) O[n][0] = O[n][1] = O[n][2] = O[n][3] = 0;
 #pragma unroll
         for (int w = 0; w < W; ++w) {
-            const float factor = weight(c, ml_smem[w].x, m_all);
+            const float factor = weight(scales, ml_smem[w].x, m_all);
             l += factor * ml_smem[w].y;
 #pragma unroll
             for (int n = 0; n < LANE_COLUMNS; ++n) {
@@ -473,7 +570,7 @@ __global__ void __launch_bounds__(32 * MERGE_WARPS, 4) merge_kernel(const __grid
             }
         }
     }
-    const float factor = final_factor(c, b, m_all, l);
+    const float factor = final_factor(c, scales, b, m_all, l);
 #pragma unroll
     for (int n = 0; n < LANE_COLUMNS; ++n) {
         const int column = 128 * n + 4 * lane;
@@ -481,7 +578,7 @@ __global__ void __launch_bounds__(32 * MERGE_WARPS, 4) merge_kernel(const __grid
         const uint2 x = make_uint2(ptx::cvt_pair<element>(O[n][0] * factor, O[n][1] * factor), ptx::cvt_pair<element>(O[n][2] * factor, O[n][3] * factor));
         *reinterpret_cast<uint2*>(head_of(p.o, b, h) + i * p.o.stride_n + column) = x;
     }
-    if (lane == 0) store_lse(c, b, h, i, m_all, l);
+    if (lane == 0) store_lse(c, scales, b, h, i, m_all, l);
 }
 
 // ---- launching
@@ -522,7 +619,7 @@ inline cudaError_t launch_forward(const Call& c, int64_t blocks) {
 constexpr int64_t MOST_BYTES_TO_EVICT_FIRST = 192 << 20;
 template <int M_TILES>
 inline cudaError_t launch_forward(const Call& c, int64_t blocks) {
-    const int64_t bytes = static_cast<int64_t>(c.p.B) * c.p.Hkv * c.p.Nk * (c.p.D + c.p.Dv) * sizeof(element);
+    const int64_t bytes = static_cast<int64_t>(c.p.B) * c.p.Hkv * c.p.Nk * (c.p.D + c.p.Dv) * 16 / UNIT;
     return c.tiles == 1 && bytes <= MOST_BYTES_TO_EVICT_FIRST ? launch_forward<M_TILES, true>(c, blocks) : launch_forward<M_TILES, false>(c, blocks);
 }
 

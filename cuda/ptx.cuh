@@ -76,6 +76,15 @@ __device__ inline void griddepcontrol_launch_dependents() { asm volatile("gridde
 // Waits until the kernels before this one have ended and what they wrote is visible.
 __device__ inline void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// ---- float8, sm_89 (9.7.9.21: cvt)
+
+// The two e4m3 numbers in the low half of x as float16, exactly.
+__device__ inline uint32_t halves_of_float8(uint32_t x) {
+    uint32_t pair;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low;}" : "=r"(pair) : "r"(x));
+    return pair;
+}
+
 // ---- shared memory by its 32-bit address (9.7.9.12: st)
 
 __device__ inline void st_shared(uint32_t smem, uint32_t x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(x) : "memory"); }

@@ -81,6 +81,15 @@ __device__ inline Bounds bounds_of_rows(const AttentionParams& p, const Bounds* 
     return {{first.start, last.stop}, {last.start, first.stop}};
 }
 
+// The tiles of `block_q` rows, from the first up to before the stop, in which some row sees some of `size` columns from j0 on; without the spans.
+__device__ inline Interval tiles_of_keys(const AttentionParams& p, int j0, int size, int block_q) {
+    Interval rows = {0, p.Nq};
+    if (p.seen.right >= 0) rows.start = max(0, j0 - p.seen.right - diagonal(p));
+    if (p.seen.left >= 0) rows.stop = min(p.Nq, min(j0 + size, p.Nk) + p.seen.left - diagonal(p));
+    if (rows.start >= rows.stop) return {0, 0};
+    return {rows.start / block_q, (rows.stop + block_q - 1) / block_q};
+}
+
 #if INTERVAL
 // ---- summaries, in a workspace: of each tile of rows its bounds, then, in a backward, of each tile of keys the tiles of rows that see it
 

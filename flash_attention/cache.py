@@ -18,6 +18,9 @@ from flash_attention.build import BuildError
 from flash_attention.interface import DTYPES, flash_attention
 
 RUNG = "split_keys"
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MOST = torch.finfo(FLOAT8).max
+FLOAT8_TIMED = False  # whether None takes the kernel for float8: it has run on the emulator alone so far
 ROUNDED = 256  # lengths, for the kernel's plan: a plan serves so many tokens one after another
 
 
@@ -27,6 +30,7 @@ class KeyValueCache:
     Attributes:
         lengths: int32 (layers, B) on the device, tokens that each layer has of each sequence.
         starts: int32 (B,), tokens at the beginning of each sequence that are padding, or None (`pad_left`).
+        scales: float32 (layers, 2, Hkv), what float8 keys and values are multiplied by; None unless they are float8.
         block_table: int32 (B, pages of a sequence), the page in which tokens page_size · p … of a sequence lie; an entry
             without a page yet is the number of pages. None without pages.
     """
@@ -44,6 +48,7 @@ class KeyValueCache:
         device: torch.device | str = "cpu",
         page_size: int | None = None,
         pages: int | None = None,
+        float8: bool = False,
     ):
         """
         Args:
@@ -52,6 +57,10 @@ class KeyValueCache:
             dtype: float32, float16, bfloat16 or float64.
             page_size: tokens of a page; the kernel reads multiples of 16. None: each sequence has its own memory for `capacity` tokens.
             pages: how many there are for all sequences together, in each layer; as many as `capacity` can need unless given.
+            float8: keep e4m3 numbers, half of the memory of float16, with a scale for each head that follows from the first tokens
+                appended: numbers twice as large as the largest of those still fit, larger ones become the largest that does. A number
+                is kept to about 3 %. backend="split_keys" reads them as they are, anything else as a copy in `dtype`: the kernel has not
+                been timed on a GPU yet.
 
         Raises:
             ValueError: a size is not a positive integer, or pages are given without a page_size. TypeError: dtype is none of those above.
@@ -66,7 +75,9 @@ class KeyValueCache:
             raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
         if pages is not None and page_size is None:
             raise ValueError(f"pages have a page_size, got pages {pages} and page_size None")
-        self.B, self.capacity, self.page_size = B, capacity, page_size
+        self.B, self.capacity, self.page_size, self.dtype = B, capacity, page_size, dtype
+        self.scales = torch.ones(layers, 2, Hkv, device=device) if float8 else None
+        dtype = FLOAT8 if float8 else dtype
         self.starts: Tensor | None = None
         self.block_table: Tensor | None = None
         if page_size is None:
@@ -142,6 +153,7 @@ class Layer:
 
     def __init__(self, cache: KeyValueCache, number: int):
         self.cache, self.keys, self.values, self.lengths = cache, cache.keys[number], cache.values[number], cache.lengths[number]
+        self.scales = None if cache.scales is None else cache.scales[number]  # (2, Hkv)
         self.longest: int | None = 0
         self.equal = True
 
@@ -171,8 +183,10 @@ class Layer:
         else:
             size = self.cache.page_size
             rows, places = self.cache.block_table.long().gather(1, places // size), places % size
-        self.keys[rows, :, places] = k.transpose(1, 2)
-        self.values[rows, :, places] = v.transpose(1, 2)
+        for n_of_scale, (kept, x) in enumerate(((self.keys, k), (self.values, v))):
+            if self.scales is not None:
+                kept, x = kept.view(torch.uint8), self._as_float8(x, self.scales[n_of_scale]).view(torch.uint8)
+            kept[rows, :, places] = x.transpose(1, 2)
         self.lengths += n if counts is None else counts
         if capturing:
             self.longest = None
@@ -180,13 +194,21 @@ class Layer:
             self.longest = self.longest + n if counts is None or k.is_cuda else int(self.lengths.max())
         self.equal = self.equal and counts is None and not capturing
 
+    def _as_float8(self, x: Tensor, scale: Tensor) -> Tensor:
+        """x (B, Hkv, n, head size) as it is kept. The first tokens set the scale (Hkv)."""
+        if self.longest in (0, None) and x.shape[2]:
+            largest = x.abs().amax((0, 2, 3)).float()
+            first = torch.where(largest > 0, largest * (2 / FLOAT8_MOST), 1)
+            scale.copy_(torch.where(self.lengths.any(), scale, first) if self.longest is None else first)
+        return (x.float() / scale[:, None, None]).clamp(-FLOAT8_MOST, FLOAT8_MOST).to(FLOAT8)
+
     def _check(self, k: Tensor, v: Tensor, counts: Tensor | None) -> None:
         for name, x, cached in (("k", k, self.keys), ("v", v, self.values)):
             wanted = (self.cache.B, cached.shape[1], k.shape[2] if k.dim() == 4 else "n", cached.shape[3])
             if tuple(x.shape) != wanted:
                 raise ValueError(f"{name} must have shape (B, Hkv, n, head size) = {wanted}, got {tuple(x.shape)}")
-            if x.dtype != cached.dtype:
-                raise TypeError(f"{name} must be {cached.dtype} as the cache, got {x.dtype}")
+            if x.dtype != self.cache.dtype:
+                raise TypeError(f"{name} must be {self.cache.dtype} as the cache, got {x.dtype}")
             if x.device != cached.device:
                 raise ValueError(f"{name} must be on {cached.device} as the cache, got {x.device}")
             if torch.is_grad_enabled() and x.requires_grad:
@@ -226,12 +248,12 @@ def attend(
     if q.dim() != 4 or q.shape[0] != cache.B or q.shape[1] % layer.keys.shape[1] or q.shape[3] != layer.keys.shape[3]:
         wanted = f"(B, H, Nq, D) = ({cache.B}, a multiple of {layer.keys.shape[1]}, Nq, {layer.keys.shape[3]})"
         raise ValueError(f"q must have shape {wanted}, got {tuple(q.shape)}")
-    if q.dtype != layer.keys.dtype:
-        raise TypeError(f"q must be {layer.keys.dtype} as the cache, got {q.dtype}")
+    if q.dtype != cache.dtype:
+        raise TypeError(f"q must be {cache.dtype} as the cache, got {q.dtype}")
     known = (layer.longest, layer.equal)
     return attend_keys(
         q, layer.keys, layer.values, layer.lengths, cache.starts, cache.block_table, cache.capacity, known,
-        causal=causal, scale=scale, return_lse=return_lse, backend=backend,
+        causal=causal, scale=scale, return_lse=return_lse, backend=backend, scales=layer.scales,
     )  # fmt: skip
 
 
@@ -250,10 +272,12 @@ def attend_keys(
     return_lse: bool,
     backend: str | None,
     window: tuple[int | None, int | None] | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attend` on any keys: k and v (B, Hkv, N, D or Dv), or with a block_table int32 (B, pages of a sequence) (pages, Hkv, page_size, D
     or Dv), any strides. lengths, starts: int32 (B,) on their device. known: what the host knows of the lengths, as `Layer.longest` and
-    `Layer.equal`. window: (left, right) as `flash_attention()` takes it, aligned with each sequence's end."""
+    `Layer.equal`. window: (left, right) as `flash_attention()` takes it, aligned with each sequence's end.
+    scales: float32 (2, Hkv), where k and v are float8."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise NotImplementedError("attention over a cache has no gradients, and an input requires them: call under torch.no_grad()")
     check_name(backend)
@@ -276,8 +300,9 @@ def attend_keys(
                 raise
         else:
             reason = plan.why_not(k, v)
-            if reason is None and (backend is not None or capturing or plan.pays):
-                O, LSE = plan(q, k, v, lengths, starts, block_table, return_lse)
+            chosen = plan.pays and (scales is None or FLOAT8_TIMED)
+            if reason is None and (backend is not None or capturing or chosen):
+                O, LSE = plan(q, k, v, lengths, starts, block_table, scales, return_lse)
                 return (O, LSE) if return_lse else O
             if backend is not None:
                 raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}")
@@ -287,8 +312,10 @@ def attend_keys(
     if block_table is not None:
         pages = block_table[:, : -(-longest // k.shape[2])].long()
         # A page that is not there yet holds nothing that is seen.
-        k, v = (x[pages.clamp(max=x.shape[0] - 1)].transpose(1, 2).flatten(2, 3) for x in (k, v))
+        k, v = (_of_pages(x, pages.clamp(max=x.shape[0] - 1)) for x in (k, v))
     k, v = k[:, :, :longest], v[:, :, :longest]
+    if scales is not None:
+        k, v = ((x.float() * scale[:, None, None]).to(q.dtype) for x, scale in zip((k, v), scales, strict=True))
     mask = None
     if not equal or starts is not None:
         j, end = torch.arange(longest, device=q.device), lengths[:, None, None, None]
@@ -303,3 +330,10 @@ def attend_keys(
     else:
         window = None if left is right is None else (left, right)
     return flash_attention(q, k, v, mask, causal=causal, window=window, scale=scale, return_lse=return_lse, backend=backend)
+
+
+def _of_pages(x: Tensor, pages: Tensor) -> Tensor:
+    """(pages, Hkv, page_size, D) and which ones, (B, n) → (B, Hkv, n · page_size, D)."""
+    as_bytes = x.dtype == FLOAT8  # which are not indexed everywhere
+    found = (x.view(torch.uint8) if as_bytes else x)[pages].transpose(1, 2).flatten(2, 3)
+    return found.view(FLOAT8) if as_bytes else found

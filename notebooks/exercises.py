@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pictures import traffic, watch
 from sources import constants, fragment, functions
+from tile_model import forward_step
 from torch import Tensor
 
 from flash_attention.reference import Dropout, flash_attention2_causal_forward, flash_attention2_forward, normal_attention
@@ -340,3 +341,38 @@ def check_stages_for_latency(answer: Callable) -> None:
         assert stages == 1 or waits(stages - 1, latency, cycles), (
             f"latency {latency}, {cycles} cycles a tile: {stages - 1} stages are enough"
         )
+
+
+# ---- lesson 8
+
+
+@exercise
+def check_units_busy(answer: Callable) -> None:
+    """Cycles of the tensor cores and of the exponentials of a step, against the model's."""
+    for D, groups, keys in ((64, 3, 128), (128, 2, 128), (256, 2, 64), (128, 1, 64)):
+        busy = forward_step(D, groups, keys).busy
+        tensor, exponentials = result(answer, D, groups, keys)
+        assert tensor == busy["tensor cores"], (
+            f"D {D}, {groups} groups, {keys} keys: the tensor cores need {busy['tensor cores']:.0f} cycles"
+        )
+        scores = groups * 64 * keys
+        assert exponentials == scores / 16, f"D {D}, {groups} groups, {keys} keys: {scores} exponentials, 16 a cycle"
+
+
+@exercise
+def check_shared_unit(answer: Callable) -> None:
+    """How long what takes `need` cycles alone takes beside others that use the unit for `others` of each step's `cycles`."""
+    for need, others, cycles in ((512, 0, 2000), (512, 1000, 2000), (100, 1500, 2000), (768, 1024, 2647)):
+        expected, found = need / (1 - others / cycles), result(answer, need, others, cycles)
+        assert abs(found - expected) < 1e-6 * expected, (
+            f"{need} cycles, the others use {others} of {cycles}: {expected:.0f}, not {found:.0f}"
+        )
+
+
+@exercise
+def check_idle_in_rounds(answer: Callable) -> None:
+    """The share of the multiprocessors' time that is lost because the last round is not full."""
+    for works, multiprocessors in ((2048, 132), (132, 132), (133, 132), (2816, 132), (5, 4)):
+        rounds = -(-works // multiprocessors)
+        expected, found = 1 - works / (rounds * multiprocessors), result(answer, works, multiprocessors)
+        assert abs(found - expected) < 1e-9, f"{works} works on {multiprocessors}: {rounds} rounds, {expected:.1%} lost, not {found:.1%}"

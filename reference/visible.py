@@ -104,14 +104,16 @@ class Visible:
             return S
         if self.spans is not None:
             return S.masked_fill_(~self.dense(i, j), -math.inf)
-        if self.right is not None and self.interval(i.start)[1] < j.stop:
-            diagonal = self.place(i.start) + self.right - j.start
-            future = S.new_full(S.shape[-2:], math.inf).triu_(diagonal + 1)  # ∞ where it hides, 0 elsewhere
-            S.tril_(diagonal).sub_(future)  # twice as fast as masked_fill_ on a CPU; tril_ first, as ∞ − ∞ is NaN
-        if self.left is not None and self.interval(i.stop - 1)[0] > j.start:
+        # Only the columns that some row does not see, and for these ∞ where it hides and 0 elsewhere: subtracted, twice as fast as
+        # masked_fill_ on a CPU. tril_ and triu_ come first, as ∞ − ∞ is NaN.
+        if self.right is not None and (first := self.interval(i.start)[1]) < j.stop:
+            ending = S[..., max(first - j.start, 0) :]
+            diagonal = self.place(i.start) + self.right - max(first, j.start)
+            ending.tril_(diagonal).sub_(ending.new_full(ending.shape[-2:], math.inf).triu_(diagonal + 1))
+        if self.left is not None and (last := self.interval(i.stop - 1)[0]) > j.start:
+            beginning = S[..., : last - j.start]
             diagonal = self.place(i.start) - self.left - j.start
-            past = S.new_full(S.shape[-2:], math.inf).tril_(diagonal - 1)
-            S.triu_(diagonal).sub_(past)
+            beginning.triu_(diagonal).sub_(beginning.new_full(beginning.shape[-2:], math.inf).tril_(diagonal - 1))
         return S
 
     @property

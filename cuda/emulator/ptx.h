@@ -37,6 +37,15 @@ inline void cp_async_wait_group() {
 inline void griddepcontrol_launch_dependents() {}
 inline void griddepcontrol_wait() {}
 
+// e4m3 as float16: sign, 4 bits of exponent with a bias of 7, 3 bits; all ones is NaN.
+inline uint32_t half_of_float8(uint32_t byte) {
+    const uint32_t sign = (byte & 0x80) << 8, exponent = byte >> 3 & 15, fraction = byte & 7;
+    if ((byte & 0x7f) == 0x7f) return sign | 0x7fff;
+    if (exponent) return sign | (exponent + 8) << 10 | fraction << 7;
+    return sign | emulator::half_of(static_cast<float>(fraction) / 512);
+}
+inline uint32_t halves_of_float8(uint32_t x) { return half_of_float8(x & 0xff) | half_of_float8(x >> 8 & 0xff) << 16; }
+
 inline void st_shared(uint32_t smem, uint32_t x) { emulator::store_shared(smem, x); }
 
 // ---- matrix fragments and tensor cores (9.7.14.5.15: ldmatrix, 9.7.14.5.8: mma.m16n8k16)

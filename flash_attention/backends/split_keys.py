@@ -34,7 +34,7 @@ class Plan(NamedTuple):
         """
         if not q.is_cuda:
             return cls._made(rung, q, k, v, paged, most, causal, scale)
-        forms = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device)
+        forms = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, q.device)
         key = rung, *forms, paged, most, causal, scale
         if (plan := _kept.get(key)) is None:
             plan = cls._made(rung, q, k, v, paged, most, causal, scale)
@@ -49,8 +49,8 @@ class Plan(NamedTuple):
         keys, values = (Form.of(x)._replace(shape=torch.Size((B, x.shape[1], most, x.shape[3]))) for x in (k, v))
         call = Call(Form.of(q), keys, values, None, None, settings)
         reason = rung.why_not(call)
-        if reason is None and not (rung.reads(keys) and rung.reads(values)):
-            reason = f"it reads rows of 16-byte multiples, got strides {k.stride()} and {v.stride()}"
+        if reason is None and any(not rung.reads(x) or any(n * x.dtype.itemsize % 16 for n in x.stride[:3]) for x in (keys, values)):
+            reason = f"it reads rows of 16-byte multiples, got strides {k.stride()} and {v.stride()} of {k.dtype}"
         if reason is None and paged and k.shape[2] % PAGE_MULTIPLE:
             reason = f"it reads pages of a multiple of {PAGE_MULTIPLE} keys, got {k.shape[2]}"
         if reason:
@@ -65,18 +65,27 @@ class Plan(NamedTuple):
         return self.reason
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, block_table: Tensor | None, lse: bool = True
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        starts: Tensor | None,
+        block_table: Tensor | None,
+        scales: Tensor | None = None,
+        lse: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """→ O (B, H, Nq, Dv), LSE (B, H, Nq) if asked for. Of k and v nothing is copied, and nothing waits for the device.
 
         lengths, starts: int32 (B,), the keys [start, length) of each sequence. block_table: int32 (B, pages of a sequence) where keys lie
-        in pages.
+        in pages. scales: float32 (2, Hkv), of float8 keys and values.
         """
         table = (_address(block_table), block_table.stride(0), k.shape[2], k.shape[0]) if block_table is not None else (0, 0, 0, 0)
-        keys = KEYS.pack(lengths.data_ptr(), _address(starts), *table)
+        of_heads = (0, 0) if scales is None else (scales.data_ptr(), scales.data_ptr() + 4 * k.shape[1])
+        keys = KEYS.pack(lengths.data_ptr(), _address(starts), *table, *of_heads)
         if self.is_plain and q.data_ptr() % 16 == 0:
             return self.forward.repeat(q, k, v, lse, keys)
-        return self.forward(q, k, v, None, None, None, keys)
+        return self.forward(q, k, v, None, None, None, keys=keys)
 
 
 _kept: dict[Hashable, Plan] = {}

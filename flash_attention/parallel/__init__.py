@@ -7,6 +7,8 @@
 Every rank of the group calls with its own share, and runs the backward if there is one. The result is that of one device.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,6 +27,7 @@ __all__ = ["ORDERS", "all_to_all_attention", "parallel_attention", "positions", 
 HIDDEN_ROWS = 6000
 
 
+@torch.compiler.disable  # a compiled model runs it between two graphs
 def parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -40,6 +43,7 @@ def parallel_attention(
     order: str = "zigzag",
     method: str | None = None,
     backend: str | None = None,
+    observe: Callable[[ring.Step], None] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention()` of the whole sequence, of which every rank of a group holds an equal share.
 
@@ -52,6 +56,7 @@ def parallel_attention(
         order: "zigzag", in which causal work is balanced, or "contiguous", in which a window has fewer neighbours.
         method: "ring": K and V go from rank to rank while the last ones are attended to. "all_to_all": each rank attends with its share of
             the heads over the whole sequence. None: the ring where its copies hide behind the arithmetic, else what sends less.
+        observe: called after each step of a ring, forward and backward, with what this rank computed and what travelled meanwhile.
 
     Returns:
         O (B, H, Nq / ranks, Dv) of this rank's rows, and LSE (B, H, Nq / ranks) if asked for, both differentiable once.
@@ -63,7 +68,7 @@ def parallel_attention(
         RuntimeError: torch.distributed is not initialised; another rank refused its arguments, died, or did not come within the group's
         timeout.
 
-    Kernels read dropout's bits from offsets that are multiples of 64: lengths of shares that are not run on the reference.
+    On a GPU, kernels take dropout where each run of a share begins at a multiple of 64; other lengths run on the reference, which warns.
     """
     group = group_of(group)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -94,7 +99,7 @@ def parallel_attention(
     terms = Terms(*shapes, q.dtype, causal, left, right, spans is not None, *settings[:2], order, method, has_gradients)
     needs, seed = agree(group, q.device, terms, share.needs, (lambda: interface._seed(q)) if dropout_p else None)
     if method == "ring":
-        how = ring.Ring(share, group, ring.trips(needs), backend)
+        how = ring.Ring(share, group, ring.trips(needs), backend, observe)
         O, LSE = ring.RingAttention.apply(how, q, k, v, seed)
     else:
         O, LSE = all_to_all.attention(q, k, v, spans, group, order, causal, window, settings.scale, backend)

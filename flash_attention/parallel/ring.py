@@ -12,7 +12,7 @@ Sums are in float32 (float64 for float64), in an order that does not depend on w
 uses those in the whole sequence: the result is that of one device, the elements that dropout drops included.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -211,14 +211,17 @@ class Message(NamedTuple):
     sends: bool
 
 
-class Log(NamedTuple):
-    """What a rank did in a step, for those who look on."""
+class Step(NamedTuple):
+    """What a rank did in one step, as `observe` is told."""
 
-    rank: int
+    what: str  # "forward" or "backward"
     t: int
     computed: list[tuple[int, Part]]  # whose shard, and which part of it
-    sent: int  # bytes
-    received: int
+    messages: list[Message]  # on their way meanwhile
+
+    def sent(self) -> int:
+        """Bytes."""
+        return sum(m.tensor.numel() * m.tensor.itemsize for m in self.messages if m.sends)
 
 
 def exchange(group: ProcessGroup, messages: list[Message]) -> list[dist.Work]:
@@ -322,7 +325,7 @@ class Ring:
     group: ProcessGroup
     trips: list[Trip]
     backend: str | None
-    observe: object = None  # called with a Log after each step
+    observe: Callable[[Step], None] | None = None
 
     @property
     def rank(self) -> int:
@@ -354,7 +357,7 @@ class Ring:
                     inputs = q[:, :, part.rows], k_here[:, :, part.columns], v_here[:, :, part.columns]
                     merged.add(part.rows, *compute(part, self.backend, *inputs, seed))
                     computed.append((owner, part))
-            self._finish(works, t, computed, messages)
+            self._finish(works, Step("forward", t, computed, messages))
             for traveller in travellers:
                 traveller.arrived()
         return merged.result()
@@ -381,7 +384,7 @@ class Ring:
                     terms.append((columns, *term))
                     computed.append((owner, part))
                 of_traveller.append((traveller, terms))
-            self._finish(works, t, computed, messages)
+            self._finish(works, Step("backward", t, computed, messages))
             for traveller, terms in of_traveller:
                 if traveller is not None:
                     traveller.add(t, terms)
@@ -396,12 +399,11 @@ class Ring:
                 traveller.arrived()
         return tuple(allocate.like(x, *x.shape[2:]).copy_(dx) for x, dx in ((q, dQ), (k, dK), (v, dV)))
 
-    def _finish(self, works: list[dist.Work], t: int, computed: list[tuple[int, Part]], messages: list[Message]) -> None:
+    def _finish(self, works: list[dist.Work], step: Step) -> None:
         for work in works:
             work.wait()
         if self.observe is not None:
-            sent, received = (sum(m.tensor.numel() * m.tensor.itemsize for m in messages if m.sends == sends) for sends in (True, False))
-            self.observe(Log(self.rank, t, computed, sent, received))
+            self.observe(step)
 
 
 class Merged:
