@@ -90,11 +90,8 @@ def h200_targets(content: dict[str, Any]) -> str:
 
 def h200_intervals(content: dict[str, Any]) -> str:
     """Windows and documents, each part a line: speed, and ratios to those that were measured beside it."""
-    columns = [
-        ("label", "case", ""),
-        ("part", "", ""),
-        *(column for column in FIGURES if column[0] in ("ms", "tflops", "over fa3", "over flex")),
-    ]
+    figures = [column for column in FIGURES if column[0] in ("ms", "tflops", "over fa3", "over flex")]
+    columns: list[report.Column] = [("label", "case", ""), ("part", "", ""), *figures]
     rows = [row | {"label": row["label"].removeprefix("B 1 H 16 N 16384 D 128 bfloat16 causal ")} for row in content["results"]]
     return f"{_gpu(content['environment'])}; B 1, H 16, N 16384, D 128, bfloat16, causal; medians.\n\n{report.markdown(rows, columns)}"
 

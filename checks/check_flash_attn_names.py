@@ -41,6 +41,17 @@ def check_plain_and_packed():
     torch.testing.assert_close(O, want.transpose(1, 2))
 
 
+def check_scores():
+    """softcap and alibi_slopes, (H,) or (B, H), by the official definition: −slope · |i + Nk − Nq − j|; 0.0 is no cap."""
+    q, k, v = torch.randn(2, 5, 4, 16), torch.randn(2, 9, 4, 16), torch.randn(2, 9, 4, 16)
+    distance = (torch.arange(5)[:, None] + 4 - torch.arange(9)).abs()
+    for slopes in (torch.rand(4), torch.rand(2, 4)):
+        scores = 3 * torch.tanh(q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / 4 / 3) - slopes[..., None, None] * distance
+        want = (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+        torch.testing.assert_close(flash_attn_func(q, k, v, softcap=3.0, alibi_slopes=slopes), want)
+    torch.testing.assert_close(flash_attn_func(q, k, v, softcap=0.0), flash_attn_func(q, k, v))
+
+
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("leftpad", (False, True))
 @pytest.mark.parametrize("kind", ("plain", "int", "all", "batch index", "pages"))
@@ -196,7 +207,7 @@ def check_what_is_not_served_is_named():
     x = torch.randn(1, 4, 2, 16)
     cu, varlen = torch.tensor([0, 4], dtype=torch.int32), flash_attn.flash_attn_varlen_func
     for options, words in (({"softcap": 30.0}, ["softcap"]), ({"alibi_slopes": torch.ones(2)}, ["alibi_slopes"])):
-        expect_error(lambda options=options: flash_attn_func(x, x, x, **options), NotImplementedError, words)
+        expect_error(lambda options=options: flash_attn_func(x, x, x, 0.1, **options, return_attn_probs=True), NotImplementedError, words)
         expect_error(lambda options=options: flash_attn_with_kvcache(x, x, x, **options), NotImplementedError, words)
         expect_error(lambda options=options: varlen(x[0], x[0], x[0], cu, cu, 4, 4, **options), NotImplementedError, words)
     expect_error(lambda: flash_attn_with_kvcache(x, x, x, rotary_cos=x), NotImplementedError, ["rotary_cos"])

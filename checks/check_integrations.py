@@ -103,12 +103,11 @@ def check_sdpa_falls_back(calls):
     """What has no counterpart runs on torch's function, bit for bit."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 9, 16)
-    bias = torch.randn(9, 9)
-    want = ORIGINAL(q, k, v, bias)
+    want = ORIGINAL(q, k, v, scale=True)  # of a type that only torch takes for a number
     nested = torch.nested.nested_tensor([torch.randn(n, 4, 16) for n in (5, 9)], layout=torch.jagged).transpose(1, 2)
     want_nested = ORIGINAL(nested, nested, nested)
     with use_flash_attention():
-        got = functional.scaled_dot_product_attention(q, k, v, bias)
+        got = functional.scaled_dot_product_attention(q, k, v, scale=True)
         got_nested = functional.scaled_dot_product_attention(nested, nested, nested)
         dropped = functional.scaled_dot_product_attention(q, k, v, dropout_p=1.0)
     assert not calls

@@ -3,9 +3,11 @@
 python checks/check_parallel.py
 """
 
+import importlib
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -429,6 +431,39 @@ def check_dead_rank(how):
         kind, message, seconds = found[rank]
         print(f"{how}: rank {rank}: {kind} after {seconds:.1f} s: {message[:120]}")
         assert kind in ("RuntimeError", "DistBackendError") and seconds < 2 * TIMEOUT + 10, found[rank]
+
+
+def check_compiled(recwarn):
+    """A compiled function that attends in shares: the same result and gradients, without a warning."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        q, k, v = torch.randn(3, 1, 4, 16, 8, dtype=torch.float64).unbind()
+        q.requires_grad_()
+
+        def function(q, k, v):
+            return parallel_attention(q * 2, k, v, causal=True) * 3
+
+        plain, compiled = function(q, k, v), torch.compile(function, backend="aot_eager")(q, k, v)
+        assert torch.equal(plain, compiled)
+        assert torch.equal(*(torch.autograd.grad(O.sum(), q)[0] for O in (plain, compiled)))
+        assert not [warning for warning in recwarn if "flash_attention" in str(warning.message)]
+    finally:
+        dist.destroy_process_group()
+
+
+def check_example(monkeypatch):
+    """What examples/ring_on_a_laptop.py tells of: one process's result, work that is balanced, and what travels."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    laptop = importlib.import_module("ring_on_a_laptop")
+    results = laptop.together(2, 32, "zigzag", causal=True)
+    for name, got, want in zip(("O", "dQ", "dK", "dV"), results[0].tensors, laptop.alone(32, causal=True), strict=True):
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=0, msg=name)
+    kv = 2 * 2 * 16 * 8 * 4  # two heads of 8, float32
+    for result in results:
+        scores = [len(did.scores) for did in result.steps if did.what == "forward"]
+        assert scores == [16 * 17 // 2, 128], scores
+        assert [did.sent["K, V"] for did in result.steps] == [kv, 0, kv, 0, 0]
+        assert [did.sent["dK, dV"] for did in result.steps] == [0, 0, 0, 0, kv]
 
 
 def check_without_a_group():

@@ -113,10 +113,16 @@ CALLS = {
     "mask of the values' batch": ((Q[:1], K[:1], V, SOME.expand(2, 1, 9, 9)), {}, False),
     "mask of another length": ((Q, K, V, SOME[:5]), {}, False),
     "mask of nothing": ((Q, K, V, torch.zeros(9, 9, dtype=torch.bool)), {}, True),
-    "mask of floats": ((Q, K, V, randn(9, 9)), {}, False),
+    "mask of floats": ((Q, K, V, randn(9, 9)), {}, True),
+    "mask of floats, heads share": ((Q, K, V, randn(2, 1, 9, 9).requires_grad_()), {}, True),
+    "mask of floats that hides": ((Q, K, V, randn(9, 9).masked_fill(randn(9, 9) > 0.5, -math.inf)), {}, True),
+    "mask of floats, two dimensions": ((Q[0, 0], K[0, 0], V[0, 0]), {"attn_mask": randn(9, 1).requires_grad_()}, True),
+    "mask of floats, five dimensions": ((Q[None], K[None], V[None]), {"attn_mask": randn(2, 1, 1, 9).requires_grad_()}, True),
+    "mask of floats of the values' batch": ((Q[:1], K[:1], V, randn(2, 1, 9, 9)), {}, False),
+    "mask of floats and causal": ((Q, K, V, randn(9, 9), 0.0, True), {}, False),
     "mask of doubles": ((Q, K, V, randn(9, 9).double()), {}, False),
     "mask of ints": ((Q, K, V, SOME.long()), {}, False),
-    "mask with a gradient": ((Q, K, V), {"attn_mask": randn(9, 9).requires_grad_()}, False),
+    "mask with a gradient": ((Q, K, V), {"attn_mask": randn(9, 9).requires_grad_()}, True),
     "mask that is a list": ((Q, K, V, SOME.tolist()), {}, False),
     "mask that is sparse": ((Q, K, V, SOME.to_sparse()), {}, False),
     "causal_lower_right": ((Q, K12, K12, causal_lower_right(9, 12)), {}, True),
@@ -269,10 +275,10 @@ def saw_one_call(calls: list, args: tuple, kwargs: dict) -> None:
 
 
 @pytest.mark.parametrize("where", ("inside", "outside", "both"))
-@pytest.mark.parametrize("kind", ("served", "float mask"))
+@pytest.mark.parametrize("kind", ("served", "not served"))
 def check_modes(served, where, kind):
     """Every TorchFunctionMode sees the call as it was written; below them it is served."""
-    args, kwargs = ((Q, K, V), {"is_causal": True}) if kind == "served" else ((Q, K, V, randn(9, 9)), {})
+    args, kwargs = ((Q, K, V), {"is_causal": True}) if kind == "served" else ((Q, K, V, None, 1.0), {})
     want = ORIGINAL(*args, **kwargs)
     before, within = [Spy()] if where != "inside" else [], [Spy(), Spy()] if where != "outside" else []
     with ExitStack() as stack:
@@ -369,7 +375,7 @@ def holds_the_with(q, k, v, mask, bias):
 
 
 def check_compiled_with(served):
-    """A function that holds the `with`, in one graph: what stands inside is served, what stands behind is not; nor is a float mask."""
+    """A function that holds the `with`, in one graph: what stands inside is served, a float mask too, what stands behind is not."""
     torch.compiler.reset()
     graphs = []
 
@@ -380,8 +386,8 @@ def check_compiled_with(served):
     arguments = Q.clone().requires_grad_(), K, V, SOME, randn(9, 9)
     want = torch.compile(holds_the_with, fullgraph=True, backend="aot_eager")(*arguments)
     torch.compile(holds_the_with, fullgraph=True, backend=backend)(*arguments)
-    assert [node.target for node in graphs[0].graph.nodes].count(ORIGINAL) == 2
-    assert len(served) == 2  # once for each compilation
+    assert [node.target for node in graphs[0].graph.nodes].count(ORIGINAL) == 1
+    assert len(served) == 4  # twice for each compilation
     for x, y in zip(holds_the_with(*arguments), want, strict=True):
         torch.testing.assert_close(x, y, atol=3e-6, rtol=0)
         gradients = (torch.autograd.grad(z.sin().sum(), arguments[0], retain_graph=True)[0] for z in (x, y))
@@ -425,14 +431,14 @@ def check_compiled_under_a_mode(served):
 
 def check_patches_of_others(served):
     """One made inside stays; made before, it is what is fallen back on, and comes back; in no order do they call each other for ever."""
-    bias = randn(9, 9)
-    one, biased = ORIGINAL(Q, K, V), ORIGINAL(Q, K, V, bias)
+    other = {"scale": True}  # which is not served
+    one, scaled = ORIGINAL(Q, K, V), ORIGINAL(Q, K, V, **other)
 
     def close(got, want):
         torch.testing.assert_close(got, want, atol=6e-6, rtol=0)
 
-    def attend(*args):
-        return functional.scaled_dot_product_attention(Q, K, V, *args)
+    def attend(**options):
+        return functional.scaled_dot_product_attention(Q, K, V, **options)
 
     try:
         with use_flash_attention():
@@ -440,7 +446,7 @@ def check_patches_of_others(served):
             theirs = functional.scaled_dot_product_attention = lambda *args, **kwargs: 2 * ours(*args, **kwargs)
             close(attend(), 2 * one)
             with use_flash_attention():
-                close(attend(bias), 2 * biased)
+                close(attend(**other), 2 * scaled)
             assert functional.scaled_dot_product_attention is theirs
         assert len(served) == 1
         assert functional.scaled_dot_product_attention is theirs, "the other patch is lost"
@@ -448,9 +454,9 @@ def check_patches_of_others(served):
         assert len(served) == 1, "served after the `with`"
         with use_flash_attention():
             close(attend(), one)  # served
-            close(attend(bias), 2 * biased)  # falls back on theirs, which calls ours
+            close(attend(**other), 2 * scaled)  # falls back on theirs, which calls ours
             with Spy() as spy:
-                close(attend(bias), 2 * biased)
+                close(attend(**other), 2 * scaled)
             assert ORIGINAL in {func for func, *_ in spy.calls}
         assert functional.scaled_dot_product_attention is theirs
         functional.scaled_dot_product_attention = ours  # theirs is undone, which puts back what it found

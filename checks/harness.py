@@ -55,16 +55,17 @@ CPU = Target("reference", "cpu")
 TARGETS = [CPU, Target("reference", "cuda"), *(Target(name, "cuda") for name in ON_CUDA)]
 
 
-def call_of(q, k, v, mask=None, causal=False, dropout_p=0.0, window=None, spans=None, **settings) -> Call:
+def call_of(q, k, v, mask=None, causal=False, dropout_p=0.0, window=None, spans=None, bias=None, alibi=None, **settings) -> Call:
     """The call as a backend is asked about it."""
     left, right = window or (None, None)
     spans = None if spans is None else spans.expand(*q.shape[:3], 2)
-    return Call.of(q, k, v, mask, spans, Settings(1.0, dropout_p, left, 0 if causal else right, **settings))
+    settings = Settings(1.0, dropout_p, left, 0 if causal else right, **settings)
+    return Call.of(q, k, v, mask, spans, settings, bias=bias, alibi=alibi)
 
 
-def skip_unless_served(target: Target, *call) -> None:
+def skip_unless_served(target: Target, *call, **scored) -> None:
     """Skip, with the backend's own reason, a call (the arguments of `call_of`) that it does not claim to serve."""
-    reason = BACKENDS[target.backend].why_not(call_of(*call))
+    reason = BACKENDS[target.backend].why_not(call_of(*call, **scored))
     if reason:
         pytest.skip(f"{target.backend}: {reason}")
 
@@ -137,6 +138,9 @@ class Case:
     scale: float | None = None
     sharp: float = 1.0
     seed: int = 0
+    softcap: float | None = None
+    bias: str | None = None  # one of BIASES
+    alibi: bool = False
 
     def __str__(self) -> str:
         """Sizes, then whatever differs from a plain dense call."""
@@ -156,6 +160,14 @@ class Case:
     def make_spans(self, device: str) -> Tensor | None:
         random = torch.Generator().manual_seed(self.seed + 2)
         return None if self.spans is None else SPANS[self.spans](self.B, self.H, self.Nq, self.Nk, random).to(device)
+
+    def scored(self, device: str) -> dict:
+        """softcap, bias and alibi, those that the case has."""
+        random = torch.Generator().manual_seed(self.seed + 3)
+        bias = None if self.bias is None else BIASES[self.bias](self.B, self.H, self.Nq, self.Nk, random).to(device)
+        alibi = torch.rand(self.B, self.H, generator=random).to(device) / 4 if self.alibi else None
+        given = {"softcap": self.softcap, "bias": bias, "alibi": alibi}
+        return {name: x for name, x in given.items() if x is not None}
 
     def visible(self, device: str) -> Visible:
         """What each row sees, before any mask."""
@@ -207,6 +219,34 @@ MASKS = {
     "transposed": _transposed,
     "dead rows": _dead_rows,
     "nothing": _random("B", "Nk", keep=-1.0),
+}
+
+
+def _normal(*shape):
+    return lambda B, H, Nq, Nk, random: torch.randn([{"B": B, "H": H, "Nq": Nq, "Nk": Nk}.get(n, n) for n in shape], generator=random)
+
+
+def _hiding(B, H, Nq, Nk, random):
+    """Some elements hidden by −∞, some by a dtype's lowest number, some rows and a whole block of them throughout."""
+    bias = torch.randn(B, 1, Nq, Nk, generator=random)
+    bias[torch.rand(B, 1, Nq, Nk, generator=random) < 0.3] = -torch.inf
+    bias[torch.rand(B, 1, Nq, Nk, generator=random) < 0.1] = torch.finfo(torch.float32).min
+    bias[:, :, ::5] = -torch.inf
+    bias[:, :, Nq // 2 : Nq // 2 + 70] = torch.finfo(torch.float32).min
+    return bias
+
+
+BIASES = {
+    "full": _normal("B", "H", "Nq", "Nk"),
+    "batches share": _normal(1, "H", "Nq", "Nk"),
+    "heads share": _normal("B", 1, "Nq", "Nk"),
+    "keys": _normal("H", 1, "Nk"),
+    "rows": _normal("B", "H", "Nq", 1),
+    "matrix": _normal("Nq", "Nk"),
+    "number": _normal(1),
+    "bfloat16": lambda *sizes: _normal(1, "H", "Nq", "Nk")(*sizes).bfloat16(),
+    "transposed": lambda B, H, Nq, Nk, random: torch.randn(H, Nk, Nq, generator=random).mT,
+    "hiding": _hiding,
 }
 
 
@@ -264,17 +304,25 @@ class Result(NamedTuple):
     dQ: Tensor | None
     dK: Tensor | None
     dV: Tensor | None
+    dBias: Tensor | None = None
 
 
 def naive(case: Case, q, k, v, mask, dO, dLSE=None, *, dropout: Dropout | None = None, dtype: torch.dtype | None = None) -> Result:
     """Naive attention and its autograd gradients, computed in `dtype` (the inputs' unless given). In float64 this is the truth."""
     q, k, v = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (q, k, v))
     visible = replace(case, Nq=q.shape[2], Nk=k.shape[2]).visible(q.device.type)
-    O, LSE = normal_attention(q, k, v, mask, visible=visible, scale=case.scale, dropout=dropout, return_lse=True)
+    scored = case.scored(q.device.type)
+    if "bias" in scored:
+        scored["bias"] = scored["bias"].to(q.dtype if dtype else scored["bias"].dtype).requires_grad_()
+    O, LSE = normal_attention(q, k, v, mask, visible=visible, scale=case.scale, dropout=dropout, **scored, return_lse=True)
     loss = (O * dO.to(O.dtype)).sum()
     if dLSE is not None:
         loss = loss + (LSE.masked_fill(LSE.isneginf(), 0) * dLSE.to(LSE.dtype)).sum()
-    return Result(O.detach(), LSE.detach(), *torch.autograd.grad(loss, (q, k, v)))
+    return Result(O.detach(), LSE.detach(), *torch.autograd.grad(loss, (q, k, v, *_bias_of(scored))))
+
+
+def _bias_of(scored: dict) -> list[Tensor]:
+    return [scored["bias"]] if "bias" in scored else []
 
 
 def flash(case: Case, target: Target, q, k, v, mask, dO, dLSE=None) -> Result:
@@ -284,12 +332,16 @@ def flash(case: Case, target: Target, q, k, v, mask, dO, dLSE=None) -> Result:
     forward_alone = bool(no_gradients(BACKENDS.get(target.backend)))
     q, k, v = (x.detach().requires_grad_(not forward_alone) for x in (q, k, v))
     options = {"window": case.window, "spans": case.make_spans(q.device.type), "scale": case.scale, "dropout_p": case.dropout_p}
-    O, LSE = flash_attention(q, k, v, mask, causal=case.causal, **options, return_lse=True, backend=target.backend)
+    scored = case.scored(q.device.type)
+    if not forward_alone:
+        for bias in _bias_of(scored):
+            bias.requires_grad_()
+    O, LSE = flash_attention(q, k, v, mask, causal=case.causal, **options, **scored, return_lse=True, backend=target.backend)
     if forward_alone:
         return Result(O, LSE, None, None, None)
     gradients = (dO,) if dLSE is None else (dO, dLSE)
     outputs = (O,) if dLSE is None else (O, LSE)
-    return Result(O.detach(), LSE.detach(), *torch.autograd.grad(outputs, (q, k, v), gradients))
+    return Result(O.detach(), LSE.detach(), *torch.autograd.grad(outputs, (q, k, v, *_bias_of(scored)), gradients))
 
 
 @dataclass
@@ -311,7 +363,8 @@ class Problem:
     def of(cls, case: Case, target: Target, *, inputs: tuple | None = None, dLSE: bool = True) -> "Problem":
         """`inputs` replaces the case's own q, k, v and mask. dLSE=False: LSE gets no gradient. Skips if the backend does not serve it."""
         q, k, v, mask = inputs or case.inputs(target.device)
-        skip_unless_served(target, q, k, v, mask, case.causal, case.dropout_p, case.window, case.make_spans(target.device))
+        call = q, k, v, mask, case.causal, case.dropout_p, case.window, case.make_spans(target.device)
+        skip_unless_served(target, *call, **case.scored(target.device))
         dO = case.gradient(target.device, *q.shape[:3], v.shape[3])
         gradients = dO, case.gradient(target.device, 2, *q.shape[:3])[1].to(sum_dtype(q)) if dLSE else None  # [1]: numbers that dO has not
         return cls.solve(case, q, k, v, mask, *gradients)

@@ -54,6 +54,11 @@ MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
 LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 MASKED_WINDOW = case(window=(70, 30), mask="heads share")
 
+CAPPED = case(softcap=1.5, dtype=torch.float32)
+BIASED = case(bias="batches share", Nk=90, dtype=torch.float32)
+KEY_BIAS = case(bias="keys", B=2, Nk=90, dtype=torch.float32)
+SLOPED = case(alibi=True, dtype=torch.float32)
+
 NO_BARRIER, NO_WAIT = "", ""
 
 # (rung, file): what stands there (once, or the place given), what instead, the case
@@ -97,6 +102,27 @@ TABLE = {
         ("load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK, p.scale);", "load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK);", FLOAT32),
         ("P_rmem[r][c] = P * Z;", "P_rmem[r][c] = P;", DROPOUT),
         ("__syncthreads();  // every thread is done with the chunk of Vj or Kj", "//", FLOAT32),
+        ("if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];", ";", CAPPED, 0),
+        ("if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];", ";", CAPPED, 1),
+        ("__syncthreads();  // the tile is complete; what follows reads other groups' rows", NO_BARRIER, KEY_BIAS),
+        ("sum_rmem[r][c] += P *", "sum_rmem[r][c] = P *", KEY_BIAS),
+        ("own_j + c >= bias.bias_j) continue;", "own_j + c > bias.bias_j) continue;", KEY_BIAS),
+        ("h < (all_h ? p.H : own_h + 1)", "h < (all_h ? p.H - 1 : own_h + 1)", case(Nk=90, bias="heads share", dtype=torch.float32)),
+        (
+            "if (j0 >= stop_of_rows(p, i0, BLOCK_Q)) continue;",
+            "if (j0 + BLOCK_K >= stop_of_rows(p, i0, BLOCK_Q)) continue;",
+            case(Nk=150, bias="keys", causal=True, dtype=torch.float32),
+        ),
+    ],
+    ("simple", "score.cuh"): [
+        ("derivative = 1 - capped * capped;", "derivative = 1;", CAPPED),
+        ("s = capped * p.scoring.softcap;", "s = capped;", CAPPED),
+        ("s = bias < HIDES ? -CUDART_INF_F : s + bias;", "s += bias;", case(Nk=150, bias="hiding", dtype=torch.float32)),
+        ("min(i, p.Nq - 1) * p.scoring.stride_i", "i * p.scoring.stride_i", BIASED),  # beyond the bias' last row
+        ("h * p.scoring.stride_h", "h * p.scoring.stride_i", BIASED),
+        ("abs(i + diagonal(p) - j)", "abs(i - j)", SLOPED),
+        ("static_cast<float>(abs(i + diagonal(p) - j))", "static_cast<float>(i + diagonal(p) - j)", SLOPED),
+        ("h * p.scoring.alibi_stride_h", "b * p.scoring.alibi_stride_h", SLOPED),
     ],
     ("mma", "forward_2_mma.cu"): [
         ("__syncthreads();  // every warp is done with the tiles", "//", PLAIN),
@@ -255,7 +281,6 @@ TABLE = {
         ("min(limit, row0 / group + offset + 1) : limit;", "limit : limit;", FEW_ROWS),
         ("j0 + row + r < limit &&", "j0 + row + r <= limit &&", ONE_QUERY),
         ("{limit, first, count, (count + c.splits - 1) / c.splits};", "{limit, first, count, count / c.splits};", ONE_QUERY),
-        ("steps.count ? (steps.count + steps.share - 1) / steps.share : 0;", "c.splits;", ONE_QUERY),
         ("steps.count ? (steps.count + steps.share - 1) / steps.share : 0;", "steps.count / steps.share;", ONE_QUERY),
         ("const int begin = split * steps.share,", "const int begin = split * (steps.share - 1),", ONE_QUERY),
         ("if (__any_sync(0xffffffff, grew))", "if (grew && false)", FEW_ROWS),

@@ -1,8 +1,8 @@
 // The C interface between Python (flash_attention/backends/cuda.py) and every kernel: one struct, one entry point a file.
 //
 // A .cu file is compiled once for each specialisation, into a shared library of its own. The constants that specialise it come from the
-// command line: -DHEAD_DIM=64 -DDTYPE=1 -DCAUSAL=0 -DINTERVAL=0 -DMASK=0 -DDROPOUT=0, and -DV_HEAD_DIM=… where V has another head size. So a kernel reads as one
-// concrete kernel.
+// command line: -DHEAD_DIM=64 -DDTYPE=1 -DCAUSAL=0 -DINTERVAL=0 -DMASK=0 -DDROPOUT=0, and where they are needed -DV_HEAD_DIM=… (V has another head
+// size) and -DSCORE=…. So a kernel reads as one concrete kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,6 +12,14 @@
 #define MASK_OF_BITS 1
 #define MASK_OF_BYTES 2
 #define MASK_OF_KEY_BITS 3
+
+// SCORE: what becomes of scores before the softmax (score.cuh), the sum of
+#define SCORE_SOFTCAP 1
+#define SCORE_BIAS 2
+#define SCORE_ALIBI 4
+#ifndef SCORE
+#define SCORE 0
+#endif
 
 // DTYPE, the type of q, k, v, O and their gradients.
 #define FLOAT32 0
@@ -43,6 +51,18 @@ struct Seen {
     int32_t q_offset, k_offset;  // where the first row and column stand in a larger whole: dropout's bits and spans count from its beginning
 };
 
+// What becomes of a score before the softmax (score.cuh): of a SCORE kernel alone, so that others are compiled as if there were none.
+struct Scoring {
+    const void* bias;  // element (b, h, i, j) at bias[b·stride_b + h·stride_h + i·stride_i + j·stride_j]; strides are 0 where it is broadcast
+    int64_t stride_b, stride_h, stride_i, stride_j;
+    const float* alibi;  // slope of head (b, h) at alibi[b·alibi_stride_b + h·alibi_stride_h]
+    int64_t alibi_stride_b, alibi_stride_h;
+    void* d_bias;                            // [bias_b, bias_h, bias_i, bias_j] contiguous, of the bias' type, backward only; NULL: not wanted
+    int32_t bias_b, bias_h, bias_i, bias_j;  // the bias' own shape: each 1, or B, H, Nq, Nk
+    int32_t bias_type;                       // FLOAT32, FLOAT16 or BFLOAT16
+    float softcap;
+};
+
 struct AttentionParams {
     Tensor4 q;             // [B, H, Nq, D]
     Tensor4 k;             // [B, Hkv, Nk, D]
@@ -66,6 +86,9 @@ struct AttentionParams {
     int32_t sm_count;      // its number of multiprocessors
     cudaStream_t stream;
     Seen seen;
+#if SCORE
+    Scoring scoring;
+#endif
 };
 
 // What follows AttentionParams in memory where forward_5_split_keys.cu is called: where the keys of each sequence lie, read by the kernel, so that

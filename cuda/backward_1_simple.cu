@@ -1,9 +1,10 @@
 // Backward in float32 arithmetic on CUDA cores: FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithm 2.  sm_75 and newer.
 //
-// The idea: P is not read back but computed again from Q, K and LSE, a tile at a time. Three kernels, one after another:
+// The idea: P is not read back but computed again from Q, K and LSE, a tile at a time. Kernels, one after another:
 //     delta_kernel   line 4: Delta = rowsum(dO∘O), the paper's vector D
 //     dkv_kernel     a block keeps dK and dV of a few keys in registers while tiles of Q and dO pass by
 //     dq_kernel      a block keeps dQ of a few queries in registers while tiles of K and V pass by
+//     dbias_kernel   where a bias was added to the scores and its gradient is wanted: a block keeps a tile of it
 //
 // Change from reference/flash2.py: Algorithm 2 finds all three gradients in one loop over K outside and Q inside, where different j add to
 // the same dQi; on a GPU that takes atomics, whose order, and so whose rounding, changes from run to run. Here each gradient has one owner
@@ -107,6 +108,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
             }
 
             // line 11: P = exp(S − LSE), the softmax again, from LSE alone; line 14: dS = P∘(dP∘Z − Delta)
+#if SCORE
+            float derivative_rmem[ROWS_KV][COLUMNS];
+            apply_score<true>(P_rmem, derivative_rmem, p, b, h, j0, i0);
+#endif
             hide<true>(P_rmem, p, mask_gmem, whole, b, h, j0, i0);
             const uint32_t kept = DROPOUT ? kept_scores<true, ROWS_KV>(p, b, h, j0, i0) : 0;  // the forward's mask, drawn again
 #pragma unroll
@@ -118,6 +123,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
                     const float P = expf(P_rmem[r][c] - LSE);
                     const float Z = !DROPOUT ? 1 : bit(kept, r, c) ? p.keep_scale : 0;
                     dS_rmem[r][c] = P * (dS_rmem[r][c] * Z - Delta);
+#if SCORE
+                    if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];
+#endif
                     P_rmem[r][c] = P * Z;
                 }
             }
@@ -215,6 +223,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
         }
 
         // line 11: P = exp(S − LSE); line 14: dS = P∘(dP∘Z − Delta)
+#if SCORE
+        float derivative_rmem[ROWS_Q][COLUMNS];
+        apply_score<false>(S_rmem, derivative_rmem, p, b, h, i0, j0);
+#endif
         hide<false>(S_rmem, p, mask_gmem, whole, b, h, i0, j0);
         const uint32_t kept = DROPOUT ? kept_scores<false, ROWS_Q>(p, b, h, i0, j0) : 0;
 #pragma unroll
@@ -224,6 +236,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
                 const float P = expf(S_rmem[r][c] - LSE_rmem[r]);
                 const float Z = !DROPOUT ? 1 : bit(kept, r, c) ? p.keep_scale : 0;
                 dS_rmem[r][c] = P * (dS_rmem[r][c] * Z - Delta_rmem[r]);
+#if SCORE
+                if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];
+#endif
             }
 
         // line 15: dQ += dS Kj, Kj carrying the scale
@@ -243,6 +258,102 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
     for (int c = 0; c < CHUNKS; ++c) store_chunk(dQ, i0, c * CHUNK, dQ_rmem[c]);
 }
 
+#if SCORE & SCORE_BIAS
+// dBias, in the bias' own shape: the sum of the gradients of all scores that an element of the bias was added to. A block owns a tile of the bias and
+// meets, in one order, every batch, head, row and column over which it is broadcast; so the sum repeats bit for bit, and no matrix of Nq · Nk is
+// written that the bias is not. S and dP are computed a third time.
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __grid_constant__ AttentionParams p) {
+    constexpr int BLOCK_Q = ROWS_Q * GROUPS, BLOCK_K = TILE;
+    __shared__ __align__(16) Chunk<BLOCK_Q> QdO_smem;   // [BLOCK_Q, CHUNK] of Qi, then of dOi
+    __shared__ __align__(16) Chunk<BLOCK_K> KV_smem;    // [BLOCK_K, CHUNK] of Kj, then of Vj
+    __shared__ __align__(16) Scores<BLOCK_Q> sum_smem;  // [BLOCK_Q, BLOCK_K]
+
+    const Scoring& bias = p.scoring;
+    const int i_tiles = (bias.bias_i + BLOCK_Q - 1) / BLOCK_Q, j_tiles = (bias.bias_j + BLOCK_K - 1) / BLOCK_K;
+    int block = blockIdx.x;
+    const int own_j = block % j_tiles * BLOCK_K;
+    const int own_i = (block /= j_tiles) % i_tiles * BLOCK_Q;
+    const int own_h = (block /= i_tiles) % bias.bias_h, own_b = block / bias.bias_h;
+    const bool all_b = bias.bias_b == 1, all_h = bias.bias_h == 1, all_i = bias.bias_i == 1, all_j = bias.bias_j == 1;
+
+    float sum_rmem[ROWS_Q][COLUMNS] = {};
+    for (int b = all_b ? 0 : own_b; b < (all_b ? p.B : own_b + 1); ++b)
+        for (int h = all_h ? 0 : own_h; h < (all_h ? p.H : own_h + 1); ++h) {
+            const Matrix Q = matrix(p.q, b, h, p.Nq, p.D);                               // [Nq, D]
+            const Matrix K = matrix(p.k, b, kv_head(p, h), p.Nk, p.D);                   // [Nk, D]
+            const Matrix V = matrix(p.v, b, kv_head(p, h), p.Nk, p.Dv);                  // [Nk, Dv]
+            const Matrix dO = matrix(p.d_o, b, h, p.Nq, p.Dv);                           // [Nq, Dv]
+            const float* LSE_gmem = p.lse + (static_cast<int64_t>(b) * p.H + h) * p.Nq;  // [Nq]
+            const float* Delta_gmem = p.workspace + (LSE_gmem - p.lse);                  // [Nq]
+            const uint8_t* mask_gmem = mask_of(p, b, h);                                 // [Nq, Nk]
+            for (int i0 = all_i ? 0 : own_i; i0 < (all_i ? p.Nq : own_i + 1); i0 += BLOCK_Q) {
+                float LSE_rmem[ROWS_Q], Delta_rmem[ROWS_Q];
+#pragma unroll
+                for (int r = 0; r < ROWS_Q; ++r) {
+                    const int i = i0 + group() + r * GROUPS;
+                    LSE_rmem[r] = lse_of_row(LSE_gmem, i, p.Nq);
+                    Delta_rmem[r] = i < p.Nq ? Delta_gmem[i] : 0;
+                }
+#if INTERVAL
+                const Bounds seen = bounds_of_tile(p, summaries_offset(p), b, h, i0);
+#endif
+                for (int j0 = all_j ? 0 : own_j; j0 < (all_j ? p.Nk : own_j + 1); j0 += BLOCK_K) {
+#if INTERVAL
+                    if (!seen.see_some(j0, BLOCK_K)) continue;
+                    const bool whole = seen.see_whole(j0, BLOCK_K);
+#else
+                    if (j0 >= stop_of_rows(p, i0, BLOCK_Q)) continue;  // wholly in the future
+                    constexpr bool whole = false;
+#endif
+                    // Lines 10, 11, 13 and 14, as in dq_kernel; with softcap, before its derivative.
+                    float S_rmem[ROWS_Q][COLUMNS] = {};
+                    for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
+                        __syncthreads();  // every thread is done with the chunks that these take the place of
+                        load_chunk<BLOCK_Q>(QdO_smem, Q, i0, d0, p.scale);
+                        load_chunk<BLOCK_K>(KV_smem, K, j0, d0);
+                        __syncthreads();  // both chunks are complete
+                        add_product_transposed<ROWS_Q>(S_rmem, QdO_smem, KV_smem);
+                    }
+
+                    float dS_rmem[ROWS_Q][COLUMNS] = {}, derivative_rmem[ROWS_Q][COLUMNS];
+                    for (int d0 = 0; d0 < p.Dv; d0 += CHUNK) {
+                        __syncthreads();  // every thread is done with the chunks that these take the place of
+                        load_chunk<BLOCK_Q>(QdO_smem, dO, i0, d0);
+                        load_chunk<BLOCK_K>(KV_smem, V, j0, d0);
+                        __syncthreads();  // both chunks are complete
+                        add_product_transposed<ROWS_Q>(dS_rmem, QdO_smem, KV_smem);
+                    }
+
+                    apply_score<false>(S_rmem, derivative_rmem, p, b, h, i0, j0);
+                    hide<false>(S_rmem, p, mask_gmem, whole, b, h, i0, j0);
+                    const uint32_t kept = DROPOUT ? kept_scores<false, ROWS_Q>(p, b, h, i0, j0) : 0;
+#pragma unroll
+                    for (int r = 0; r < ROWS_Q; ++r)
+#pragma unroll
+                        for (int c = 0; c < COLUMNS; ++c) {
+                            const float P = expf(S_rmem[r][c] - LSE_rmem[r]);
+                            const float Z = !DROPOUT ? 1 : bit(kept, r, c) ? p.keep_scale : 0;
+                            sum_rmem[r][c] += P * (dS_rmem[r][c] * Z - Delta_rmem[r]);
+                        }
+                }
+            }
+        }
+
+    store_scores(sum_smem, sum_rmem);
+    __syncthreads();  // the tile is complete; what follows reads other groups' rows
+    const int own_rows = all_i ? 1 : BLOCK_Q, own_columns = all_j ? 1 : BLOCK_K;
+    for (int n = threadIdx.x; n < own_rows * own_columns; n += THREADS) {
+        const int r = n / own_columns, c = n % own_columns;
+        float sum = 0;
+        for (int i = r; i < (all_i ? BLOCK_Q : r + 1); ++i)
+            for (int j = c; j < (all_j ? BLOCK_K : c + 1); ++j) sum += sum_smem[i][j];
+        if (own_i + r >= bias.bias_i || own_j + c >= bias.bias_j) continue;
+        const int64_t row = (static_cast<int64_t>(own_b) * bias.bias_h + own_h) * bias.bias_i + own_i + r;
+        store_as(bias.d_bias, bias.bias_type, row * bias.bias_j + own_j + c, sum);
+    }
+}
+#endif
+
 extern "C" int64_t workspace_floats(const AttentionParams* params) {
 #if INTERVAL
     if (params->seen.spans) return summaries_offset(*params) + Summaries::floats(*params, TILE, 1, false);
@@ -254,6 +365,11 @@ extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
     const int64_t delta_blocks = tiles_of(static_cast<int64_t>(p.B) * p.H * p.Nq, THREADS);
     const int64_t dkv_blocks = tiles_of(p.Nk, ROWS_KV * GROUPS) * p.Hkv * p.B, dq_blocks = tiles_of(p.Nq, ROWS_Q * GROUPS) * p.H * p.B;
+#if SCORE & SCORE_BIAS
+    const Scoring& bias = p.scoring;
+    const int64_t dbias_blocks = tiles_of(bias.bias_i, ROWS_Q * GROUPS) * tiles_of(bias.bias_j, TILE) * bias.bias_h * bias.bias_b;
+    if (!numbers_fit(p, {dbias_blocks})) return cudaErrorInvalidConfiguration;
+#endif
     if (!numbers_fit(p, {delta_blocks, dkv_blocks, dq_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
 #if INTERVAL
@@ -262,5 +378,8 @@ extern "C" int attention(const AttentionParams* params) {
     cudaError_t error = launch(delta_kernel, delta_blocks, THREADS, p);
     if (error == cudaSuccess) error = launch(dkv_kernel, dkv_blocks, THREADS, p);
     if (error == cudaSuccess) error = launch(dq_kernel, dq_blocks, THREADS, p);
+#if SCORE & SCORE_BIAS
+    if (error == cudaSuccess && p.scoring.d_bias) error = launch(dbias_kernel, dbias_blocks, THREADS, p);
+#endif
     return error;
 }

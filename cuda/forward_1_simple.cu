@@ -75,6 +75,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
             add_product_transposed<ROWS>(S_rmem, Q_smem, KV_smem);
         }
 
+#if SCORE
+        float unused_rmem[ROWS][COLUMNS];
+        apply_score<false>(S_rmem, unused_rmem, p, b, h, i0, j0);
+#endif
         // Hidden before the maximum is taken, so that no hidden score, however large, can push the others towards 0.
         hide<false>(S_rmem, p, mask_gmem, whole, b, h, i0, j0);
 
@@ -122,7 +126,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     // lines 12 and 14: O /= l. l = 0 only where a row may attend nothing: there O = 0 already.
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        const bool may_be_dead = MASK || LIMITED || p.Nk == 0;  // otherwise every score was −∞, and O is NaN
+        const bool may_be_dead = MASK || LIMITED || BIASED || p.Nk == 0;  // otherwise every score was −∞, and O is NaN
         const float factor = may_be_dead && l_rmem[r] == 0 ? 0 : 1 / l_rmem[r];
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c)

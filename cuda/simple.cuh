@@ -11,7 +11,7 @@
 // call of Philox serves.
 #pragma once
 
-#include "visible.cuh"
+#include "score.cuh"
 
 constexpr int THREADS = HEAD_DIM < 256 ? 128 : 256;
 constexpr int BLOCKS_PER_SM = 1;         // at least. Kernels may use all registers: spilling a few to fit one block more is slower
@@ -211,6 +211,22 @@ __device__ inline void hide(float (&S_rmem)[ROWS][COLUMNS], const AttentionParam
         for (int c = 0; c < COLUMNS; ++c)
             if (!bit(visible, r, c)) S_rmem[r][c] = -CUDART_INF_F;
 }
+
+#if SCORE
+// A tile of scaled scores becomes what softmax is taken of, and `derivative` its derivative, where there is a softcap.
+template <bool KEYS_ARE_ROWS, int ROWS>
+__device__ inline void apply_score(float (&S_rmem)[ROWS][COLUMNS], float (&derivative_rmem)[ROWS][COLUMNS], const AttentionParams& p, int b, int h,
+                                   int row0, int column0) {
+    const ScoreOfHead head = score_of_head(p, b, h);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            const int row = row0 + group() + r * GROUPS, column = column0 + lane() + c * LANES;
+            S_rmem[r][c] = score(p, head, S_rmem[r][c], KEYS_ARE_ROWS ? column : row, KEYS_ARE_ROWS ? row : column, derivative_rmem[r][c]);
+        }
+}
+#endif
 
 // ---- intervals: where their summaries lie in the workspace, of tiles of TILE rows
 

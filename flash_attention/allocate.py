@@ -40,3 +40,8 @@ def forward_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def backward_outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV, shaped as q, k, v."""
     return like(q, *q.shape[2:]), like(k, *k.shape[2:]), like(v, *v.shape[2:])
+
+
+def bias_gradient(q: Tensor, bias: Tensor | None) -> Tensor:
+    """dBias, zeros shaped as the bias. Nothing where there is none: an op gives one number of results."""
+    return q.new_empty(0) if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)

@@ -10,6 +10,7 @@ from typing import NamedTuple, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from flash_attention.reference.score import Score
 from flash_attention.reference.visible import Visible
 
 
@@ -27,6 +28,7 @@ class Settings(NamedTuple):
     q_offset: int = 0
     k_offset: int = 0
     diagonal: int | None = None
+    softcap: float | None = None  # of the scores
 
     @property
     def is_whole(self) -> bool:
@@ -39,6 +41,10 @@ class Settings(NamedTuple):
             spans = spans - self.k_offset
         diagonal = self.diagonal_of(Nq, Nk)
         return Visible(Nq, Nk, self.left, self.right, spans, diagonal)
+
+    def score(self, Nq: int, Nk: int, bias: Tensor | None, alibi: Tensor | None) -> Score | None:
+        """What becomes of a score before the softmax; None where it stays as it is."""
+        return Score.of(self.softcap, bias, alibi, self.diagonal_of(Nq, Nk))
 
     def diagonal_of(self, Nq: int, Nk: int) -> int:
         """The first row at hand stands at this column at hand."""
@@ -88,17 +94,40 @@ class Call(NamedTuple):
     O: Form | None = None  # a backward's
     dO: Form | None = None
     mask_is_aligned: bool = False  # begins at a multiple of 16 bytes
+    bias: Form | None = None  # (B or 1, H or 1, Nq or 1, Nk or 1)
+    alibi: Form | None = None  # (B or 1, H)
+    to_bias: bool = False  # a backward's: whether it gives the bias' gradient
 
     @classmethod
-    def of(cls, q, k, v, mask: Tensor | None, spans: Tensor | None, settings: Settings, O=None, dO=None) -> "Call":
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        spans: Tensor | None,
+        settings: Settings,
+        O: Tensor | None = None,
+        dO: Tensor | None = None,
+        bias: Tensor | None = None,
+        alibi: Tensor | None = None,
+        to_bias: bool = False,
+    ) -> "Call":
         """The call of these tensors."""
         has_address = mask is not None and not torch._C._functorch.is_functorch_wrapped_tensor(mask)
         is_aligned = has_address and mask.data_ptr() % 16 == 0
-        return cls(*map(Form.of, (q, k, v, mask, spans)), settings, Form.of(O), Form.of(dO), is_aligned)
+        *forms, O, dO, bias, alibi = map(Form.of, (q, k, v, mask, spans, O, dO, bias, alibi))
+        return cls(*forms, settings, O, dO, is_aligned, bias, alibi, to_bias)
 
     @property
     def has_dropout(self) -> bool:
         return self.settings.dropout_p > 0
+
+    @property
+    def score(self) -> tuple[str, ...]:
+        """The arguments that change scores before the softmax, by name."""
+        given = {"softcap": self.settings.softcap, "bias": self.bias, "alibi": self.alibi}
+        return tuple(name for name, x in given.items() if x is not None)
 
     @property
     def has_float8_keys(self) -> bool:

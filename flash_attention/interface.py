@@ -12,7 +12,8 @@ from flash_attention.autograd import attention
 from flash_attention.backends import as_chosen, check_name, choose
 from flash_attention.backends.cuda import FORWARD
 from flash_attention.call import Call, Settings
-from flash_attention.reference.tiles import broadcast_mask
+from flash_attention.reference.score import broadcast_alibi, broadcast_bias
+from flash_attention.reference.tiles import broadcast_mask, sum_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
@@ -30,6 +31,9 @@ def flash_attention(
     return_lse: bool = False,
     window: tuple[int | None, int | None] | None = None,
     spans: Tensor | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    alibi: Tensor | None = None,
     backend: str | None = None,
     block_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -52,6 +56,11 @@ def flash_attention(
         spans: int32 (B or 1, H or 1, Nq, 2): row r sees columns spans[…, r, 0] ≤ c < spans[…, r, 1]. `flash_attention.spans` makes them,
             for documents packed one after another. Read through its strides. With causal, window or a mask, all must allow; columns that
             no row of a tile sees cost nothing.
+        softcap: c > 0: a scaled score s becomes c · tanh(s / c), before bias and mask (Bello et al. 2016, arXiv:1611.09940; Gemma 2).
+        bias: float, broadcasts to (B, H, Nq, Nk): added to the scaled, capped score (T5's relative positions, AlphaFold's pairs). A value
+            below −2¹²⁶ hides its element as a mask does. Read through its strides, differentiable in its own shape.
+        alibi: float, a slope a head, (H,) or (B, H): row r, which stands at column p, has slope · |p − c| subtracted from its score of
+            column c (Press et al. 2021, arXiv:2108.12409). `flash_attention.scores.alibi_slopes` gives the paper's. No gradient.
         backend: None takes the fastest that serves this call; a name from `flash_attention.backends.BACKENDS` asks for one.
         block_size: rows and columns of a tile of scores. It makes the call run on the reference, on any device: a kernel's tiles are fixed.
 
@@ -71,16 +80,17 @@ def flash_attention(
     >>> flash_attention(q, k, v, causal=True).shape
     torch.Size([2, 8, 100, 64])
     """
-    if has_torch_function_variadic(q, k, v, mask, spans):
+    if has_torch_function_variadic(q, k, v, mask, spans, bias, alibi):
         options = {"causal": causal, "scale": scale, "dropout_p": dropout_p, "return_lse": return_lse, "window": window, "spans": spans}
-        options |= {"backend": backend, "block_size": block_size}
-        return handle_torch_function(flash_attention, (q, k, v, mask, spans), q, k, v, mask, **options)
+        options |= {"backend": backend, "block_size": block_size, "softcap": softcap, "bias": bias, "alibi": alibi}
+        return handle_torch_function(flash_attention, (q, k, v, mask, spans, bias, alibi), q, k, v, mask, **options)
     key = None
-    if mask is None and spans is None and block_size is None:
+    if mask is None and spans is None and block_size is None and softcap is None and bias is None and alibi is None:
         key = shortcut.signature(q, k, v, causal, scale, dropout_p, window, backend)
     kept = None if key is None else shortcut.kept(key, q, k, v)
     if kept is None:
-        result = _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, backend, block_size, key)
+        scored = softcap, bias, alibi
+        result = _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, scored, backend, block_size, key)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         result = attention(kept.plan, q, k, v, None, None, None, kept.settings)
     else:
@@ -88,9 +98,10 @@ def flash_attention(
     return result if return_lse else result[0]
 
 
-def _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, backend, block_size, key) -> tuple[Tensor, Tensor]:
+def _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, scored, backend, block_size, key) -> tuple[Tensor, Tensor]:
     """O and LSE of any call, from arguments as they came; its plan is kept if it is one that can be repeated."""
-    causal, scale, dropout_p, block_size = map(_python_number, (causal, scale, dropout_p, block_size))
+    softcap, bias, alibi = scored
+    causal, scale, dropout_p, block_size, softcap = map(_python_number, (causal, scale, dropout_p, block_size, softcap))
     if isinstance(window, (tuple, list)):
         window = tuple(map(_python_number, window))
     _check(q, k, v, causal, scale, dropout_p, window, spans, block_size)
@@ -103,22 +114,24 @@ def _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, backend, 
             raise ValueError(f"q and mask must be on one device, got {q.device} and {mask.device}")
     if spans is not None:
         spans = spans.expand(*q.shape[:3], 2)
+    if softcap is not None or bias is not None or alibi is not None:
+        softcap, bias, alibi = _checked_scores(softcap, bias, alibi, q, k)
     seed = _seed(q) if dropout_p else None
     scale = q.shape[3] ** -0.5 if scale is None else torch.sym_float(scale)
     left, right = window or (None, None)
-    settings = Settings(scale, float(dropout_p), left, 0 if bool(causal) else right, check_name(backend) or "", block_size)
+    settings = Settings(scale, float(dropout_p), left, 0 if bool(causal) else right, check_name(backend) or "", block_size, softcap=softcap)
     # Choosing looks at the machine and at real tensors. What only stands for one (while compiling, on the meta device, a FakeTensor or
     # another subclass) leaves the choice to the op, when it runs.
     if torch.compiler.is_compiling() or q.is_meta or type(q) is not Tensor:
-        return attention(None, q, k, v, mask, spans, seed, settings)
-    call = Call.of(q, k, v, mask, spans, settings)
+        return attention(None, q, k, v, mask, spans, seed, settings, bias, alibi)
+    call = Call.of(q, k, v, mask, spans, settings, bias=bias, alibi=alibi)
     settings = settings._replace(backend=as_chosen(backend, choose(backend, call)))
     if not shortcut.nobody_looks_on(q, k, v) or forward_ad._current_level >= 0:
-        return attention(None, q, k, v, mask, spans, seed, settings)
+        return attention(None, q, k, v, mask, spans, seed, settings, bias, alibi)
     plan = shortcut.plan(FORWARD, call._replace(settings=settings))
     if key is not None:
         shortcut.keep(key, plan, settings)
-    return attention(plan, q, k, v, mask, spans, seed, settings)
+    return attention(plan, q, k, v, mask, spans, seed, settings, bias, alibi)
 
 
 def _python_number(x):
@@ -179,6 +192,31 @@ def _check(q, k, v, causal, scale, dropout_p, window, spans, block_size) -> None
         raise TypeError(f"block_size must be an integer or None, got {block_size!r}")
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
+
+
+def _checked_scores(softcap, bias, alibi, q: Tensor, k: Tensor) -> tuple[float | None, Tensor | None, Tensor | None]:
+    """The three as backends take them: a bias (B or 1, H or 1, Nq or 1, Nk or 1), slopes (B, H)."""
+    B, H, Nq, Nk = *q.shape[:3], k.shape[2]
+    if softcap is not None:
+        check_softcap(softcap)
+        softcap = torch.sym_float(softcap)
+    if bias is not None:
+        bias = broadcast_bias(bias, B, H, Nq, Nk)
+    if alibi is not None:
+        alibi = broadcast_alibi(alibi, B, H).to(sum_dtype(q)).expand(B, H)
+        if alibi.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError("alibi gets no gradient: pass alibi.detach(), or slopes to be learned in a bias")
+    for name, x in (("bias", bias), ("alibi", alibi)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"q and {name} must be on one device, got {q.device} and {x.device}")
+    return softcap, bias, alibi
+
+
+def check_softcap(softcap) -> None:
+    if not isinstance(softcap, NUMBERS) or isinstance(softcap, bool):
+        raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite (None is no cap), got {softcap}")
 
 
 def check_window(window) -> None:

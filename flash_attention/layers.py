@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_variadic
 
 from flash_attention.backends import check_name
-from flash_attention.interface import check_window, flash_attention
+from flash_attention.interface import check_softcap, check_window, flash_attention
+from flash_attention.scores import alibi_slopes
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
@@ -72,6 +73,8 @@ class FlashAttention(nn.Module):
             8.0, which has no bfloat16); the projections keep their own dtype.
         backend: as in `flash_attention()`.
         bias: whether the four projections have one.
+        softcap: as in `flash_attention()`.
+        alibi: scores fall with distance, by the slopes of `flash_attention.scores.alibi_slopes`.
         key_dim, value_dim: widths of keys and of values; `dim` and `key_dim` unless given.
         parallel: a ProcessGroup, or a DeviceMesh of one dimension, over whose ranks the sequence is spread: the layer then takes and
             returns this rank's share, cut by `flash_attention.parallel.shard(x, parallel, dim=1)`, and attends over the whole sequence.
@@ -79,9 +82,9 @@ class FlashAttention(nn.Module):
         q_bucket_size, k_bucket_size: arguments of FlashAttention2.0, whose code runs unchanged. They do not change a result: tiles are the
             backend's choice, or `block_size`.
 
-    `causal`, `window`, `dropout`, `mixed_precision`, `backend` and `block_size` are attributes that may be set later. A projection may be
-    replaced by any module that gives (B, N, heads · dim_head), or (B, N, heads, dim_head): a Sequential that normalises each head of
-    queries and keys, for example.
+    `causal`, `window`, `softcap`, `dropout`, `mixed_precision`, `backend` and `block_size` are attributes that may be set later. A
+    projection may be replaced by any module that gives (B, N, heads · dim_head), or (B, N, heads, dim_head): a Sequential that normalises
+    each head of queries and keys, for example.
 
     The state_dict holds `to_q.weight` (heads · dim_head, dim), `to_k.weight` (kv_heads · dim_head, key_dim), `to_v.weight`
     (kv_heads · dim_head, value_dim), `to_out.weight` (dim, heads · dim_head) and, with bias, `to_q.bias`, `to_k.bias`, `to_v.bias` and
@@ -117,6 +120,8 @@ class FlashAttention(nn.Module):
         bias: bool = False,
         key_dim: int | None = None,
         value_dim: int | None = None,
+        softcap: float | None = None,
+        alibi: bool = False,
         q_bucket_size: int | None = None,
         k_bucket_size: int | None = None,
         parallel: "ProcessGroup | DeviceMesh | bool" = False,
@@ -143,6 +148,10 @@ class FlashAttention(nn.Module):
         self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
         if window is not None:
             check_window(window)
+        if softcap is not None:
+            check_softcap(softcap)
+        self.softcap = softcap
+        self.register_buffer("alibi", alibi_slopes(heads) if alibi else None, persistent=False)
         self.causal, self.window, self.dropout, self.mixed_precision = causal, window, dropout, mixed_precision
         self.block_size, self.backend, self.parallel, self.order = block_size, backend, parallel or None, order
         self.to_q = nn.Linear(dim, heads * dim_head, bias=bias)
@@ -160,6 +169,7 @@ class FlashAttention(nn.Module):
         *,
         value: Tensor | None = None,
         context: Tensor | None = None,
+        score_bias: Tensor | None = None,
     ) -> Tensor:
         """query (B, Nq, dim) → (B, Nq, dim), in the projections' dtype.
 
@@ -169,6 +179,8 @@ class FlashAttention(nn.Module):
 
         mask: bool, True = may attend: (B, Nk) for keys, or anything that broadcasts to (B, heads, Nq, Nk). A (Nq, Nk) mask goes in as
         `mask[None, None]`, because with Nq = B it would be taken for a key mask. A row that may attend nothing gives `to_out`'s bias.
+
+        score_bias: float, broadcasts to (B, heads, Nq, Nk), added to the scores: `flash_attention()`'s bias.
 
         context is another name of key, and q_bucket_size and k_bucket_size change nothing: FlashAttention2.0 has them.
 
@@ -195,10 +207,13 @@ class FlashAttention(nn.Module):
             q, k, v = (x.to(_half(x.device)) for x in (q, k, v))
         dropout_p = self.dropout if self.training else 0.0
         options = {"causal": self.causal, "window": self.window, "backend": self.backend, "dropout_p": dropout_p}
+        scored = {"softcap": self.softcap, "bias": score_bias, "alibi": self.alibi}
         if self.parallel is None:
-            O = flash_attention(q, k, v, mask, **options, block_size=self.block_size)
+            O = flash_attention(q, k, v, mask, **options, **scored, block_size=self.block_size)
         elif mask is not None or self.block_size is not None:
             raise ValueError("a layer that is parallel takes no mask and no block_size; causal and window say what a row of the whole sees")
+        elif any(x is not None for x in scored.values()):
+            raise ValueError("a layer that is parallel takes no softcap, score_bias and alibi")
         else:
             from flash_attention.parallel import parallel_attention  # here, for builds of torch without torch.distributed
 
@@ -216,6 +231,13 @@ class FlashAttention(nn.Module):
             raise ValueError(f"{name} must give {wanted}, got {tuple(projected.shape)}")
         return projected.flatten(2).unflatten(2, (heads, self.dim_head)).transpose(1, 2)
 
+    def _apply(self, *arguments, **settings):
+        """The slopes go along to another device, and stay float32."""
+        super()._apply(*arguments, **settings)
+        if self.alibi is not None:
+            self.alibi = alibi_slopes(self.heads, self.alibi.device)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments) -> None:
         both = state_dict.pop(f"{prefix}to_kv.weight", None)
         if both is not None:
@@ -226,14 +248,17 @@ class FlashAttention(nn.Module):
         """Layers pickled when block_size was called chunk_size load too."""
         state = dict(state)
         state["block_size"] = state.pop("chunk_size", state.get("block_size"))
-        for name, value in (("window", None), ("parallel", None), ("order", "zigzag")):
+        for name, value in (("window", None), ("parallel", None), ("order", "zigzag"), ("softcap", None)):
             state.setdefault(name, value)
+        state["_buffers"] = {"alibi": None, **state["_buffers"]}
         super().__setstate__(state)
 
     def extra_repr(self) -> str:
         settings = "heads", "kv_heads", "dim_head", "causal", "window", "dropout", "block_size", "mixed_precision", "backend"
-        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
-        return shown if self.parallel is None else f"{shown}, parallel={self.parallel!r}, order={self.order!r}"
+        shown = [f"{name}={getattr(self, name)!r}" for name in settings]
+        shown += [f"softcap={self.softcap}"] * (self.softcap is not None) + ["alibi=True"] * (self.alibi is not None)
+        shown += [] if self.parallel is None else [f"parallel={self.parallel!r}", f"order={self.order!r}"]
+        return ", ".join(shown)
 
 
 class ScaledDotProduct(nn.Module):

@@ -96,10 +96,10 @@ def plan(which: int, call: Call) -> Callable:
     return found
 
 
-def plan_backward(arguments: tuple[Tensor | None, ...], settings: tuple) -> Callable:
+def plan_backward(arguments: tuple[Tensor | None, ...], settings: tuple, bias=None, alibi=None, to_bias: bool = False) -> Callable:
     """What computes the backward of these arguments of the op."""
     dO, _, q, k, v, mask, spans, O, _, _ = arguments
-    return plan(cuda.BACKWARD, Call.of(q, k, v, mask, spans, Settings(*settings), O, dO))
+    return plan(cuda.BACKWARD, Call.of(q, k, v, mask, spans, Settings(*settings), O, dO, bias, alibi, to_bias))
 
 
 def _keep(key: Hashable, plan) -> None:

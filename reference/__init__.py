@@ -6,10 +6,12 @@ from .flash1_causal import flash_attention_causal_backward, flash_attention_caus
 from .flash2 import flash_attention2_backward, flash_attention2_forward
 from .flash2_causal import flash_attention2_causal_backward, flash_attention2_causal_forward
 from .naive import normal_attention, normal_attention_causal
+from .score import Score
 from .visible import Visible
 
 __all__ = [
     "Dropout",
+    "Score",
     "Visible",
     "flash_attention2_backward",
     "flash_attention2_causal_backward",

@@ -1,11 +1,12 @@
-"""FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithms 1 and 2, for any mask, window, packed documents.
+"""FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithms 1 and 2, for any mask, window, packed documents, bias.
 
 Against the first paper: Q blocks are outside, so that O, m and l of a block of rows stay in fast memory until they are done and O is
 divided by l once, at the end; and the backward is left one vector, LSE = m + log l, instead of two. "line n" below is line n of the
 paper's algorithm.
 
-`visible` says which tiles the loops visit: what no row of a tile sees is never computed, and only a tile that is not seen whole is hidden
-in part (section 3.1, "Causal masking", and the same for any interval of columns).
+`score` says what becomes of a tile of scores before the softmax (softcap, bias, ALiBi). `visible` says which tiles the loops visit: what no
+row of a tile sees is never computed, and only a tile that is not seen whole is hidden in part (section 3.1, "Causal masking", and the same
+for any interval of columns).
 
 S and P exist one tile at a time. `observe`, if given, is called after every tile with the variables below as keywords: it is how the
 notebooks step through this very code. What it is shown is overwritten later, so it copies what it keeps.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .dropout import Dropout
+from .score import Score
 from .tiles import (
     LOG2_E,
     add_matmul_,
@@ -51,6 +53,7 @@ def flash_attention2_forward(
     scale: float | None = None,
     dropout: Dropout | None = None,
     visible: Visible | None = None,
+    score: Score | None = None,
     block_q: int | None = None,
     block_k: int | None = None,
     observe: Callable | None = None,
@@ -58,7 +61,8 @@ def flash_attention2_forward(
     """Algorithm 1. Q (B, H, Nq, D), K (B, Hkv, Nk, D), V (B, Hkv, Nk, Dv) → O (B, H, Nq, Dv) in Q's dtype, LSE (B, H, Nq).
 
     mask: bool, (B, Nk) or broadcastable to (B, H, Nq, Nk), True = may attend. A row that may attend nothing gets O = 0, LSE = −inf.
-    scale: 1/√D unless given. visible: which columns each row sees; all unless given. block_q, block_k: rows and columns of a tile.
+    scale: 1/√D unless given. visible: which columns each row sees; all unless given. score: what becomes of a score, itself unless given.
+    block_q, block_k: rows and columns of a tile.
     observe(i, j, S, P, m, l, O): slices i and j, S and P of this tile (B, H, Bq, Bk), and of rows i so far m, l (B, H, Bq, 1) and
     O (B, H, Bq, Dv), which is not yet divided by l.
     """
@@ -69,6 +73,7 @@ def flash_attention2_forward(
     scale = D**-0.5 if scale is None else scale
     mask = broadcast_mask(mask, B, H, Nq, Nk)
     visible = Visible(Nq, Nk) if visible is None else visible
+    may_be_dead = mask is not None or visible.blinds or (score is not None and score.bias is not None)
     S_memory = fast_memory(Q, K, block_q, block_k)
     P_memory = S_memory if observe is None else torch.empty_like(S_memory)  # P overwrites S unless somebody is watching
     O = Q.new_empty(B, H, Nq, Dv)
@@ -83,6 +88,8 @@ def flash_attention2_forward(
         for j in visible.tiles_of_columns(i, block_k):  # line 6
             Kj, Vj = tile(K, j), tile(V, j)  # (B, H, Bk, D), (B, H, Bk, Dv)
             S = matmul_into(S_memory, Qi, Kj.mT, LOG2_E)  # line 8, in base 2; (B, H, Bq, Bk)
+            if score is not None:
+                score.apply_(S, i, j)
             visible.hide_(hide_(S, mask, i, j), i, j)
             m_new = torch.maximum(m, S.amax(-1, keepdim=True))  # line 9
             P = exp2_minus(P_memory, S, m_new)
@@ -96,7 +103,7 @@ def flash_attention2_forward(
                 observe(i=i, j=j, S=natural(S), P=P, m=natural(m), l=l, O=Oi)
 
         LSE[:, :, i] = (natural(m) + l.log()).squeeze(-1)  # line 13; −inf where l = 0
-        if mask is not None or visible.blinds:
+        if may_be_dead:
             l = l.masked_fill(l == 0, 1)  # rows that may attend nothing: O = 0 already
         O[:, :, i] = Oi / l  # line 12
     return O, LSE
@@ -116,11 +123,15 @@ def flash_attention2_backward(
     scale: float | None = None,
     dropout: Dropout | None = None,
     visible: Visible | None = None,
+    score: Score | None = None,
+    dBias: Tensor | None = None,
     block_q: int | None = None,
     block_k: int | None = None,
     observe: Callable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 2. O, LSE from the forward, dO (B, H, Nq, Dv), dLSE (B, H, Nq) or None → dQ, dK, dV, shaped and typed as Q, K, V.
+
+    dBias: shaped as the score's bias, to which its gradient is added in place, summed over what was broadcast; in one fixed order.
 
     observe(i, j, S, P, dP, dS, dQ, dK, dV): four matrices of this tile (B, H, Bq, Bk), then of its rows and columns so far
     dQ (B, H, Bq, D), dK (B, Hkv, Bk, D), dV (B, Hkv, Bk, Dv).
@@ -134,11 +145,12 @@ def flash_attention2_backward(
     visible = Visible(Nq, Nk) if visible is None else visible
     S_memory, dP_memory = fast_memory(Q, K, block_q, block_k), fast_memory(Q, K, block_q, block_k)
     P_memory, dS_memory = (S_memory, dP_memory) if observe is None else (torch.empty_like(S_memory), torch.empty_like(dP_memory))
+    derivative_memory = None if score is None or score.softcap is None else torch.empty_like(S_memory)
     dQ = Q.new_zeros(Q.shape, dtype=dtype)  # line 3
     dK, dV = K.new_empty(K.shape), V.new_empty(V.shape)
     dead = LSE.isneginf()  # rows that attend nothing: P = 2^(S − ∞) = 0
     LSE = (LSE * LOG2_E).masked_fill_(dead, math.inf)
-    if mask is not None or visible.blinds:
+    if mask is not None or visible.blinds or (score is not None and score.bias is not None):
         dO, dLSE = hide_dead(dead, dO, dLSE)
     Delta = row_dots(O, dO, block_q)  # line 4: the paper's vector D, (B, H, Nq)
     if dLSE is not None:
@@ -151,6 +163,7 @@ def flash_attention2_backward(
         for i in visible.tiles_of_rows(j, block_q):  # line 8
             Qi, dOi = tile(Q, i) * scale, tile(dO, i)  # line 9
             S = matmul_into(S_memory, Qi, Kj.mT, LOG2_E)  # line 10, in base 2; (B, H, Bq, Bk)
+            derivative = None if score is None else score.apply_(S, i, j, derivative_memory)
             visible.hide_(hide_(S, mask, i, j), i, j)
             P = exp2_minus(P_memory, S, LSE[:, :, i, None])  # line 11: the softmax again, from LSE alone
             dP = matmul_into(dP_memory, dOi, Vj.mT)  # line 13
@@ -161,6 +174,10 @@ def flash_attention2_backward(
                 add_matmul_mT_(dVj, P * Z, dOi)
                 dP.mul_(Z)
             dS = torch.sub(dP, Delta[:, :, i, None], out=dS_memory[: dP.numel()].view_as(dP)).mul_(P)  # line 14
+            if dBias is not None:
+                score.add_gradient_(dBias, dS, i, j)
+            if derivative is not None:
+                dS.mul_(derivative)  # through the softcap
             add_matmul_(dQ[:, :, i], dS, Kj * scale)  # line 15
             add_matmul_mT_(dKj, dS, Qi)  # line 16; Qi carries the scale
             if observe is not None:

@@ -1,30 +1,36 @@
 """The derivative of the backward pass, for gradient penalties, Hessian-vector products and gradgradcheck; and its own derivatives.
 
-The backward is itself a function (dO, dLSE, Q, K, V) → (dQ, dK, dV). Written out for a block of rows,
+The backward is itself a function (dO, dLSE, Q, K, V, B) → (dQ, dK, dV, dB). Written out for a block of rows,
 
-    S = scale · Q Kᵀ      P = softmax(S)      T = P∘Z      dP = (dO Vᵀ)∘Z      dS = P∘(dP − D + dLSE),  D = rowsum(P∘dP)
-    dQ = scale · dS K     dK = scale · dSᵀ Q     dV = Tᵀ dO
+    S = f(scale · Q Kᵀ) + B     P = softmax(S)      T = P∘Z      dP = (dO Vᵀ)∘Z      dX = P∘(dP − D + dLSE),  D = rowsum(P∘dP)
+    dS = dX∘f′      dQ = scale · dS K     dK = scale · dSᵀ Q     dV = Tᵀ dO     dB = dX, summed over what was broadcast
 
-(Z is dropout's factor), reverse mode through these lines from cotangents gQ, gK, gV of dQ, dK, dV gives the lines of `_rows`. Rows of
-attention do not see each other, so every function here goes through blocks of rows: memory is linear in N, as everywhere.
+(Z is dropout's factor, f the softcap, B the bias: score.py), reverse mode through these lines from cotangents gQ, gK, gV, gB of dQ, dK, dV,
+dB gives the lines of `_rows`. Rows of attention do not see each other, so every function here goes through blocks of rows: memory is linear
+in N, as everywhere.
 
 Derivatives of the third order and beyond are left to PyTorch: `_rows` is plain arithmetic, in which the softmax depends on Q and K.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 from torch.func import vjp
 
 from .dropout import Dropout
+from .score import Score
 from .tiles import block_size, blocks, broadcast_mask, sum_dtype
 from .visible import Visible
 
 BLOCK_Q = 128
-BY_ROWS = True, False, False, True, True, True, False, False  # of gQ, gK, gV, dO, dLSE, Q, K, V: which have a row for each query
+# What of a tensor belongs to a block of rows: those rows; all of it, for keys; rows or all, as a bias has them or not.
+ROWS, KEYS, BIAS = "rows", "keys", "bias"
+INPUTS = ROWS, KEYS, KEYS, ROWS, ROWS, ROWS, KEYS, KEYS, BIAS, BIAS  # gQ, gK, gV, dO, dLSE, Q, K, V, and with a bias gB, B
+RESULTS = ROWS, ROWS, ROWS, KEYS, KEYS, BIAS  # cotangents of dO, dLSE, Q, K, V, and with a bias B
 
 
 def flash_attention_second_backward(
@@ -38,41 +44,54 @@ def flash_attention_second_backward(
     V: Tensor,
     mask: Tensor | None = None,
     *,
+    gB: Tensor | None = None,
     visible: Visible | None = None,
+    score: Score | None = None,
     scale: float | None = None,
     dropout: Dropout | None = None,
     block_q: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Cotangents of dO (B, H, Nq, Dv), dLSE (B, H, Nq), Q, K and V, from gQ, gK, gV shaped as Q, K, V. Differentiable, in N² memory."""
+) -> tuple[Tensor, ...]:
+    """Cotangents of dO (B, H, Nq, Dv), dLSE (B, H, Nq), Q, K and V, and of the score's bias if it has one, from gQ, gK, gV, gB shaped as Q,
+    K, V and the bias. Differentiable, in N² memory."""
     inputs = gQ, gK, gV, dO, dLSE, Q, K, V
-    parts = (rows(*arguments(inputs)) for rows, arguments in _blocks(Q, K, mask, visible, scale, dropout, block_q))
-    return _gather(parts, inputs[3:], BY_ROWS[3:])
+    if score is not None and score.bias is not None:
+        inputs += (gB, score.bias)
+    parts = (rows(*arguments(inputs, INPUTS)) for rows, arguments in _blocks(Q, K, mask, visible, score, scale, dropout, block_q))
+    return _gather(parts, (*inputs[3:8], *inputs[9:]), RESULTS)
 
 
 def second_backward_vjp(
     cotangents: Sequence[Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], mask: Tensor | None, **options
 ) -> tuple[Tensor | None, ...]:
-    """Cotangents of the eight inputs of `flash_attention_second_backward`, those that are `needed`, from cotangents of its five results.
+    """Cotangents of the inputs of `flash_attention_second_backward` (INPUTS), those that are `needed`, from cotangents of its results.
 
     A block of rows is computed again, with autograd watching. Differentiable if gradients are enabled.
     """
     wanted, create_graph = [n for n, need in enumerate(needed) if need], torch.is_grad_enabled()
 
     def part(rows, arguments):
+        ours = arguments(cotangents, RESULTS)
         if torch._C._are_functorch_transforms_active():
-            return [x for x, need in zip(vjp(rows, *arguments(inputs))[1](arguments(cotangents)), needed, strict=True) if need]
+            return [x for x, need in zip(vjp(rows, *arguments(inputs, INPUTS))[1](ours), needed, strict=True) if need]
         with torch.enable_grad():
-            x = [y if y.requires_grad else y.requires_grad_(need) for y, need in zip(arguments(inputs), needed, strict=True)]
+            x = [y if y.requires_grad else y.requires_grad_(need) for y, need in zip(arguments(inputs, INPUTS), needed, strict=True)]
             results = rows(*x)
-        return torch.autograd.grad(results, [x[n] for n in wanted], arguments(cotangents), create_graph=create_graph)
+        return torch.autograd.grad(results, [x[n] for n in wanted], ours, create_graph=create_graph)
 
     parts = (part(*block) for block in _blocks(inputs[5], inputs[6], mask, **options))
-    gathered = dict(zip(wanted, _gather(parts, [inputs[n] for n in wanted], [BY_ROWS[n] for n in wanted]), strict=True))
+    gathered = dict(zip(wanted, _gather(parts, [inputs[n] for n in wanted], [INPUTS[n] for n in wanted]), strict=True))
     return tuple(gathered.get(n) for n in range(len(inputs)))
 
 
 def _blocks(
-    Q: Tensor, K: Tensor, mask: Tensor | None, visible: Visible | None, scale: float | None, dropout: Dropout | None, block_q: int | None
+    Q: Tensor,
+    K: Tensor,
+    mask: Tensor | None,
+    visible: Visible | None,
+    score: Score | None,
+    scale: float | None,
+    dropout: Dropout | None,
+    block_q: int | None,
 ) -> Iterator[tuple[Callable, Callable]]:
     """For each block of rows: `_rows` there, and what takes its arguments, or its results, from tensors that hold all rows."""
     B, H, Nq, D = Q.shape
@@ -82,18 +101,24 @@ def _blocks(
     columns = slice(0, Nk)
     rows = [slice(0, 0)] if Nq == 0 else blocks(0, Nq, block_size(block_q, BLOCK_Q))
     for i in rows:
-        may = None if mask is None else mask[:, :, i]
+        may = [] if mask is None else [mask[:, :, i]]
         if visible is not None:
-            seen = visible.dense(i, columns, Q.device)
-            may = seen if may is None else may & seen
+            may.append(visible.dense(i, columns, Q.device))
+        part = None if score is None else score.part(i, columns)
+        if part is not None and part.bias is not None:
+            may.append(part.sees(slice(0, i.stop - i.start), columns))
         Z = 1 if dropout is None else dropout.tile(i, columns, sum_dtype(Q))
-        yield partial(_rows, may, Z, scale), partial(_arguments, i, columns, H)
+        yield partial(_rows, reduce(torch.logical_and, may) if may else None, Z, scale, part), partial(_arguments, i, H)
 
 
-def _arguments(i: slice, columns: slice, H: int, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _arguments(i: slice, H: int, tensors: Sequence[Tensor], kinds: Sequence[str]) -> tuple[Tensor, ...]:
     """Views where that is possible, so that autograd tells even one and the same tensor in two places apart."""
-    parts = (i if by_rows else columns for by_rows in BY_ROWS[-len(tensors) :])
-    return tuple(_for_heads(x.narrow(2, part.start, part.stop - part.start), H) for x, part in zip(tensors, parts, strict=True))
+    parts = []
+    for x, kind in zip(tensors, kinds, strict=False):
+        own_rows = kind == ROWS or (kind == BIAS and x.shape[2] != 1)
+        x = x.narrow(2, i.start, i.stop - i.start) if own_rows else x.narrow(2, 0, x.shape[2])
+        parts.append(_for_heads(x, H if kind == KEYS else x.shape[1]))
+    return tuple(parts)
 
 
 def _for_heads(X: Tensor, H: int) -> Tensor:
@@ -107,9 +132,12 @@ def _sum_groups(dX: Tensor, Hkv: int) -> Tensor:
     return dX if dX.shape[1] == Hkv else dX.unflatten(1, (Hkv, -1)).sum(2)
 
 
-def _rows(may: Tensor | None, Z: Tensor | int, scale: float, gQ, gK, gV, dO, dLSE, Q, K, V) -> tuple[Tensor, ...]:
+def _rows(
+    may: Tensor | None, Z: Tensor | int, scale: float, score: Score | None, gQ, gK, gV, dO, dLSE, Q, K, V, gB=None, bias=None
+) -> tuple[Tensor, ...]:
     """The formula for one block of rows, with K and V repeated for every query head. may: bool, broadcasts to (B, H, Bq, Nk)."""
-    S, dLSE = Q @ K.mT * scale, dLSE.unsqueeze(-1)  # (B, H, Bq, Nk), (B, H, Bq, 1)
+    X, dLSE = Q @ K.mT * scale, dLSE.unsqueeze(-1)  # (B, H, Bq, Nk), (B, H, Bq, 1)
+    S = X if score is None else replace(score, bias=bias)(X, slice(0, X.shape[2]), slice(0, X.shape[3]))
     if may is None:
         P = S.softmax(-1)
     else:
@@ -117,27 +145,41 @@ def _rows(may: Tensor | None, Z: Tensor | int, scale: float, gQ, gK, gV, dO, dLS
         P = S.masked_fill(~(may | dead), -math.inf).softmax(-1).masked_fill(dead, 0)
         gQ, dO, dLSE = (x.masked_fill(dead, 0) for x in (gQ, dO, dLSE))
     T, dP = P * Z, (dO @ V.mT) * Z
-    inner = dP - (P * dP).sum(-1, keepdim=True) + dLSE  # dS = P∘inner
-    dS = P * inner
+    inner = dP - (P * dP).sum(-1, keepdim=True) + dLSE  # dX = P∘inner
+    dX = P * inner
 
     from_dS = scale * (gQ @ K.mT + Q @ gK.mT)  # what dQ and dK hand back to dS
-    weight = (P * from_dS).sum(-1, keepdim=True)  # what D and dLSE hand back
-    from_dP = P * (from_dS - weight) * Z
-    from_P = from_dS * inner - weight * dP + (dO @ gV.mT) * Z
-    from_S = scale * P * (from_P - (P * from_P).sum(-1, keepdim=True))  # through softmax
+    from_dX, dS = from_dS, dX
+    if score is not None and score.softcap is not None:
+        capped = (X / score.softcap).tanh()
+        first = 1 - capped * capped  # f′; f″ = −2/softcap · tanh · f′
+        from_dX, dS = from_dS * first, dX * first
+    if bias is not None:
+        from_dX = from_dX + (gB if may is None else torch.where(dead, 0, gB))
+    weight = (P * from_dX).sum(-1, keepdim=True)  # what D and dLSE hand back
+    from_dP = P * (from_dX - weight) * Z
+    from_P = from_dX * inner - weight * dP + (dO @ gV.mT) * Z
+    through_softmax = P * (from_P - (P * from_P).sum(-1, keepdim=True))
+    from_X = through_softmax
+    if score is not None and score.softcap is not None:
+        from_X = first * (from_X - from_dS * dX * capped * (2 / score.softcap))
+    from_X = scale * from_X
 
     to_dO, to_dLSE = T @ gV + from_dP @ V, weight.squeeze(-1)
-    return to_dO, to_dLSE, scale * dS @ gK + from_S @ K, scale * dS.mT @ gQ + from_S.mT @ Q, from_dP.mT @ dO
+    results = to_dO, to_dLSE, scale * dS @ gK + from_X @ K, scale * dS.mT @ gQ + from_X.mT @ Q, from_dP.mT @ dO
+    return results if bias is None else (*results, through_softmax.sum_to_size(bias.shape))
 
 
-def _gather(parts: Iterator[Sequence[Tensor]], like: Sequence[Tensor], by_rows: Sequence[bool]) -> tuple[Tensor, ...]:
+def _gather(parts: Iterator[Sequence[Tensor]], like: Sequence[Tensor], kinds: Sequence[str]) -> tuple[Tensor, ...]:
     """The blocks' results put together, as the tensors `like`: rows one after another, keys summed over blocks and grouped heads."""
     gathered = [[] for _ in like]
+    one_after_another = [kind == ROWS or (kind == BIAS and y.shape[2] != 1) for y, kind in zip(like, kinds, strict=False)]
     for part in parts:
-        for sofar, x, rows in zip(gathered, part, by_rows, strict=True):
-            if rows or not sofar:
+        for sofar, x, append in zip(gathered, part, one_after_another, strict=True):
+            if append or not sofar:
                 sofar.append(x)
             else:
                 sofar[0] = sofar[0] + x
-    whole = (torch.cat(x, 2) if rows else _sum_groups(*x, y.shape[1]) for x, y, rows in zip(gathered, like, by_rows, strict=True))
+    whole = [torch.cat(x, 2) if append else x[0] for x, append in zip(gathered, one_after_another, strict=True)]
+    whole = [_sum_groups(x, y.shape[1]) if kind == KEYS else x for x, y, kind in zip(whole, like, kinds, strict=False)]
     return tuple(x.to(y.dtype) for x, y in zip(whole, like, strict=True))

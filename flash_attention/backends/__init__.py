@@ -5,11 +5,11 @@ A backend is a module or a rung with
     why_not(call) -> str | None     why it cannot serve this call, or None if it can
     plan(which, call)               what computes its FORWARD or BACKWARD, for tensors like the call's:
 
-        forward(q, k, v, mask, spans, seed) -> (O, LSE)
-        backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed) -> (dQ, dK, dV)
+        forward(q, k, v, mask, spans, seed, bias=None, alibi=None) -> (O, LSE)
+        backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, bias=None, alibi=None) -> (dQ, dK, dV), and dBias if call.to_bias
 
 where mask is None or a (B, H, Nq, Nk) view, spans None or a (B, H, Nq, 2) view, seed None exactly when there is no dropout, and dLSE may be
-None. The reference also has a second_backward.
+None; bias is (B or 1, H or 1, Nq or 1, Nk or 1) and alibi (B or 1, H). The reference also has a second_backward.
 """
 
 import warnings
@@ -29,6 +29,7 @@ DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
 CHOSEN = {f"{group}/{name}": cuda.RUNGS[name] for group in ("", *GROUPS) for name in GROUPS["cuda"]}
 
 _warned: set[str] = set()
+UNTIMED = "no kernel with softcap, bias or alibi has been timed on a GPU yet, and those that have them are taken by name only"
 
 
 def as_chosen(asked_for: str | None, name: str) -> str:
@@ -78,7 +79,8 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
         rung = cuda.RUNGS.get(each) if len(names) > 1 else None
         if rung is not None and not rung.pays(call, which):
             continue
-        reason = BACKENDS[each].why_not(call)
+        timed = name is not None or rung is None or not call.score or cuda.SCORES_TIMED
+        reason = BACKENDS[each].why_not(call) if timed else UNTIMED
         if reason is None and rung is not None and build.failures:
             reason = rung.why_not_built(which, call)
             unbuilt |= reason is not None

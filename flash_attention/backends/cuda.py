@@ -23,10 +23,12 @@ from flash_attention.backends.launch import (
     NO_MASK,
     NO_TENSOR,
     PARAMS,
+    SCORING,
     SETTINGS,
     STRIDES,
     Addresses,
     Launch,
+    Scoring,
     raise_on,
 )
 from flash_attention.call import Call, Form
@@ -37,6 +39,8 @@ PACK_MASK = "pack_mask.cu"
 
 PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+# Whether None chooses kernels for calls with softcap, bias or ALiBi. They have run on the emulator alone so far; by name they are taken.
+SCORES_TIMED = False
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
 # Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
 # summed from −2¹²⁷, lies below it.
@@ -58,6 +62,7 @@ class Rung:
     masks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # forms (build.MASK_NUMBER) that its forward and its backward read
     dropout: bool = False
     intervals: bool = False  # rows that see an interval of their own: windows, spans, parts of a larger whole
+    scores: tuple[str, ...] = ()  # which of softcap, bias and alibi its kernels apply
     teaching: bool = False  # a step of the ladder, taken only by name
     timed: bool = True  # on a GPU; until a rung has been, it is taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
@@ -74,6 +79,12 @@ class Rung:
         """Why this rung cannot serve the call, or None."""
         if call.q.device.type != self.device_type:
             return f"it needs tensors on {'a CUDA device' if self.device_type == 'cuda' else 'the CPU'}, got {call.q.device}"
+        if not_served := [name for name in call.score if name not in self.scores]:
+            return f"it serves no {', '.join(not_served)}"
+        if call.bias is not None and call.bias.dtype not in DTYPE_NAMES:
+            return f"it reads a bias in {', '.join(DTYPE_NAMES.values())}, got {call.bias.dtype}"
+        if call.alibi is not None and (call.alibi.dtype != torch.float32 or call.alibi.shape != call.q.shape[:2]):
+            return f"it reads slopes (B, H) in float32, got {tuple(call.alibi.shape)} in {call.alibi.dtype}"
         if DTYPE_NAMES.get(call.q.dtype) not in self.dtypes:
             return f"it computes in {', '.join(self.dtypes)}, got {call.q.dtype}"
         D, Dv = call.q.shape[3], call.v.shape[3]
@@ -128,7 +139,7 @@ class Rung:
         form, device = self._mask_form(which, call), call.q.device.index
         if form not in (None, "bytes"):
             _pack_mask_library(device)
-        kind = DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout, call.has_float8_keys
+        kind = DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout, call.has_float8_keys, call.score
         return _library(self, which, device, *kind)
 
     def why_no_backward(self) -> str | None:
@@ -145,12 +156,21 @@ class Rung:
         return min((size for size in sizes if size[0] >= call.q.shape[3] and size[1] >= call.v.shape[3]), key=sum)
 
     def specialisation(
-        self, which: int, arch: str, dtype: str, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool, float8: bool = False
+        self,
+        which: int,
+        arch: str,
+        dtype: str,
+        sizes: tuple[int, int],
+        visible: str,
+        mask: str | None,
+        dropout: bool,
+        float8: bool = False,
+        score: tuple[str, ...] = (),
     ) -> build.Specialisation:
         """What its forward or backward for one kind of call is compiled from. sizes: compiled ones, of Q and K and of V."""
         D, Dv = sizes
         kind = dtype, visible == "causal", mask, dropout, visible == "interval"
-        return build.Specialisation(self.file(which, D), arch, D, *kind, None if Dv == D else Dv, float8)
+        return build.Specialisation(self.file(which, D), arch, D, *kind, None if Dv == D else Dv, float8, score)
 
     def file(self, which: int, head_dim: int) -> str:
         """The source of its forward or backward for a compiled head size."""
@@ -205,7 +225,7 @@ class Rung:
     def launch(self, which: int, call: Call, tensors: tuple[Form, ...], scale: float) -> Launch:
         """Of kernels that read and write tensors of these forms; `scale` is positive."""
         device = call.q.device.index
-        return Launch(self._libraries(which, call), *_fields(call, tensors, scale), device, _sm_count(device))
+        return Launch(self._libraries(which, call), *_fields(call, tensors, scale), device, _sm_count(device), scoring=scoring(call))
 
 
 class Forward(NamedTuple):
@@ -234,7 +254,8 @@ class Forward(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Nothing but memory is needed before the launch, and nothing after it."""
-        return self.factor == 1 and not any(self.copied) and self.mask_form is None and not self.call.has_dropout
+        special = self.mask_form is not None or self.call.has_dropout or self.call.score
+        return self.factor == 1 and not any(self.copied) and not special
 
     def repeat(self, q: Tensor, k: Tensor, v: Tensor, lse: bool = True, keys: bytes = NO_KEYS) -> tuple[Tensor, Tensor | None]:
         """O and, if asked for, LSE, of a plain plan for tensors at multiples of 16 bytes. keys: `struct KeySource`."""
@@ -246,17 +267,27 @@ class Forward(NamedTuple):
         return O, LSE
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spans: Tensor | None, seed: Tensor | None, keys: bytes = NO_KEYS
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        spans: Tensor | None,
+        seed: Tensor | None,
+        bias: Tensor | None = None,
+        alibi: Tensor | None = None,
+        keys: bytes = NO_KEYS,
     ) -> tuple[Tensor, Tensor]:
         """→ O (B, H, Nq, Dv), LSE (B, H, Nq). keys: `struct KeySource`."""
         tensors = (q if self.factor == 1 else q * self.factor), k, v
         if (copied := _to_copy(self.rung, tensors, self.copied)) != self.copied:
-            return self.of(self.rung, self.call, copied)(q, k, v, mask, spans, seed, keys)
+            return self.of(self.rung, self.call, copied)(q, k, v, mask, spans, seed, bias, alibi, keys)
         O, LSE = allocate.forward_outputs(q, v)
         tensors = *_as_contiguous(tensors, copied), O
         workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device) if self.workspace else None
         mask_fields, _alive = _mask_fields(self.rung, self.mask_form, mask)
-        others = Addresses(LSE.data_ptr(), 0, _address(workspace), _address(seed), _address(spans), mask_fields, keys)
+        addresses = LSE.data_ptr(), 0, _address(workspace), _address(seed), _address(spans)
+        others = Addresses(*addresses, mask_fields, keys, _address(bias), _address(alibi))
         self.launch(q, [x.data_ptr() for x in tensors], others)
         return O, LSE
 
@@ -277,7 +308,7 @@ class Backward(NamedTuple):
     def of(cls, rung: Rung, call: Call, copied: tuple[bool, ...] = (False,) * 5) -> "Backward":
         factor, scale = _positive(call.settings.scale)
         visible = call.settings.visible(call.q.shape[2], call.k.shape[2], None)
-        hides_dead = call.mask is not None or call.spans is not None or visible.blinds
+        hides_dead = call.mask is not None or call.spans is not None or call.bias is not None or visible.blinds
         dO = call.dO
         if hides_dead:
             hidden = hide_dead(torch.empty(dO.shape[:3], dtype=torch.bool, device="meta"), dO.empty())[0]
@@ -291,23 +322,26 @@ class Backward(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Shapes, strides and settings are all that it depends on."""
-        return self.mask_form is None and self.call.spans is None
+        return self.mask_form is None and self.call.spans is None and not self.call.score
 
-    def __call__(self, dO, dLSE, q, k, v, mask, spans, O, LSE, seed):
-        """→ dQ, dK, dV, shaped as q, k, v."""
+    def __call__(self, dO, dLSE, q, k, v, mask, spans, O, LSE, seed, bias=None, alibi=None):
+        """→ dQ, dK, dV, shaped as q, k, v, and dBias if the call wants it."""
         if self.hides_dead:
             (dO,) = hide_dead(LSE.isneginf(), dO)
         tensors = (q if self.factor == 1 else q * self.factor), k, v, O, dO
         if (copied := _to_copy(self.rung, tensors, self.copied)) != self.copied:
-            return self.of(self.rung, self.call, copied)(dO, dLSE, q, k, v, mask, spans, O, LSE, seed)
+            return self.of(self.rung, self.call, copied)(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, bias, alibi)
         dQ, dK, dV = allocate.backward_outputs(q, k, v)
         tensors = *_as_contiguous(tensors, copied), dQ, dK, dV
         LSE, dLSE = LSE.contiguous(), None if dLSE is None else dLSE.contiguous()
         mask_fields, _alive = _mask_fields(self.rung, self.mask_form, mask)
         workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device)
-        others = Addresses(LSE.data_ptr(), _address(dLSE), workspace.data_ptr(), _address(seed), _address(spans), mask_fields)
+        dBias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device) if self.call.to_bias else None
+        scored = _address(bias), _address(alibi), _address(dBias)
+        others = Addresses(LSE.data_ptr(), _address(dLSE), workspace.data_ptr(), _address(seed), _address(spans), mask_fields, *scored)
         self.launch(q, [x.data_ptr() for x in tensors], others)
-        return (dQ if self.factor == 1 else dQ.mul_(self.factor)), dK, dV
+        dQ = dQ if self.factor == 1 else dQ.mul_(self.factor)
+        return (dQ, dK, dV, dBias) if self.call.to_bias else (dQ, dK, dV)
 
 
 HOPPER = Rung(
@@ -398,6 +432,7 @@ RUNGS = {
             masks=(("bytes",), ("bytes",)),
             dropout=True,
             intervals=True,
+            scores=("softcap", "bias", "alibi"),
         ),
         Rung(
             name="mma",
@@ -505,6 +540,19 @@ def _interval(call: Call) -> bytes:
     return INTERVAL.pack(*strides, left, right, diagonal, settings.q_offset, settings.k_offset)
 
 
+def scoring(call: Call) -> Scoring | None:
+    """What its kernels are told about the scores of a call, beside addresses; None where they stay as they are."""
+    if not call.score:
+        return None
+    fields = Scoring(softcap=call.settings.softcap or 0)
+    if call.bias is not None:
+        shape = tuple(call.bias.shape)
+        stride = tuple(0 if n == 1 else s for n, s in zip(shape, call.bias.stride, strict=True))
+        number = build.DTYPE_NUMBER[DTYPE_NAMES[call.bias.dtype]]
+        fields = fields._replace(bias_stride=stride, bias_shape=shape, bias_type=number)
+    return fields if call.alibi is None else fields._replace(alibi_stride=call.alibi.stride)
+
+
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library, its functions of cuda/attention.h declared to ctypes."""
     library.attention.argtypes = library.workspace_floats.argtypes = [ctypes.c_char_p]
@@ -521,13 +569,28 @@ def _why_no_kernels(rung: Rung, device: int) -> str | None:
     return None
 
 
+def params_size(score: tuple[str, ...]) -> int:
+    """Of the struct that a kernel takes."""
+    return PARAMS.size + (SCORING.size if score else 0)
+
+
 @functools.cache
 def _library(
-    rung: Rung, which: int, device: int, dtype: str, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool, float8: bool
+    rung: Rung,
+    which: int,
+    device: int,
+    dtype: str,
+    sizes: tuple[int, int],
+    visible: str,
+    mask: str | None,
+    dropout: bool,
+    float8: bool,
+    score: tuple[str, ...],
 ) -> ctypes.CDLL:
     """The rung's forward (0) or backward (1) for one kind of call, compiled if it must be."""
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    return declared(build.load(rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout, float8), PARAMS.size))
+    wanted = rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout, float8, score)
+    return declared(build.load(wanted, params_size(score)))
 
 
 def _positive(scale: float) -> tuple[float, float]:

@@ -7,6 +7,7 @@ as in `flash_attention(q, k, v, backend="emulated:hopper")`. What a GPU may forg
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from flash_attention.backends import cuda
 from flash_attention.backends.emulated_trace import Trace
-from flash_attention.backends.launch import INTERVAL, KEYS, MASK, PARAMS, SETTINGS, STRIDES, Addresses, Launch
+from flash_attention.backends.launch import INTERVAL, KEYS, MASK, SETTINGS, STRIDES, Addresses, Launch
 from flash_attention.build import Specialisation, emulated
 from flash_attention.call import Call, Form
 
@@ -131,6 +132,8 @@ class EmulatedLaunch(Launch):
         if self.mask_form:
             memories.append(self._mask(others.mask))
         memories += self._keys(others.keys)
+        if self.scoring is not None:
+            memories += self._scoring(others)
         run(self.library, self.library.attention, self._params(tensors, others), memories)
 
     def _stream(self) -> int:
@@ -174,6 +177,18 @@ class EmulatedLaunch(Launch):
             Memory("the keys' scales", k_scale, 4 * Hkv if k_scale else 0),
             Memory("the values' scales", v_scale, 4 * Hkv if v_scale else 0),
             Memory("the block table", block_table, 4 * extent((B, columns), (stride, 1)) if pages else 0),
+        ]
+
+    def _scoring(self, others: Addresses) -> list[Memory]:
+        B, H, _, Nq, Nk, *_ = SETTINGS.unpack(self.settings)
+        own, whole = self.scoring.bias_shape, (B, H, Nq, Nk)
+        element_size = 4 if self.scoring.bias_type == 0 else 2
+        shape = tuple(1 if n == 1 else most for n, most in zip(own, whole, strict=True))
+        bias = extent(shape, self.scoring.bias_stride) * element_size if others.bias else 0
+        return [
+            Memory("the bias", others.bias, bias),
+            Memory("the slopes", others.alibi, 4 * extent((B, H), self.scoring.alibi_stride) if others.alibi else 0),
+            Memory("d_bias", others.d_bias, math.prod(own) * element_size if others.d_bias else 0, True, False),
         ]
 
     def _mask(self, mask: bytes) -> Memory:
@@ -232,10 +247,11 @@ class EmulatedRung(cuda.Rung):
 
     def launch(self, which: int, call: Call, tensors: tuple[Form, ...], scale: float) -> EmulatedLaunch:
         form = self._mask_form(which, call)
-        kind = cuda.DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout, call.has_float8_keys
+        kind = cuda.DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout, call.has_float8_keys, call.score
         wanted = self.specialisation(which, emulated.ARCH, *kind)
         sm_count = SM_COUNT if options.traces is None else 1
-        launch = EmulatedLaunch(_library(wanted, options.sources), *cuda._fields(call, tensors, scale), 0, sm_count)
+        fields = *cuda._fields(call, tensors, scale), 0, sm_count
+        launch = EmulatedLaunch(_library(wanted, options.sources), *fields, scoring=cuda.scoring(call))
         launch.mask_form, launch.key_bytes = form, call.k.dtype.itemsize
         return launch
 
@@ -256,7 +272,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 @functools.cache
 def _library(wanted: Specialisation, sources: Path | None) -> ctypes.CDLL:
-    return cuda.declared(_declared(emulated.load(wanted, PARAMS.size, sources)))
+    return cuda.declared(_declared(emulated.load(wanted, cuda.params_size(wanted.score), sources)))
 
 
 @functools.cache

@@ -25,6 +25,9 @@ NO_INTERVAL = bytes(INTERVAL.size)
 # addresses of k_scale and v_scale.
 KEYS = struct.Struct("@4q 2i 2q")
 NO_KEYS = bytes(KEYS.size)
+# `struct Scoring`, with which the struct of a SCORE kernel ends: a bias' address and strides; the slopes' address and two strides; the
+# address of dBias; the bias' own shape and type, softcap.
+SCORING = struct.Struct("@5q 3q q 5i f")
 
 
 class Addresses(NamedTuple):
@@ -37,6 +40,23 @@ class Addresses(NamedTuple):
     spans: int = 0
     mask: bytes = NO_MASK  # its form in the struct, address and strides
     keys: bytes = NO_KEYS  # `struct KeySource`
+    bias: int = 0
+    alibi: int = 0
+    d_bias: int = 0
+
+
+class Scoring(NamedTuple):
+    """What a SCORE kernel is told beside addresses."""
+
+    bias_stride: tuple[int, ...] = (0,) * 4  # 0 where it is broadcast
+    alibi_stride: tuple[int, ...] = (0,) * 2
+    bias_shape: tuple[int, ...] = (1,) * 4
+    bias_type: int = 0
+    softcap: float = 0
+
+    def pack(self, addresses: Addresses) -> bytes:
+        bias, alibi = (addresses.bias, *self.bias_stride), (addresses.alibi, *self.alibi_stride)
+        return SCORING.pack(*bias, *alibi, addresses.d_bias, *self.bias_shape, self.bias_type, self.softcap)
 
 
 class Launch(NamedTuple):
@@ -48,6 +68,7 @@ class Launch(NamedTuple):
     interval: bytes
     device: int
     sm_count: int
+    scoring: Scoring | None = None  # of a SCORE kernel
 
     def __call__(self, q: Tensor, tensors: Sequence[int], others: Addresses) -> None:
         """Enqueues the kernels on the current stream of q's device. `tensors` are the addresses of q, k, v, O and, of a backward, dO, dQ,
@@ -61,11 +82,13 @@ class Launch(NamedTuple):
     def _params(self, addresses: Sequence[int], others: Addresses) -> bytes:
         tensors = list(self.tensors)
         tensors[: 2 * len(addresses) : 2] = addresses
-        *pointers, spans, mask, keys = others
+        *pointers, spans, mask, keys, _, _, _ = others
         deterministic = torch.are_deterministic_algorithms_enabled()
         params = PARAMS.pack(
             *tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, self._stream(), spans, self.interval
         )
+        if self.scoring is not None:
+            params += self.scoring.pack(others)
         return params + keys
 
     def _stream(self) -> int:

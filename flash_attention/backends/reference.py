@@ -12,7 +12,7 @@ from torch import Tensor
 from flash_attention import allocate
 from flash_attention.backends import workers
 from flash_attention.call import Call, Settings
-from flash_attention.reference import Dropout, Visible, flash2, flash2_causal, second_derivative
+from flash_attention.reference import Dropout, Score, Visible, flash2, flash2_causal, forward_mode, second_derivative
 from flash_attention.reference.tiles import blocks, sum_dtype
 
 # Elements that one step of the tile loop touches (10 MB in float32). Measured on 2 cores with 1 MB of L2 each: more falls out of cache,
@@ -39,13 +39,24 @@ def why_not(call: Call) -> str | None:
 
 def plan(which: int, call: Call) -> Callable:
     """The forward or backward below, with the call's settings."""
-    return partial((forward, backward)[which], call.settings)
+    return partial(backward, call.settings, call.to_bias) if which else partial(forward, call.settings)
 
 
-def forward(settings: Settings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spans: Tensor | None, seed: Tensor | None):
+def forward(
+    settings: Settings,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    spans: Tensor | None,
+    seed: Tensor | None,
+    bias: Tensor | None = None,
+    alibi: Tensor | None = None,
+):
     """→ O (B, H, Nq, Dv), LSE (B, H, Nq)."""
     Nq, Nk = q.shape[2], k.shape[2]
     visible = settings.visible(Nq, Nk, spans)
+    score = settings.score(Nq, Nk, bias, alibi)
     O, LSE = allocate.forward_outputs(q, v)
     sizes = block_q, block_k = _forward_block_sizes(q, k, visible, settings)
 
@@ -60,6 +71,7 @@ def forward(settings: Settings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | 
             scale=settings.scale,
             dropout=_dropout(settings, seed, b, h, (i.start, j.start)),
             visible=seen.part(i, j),
+            score=None if score is None else score.of_heads(b, h).part(i, j),
             block_q=block_q,
             block_k=block_k,
         )
@@ -73,6 +85,7 @@ def forward(settings: Settings, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | 
 
 def backward(
     settings: Settings,
+    to_bias: bool,
     dO: Tensor,
     dLSE: Tensor | None,
     q: Tensor,
@@ -83,12 +96,21 @@ def backward(
     O: Tensor,
     LSE: Tensor,
     seed: Tensor | None,
+    bias: Tensor | None = None,
+    alibi: Tensor | None = None,
 ):
-    """→ dQ, dK, dV, shaped as q, k, v."""
+    """→ dQ, dK, dV, shaped as q, k, v, and dBias if to_bias."""
     Nq, Nk = q.shape[2], k.shape[2]
     visible = settings.visible(Nq, Nk, spans)
+    score = settings.score(Nq, Nk, bias, alibi)
     dQ, dK, dV = allocate.backward_outputs(q, k, v)
     sizes = block_q, block_k = _block_sizes(visible, settings)
+    dBias = whole_dBias = None
+    broadcast = False
+    if to_bias:
+        whole_dBias = allocate.bias_gradient(q, bias)
+        broadcast = bias.shape != (*q.shape[:3], Nk)
+        dBias = whole_dBias.to(sum_dtype(q)) if broadcast else whole_dBias  # an element that is written once is rounded once
 
     def piece(b: slice, h: slice, h_kv: slice, dQ_sum: _Sum, j: slice) -> None:
         seen = visible.of_heads(b, h)
@@ -105,12 +127,14 @@ def backward(
             scale=settings.scale,
             dropout=_dropout(settings, seed, b, h, (i.start, j.start)),
             visible=seen.part(i, j),
+            score=None if score is None else score.of_heads(b, h).part(i, j),
+            dBias=None if dBias is None else Score(bias=dBias).of_heads(b, h).part(i, j).bias,
             block_q=block_q,
             block_k=block_k,
         )
         dQ_sum.add(j, i, dQ_part)
 
-    large = _large(5, q, k, visible, settings)
+    large = _large(5, q, k, visible, settings) and not broadcast  # heads add to one dBias: in turn, so that the order is always the same
     columns = list(blocks(0, Nk, SPAN if large else max(Nk, 1))) or [slice(0, 0)]
     parts = [(b, h, h_kv, _Sum(dQ[b, h], columns)) for b, h, h_kv in _heads(q, k, sizes, large)]
     # Neighbours in the list belong to different sums, so that few parts of dQ wait to be added; not too many sums are begun at a time.
@@ -118,7 +142,9 @@ def backward(
     pieces = [(*part, j) for few in some for j in columns for part in few]
     each = workers.run if large else workers.in_turn
     each(piece, pieces)
-    return dQ, dK, dV
+    if not to_bias:
+        return dQ, dK, dV
+    return dQ, dK, dV, whole_dBias if dBias is whole_dBias else whole_dBias.copy_(dBias)
 
 
 class _Sum:
@@ -150,23 +176,67 @@ class _Sum:
                 self.total = None
 
 
-def second_backward(settings: Settings, gQ, gK, gV, dO, dLSE, q, k, v, mask: Tensor | None, spans: Tensor | None, seed: Tensor | None):
-    """Cotangents of dO, dLSE, q, k, v."""
+def jvp(settings: Settings, tQ, tK, tV, q, k, v, mask, spans, seed, O, LSE, tBias=None, bias=None, alibi=None) -> tuple[Tensor, Tensor]:
+    """Tangents of O and LSE, which the forward has given, from those of q, k, v and a bias."""
+    Nq, Nk = q.shape[2], k.shape[2]
+    visible = settings.visible(Nq, Nk, spans)
+    score = settings.score(Nq, Nk, bias, alibi)
+    tO, tLSE = torch.empty_like(O), torch.empty_like(LSE)
+    sizes = block_q, block_k = _block_sizes(visible, settings)
+
+    def piece(b: slice, h: slice, h_kv: slice, i: slice) -> None:
+        seen = visible.of_heads(b, h)
+        j = seen.columns(i)
+        tO[b, h, i], tLSE[b, h, i] = forward_mode.flash_attention2_jvp(
+            tQ[b, h, i],
+            tK[b, h_kv, j],
+            tV[b, h_kv, j],
+            q[b, h, i],
+            k[b, h_kv, j],
+            v[b, h_kv, j],
+            None if mask is None else mask[b, h, i, j],
+            O[b, h, i],
+            LSE[b, h, i],
+            tB=None if tBias is None else Score(bias=tBias).of_heads(b, h).part(i, j).bias,
+            scale=settings.scale,
+            dropout=_dropout(settings, seed, b, h, (i.start, j.start)),
+            visible=seen.part(i, j),
+            score=None if score is None else score.of_heads(b, h).part(i, j),
+            block_q=block_q,
+            block_k=block_k,
+        )
+
+    large = _large(5, q, k, visible, settings)
+    rows = list(blocks(0, Nq, SPAN if large else max(Nq, 1)))[::-1]
+    each = workers.run if large else workers.in_turn
+    each(piece, [(*heads, i) for heads in _heads(q, k, sizes, large) for i in rows])
+    return tO, tLSE
+
+
+def second_backward(settings: Settings, gQ, gK, gV, dO, dLSE, q, k, v, mask, spans, seed, gBias=None, bias=None, alibi=None):
+    """Cotangents of dO, dLSE, q, k, v, and of a bias."""
     inputs = gQ, gK, gV, dO, dLSE, q, k, v
-    return second_derivative.flash_attention_second_backward(*inputs, mask, **_options(settings, q, k, spans, seed))
+    return second_derivative.flash_attention_second_backward(*inputs, mask, gB=gBias, **_options(settings, q, k, spans, seed, bias, alibi))
 
 
-def second_backward_vjp(settings: Settings, cotangents, inputs, needed, mask, spans, seed):
-    """Cotangents of `inputs`, the eight tensors of `second_backward`, from those of its results."""
-    return second_derivative.second_backward_vjp(cotangents, inputs, needed, mask, **_options(settings, *inputs[5:7], spans, seed))
+def second_backward_vjp(settings: Settings, cotangents, inputs, needed, mask, spans, seed, alibi):
+    """Cotangents of `inputs`, the tensors of `second_backward` (eight, and with a bias gBias and it), from those of its results."""
+    bias = inputs[9] if len(inputs) > 8 else None
+    options = _options(settings, *inputs[5:7], spans, seed, bias, alibi)
+    return second_derivative.second_backward_vjp(cotangents, inputs, needed, mask, **options)
 
 
-def _options(settings: Settings, q: Tensor, k: Tensor, spans: Tensor | None, seed: Tensor | None) -> dict:
+def _options(settings: Settings, q: Tensor, k: Tensor, spans, seed, bias: Tensor | None, alibi: Tensor | None) -> dict:
     """Of second_derivative.py."""
-    visible = settings.visible(q.shape[2], k.shape[2], spans)
+    Nq, Nk = q.shape[2], k.shape[2]
     limited = spans is not None or settings.left is not None or settings.right is not None
-    dropout = _dropout(settings, seed, slice(0, q.shape[0]), slice(0, q.shape[1]), (0, 0))
-    return {"visible": visible if limited else None, "scale": settings.scale, "dropout": dropout, "block_q": settings.block_size}
+    return {
+        "visible": settings.visible(Nq, Nk, spans) if limited else None,
+        "score": settings.score(Nq, Nk, bias, alibi),
+        "scale": settings.scale,
+        "dropout": _dropout(settings, seed, slice(0, q.shape[0]), slice(0, q.shape[1]), (0, 0)),
+        "block_q": settings.block_size,
+    }
 
 
 def _dropout(settings: Settings, seed: Tensor | None, b: slice, h: slice, corner: tuple[int, int]) -> Dropout | None:

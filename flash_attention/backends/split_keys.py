@@ -85,7 +85,7 @@ class Plan(NamedTuple):
         keys = KEYS.pack(lengths.data_ptr(), _address(starts), *table, *of_heads)
         if self.is_plain and q.data_ptr() % 16 == 0:
             return self.forward.repeat(q, k, v, lse, keys)
-        return self.forward(q, k, v, None, None, None, keys)
+        return self.forward(q, k, v, None, None, None, keys=keys)
 
 
 _kept: dict[Hashable, Plan] = {}

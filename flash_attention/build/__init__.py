@@ -39,6 +39,7 @@ ENVIRONMENT = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")  # that 
 
 DTYPE_NUMBER = {"float32": 0, "float16": 1, "bfloat16": 2}  # as in attention.h
 MASK_NUMBER = {None: 0, "bits": 1, "bytes": 2, "key bits": 3}  # as in attention.h
+SCORE_NUMBER = {"softcap": 1, "bias": 2, "alibi": 4}  # as in attention.h
 
 log = logging.getLogger("flash_attention")
 
@@ -61,6 +62,7 @@ class Specialisation(NamedTuple):
     interval: bool = False  # each row sees an interval of its own
     v_head_dim: int | None = None  # of V and O, if it is another than Q's and K's
     float8_keys: bool = False  # K and V are e4m3
+    score: tuple[str, ...] = ()  # which of softcap, bias and alibi the call has
 
     def defines(self) -> list[str]:
         values = {"ARCH": arch_number(self.arch), "SMEM_KB": shared_memory_kb(self.arch)}
@@ -77,6 +79,8 @@ class Specialisation(NamedTuple):
             values["V_HEAD_DIM"] = self.v_head_dim
         if self.float8_keys:
             values["KEYS_FLOAT8"] = 1
+        if self.score:
+            values["SCORE"] = sum(SCORE_NUMBER[name] for name in self.score)
         return [f"-D{name}={value}" for name, value in values.items()]
 
     def flags(self) -> list[str]:
@@ -86,7 +90,7 @@ class Specialisation(NamedTuple):
         if self.head_dim is None:
             return f"{self.file} sm_{self.arch}"
         flags = {"causal": self.causal, "intervals": self.interval, f"mask of {self.mask}": self.mask, "dropout": self.dropout}
-        flags |= {"float8 keys": self.float8_keys}
+        flags |= {"float8 keys": self.float8_keys, **dict.fromkeys(self.score, True)}
         size = f"D {self.head_dim}" + (f" Dv {self.v_head_dim}" if self.v_head_dim else "")
         return " ".join([self.file, f"sm_{self.arch}", size, self.dtype, *(name for name, on in flags.items() if on)])
 

@@ -3,7 +3,8 @@
     from flash_attention.integrations.flash_attn import flash_attn_func, flash_attn_with_kvcache
 
 Tensors are (B, N, H, D), as there, of any dtype and on any device that `flash_attention()` takes. dropout_p is rounded to a multiple of
-1/256. What is not computed here raises NotImplementedError, which names it: softcap, ALiBi and rotary embeddings.
+1/256. What is not computed here raises NotImplementedError, which names it: rotary embeddings, and in packed sequences and over a cache
+softcap and ALiBi.
 """
 
 from contextlib import contextmanager
@@ -47,10 +48,12 @@ def flash_attn_func(
         are dropped: a matrix that is computed beside the kernels, for checks.
 
     Raises:
-        NotImplementedError: softcap or alibi_slopes. Otherwise as `flash_attention()`.
+        NotImplementedError: return_attn_probs with dropout and softcap or alibi_slopes. Otherwise as `flash_attention()`.
     """
-    _refuse(softcap=softcap, alibi_slopes=alibi_slopes)
     options = {"causal": causal, "window": _window(window_size), "scale": softmax_scale, "dropout_p": dropout_p}
+    options |= {"softcap": softcap or None, "alibi": alibi_slopes}
+    if return_attn_probs and dropout_p:
+        _refuse(softcap=softcap, alibi_slopes=alibi_slopes)  # the matrix of probabilities is made beside the kernels, without them
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     seed = _next_seed(q) if return_attn_probs and dropout_p else None
     O, LSE = _attention(q, k, v, options, deterministic)

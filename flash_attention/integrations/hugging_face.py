@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from flash_attention.backends import cuda
 from flash_attention.interface import flash_attention
 from flash_attention.reference import Visible
+from flash_attention.scores import with_sinks
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
@@ -220,6 +222,8 @@ def attention(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others,
 ) -> tuple[Tensor, None]:
     """query (B, H, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv) → (B, Nq, H, Dv), and None for the weights, which never exist.
@@ -229,7 +233,8 @@ def attention(
     only keys that a query attends (DeepSeek-V3.2). cu_seq_lens_q and cu_seq_lens_k (documents + 1): where, in a batch of one, packed
     documents begin and the last one ends, unless a mask separates them. Keys and values are not repeated for grouped-query attention.
 
-    A float attention_mask and position_bias are added to the scores, which PyTorch's `scaled_dot_product_attention` does.
+    A float attention_mask and position_bias (T5) are added to the scores, softcap (Gemma 2) caps them, s_aux (H,) are sinks (gpt-oss): each
+    with its gradient. On a GPU, PyTorch's `scaled_dot_product_attention` adds to the scores until this project's kernels do.
 
     Raises:
         NotImplementedError: a keyword is set that is not in HARMLESS. TypeError: the mask is neither bool nor float. Otherwise as
@@ -247,8 +252,10 @@ def attention(
         pattern = Pattern(None if window is None else window - 1, 0 if causal else None, Nk - Nq)
     if others:
         pattern = _check(module, query, attention_mask, pattern, others)
+    to_torch = softcap is None and s_aux is None and query.is_cuda and not cuda.SCORES_TIMED  # what is added to the scores
     attended, options = slice(None), {}
-    if pattern is not None and indices is None and position_bias is None and (found := pattern.options(Nq, Nk)):
+    dense = indices is not None or (position_bias is not None and to_torch)
+    if pattern is not None and not dense and (found := pattern.options(Nq, Nk)):
         attention_mask, (attended, options) = None, found
     elif isinstance(attention_mask, ImpliedMask):
         attention_mask = attention_mask.write()
@@ -257,10 +264,12 @@ def attention(
     if indices is not None:
         chosen = torch.zeros(*indices.shape[:2], Nk, dtype=torch.bool, device=query.device).scatter_(2, indices.long(), True)
         attention_mask = _both(attention_mask, chosen[:, None])
-    if position_bias is not None:
-        attention_mask = _both(attention_mask, position_bias)
+    bias = position_bias
     if attention_mask is not None and attention_mask.is_floating_point():
-        O = functional.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True)
+        bias, attention_mask = attention_mask if bias is None else bias + attention_mask, None
+    if bias is not None and to_torch:
+        bias = _both(attention_mask, bias)
+        O = functional.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling, enable_gqa=True)
         return O.transpose(1, 2).contiguous(), None
     if attention_mask is not None:
         if attention_mask.dtype != torch.bool:
@@ -270,7 +279,16 @@ def attention(
         B = torch.broadcast_shapes(*((x.shape[0],) for x in (query, key, value)))[0]
         query, key, value = (x.expand(B, -1, -1, -1) for x in (query, key, value))
     key, value = key[:, :, attended], value[:, :, attended]
-    O = flash_attention(query, key, value, **{"mask": attention_mask} | options, scale=scaling, dropout_p=dropout)  # (B, H, Nq, Dv)
+    options |= {"scale": scaling, "dropout_p": dropout}
+    if bias is not None:
+        options["bias"] = bias if bias.shape[-1] == 1 else bias[..., attended]
+    if softcap is not None:
+        options["softcap"] = softcap
+    options = {"mask": attention_mask} | options
+    if s_aux is None:
+        O = flash_attention(query, key, value, **options)  # (B, H, Nq, Dv)
+    else:
+        O = with_sinks(*flash_attention(query, key, value, **options, return_lse=True), s_aux)
     return O.transpose(1, 2).contiguous(), None
 
 

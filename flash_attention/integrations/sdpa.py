@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, has_torch_function
 
-from flash_attention.interface import DTYPES, NUMBERS, flash_attention
+from flash_attention.backends import cuda
+from flash_attention.interface import DTYPES, NUMBERS, _autocasts, flash_attention
 
 TORCHS_OWN = torch._C._nn.scaled_dot_product_attention  # what torch.nn.functional calls by that name while nobody patches it
 
@@ -21,8 +22,8 @@ def use_flash_attention() -> Iterator[None]:
     """Inside the `with`, `torch.nn.functional.scaled_dot_product_attention` runs on this project.
 
     Calls that `flash_attention()` has no counterpart for reach torch's own function as if nothing were patched, and so do wrong ones, which
-    get its exceptions: a float `attn_mask` (which is added to the scores), `attn_mask` together with `is_causal`, nested, sparse
-    and empty tensors, other dtypes, dropout_p = 1, key and value with other numbers of heads.
+    get its exceptions: `attn_mask` together with `is_causal`, nested, sparse and empty tensors, other dtypes, dropout_p = 1, key and value
+    with other numbers of heads; and on a GPU, until this project's kernels take one, a float `attn_mask`, which is added to the scores.
 
     Subclasses of Tensor with a `__torch_function__`, TorchFunctionModes, torch.fx and torch.jit.script see torch's own function, as ever;
     below all modes, a call without such tensors runs here. `torch.nn.attention.bias.causal_lower_right` and `causal_upper_left` are served.
@@ -65,8 +66,9 @@ def scaled_dot_product_attention(
     counterpart, in a `with use_flash_attention()` or not.
 
     query (…, H, Lq, E), key (…, Hkv, Lk, E), value (…, Hkv, Lk, Ev) → (…, H, Lq, Ev). Any number of leading dimensions, none included;
-    they broadcast, and so do the heads unless enable_gqa. attn_mask: bool, True = may attend, broadcasts to (…, H, Lq, Lk). is_causal is
-    aligned top-left here, as torch has it: row i sees columns j ≤ i.
+    they broadcast, and so do the heads unless enable_gqa. attn_mask: bool, True = may attend, or float, added to the
+    scores and differentiable, broadcasts to (…, H, Lq, Lk). is_causal is aligned top-left here, as torch has it: row i sees columns j ≤ i.
+    A row whose float mask is below −2¹²⁶ throughout attends nothing and gives 0, where torch takes the mean for finite ones.
 
     Raises:
         What torch's own function raises.
@@ -116,8 +118,12 @@ def _serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     q = _in_four_dimensions(tensors[0], batch, H)  # (B, H, Lq, E)
     k, v = (_in_four_dimensions(x, batch, Hkv if enable_gqa else H) for x in tensors[1:])
     # In four dimensions too: `flash_attention()` would take a (Lq, Lk) mask with Lq = B for a key mask.
+    scored = {}
+    if mask is not None and mask.dtype != torch.bool:
+        bias = attn_mask if attn_mask.dim() <= 4 and len(batch) == 1 else _in_four_dimensions(mask, batch, H)  # its gradient has its shape
+        scored, mask = {"bias": bias}, None
     mask = None if mask is None else _in_four_dimensions(mask, batch, H)
-    O = flash_attention(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p)  # (B, H, Lq, Ev)
+    O = flash_attention(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p, **scored)  # (B, H, Lq, Ev)
     dims = max(x.dim() for x in (query, key, value))
     return O if dims == 4 else O.unflatten(0, batch)[(0,) * (4 - dims)]
 
@@ -154,7 +160,12 @@ def _are_grouped(query, key, value) -> bool:
 
 def _is_mask(mask, query: Tensor) -> bool:
     dense = isinstance(mask, Tensor) and mask.layout == torch.strided and not mask.is_nested
-    return dense and mask.dtype == torch.bool and mask.device == query.device and mask.dim() >= 2
+    if not (dense and mask.device == query.device and mask.dim() >= 2):
+        return False
+    if mask.dtype == torch.bool:
+        return True
+    added = mask.dtype == query.dtype and mask.dtype in DTYPES and not _autocasts(query.device.type)
+    return added and (cuda.SCORES_TIMED or not query.is_cuda)
 
 
 def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

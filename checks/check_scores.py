@@ -1,0 +1,400 @@
+"""What becomes of a score before the softmax: softcap, bias and ALiBi, each with its gradients, against naive attention.
+
+python checks/check_scores.py
+"""
+
+import math
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+from harness import BIASES, CPU, MASKS, SPANS, Case, Problem, Report, Target, against_truth, expect_error, run_alone
+from torch.func import grad, hessian, jvp, vmap
+
+from flash_attention import build, flash_attention
+from flash_attention.backends import BACKENDS, choose, emulated
+from flash_attention.build import Specialisation
+from flash_attention.call import Call, Form, Settings
+from flash_attention.reference import Score, Visible, normal_attention
+from flash_attention.reference.score import HIDES
+
+EMULATED = [name for name in BACKENDS if name.startswith("emulated:")]
+SCORES = {
+    "softcap": {"softcap": 1.5},
+    "bias": {"bias": "batches share"},
+    "alibi": {"alibi": True},
+    "all": {"softcap": 2.0, "bias": "heads share", "alibi": True},
+}
+CASES = [
+    Case(Nq=113, Nk=203, H=4, Hkv=2, D=32),
+    Case(Nq=203, Nk=113, H=2, D=16, causal=True),
+    Case(B=1, Nq=65, Nk=65, H=3, D=24, Dv=40, causal=True, dropout_p=0.3),
+    Case(Nq=1, Nk=239, H=4, Hkv=1, D=32),
+    Case(Nq=90, Nk=130, H=2, D=32, window=(20, 7)),
+    Case(Nq=64, Nk=128, H=2, D=32, dtype=torch.bfloat16, mask="dead rows"),
+    Case(Nq=40, Nk=40, H=2, D=16, dtype=torch.float64, mask="key", dropout_p=0.5),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("scored", SCORES)
+def check_scores(target, scored, case):
+    against_truth(replace(case, **SCORES[scored]), target)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def check_biases(target, bias):
+    """Every shape that broadcasts, with its gradient in that shape; −∞ hides, and rows all of whose elements it hides attend nothing."""
+    against_truth(Case(Nq=150, Nk=90, H=4, Hkv=2, D=16, bias=bias, softcap=3.0), target)
+    against_truth(Case(Nq=90, Nk=90, H=2, D=16, causal=True, bias=bias), target)
+
+
+@pytest.mark.parametrize("name", [*MASKS, *SPANS])
+def check_beside_masks(target, name):
+    """Hidden after they are scored, whatever hides."""
+    hides = {"mask": name} if name in MASKS else {"spans": name}
+    for scored in ({"bias": "batches share", "alibi": True}, {"bias": "hiding", "softcap": 2.0}):
+        against_truth(Case(Nq=70, Nk=70, H=2, D=16, causal=name == "key", **hides, **scored), target)
+
+
+def check_tiles():
+    """Any tile size gives the same; so do workers, who compute a long call in pieces."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 50, 8, dtype=torch.float64)
+    bias = torch.randn(2, 50, 50, dtype=torch.float64, requires_grad=True)
+    scored = {"softcap": 1.0, "bias": bias, "alibi": torch.tensor([0.25, 0.5])}
+    want = flash_attention(q, k, v, causal=True, **scored)
+    want_gradient = torch.autograd.grad(want.square().sum(), bias)[0]
+    for size in (1, 7, 16, 64):
+        got = flash_attention(q, k, v, causal=True, **scored, block_size=size)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got.square().sum(), bias)[0], want_gradient)
+
+
+def check_long():
+    """A call in pieces for workers, with a bias that heads share and with one of each element's own: repeatable, and right."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 4, 2200, 64)
+    for shape in ((1, 1, 1, 2200), (1, 4, 2200, 2200)):
+        bias = torch.randn(shape, requires_grad=True)
+        runs = []
+        for _ in range(2):
+            O = flash_attention(q, k, v, causal=True, bias=bias)
+            runs.append((O.detach(), *torch.autograd.grad(O.square().sum(), bias)))
+        assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True)), f"{shape}: two runs differ"
+        O = normal_attention(q, k, v, bias=bias, visible=Visible(2200, 2200, right=0))
+        report = Report(f"bias {shape}, 2200 rows")
+        report.compare("O", "O", runs[0][0], O, 4e-6)
+        want = torch.autograd.grad(O.square().sum(), bias)[0]
+        report.compare("dBias", "dBias", runs[0][1], want, 1e-5 * float(want.abs().max()))
+        report.verdict()
+
+
+def check_memory_of_gradient():
+    """No N² tensor: a key bias of 16,000 rows with its gradient takes a small part of what one matrix of scores would (1 GB)."""
+    import resource
+
+    N = 16_000
+    q, k, v = torch.randn(3, 1, 1, N, 8)
+    bias = torch.randn(N, requires_grad=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    flash_attention(q, k, v, bias=bias).sum().backward()
+    used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert bias.grad.shape == (N,) and used < 250, f"{used:.0f} MiB"
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def check_derivatives(causal):
+    """Gradients, forward mode and their nestings, in float64: q, k, v and a broadcast bias, with softcap and ALiBi."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 4, 3, dtype=torch.float64).unbind()
+    bias = torch.randn(2, 1, 4, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v, bias)]
+
+    def flash(q, k, v, bias):
+        return flash_attention(q, k, v, causal=causal, softcap=1.5, bias=bias, alibi=SLOPES, return_lse=True)
+
+    def normal(q, k, v, bias):
+        visible = Visible(4, 4, right=0 if causal else None)
+        return normal_attention(q, k, v, visible=visible, softcap=1.5, bias=bias, alibi=SLOPES, return_lse=True)
+
+    assert torch.autograd.gradcheck(flash, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    assert torch.autograd.gradgradcheck(flash, inputs, check_fwd_over_rev=True)
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    for ask in (
+        lambda f: jvp(f, tuple(inputs), tangents),
+        lambda f: hessian(lambda bias: f(q, k, v, bias)[0].square().sum())(bias),
+        lambda f: hessian(lambda q: f(q, k, v, bias)[1].square().sum())(q),
+        lambda f: grad(lambda bias: grad(lambda k: f(q, k, v, bias)[0].sin().sum())(k).square().sum())(bias),
+        lambda f: jvp(lambda *x: grad(lambda *y: f(*y)[0].sin().sum(), argnums=3)(*x), tuple(inputs), tangents),
+        lambda f: _third(f, inputs),
+    ):
+        torch.testing.assert_close(ask(flash), ask(normal))
+
+
+SLOPES = torch.tensor([0.3, 0.1])
+
+
+def _third(f, inputs):
+    """A third derivative, by plain autograd, with respect to q and the bias."""
+    q, bias = inputs[0], inputs[3]
+    first = torch.autograd.grad(f(*inputs)[0].sin().sum(), (q, bias), create_graph=True)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), (q, bias), create_graph=True)
+    return torch.autograd.grad(sum(x.sin().sum() for x in second), (q, bias))
+
+
+@pytest.mark.parametrize("shape", ((1, 2, 5, 5), (2, 2, 5, 5), (2, 1, 5)), ids=str)
+def check_mapped(shape):
+    """vmap over a bias, over everything but the bias, and over its gradient: as one by one."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 3, 2, 2, 5, 4, dtype=torch.float64)
+    bias = torch.randn(3, *shape, dtype=torch.float64)
+
+    def loss(q, k, v, bias):
+        return flash_attention(q, k, v, bias=bias, alibi=SLOPES, softcap=2.0).square().sum()
+
+    for dims in ((0, 0, 0, 0), (0, None, 0, None), (None, None, None, 0)):
+        inputs = [x if dim == 0 else x[0] for x, dim in zip((q, k, v, bias), dims, strict=True)]
+        got = vmap(grad(loss, argnums=(0, 3)), in_dims=dims)(*inputs)
+        alone = [grad(loss, argnums=(0, 3))(*(x if dim is None else x[n] for x, dim in zip(inputs, dims, strict=True))) for n in range(3)]
+        want = [torch.stack(x) for x in zip(*alone, strict=True)]
+        torch.testing.assert_close(list(got), want)
+
+
+@pytest.mark.parametrize("trained", (False, True))
+def check_op(trained):
+    """The ops as torch's own checks see them, and a compiled and an exported call."""
+    q, k, v = torch.randn(3, 2, 2, 6, 8).unbind()
+    bias = torch.randn(1, 2, 6, 6, requires_grad=trained)
+    alibi = SLOPES.expand(2, 2)
+    ops = torch.ops.flash_attention
+    rest = None, None, None, *Settings(0.25, softcap=2.0, backend="reference")
+    O, LSE = ops.forward(q, k, v, *rest, bias.detach(), alibi)
+    torch.library.opcheck(ops.forward.default, (*(x.detach().requires_grad_() for x in (q, k, v)), *rest, bias, alibi))
+    backward = (torch.randn_like(O), torch.randn_like(LSE), q, k, v, None, None, O, LSE, *rest[2:], bias, alibi, trained)
+    torch.library.opcheck(ops.backward.default, backward)
+    gBias = torch.randn_like(bias) if trained else None
+    second = (*torch.randn(3, *q.shape).unbind(), torch.randn_like(O), torch.randn_like(LSE), q, k, v, *rest, gBias, bias, alibi)
+    torch.library.opcheck(ops.second_backward.default, second)
+
+    class Attends(torch.nn.Module):
+        def forward(self, q, k, v, bias):
+            return flash_attention(q, k, v, causal=True, softcap=2.0, bias=bias, alibi=SLOPES)
+
+    want = Attends()(q, k, v, bias)
+    torch.testing.assert_close(torch.export.export(Attends(), (q, k, v, bias)).module()(q, k, v, bias), want)
+    compiled = torch.compile(Attends(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v, bias), want)
+    if trained:
+        got, want = (torch.autograd.grad(f(q, k, v, bias).square().sum(), bias)[0] for f in (compiled, Attends()))
+        torch.testing.assert_close(got, want)
+    meta = flash_attention(*(x.to("meta") for x in (q, k, v)), bias=bias.to("meta"), softcap=1.0)
+    assert meta.is_meta and meta.shape == q.shape
+
+
+def check_parts_of_a_whole():
+    """Rows and columns out of a larger whole get its ALiBi: merged by LSE, two halves of the keys give what the whole gives."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 128, 8, dtype=torch.float64)
+    bias = torch.randn(1, 2, 128, 128, dtype=torch.float64)
+    alibi, seed = SLOPES.expand(1, 2), torch.tensor(5)
+    settings = Settings(0.3, 0.25, 40, 9, "reference", softcap=2.0)
+    ops = torch.ops.flash_attention
+    want, _ = ops.forward(q, k, v, None, None, seed, *settings, bias, alibi)
+    for rows in (slice(0, 64), slice(64, 128)):
+        parts = []
+        for columns in (slice(0, 64), slice(64, 128)):
+            place = settings._replace(q_offset=rows.start, k_offset=columns.start, diagonal=0)
+            tensors = q[:, :, rows], k[:, :, columns], v[:, :, columns], None, None, seed
+            parts.append(ops.forward(*tensors, *place, bias[:, :, rows, columns], alibi))
+        weights = torch.stack([LSE for _, LSE in parts]).softmax(0)[..., None]
+        torch.testing.assert_close(sum(w * O for w, (O, _) in zip(weights, parts, strict=True)), want[:, :, rows])
+
+
+def check_definition():
+    """softcap before bias, bias before ALiBi, ALiBi by distance from the row's own column; against scores written out here."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
+    bias, slopes = torch.randn(3, 5, 7), torch.tensor([0.5, 0.25, 0.125])
+    distance = (torch.arange(5)[:, None] + 2 - torch.arange(7)).abs()
+    scores = 1.2 * torch.tanh(q @ k.mT / 2 / 1.2) + bias - slopes[:, None, None] * distance
+    for attention in (flash_attention, normal_attention):
+        torch.testing.assert_close(attention(q, k, v, softcap=1.2, bias=bias, alibi=slopes), scores.softmax(-1) @ v)
+    lowest = torch.finfo(torch.float32).min
+    for hides in (-math.inf, lowest, 2 * HIDES):
+        hiding = torch.where(torch.rand(5, 7) < 0.5, hides, torch.zeros(()))
+        torch.testing.assert_close(flash_attention(q, k, v, bias=hiding), flash_attention(q, k, v, (hiding == 0)[None, None]))
+    finite = torch.where(torch.rand(5, 7) < 0.5, -1e4, torch.zeros(()))  # of rows all of whose elements are as low, the mean
+    finite[2] = -1e4
+    torch.testing.assert_close(flash_attention(q, k, v, bias=finite), (q @ k.mT / 2 + finite).softmax(-1) @ v, atol=1e-3, rtol=1e-3)
+
+
+def check_arguments():
+    """What is wrong is named."""
+    q, k, v = torch.randn(3, 2, 3, 5, 4)
+    for options, error, words in (
+        ({"softcap": 0.0}, ValueError, ["softcap", "positive", "0.0"]),
+        ({"softcap": math.inf}, ValueError, ["softcap", "inf"]),
+        ({"softcap": "2"}, TypeError, ["softcap", "str"]),
+        ({"softcap": True}, TypeError, ["softcap", "bool"]),
+        ({"bias": torch.zeros(5, 5, dtype=torch.bool)}, TypeError, ["bias", "bool", "mask"]),
+        ({"bias": torch.zeros(5, 5, dtype=torch.int64)}, TypeError, ["bias", "int64"]),
+        ({"bias": 3.0}, TypeError, ["bias", "float"]),
+        ({"bias": torch.zeros(2, 5, 5)}, ValueError, ["bias", "(2, 5, 5)", "(2, 3, 5, 5)"]),
+        ({"bias": torch.zeros(1, 1, 1, 5, 5)}, ValueError, ["bias", "(1, 1, 1, 5, 5)"]),
+        ({"bias": torch.zeros(5, 5, device="meta")}, ValueError, ["bias", "meta"]),
+        ({"alibi": torch.zeros(2)}, ValueError, ["alibi", "(2,)", "(3,)"]),
+        ({"alibi": torch.zeros(3, 3)}, ValueError, ["alibi", "(3, 3)"]),
+        ({"alibi": torch.zeros(3, dtype=torch.int32)}, TypeError, ["alibi", "int32"]),
+        ({"alibi": [1.0, 2.0, 3.0]}, TypeError, ["alibi", "list"]),
+        ({"alibi": torch.zeros(3, requires_grad=True)}, NotImplementedError, ["alibi", "gradient", "bias"]),
+        ({"alibi": torch.zeros(3, device="meta")}, ValueError, ["alibi", "meta"]),
+    ):
+        expect_error(lambda options=options: flash_attention(q, k, v, **options), error, words)
+
+
+def check_who_serves():
+    """A kernel without the hook refuses by name; until those that have it are timed, a plain call on a GPU takes the reference."""
+    x = Form.of(torch.empty(1, 2, 64, 64, dtype=torch.bfloat16))._replace(device=torch.device("cuda", 0))
+    plain = Call(x, x, x, None, None, Settings(1.0))
+    bias = plain._replace(bias=x._replace(shape=torch.Size((1, 2, 64, 64))))
+    capped = plain._replace(settings=Settings(1.0, softcap=3.0))
+    for call, word in ((bias, "bias"), (capped, "softcap"), (plain._replace(alibi=x), "alibi")):
+        for name, rung in BACKENDS.items():
+            if name != "reference" and not getattr(rung, "scores", False):
+                reason = rung.why_not(call._replace(**{n: getattr(call, n)._replace(device=torch.device("cpu")) for n in "qkv"})
+                                      if name in EMULATED else call)  # fmt: skip
+                assert reason and word in reason, f"{name}: {reason}"
+        with pytest.warns(UserWarning, match=word):
+            assert choose(None, call) == "reference"
+
+
+# ---- kernels, emulated
+
+
+EMULATED_CASES = [
+    Case(H=4, Hkv=2, Nq=70, Nk=150, D=64, softcap=1.5),
+    Case(Nq=90, Nk=70, D=32, alibi=True, causal=True),
+    Case(H=4, Hkv=2, Nq=70, Nk=90, D=40, Dv=72, bias="keys", softcap=2.0, alibi=True, mask="dead rows", dropout_p=0.25),
+    Case(Nq=150, Nk=70, D=64, bias="hiding", softcap=2.0),
+    Case(Nq=70, Nk=90, D=32, bias="rows", alibi=True, window=(20, 7)),
+    Case(Nq=70, Nk=90, D=32, bias="number", spans="any", softcap=2.0),
+    Case(Nq=70, Nk=90, D=32, bias="bfloat16", alibi=True, dtype=torch.bfloat16, causal=True),
+    Case(Nq=70, Nk=90, D=32, bias="transposed", scale=-0.3),
+]
+
+
+@pytest.fixture
+def emulator():
+    if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("case", EMULATED_CASES, ids=str)
+def check_emulated(emulator, case):
+    cancels = case.bias == "number"  # its gradient is the sum of all the scores' gradients, of which next to nothing remains
+    against_truth(case, Target("emulated:simple", "cpu"), slack=4 if cancels else 1)
+
+
+def check_emulated_repeats(emulator):
+    """A broadcast bias' gradient is the same, bit for bit, whatever the order of threads and blocks."""
+    target = Target("emulated:simple", "cpu")
+    problem = Problem.of(Case(B=2, H=2, Nq=150, Nk=90, D=32, bias="keys", alibi=True), target)
+    results = []
+    try:
+        for seed in range(3):
+            emulated.options.seed, emulated.options.resident = seed, 1 + seed
+            results.append(problem.answer(target))
+    finally:
+        emulated.options.seed, emulated.options.resident = 0, 2
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def check_frozen_bias(emulator):
+    """A bias that needs no gradient gets none, and its kernel is not launched."""
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 40, 32).unbind())
+    bias = torch.randn(2, 40, 40)
+    work = []
+    for trained in (False, True):
+        O = flash_attention(q, k, v, bias=bias.clone().requires_grad_(trained), backend="emulated:simple")
+        with emulated.counting() as counts:
+            dQ = torch.autograd.grad(O.sum(), q)[0]
+        work.append((counts[0].total, dQ))
+    torch.testing.assert_close(work[0][1], work[1][1])
+    assert sum(work[0][0].values()) < 0.8 * sum(work[1][0].values()), work
+
+
+def _without_hook(text: str) -> str:
+    """A source without what stands between #if SCORE and its #endif."""
+    kept, depth = [], 0
+    for line in text.splitlines(True):
+        if line.startswith("#if"):
+            depth += bool(depth) or line.startswith("#if SCORE")
+        if not depth:
+            kept.append(line)
+        elif line.startswith("#endif"):
+            depth -= 1
+    return "".join(kept).replace("|| BIASED", "")
+
+
+@pytest.mark.parametrize("file", ("forward_1_simple.cu", "backward_1_simple.cu"))
+def check_no_trace_in_others(tmp_path, file):
+    """A kernel that has none of the three is compiled from the same instructions as if the hook had never been written."""
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    without = tmp_path / "cuda"
+    shutil.copytree(build.SOURCES, without)
+    for path in (*without.glob("*.cu"), *without.glob("*.cuh"), without / "attention.h"):
+        path.write_text(_without_hook(path.read_text()))
+    (without / "score.cuh").write_text('#include "visible.cuh"\n')
+    assert "scoring" not in (without / "simple.cuh").read_text() + (without / "attention.h").read_text()
+    plain = Specialisation(file, "90a", 64, "float16", True, None, True)
+    for kind in (plain, plain._replace(score=("alibi",))):
+        ptx = []
+        for folder in (build.SOURCES, without):
+            out = tmp_path / "kernel.ptx"
+            subprocess.run([nvcc, *kind.flags(), "-ptx", str(folder / file), "-o", str(out)], check=True, capture_output=True)
+            ptx.append(out.read_text())
+        assert ".entry" in ptx[0]
+        assert (ptx[0] == ptx[1]) == (not kind.score), kind
+
+
+@pytest.mark.parametrize("mistake", ("order", "sign", "diagonal", "slopes of the first head", "softcap's derivative", "broadcast", "hides"))
+def check_sees_mistakes(monkeypatch, mistake):
+    """These checks fail where the hook is wrong."""
+    apply_, add_gradient_ = Score.apply_, Score.add_gradient_
+
+    def wrong(self, S, i, j, derivative=None):
+        if mistake == "order":
+            apply_(replace(self, softcap=None), S, i, j)
+            return apply_(replace(self, bias=None, alibi=None), S, i, j, derivative)
+        if mistake == "sign":
+            self = replace(self, alibi=None if self.alibi is None else -self.alibi)
+        if mistake == "diagonal":
+            self = replace(self, diagonal=self.diagonal - i.start)
+        if mistake == "slopes of the first head":
+            self = replace(self, alibi=None if self.alibi is None else self.alibi[:, :1])
+        if mistake == "hides" and self.bias is not None:
+            self = replace(self, bias=self.bias.clamp(min=-100))
+        result = apply_(self, S, i, j, derivative)
+        return None if mistake == "softcap's derivative" else result
+
+    def wrong_gradient(self, dBias, dX, i, j):
+        if mistake == "broadcast":
+            dX = dX / dX.shape[1]
+        add_gradient_(self, dBias, dX, i, j)
+
+    monkeypatch.setattr(Score, "apply_", wrong)
+    monkeypatch.setattr(Score, "add_gradient_", wrong_gradient)
+    bias = "hiding" if mistake == "hides" else "heads share"
+    case = Case(Nq=1100, Nk=70, H=2, D=8, softcap=2.0, bias=bias, alibi=True)
+    with pytest.raises(AssertionError, match="is off by"):
+        against_truth(case, CPU)
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

@@ -1,0 +1,59 @@
+// What becomes of a score before the softmax: softcap, bias and ALiBi, in this order. Said here once, in the words of reference/score.py:
+//
+//     x = softcap · tanh(s / softcap) + bias[b, h, i, j] − slope · |i + diagonal − j|,    ∂x/∂s = 1 − tanh²(s / softcap)
+//
+// A kernel is compiled for those that a call has (SCORE); one without any has no trace of them.
+#pragma once
+
+#include "visible.cuh"
+
+constexpr bool CAPPED = (SCORE & SCORE_SOFTCAP) != 0, BIASED = (SCORE & SCORE_BIAS) != 0, SLOPED = (SCORE & SCORE_ALIBI) != 0;
+
+#if SCORE
+constexpr float HIDES = -0x1p126f;  // a bias below this hides its element, as a mask does
+
+// Element n of a tensor of one of the three types.
+__device__ inline float load_as_float(const void* x, int type, int64_t n) {
+    if (type == FLOAT32) return static_cast<const float*>(x)[n];
+    if (type == FLOAT16) return static_cast<float>(static_cast<const __half*>(x)[n]);
+    return static_cast<float>(static_cast<const __nv_bfloat16*>(x)[n]);
+}
+
+__device__ inline void store_as(void* x, int type, int64_t n, float value) {
+    if (type == FLOAT32)
+        static_cast<float*>(x)[n] = value;
+    else if (type == FLOAT16)
+        static_cast<__half*>(x)[n] = static_cast<__half>(value);
+    else
+        static_cast<__nv_bfloat16*>(x)[n] = static_cast<__nv_bfloat16>(value);
+}
+
+// What is the same for all scores of a head.
+struct ScoreOfHead {
+    int64_t bias;  // where its bias begins, in elements
+    float slope;
+};
+
+__device__ inline ScoreOfHead score_of_head(const AttentionParams& p, int b, int h) {
+    ScoreOfHead head = {};
+    if (BIASED) head.bias = b * p.scoring.stride_b + h * p.scoring.stride_h;
+    if (SLOPED) head.slope = p.scoring.alibi[b * p.scoring.alibi_stride_b + h * p.scoring.alibi_stride_h];
+    return head;
+}
+
+// x of the score s (scaled, natural) of row i and column j, which may lie beyond the last: such scores are hidden afterwards.
+__device__ inline float score(const AttentionParams& p, const ScoreOfHead& head, float s, int i, int j, [[maybe_unused]] float& derivative) {
+    if (CAPPED) {
+        const float capped = tanhf(s / p.scoring.softcap);
+        derivative = 1 - capped * capped;
+        s = capped * p.scoring.softcap;
+    }
+    if (BIASED) {
+        const int64_t place = head.bias + min(i, p.Nq - 1) * p.scoring.stride_i + min(j, p.Nk - 1) * p.scoring.stride_j;
+        const float bias = load_as_float(p.scoring.bias, p.scoring.bias_type, place);
+        s = bias < HIDES ? -CUDART_INF_F : s + bias;
+    }
+    if (SLOPED) s -= head.slope * static_cast<float>(abs(i + diagonal(p) - j));
+    return s;
+}
+#endif
