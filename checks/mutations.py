@@ -281,7 +281,6 @@ TABLE = {
         ("min(limit, row0 / group + offset + 1) : limit;", "limit : limit;", FEW_ROWS),
         ("j0 + row + r < limit &&", "j0 + row + r <= limit &&", ONE_QUERY),
         ("{limit, first, count, (count + c.splits - 1) / c.splits};", "{limit, first, count, count / c.splits};", ONE_QUERY),
-        ("steps.count ? (steps.count + steps.share - 1) / steps.share : 0;", "c.splits;", ONE_QUERY),
         ("steps.count ? (steps.count + steps.share - 1) / steps.share : 0;", "steps.count / steps.share;", ONE_QUERY),
         ("const int begin = split * steps.share,", "const int begin = split * (steps.share - 1),", ONE_QUERY),
         ("if (__any_sync(0xffffffff, grew))", "if (grew && false)", FEW_ROWS),

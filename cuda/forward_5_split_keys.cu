@@ -492,7 +492,7 @@ constexpr int LANE_COLUMNS = (HEAD_DIM + 127) / 128;  // times four
 constexpr int AT_ONCE = 4;                            // splits
 
 template <int W>
-__global__ void __launch_bounds__(32 * MERGE_WARPS, HEAD_DIM > 128 ? 3 : 4) merge_kernel(const __grid_constant__ Call c) {
+__global__ void __launch_bounds__(32 * MERGE_WARPS, HEAD_DIM > 128 ? 2 : 4) merge_kernel(const __grid_constant__ Call c) {
     __shared__ __align__(16) float O_smem[W][HEAD_DIM];
     __shared__ float2 ml_smem[W];
     const AttentionParams& p = c.p;

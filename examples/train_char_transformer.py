@@ -77,8 +77,7 @@ def batch(text: Text, size: int, length: int, random: torch.Generator, device: s
 
 
 def spans_of_files(file: Tensor) -> Tensor:
-    """What each character sees if files do not see each other, (B, 1, N, 2); file: (B, N).
-    `flash_attention.spans.documents`, for a batch."""
+    """file (B, N) → what each character sees if files do not see each other, (B, 1, N, 2): `spans.documents` for a batch."""
     file = file.contiguous()
     return torch.stack([torch.searchsorted(file, file, right=right) for right in (False, True)], -1).int()[:, None]
 
