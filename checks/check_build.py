@@ -448,8 +448,8 @@ def check_command(place, monkeypatch, capsys):
 
 @pytest.fixture
 def rungs(monkeypatch):
-    """hopper, tensor_core and simple serve tensors on the CPU, unless a file that one needs is one of `broken`. `tried`: files from which something was to be
-    built; `served`: which rung has computed what."""
+    """hopper, tensor_core and simple serve tensors on the CPU, unless a file that one needs is one of `broken`. `tried`: files from which
+    something was to be built; `served`: which rung has computed what."""
     state = SimpleNamespace(broken=set(), tried=[], served=[])
 
     def build_one(kernel: Specialisation):
