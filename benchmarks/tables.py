@@ -90,13 +90,26 @@ def h200_targets(content: dict[str, Any]) -> str:
 
 def h200_intervals(content: dict[str, Any]) -> str:
     """Windows and documents, each part a line: speed, and ratios to those that were measured beside it."""
-    columns = [
-        ("label", "case", ""),
-        ("part", "", ""),
-        *(column for column in FIGURES if column[0] in ("ms", "tflops", "over fa3", "over flex")),
-    ]
+    figures = [column for column in FIGURES if column[0] in ("ms", "tflops", "over fa3", "over flex")]
+    columns: list[report.Column] = [("label", "case", ""), ("part", "", ""), *figures]
     rows = [row | {"label": row["label"].removeprefix("B 1 H 16 N 16384 D 128 bfloat16 causal ")} for row in content["results"]]
     return f"{_gpu(content['environment'])}; B 1, H 16, N 16384, D 128, bfloat16, causal; medians.\n\n{report.markdown(rows, columns)}"
+
+
+def h200_decode(content: dict[str, Any]) -> str:
+    """Few queries against many keys, a line for each case and way to keep the keys."""
+    columns = [
+        ("label", "case", ""),
+        ("name", "", ""),
+        ("us", "µs", ".0f"),
+        ("tb_per_s", "TB/s of K and V", ".2f"),
+        ("over copy", "× a copy's", ".2f"),
+        ("over best", "× best of SDPA, FA3", ".2f"),
+        ("over contiguous", "× contiguous", ".2f"),
+    ]
+    rows = [row | {"us": 1e3 * row["ms"]} for row in content["results"] if row["name"] != "split_keys"]
+    rows = [row | {"label": row["label"].removesuffix(" bfloat16")} for row in rows]
+    return f"{_gpu(content['environment'])}; bfloat16, causal; medians.\n\n{report.markdown(rows, columns)}"
 
 
 def h200_rungs(content: dict[str, Any]) -> str:
@@ -149,6 +162,7 @@ TABLES = {
     "h200_bert_causal": sweep,
     "h200_grid": h200_grid,
     "h200_targets": h200_targets,
+    "h200_decode": h200_decode,
     "h200_rungs": h200_rungs,
     "h200_cycles": h200_cycles,
     "h200_intervals": h200_intervals,

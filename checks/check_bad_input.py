@@ -232,6 +232,15 @@ def check_choice_of_few_queries(monkeypatch):
         assert (choose("cuda", call_of(q, k, k)) == "split_keys") == few, case
         assert choose("cuda", call_of(q, k, k, dropout_p=0.1)) != "split_keys", case
         assert choose("cuda", call_of(q, k, k), BACKWARD) != "split_keys", case
+    q, k = torch.empty(1, 1, 1, 128).expand(64, 32, 64, 128), torch.empty(1, 1, 1, 128).expand(64, 8, 4096, 128)
+    assert choose("cuda", call_of(q, k, k)) == "hopper"  # few rows, but many keys
+    assert choose("cuda", call_of(q, k[:, :, :255], k[:, :, :255])) == "tensor_core"
+    others = ({"dropout_p": 0.1}, {"window": (9, None)}, {"mask": torch.empty(1, dtype=torch.bool).expand(64, 32, 64, 4096)})
+    assert all(choose("cuda", call_of(q, k, k, **each)) == "tensor_core" for each in others)
+    assert choose("cuda", call_of(q, k, k), BACKWARD) == "tensor_core"
+    settings = call_of(q, k, k).settings._replace(backend="cuda/hopper")
+    assert backends.resolve(FORWARD, call_of(q, k, k)._replace(settings=settings)).name == "hopper"
+    assert backends.resolve(BACKWARD, call_of(q, k, k)._replace(settings=settings)).name == "tensor_core"
     q = torch.empty(1, 32, 1, 64)
     settings = call_of(q, q, q).settings._replace(backend="/split_keys")
     assert backends.resolve(FORWARD, call_of(q, q, q)._replace(settings=settings)).name == "split_keys"

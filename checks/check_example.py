@@ -163,12 +163,34 @@ def check_sample(example, attention):
 
 def check_data(example):
     """Split by file: each source is wholly on one side, and both sides have several."""
-    sides = [example.decode(text) for text in example.read_sources()]
+    texts = example.read_sources()
+    sides = [example.decode(text.characters) for text in texts]
     files = [example.decode(example.encode(f.read_text(encoding="utf-8"))) for f in Path(sysconfig.get_paths()["stdlib"]).glob("*.py")]
     count = [sum(file in side for file in files if len(file) > 1000) for side in sides]
     assert sum(count) == sum(len(file) > 1000 for file in files) and min(count) >= 5, count
-    x, y = example.batch(torch.arange(100).to(torch.uint8), 7, 9, torch.Generator().manual_seed(0), "cpu")
+    for text, side in zip(texts, sides, strict=True):
+        of_file = side[: int((text.file == 0).sum())]
+        assert len(text.file) == len(side) and text.file.diff().unique().tolist() == [0, 1]
+        assert of_file.endswith("\n") and any(of_file[:-1] == file for file in files), "a file does not end where the next begins"
+    text = example.Text(torch.arange(100).to(torch.uint8), torch.arange(100).div(6, rounding_mode="floor"))
+    x, y, file = example.batch(text, 7, 9, torch.Generator().manual_seed(0), "cpu")
     assert x.shape == y.shape == (7, 9) and torch.equal(y, x + 1) and len(x[:, 0].unique()) > 3
+    assert torch.equal(file, x.div(6, rounding_mode="floor"))
+
+
+def check_window_and_files(example):
+    """A character's logits depend on those of its window and its file, and on no other."""
+    torch.manual_seed(0)
+    model = example.Transformer(layers=1, heads=2, dim=32, length=40, dropout=0.0, attention="flash", window=4).eval()
+    characters, file = torch.randint(128, (1, 20)), torch.tensor([[0] * 7 + [1] * 13])
+    spans = example.spans_of_files(file)
+    assert spans[0, 0].tolist() == [[0, 7]] * 7 + [[7, 20]] * 13
+    for changed in range(20):
+        other = characters.clone()
+        other[0, changed] = (other[0, changed] + 1) % 128
+        differs = (model(characters, spans=spans) != model(other, spans=spans)).any(-1)[0]
+        expected = [changed <= i <= changed + 4 and file[0, i] == file[0, changed] for i in range(20)]
+        assert differs.tolist() == expected, f"character {changed}"
 
 
 def check_dtype(example, tmp_path):

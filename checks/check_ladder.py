@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are not installed
 
-from benchmarks.ladder import changed_from, code_of, ladder, lines_changed
+from benchmarks.ladder import changed_from, code_of, ladder, lines_changed, parts_of
 from flash_attention import build, flash_attention
 from flash_attention.backends import BACKENDS, CHOSEN, DEFAULT, GROUPS, cuda, emulated
 from flash_attention.call import Settings
@@ -141,6 +141,16 @@ def check_each_is_a_small_change():
         assert "// Prediction, before any measurement:" in (build.SOURCES / file).read_text(encoding="utf-8")
         assert 5 < lines_changed(before, file) <= 60, f"{file} changes {lines_changed(before, file)} lines of {before}"
         assert len(code_of(file)) < 200
+
+
+def check_a_kernel_in_parts_is_counted_whole():
+    """Each part once, behind those that it includes; none of another rung's."""
+    parts = parts_of("forward_4_hopper.cu")
+    assert parts[-1] == "forward_4_hopper.cu" and len(set(parts)) == len(parts)
+    assert set(parts[:-1]) == {file.name for file in build.SOURCES.glob("forward_4_*.cuh")}
+    for n, part in enumerate(parts):
+        included = [other for other in parts if f'#include "{other}"' in (build.SOURCES / part).read_text()]
+        assert all(other in parts[:n] for other in included), f"{part} comes before a part that it includes"
 
 
 if __name__ == "__main__":

@@ -281,7 +281,6 @@ TABLE = {
         ("min(limit, row0 / group + offset + 1) : limit;", "limit : limit;", FEW_ROWS),
         ("j0 + row + r < limit &&", "j0 + row + r <= limit &&", ONE_QUERY),
         ("{limit, first, count, (count + c.splits - 1) / c.splits};", "{limit, first, count, count / c.splits};", ONE_QUERY),
-        ("steps.count ? (steps.count + steps.share - 1) / steps.share : 0;", "c.splits;", ONE_QUERY),
         ("steps.count ? (steps.count + steps.share - 1) / steps.share : 0;", "steps.count / steps.share;", ONE_QUERY),
         ("const int begin = split * steps.share,", "const int begin = split * (steps.share - 1),", ONE_QUERY),
         ("if (__any_sync(0xffffffff, grew))", "if (grew && false)", FEW_ROWS),
@@ -491,7 +490,7 @@ TABLE = {
         (
             "multiply(S_rmem, K_smem, Q_tile, !MASK);\n",
             "if (MASK) ptx::mbarrier_arrive(mask_empty);\nmultiply(S_rmem, K_smem, Q_tile, !MASK);\nif (false)\n",
-            case(Nq=300, mask="heads share", dtype=torch.float32),
+            case(D=128, H=1, Nq=300, mask="heads share", dtype=torch.float32),
         ),
         ("meet();  // both groups are done with the last tile's", "//", case(Nq=700, dtype=torch.float32)),
         ("meet();                    // Pᵀ and dSᵀ are whole", "//", FLOAT32),

@@ -41,7 +41,9 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
     Work work = next_with_keys();
     if (AHEAD) hand_out(work);
     while (work.k_tiles > 0) {
-        const Work next = next_with_keys();
+        // Known early, as it takes a while to find out; at D 256 an interval's limits leave no registers to keep it in.
+        constexpr bool EARLY = AHEAD || !INTERVAL;
+        const Work next = EARLY ? next_with_keys() : Work{};
         for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
             const Slot_KV slot(n);
             before = keys, keys = {work.j0(tile), kv_head(p, work.h), work.b};
@@ -53,7 +55,7 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
             if (AHEAD && tile + 1 == work.k_tiles) hand_out(next);
             if (!AHEAD && tile == 0) hand_out(work);
         }
-        work = next;
+        work = EARLY ? next : next_with_keys();
     }
     before = keys;
     if (n > 0) load_V();

@@ -3,6 +3,7 @@
     python examples/train_char_transformer.py                        # about two minutes on two CPU cores
     python examples/train_char_transformer.py --attention normal     # the same losses, with the whole N × N matrix
     python examples/train_char_transformer.py --resume               # go on from the last checkpoint, exactly
+    python examples/train_char_transformer.py --window 64 --pack     # each character sees 64 before it, and none of another file
     python examples/train_char_transformer.py --preset gpu           # tokens per second, flash beside normal
     torchrun --nproc_per_node 2 examples/train_char_transformer.py --context_parallel   # each text spread over two processes
 
@@ -20,6 +21,7 @@ import zlib
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,16 +38,26 @@ from flash_attention.reference import normal_attention_causal
 CHARACTERS = 128  # ASCII; whatever else a source holds is read as "?"
 
 
-def read_sources() -> tuple[Tensor, Tensor]:
-    """Training and validation text, uint8 (characters,). Every tenth file or so is for validation, by its name: whole files, so that no
-    function is in both."""
+class Text(NamedTuple):
+    characters: Tensor  # (n,), uint8
+    file: Tensor  # (n,), int32: the number of the file that each is from
+
+
+def read_sources() -> tuple[Text, Text]:
+    """Training and validation text. Every tenth file or so is for validation, by its name: whole files, so that no function is in both."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     if not files:
         raise FileNotFoundError(f"no .py files in {sysconfig.get_paths()['stdlib']}: this Python's standard library has no sources")
     parts: dict[bool, list[str]] = {False: [], True: []}
     for file in files:
         parts[zlib.crc32(file.name.encode()) % 10 == 0].append(file.read_text(encoding="utf-8"))
-    return encode("\n".join(parts[False])), encode("\n".join(parts[True]))
+    return joined(parts[False]), joined(parts[True])
+
+
+def joined(files: list[str]) -> Text:
+    """One after another, each with a line end of its own between it and the next."""
+    lengths = torch.tensor([len(text) + (n + 1 < len(files)) for n, text in enumerate(files)])
+    return Text(encode("\n".join(files)), torch.repeat_interleave(torch.arange(len(files), dtype=torch.int32), lengths))
 
 
 def encode(text: str) -> Tensor:
@@ -56,16 +68,23 @@ def decode(characters: Tensor) -> str:
     return bytes(characters.tolist()).decode("ascii")
 
 
-def batch(text: Tensor, size: int, length: int, random: torch.Generator, device: str) -> tuple[Tensor, Tensor]:
-    """Random windows of the text and the characters that follow: x, y (B, N), int64."""
-    starts = torch.randint(len(text) - length, (size, 1), generator=random)  # (B, 1)
-    windows = text[starts + torch.arange(length + 1)].long().to(device)  # (B, N + 1)
-    return windows[:, :-1], windows[:, 1:]
+def batch(text: Text, size: int, length: int, random: torch.Generator, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Random stretches of the text and the characters that follow: x, y (B, N), int64; and the file of each character of x, (B, N)."""
+    starts = torch.randint(len(text.characters) - length, (size, 1), generator=random)  # (B, 1)
+    places = starts + torch.arange(length + 1)
+    stretches = text.characters[places].long().to(device)  # (B, N + 1)
+    return stretches[:, :-1], stretches[:, 1:], text.file[places[:, :-1]].to(device)
+
+
+def spans_of_files(file: Tensor) -> Tensor:
+    """file (B, N) → what each character sees if files do not see each other, (B, 1, N, 2): `spans.documents` for a batch."""
+    file = file.contiguous()
+    return torch.stack([torch.searchsorted(file, file, right=right) for right in (False, True)], -1).int()[:, None]
 
 
 # ---- model: GPT-2's (Radford et al. 2019), with the attention as an argument
 
-ATTENTION = {"flash": partial(flash_attention, causal=True), "normal": normal_attention_causal}
+ATTENTION = {"flash": partial(flash_attention, causal=True), "normal": normal_attention_causal}  # normal takes no window and no spans
 
 
 def in_shares(cache: list | None) -> bool:
@@ -74,51 +93,58 @@ def in_shares(cache: list | None) -> bool:
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, dropout: float, attention: str):
+    def __init__(self, dim: int, heads: int, dropout: float, attention: str, window: int | None):
         super().__init__()
-        self.heads, self.attend = heads, ATTENTION[attention]
+        self.heads = heads
+        self.attend = ATTENTION[attention] if window is None else partial(ATTENTION[attention], window=(window, None))
         self.norm_1, self.to_qkv, self.to_out = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.norm_2, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cache: list[Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, cache: list[Tensor] | None, spans: Tensor | None) -> Tensor:
         """x (B, N, dim) → (B, N, dim). The cache, if any, holds the keys and values of all characters before x, and then of x too."""
         q, k, v = self.to_qkv(self.norm_1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, D), views
         if cache is not None:
             k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache, (k, v), strict=True)) if cache else (k, v)
             cache[:] = k, v
         attend = partial(parallel.parallel_attention, causal=True) if in_shares(cache) else self.attend
-        O = attend(q, k, v)  # bottom-right alignment: with a cache, the N queries are the last of the Nk positions
+        O = (
+            attend(q, k, v) if spans is None else attend(q, k, v, spans=spans)
+        )  # bottom-right alignment: with a cache, the N queries are the last of the Nk positions
         x = x + self.dropout(self.to_out(O.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.down(functional.gelu(self.up(self.norm_2(x)))))
 
 
 class Transformer(nn.Module):
-    def __init__(self, layers: int, heads: int, dim: int, length: int, dropout: float, attention: str):
+    def __init__(self, layers: int, heads: int, dim: int, length: int, dropout: float, attention: str, window: int | None = None):
         super().__init__()
         self.length = length
         self.character, self.position = nn.Embedding(CHARACTERS, dim), nn.Embedding(length, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads, dropout, attention) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout, attention, window) for _ in range(layers))
         self.norm, self.to_logits = nn.LayerNorm(dim), nn.Linear(dim, CHARACTERS, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:  # smaller where a layer adds to the residual stream, of which there are two a block
                 nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * layers) if "to_out" in name or "down" in name else 1))
 
-    def forward(self, characters: Tensor, caches: list[list[Tensor]] | None = None) -> Tensor:
-        """(B, N) → logits of each next character (B, N, 128). With caches, one a block, the characters follow those already seen."""
+    def forward(self, characters: Tensor, caches: list[list[Tensor]] | None = None, spans: Tensor | None = None) -> Tensor:
+        """(B, N) → logits of each next character (B, N, 128). With caches, one a block, the characters follow those already seen. spans
+        (B, 1, N, 2): what each may see, if not all before it."""
         seen = caches[0][0].shape[2] if caches and caches[0] else 0
         place = torch.arange(seen, seen + characters.shape[1], device=characters.device)
         if in_shares(caches):
             place = parallel.positions(len(place) * dist.get_world_size(), device=place.device)
         x = self.character(characters) + self.position(place)  # (B, N, dim)
         for n, block in enumerate(self.blocks):
-            x = block(x, None if caches is None else caches[n])
+            x = block(x, None if caches is None else caches[n], spans)
         return self.to_logits(self.norm(x))
 
 
 # ---- training
 
-SETTINGS = "layers", "heads", "dim", "length", "batch", "steps", "rate", "dropout", "seed", "attention", "dtype", "device", "compile"
+SETTINGS = (
+    *("layers", "heads", "dim", "length", "batch", "steps", "rate", "dropout", "seed", "attention", "dtype", "device", "compile"),
+    *("window", "pack"),
+)
 
 
 class Refused(ValueError):
@@ -139,27 +165,28 @@ class Training:
         torch.manual_seed(args.seed)
         self.args = args
         self.processes = dist.get_world_size() if dist.is_initialized() else 1
-        self.model = Transformer(args.layers, args.heads, args.dim, args.length, args.dropout, args.attention).to(args.device)
+        sizes = args.layers, args.heads, args.dim, args.length
+        self.model = Transformer(*sizes, args.dropout, args.attention, args.window).to(args.device)
         self.run = torch.compile(self.model) if args.compile else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.1)
         self.random = torch.Generator().manual_seed(args.seed)  # draws the batches: its state is the position in the data
         self.losses: list[float] = []  # after each step
         self.validation: list[tuple[int, float]] = []  # (steps done, loss)
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, x: Tensor, y: Tensor, file: Tensor) -> Tensor:
         """The mean over all characters, or, with --context_parallel, this process's part of it."""
         if dist.is_initialized():
             x, y = parallel.shard(x, dim=1), parallel.shard(y, dim=1)
         dtype = getattr(torch, self.args.dtype)
         with torch.autocast(torch.device(self.args.device).type, dtype, enabled=dtype != torch.float32):
-            logits = self.run(x)
+            logits = self.run(x, spans=spans_of_files(file) if self.args.pack else None)
         return functional.cross_entropy(logits.float().flatten(0, 1), y.flatten()) / self.processes
 
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
+    def step(self, x: Tensor, y: Tensor, file: Tensor) -> Tensor:
         """One update; the loss before it. The rate warms up, then falls along a cosine to a tenth."""
         done = len(self.losses) / self.args.steps
         self.optimizer.param_groups[0]["lr"] = self.args.rate * min(done * 20 + 0.05, 0.55 + 0.45 * math.cos(math.pi * done))
-        loss = self.loss(x, y)
+        loss = self.loss(x, y, file)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for parameter in self.model.parameters():
@@ -169,8 +196,8 @@ class Training:
         return add_parts(loss.detach())
 
     @torch.no_grad()
-    def validate(self, text: Tensor, batches: int = 8) -> float:
-        """Mean loss on the same windows each time, drawn without touching the training's own random numbers."""
+    def validate(self, text: Text, batches: int = 8) -> float:
+        """Mean loss on the same stretches each time, drawn without touching the training's own random numbers."""
         random = torch.Generator().manual_seed(0)
         self.model.eval()
         losses = [self.loss(*batch(text, self.args.batch, self.args.length, random, self.args.device)) for _ in range(batches)]
@@ -190,7 +217,8 @@ class Training:
         }
 
     def load_state(self, state: dict) -> None:
-        other = [f"{name} {state['settings'][name]!r}" for name in SETTINGS if state["settings"][name] != getattr(self.args, name)]
+        settings = {"window": None, "pack": False} | state["settings"]  # which older checkpoints do not name
+        other = [f"{name} {settings[name]!r}" for name in SETTINGS if settings[name] != getattr(self.args, name)]
         if other:
             raise Refused(f"the checkpoint was written with other settings: {', '.join(other)}")
         self.model.load_state_dict(state["model"])
@@ -218,7 +246,7 @@ def is_first() -> bool:
 
 def train(args: argparse.Namespace) -> Training:
     training_text, validation_text = read_sources()
-    shortest = min(len(training_text), len(validation_text))
+    shortest = min(len(text.characters) for text in (training_text, validation_text))
     if args.length >= shortest:
         raise Refused(f"--length must be less than the {shortest} characters of a text, got {args.length}")
     training = Training(args)
@@ -228,12 +256,13 @@ def train(args: argparse.Namespace) -> Training:
         training.load_state(torch.load(checkpoint, map_location="cpu", weights_only=True))
     parameters = sum(p.numel() for p in training.model.parameters())
     if is_first():
-        print(f"{len(training_text):,} characters for training, {len(validation_text):,} for validation; {parameters:,} parameters")
+        counts = [f"{len(text.characters):,}" for text in (training_text, validation_text)]
+        print(f"{counts[0]} characters for training, {counts[1]} for validation; {parameters:,} parameters")
     disable = None if is_first() else True  # None: drawn on a terminal only
     with tqdm(total=args.steps, initial=len(training.losses), unit="step", disable=disable) as bar:
         while len(training.losses) < args.steps:
-            x, y = batch(training_text, args.batch, args.length, training.random, args.device)
-            training.losses.append(training.step(x, y).item())
+            drawn = batch(training_text, args.batch, args.length, training.random, args.device)
+            training.losses.append(training.step(*drawn).item())
             steps = len(training.losses)
             if steps % args.validate_every == 0 or steps in (1, args.steps):
                 training.validation.append((steps, training.validate(validation_text)))
@@ -293,13 +322,13 @@ def compare_speed(args: argparse.Namespace) -> None:
         memory: dict[str, float] = {}
         for args.attention in list(ATTENTION) * 3:
             training = Training(args)
-            x, y = batch(text, args.batch, args.length, training.random, args.device)
+            drawn = batch(text, args.batch, args.length, training.random, args.device)
             for step in range(3 + args.steps):
                 if step == 3:  # until here kernels were compiled and the optimizer set up
                     torch.cuda.synchronize()
                     torch.cuda.reset_peak_memory_stats()
                     start = time.perf_counter()
-                training.step(x, y)
+                training.step(*drawn)
             torch.cuda.synchronize()
             speed[args.attention].append(tokens * args.steps / (time.perf_counter() - start))
             memory[args.attention] = torch.cuda.max_memory_allocated() / 1e9
@@ -330,6 +359,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=command_line.positive_number, default=1e-3, help=rate)
     parser.add_argument("--dropout", type=command_line.probability, default=0.0, help="after attention and after the MLP")
     parser.add_argument("--seed", type=command_line.seed, default=0)
+    parser.add_argument("--window", type=command_line.positive, help="how many characters before its own one sees; default: all")
+    parser.add_argument("--pack", action="store_true", help="characters see those of their own file alone")
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--context_parallel", action="store_true", help="under torchrun: each text is spread over the processes")
     parser.add_argument("--resume", action="store_true", help="from --out's checkpoint; every setting must be as it was")
@@ -354,6 +385,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"--context_parallel goes with --{name} {value} only, got {getattr(args, name)}")
     if args.resume and not (args.out / "checkpoint.pt").exists():
         parser.error(f"nothing to resume: there is no {args.out / 'checkpoint.pt'}")
+    if args.attention == "normal" and (args.window is not None or args.pack):
+        parser.error("--attention normal takes neither --window nor --pack")
+    if args.preset == "gpu" and (args.window is not None or args.pack):
+        parser.error("--preset gpu compares with normal attention, which takes neither --window nor --pack")
+    if args.context_parallel and (args.window is not None or args.pack):
+        parser.error("--context_parallel takes neither --window nor --pack")
     if args.preset == "gpu" and not torch.cuda.is_available():
         parser.error("--preset gpu needs a CUDA GPU, and torch finds none")
     if args.preset == "gpu" and args.device == "cpu":

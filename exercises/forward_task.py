@@ -1,4 +1,4 @@
-"""Exercise 8: a forward of one's own, checked by the harness of checks/ and scored by what the emulator counts."""
+"""Exercise 8: a forward of one's own, checked by the harness of checks/ and scored by what the emulator counts and by its model's clock."""
 
 import sys
 from pathlib import Path
@@ -77,13 +77,15 @@ def check(path: Path) -> list[str]:
 def score(rung: EmulatedRung) -> list[str]:
     """What it moves and computes, beside the rungs of cuda/."""
     q, k, v = torch.randn(3, 1, 1, 512, 64, dtype=HALF, generator=torch.Generator().manual_seed(0)).unbind()
-    heads = "KB from global memory", "shared-memory cycles", "× the least", "exponentials"
+    heads = "KB from global memory", "shared-memory cycles", "× the least", "exponentials", "cycles of the model"
     lines = [f"{'B 1 H 1 N 512 D 64, float16':30}" + "".join(f"{head:>24}" for head in heads)]
     for name, each in (("yours", rung), *((name, BACKENDS[f"emulated:{name}"]) for name in BESIDE if name in cuda.RUNGS)):
         with emulated.counting() as counts:
             forward(each, q, k, v, False)
-        lines.append(f"  {name:28}" + _figures(counts[0]))
-    return lines
+        with emulated.tracing() as traces:
+            forward(each, q, k, v, False)
+        lines.append(f"  {name:28}{_figures(counts[0])}{traces[0].cycles:>24,.0f}")
+    return [*lines, "  (The model's clock: one multiprocessor that gets the whole grid, cuda/emulator/model.h. A model, not a GPU.)"]
 
 
 def _figures(counts: Counts) -> str:

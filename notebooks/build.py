@@ -4,7 +4,7 @@ python notebooks/build.py            execute every lesson, write its outputs, th
 python notebooks/build.py --check    exit with 1 if any outputs do not come from the present sources
 
 A notebook's metadata holds a hash of what its outputs depend on (the reference, the modules beside it, its own code, and the kernels and
-the kept results if it reads them) and one of the outputs themselves. The time of a run and addresses are left out.
+the kept results and the ring if it reads them) and one of the outputs themselves. The time of a run and addresses are left out.
 """
 
 import argparse
@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 HTML = ROOT / "build" / "notebooks"
 GIF = ROOT / "docs" / "tile_loop.gif"
+RING = ROOT / "examples" / "ring_on_a_laptop.py"
 LESSON_SECONDS = 300  # a cell that takes longer hangs
 
 
@@ -44,7 +45,8 @@ def hashes(notebook: NotebookNode) -> dict[str, str]:
     modules = [file for file in HERE.glob("*.py") if file != Path(__file__).resolve()]
     kernels = [file for file in (ROOT / "cuda").iterdir() if file.is_file()] if "sources" in text else []
     results = (ROOT / "results").glob("*") if "results" in text else []
-    files = [*sorted(kernels), *sorted(modules), *sorted((ROOT / "reference").glob("*.py")), *sorted(results)]
+    ring = [*(ROOT / "flash_attention" / "parallel").glob("*.py"), RING] if RING.stem in text else []
+    files = [*sorted(ring), *sorted(kernels), *sorted(modules), *sorted((ROOT / "reference").glob("*.py")), *sorted(results)]
     sources = hashlib.sha256(text.encode())
     for file in files:
         sources.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")

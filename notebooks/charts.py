@@ -74,6 +74,26 @@ def tile_legend(where: Axes | Figure, **options) -> None:
     where.legend(handles=handles, **{"frameon": False, "fontsize": 8, **options})
 
 
+def draw_visits(ax: Axes, steps: Sequence[SimpleNamespace], visible: Any, name: str) -> tuple[int, int]:
+    """What each row sees, and around it the tiles that the loop visited, each where it began. → how many, of how many that there are."""
+    seen = visible.dense(slice(0, visible.Nq), slice(0, visible.Nk))[0, 0]
+    ax.imshow(seen, cmap="Greys", vmin=0, vmax=3, extent=(0, visible.Nk, visible.Nq, 0), interpolation="nearest")
+    for step in steps:
+        state = "masked" if step.S.isneginf().any() else "done"
+        width, height = step.j.stop - step.j.start, step.i.stop - step.i.start
+        face = to_rgba(colour(state), 0.45)
+        ax.add_patch(
+            Rectangle(
+                (step.j.start, step.i.start), width, height, facecolor=face, hatch=HATCHES.get(state), edgecolor="#444444", linewidth=0.8
+            )
+        )
+    rows, columns = (max(tile.stop - tile.start for tile in tiles) for tiles in zip(*((step.i, step.j) for step in steps), strict=True))
+    whole = math.ceil(visible.Nq / rows) * math.ceil(visible.Nk / columns)
+    ax.set_title(f"{name}: {len(steps)} of {whole} tiles", fontsize=9)
+    _plain(ax)
+    return len(steps), whole
+
+
 # ---- quantities with units
 
 

@@ -77,7 +77,7 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
     names = DEFAULT if name is None else GROUPS.get(name, (name,))
     for each in names:
         rung = cuda.RUNGS.get(each) if len(names) > 1 else None
-        if rung is not None and not (rung.pays(call) and (which == cuda.FORWARD or not rung.packs_heads)):
+        if rung is not None and not rung.pays(call, which):
             continue
         timed = name is not None or rung is None or not call.score or cuda.SCORES_TIMED
         reason = BACKENDS[each].why_not(call) if timed else UNTIMED
@@ -95,13 +95,13 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
 def resolve(which: int, call: Call):
     """The backend of a call whose settings name it. A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda"
     the fastest kernel, and a rung's own name is refused here if it cannot serve the call. Who has chosen before (`as_chosen`) chooses
-    again only where kernels could not be built.
+    again only where kernels could not be built, and for a backward that another rung computes faster.
 
     Raises: as `choose`.
     """
     name = call.settings.backend
-    # The rung for few queries has no backward of its own: the fastest takes what it left.
-    if name in CHOSEN and not build.failures and not (which == cuda.BACKWARD and CHOSEN[name].packs_heads):
+    # Where few queries have a forward of their own, another rung's backward may be the fastest.
+    if name in CHOSEN and not build.failures and (which == cuda.FORWARD or CHOSEN[name].pays(call, which)):
         return CHOSEN[name]
     return BACKENDS[choose(name.split("/")[0] or None, call, which)]
 

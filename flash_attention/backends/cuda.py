@@ -177,15 +177,16 @@ class Rung:
         wide = (self.wide_forward, self.wide_backward)[which]
         return wide[1] if wide and head_dim > wide[0] else self.files[which]
 
-    def pays(self, call: Call) -> bool:
-        """Whether this rung, of those that can serve a call, is the one to choose."""
-        if self.packs_heads and not _pays_to_pack(call):
-            return False
+    def pays(self, call: Call, which: int = FORWARD) -> bool:
+        """Whether this rung, of those that can serve a call's forward or backward, is the one to choose."""
+        if self.packs_heads:
+            return which == FORWARD and _pays_to_pack(call)
         if self.least_scores:
             B, H, Nq, _ = call.q.shape
             return B * H * Nq * call.k.shape[2] > next((scores for up_to, scores in self.least_scores if call.head_dim <= up_to), 0)
         few = next((kinds for up_to, *kinds in self.few_rows if call.head_dim <= up_to), (0, 0))
-        return call.q.shape[2] > few[call.has_dropout]
+        plain = which == FORWARD and not call.has_dropout and call.mask is None and call.visible != "interval"
+        return call.q.shape[2] > few[call.has_dropout] or (plain and call.k.shape[2] >= MANY_KEYS)
 
     def plan(self, which: int, call: Call) -> "Forward | Backward":
         """What computes the call's forward or backward.
@@ -471,6 +472,7 @@ RUNGS = {
 # (rows, cost) of the tiles there are. A tile's beginning and end cost as much as so many keys.
 PACKED_TILES = ((128, ((16, 0.5), (32, 0.8))), (256, ((16, 0.72),)))
 PACKED_START, HEAD_START = 400, 200
+MANY_KEYS = 256  # from which a forward of few rows is not one of few keys, which `few_rows` is about
 MOST_QUERIES = 256  # that have been timed
 
 

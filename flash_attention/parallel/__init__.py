@@ -27,6 +27,7 @@ __all__ = ["ORDERS", "all_to_all_attention", "parallel_attention", "positions", 
 HIDDEN_ROWS = 6000
 
 
+@torch.compiler.disable  # a compiled model runs it between two graphs
 def parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -67,7 +68,7 @@ def parallel_attention(
         RuntimeError: torch.distributed is not initialised; another rank refused its arguments, died, or did not come within the group's
         timeout.
 
-    Kernels read dropout's bits from offsets that are multiples of 64: lengths of shares that are not run on the reference.
+    On a GPU, kernels take dropout where each run of a share begins at a multiple of 64; other lengths run on the reference, which warns.
     """
     group = group_of(group)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)

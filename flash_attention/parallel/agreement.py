@@ -1,4 +1,4 @@
-"""Before anything is computed, the ranks tell each other what they were called with: 300 bytes each.
+"""Before anything is computed, the ranks tell each other what they were called with: about 200 bytes.
 
 Ranks with different shapes would wait for each other without end, ranks with different settings would compute something wrong in silence.
 So each call begins with one all-gather, after which all ranks go on or all raise the same error. A rank that refuses its own arguments

@@ -1,11 +1,12 @@
-"""Several processes of one torch.distributed group, for checks: each runs a function, and hands back what it returns.
+"""Processes on this machine as the ranks of one gloo group: each runs a function, and hands back what it returns. For trials and checks.
 
-A process that hangs is killed, and fails the check: a fault must be an error on every rank within the group's timeout.
+A process that hangs is killed: a fault must be an error on every rank within the group's timeout.
 """
 
 import multiprocessing
 import os
 import pickle
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-GROUP_SECONDS = 60
+GROUP_SECONDS = 120
 # Processes are forked from one that has imported torch: they start at once.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "flash_attention.parallel"])
@@ -29,9 +30,14 @@ class Raised(NamedTuple):
     seconds: float  # since the group began
 
 
-def run(ranks: int, function: Callable, *arguments, folder: Path, seconds: float = GROUP_SECONDS, dead: tuple[int, ...] = ()) -> list:
+def run(ranks: int, function: Callable, *arguments, seconds: float = GROUP_SECONDS, dead: tuple[int, ...] = ()) -> list:
     """What `function(rank, *arguments)` returns on each rank of a gloo group with a timeout of `seconds`, or `Raised`; None for the ranks
-    in `dead`, which may end in any way."""
+    in `dead`, which may end in any way. The function must be one that a new process can import."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(ranks, function, arguments, Path(folder), seconds, dead)
+
+
+def _run(ranks: int, function: Callable, arguments: tuple, folder: Path, seconds: float, dead: tuple[int, ...]) -> list:
     processes = [CONTEXT.Process(target=_main, args=(rank, ranks, seconds, str(folder), function, arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
@@ -40,7 +46,9 @@ def run(ranks: int, function: Callable, *arguments, folder: Path, seconds: float
         for rank, process in enumerate(processes):
             if rank not in dead:
                 process.join(max(0, deadline - time.monotonic()))
-                assert process.exitcode == 0, f"rank {rank} {'hangs' if process.exitcode is None else f'ended with {process.exitcode}'}"
+                if process.exitcode != 0:
+                    how = "hangs" if process.exitcode is None else f"ended with exit code {process.exitcode}"
+                    raise RuntimeError(f"rank {rank} {how}")
     finally:
         for process in processes:
             process.kill()
@@ -49,10 +57,15 @@ def run(ranks: int, function: Callable, *arguments, folder: Path, seconds: float
 
 
 def results(ranks: int, function: Callable, *arguments, **options) -> list:
-    """The same; an exception on any rank is an error."""
+    """The same.
+
+    Raises:
+        RuntimeError: an exception on any rank.
+    """
     found = run(ranks, function, *arguments, **options)
     for rank, result in enumerate(found):
-        assert not isinstance(result, Raised), f"rank {rank} raised {result.kind}: {result.message}"
+        if isinstance(result, Raised):
+            raise RuntimeError(f"rank {rank} raised {result.kind}: {result.message}")
     return found
 
 
@@ -72,4 +85,4 @@ def _main(rank: int, ranks: int, seconds: float, folder: str, function: Callable
     partial.replace(Path(folder, f"result_{rank}"))
     if not isinstance(result, Raised):
         dist.barrier()  # who leaves closes the connections of the others
-    os._exit(0)  # without waiting for ranks that a check has killed
+    os._exit(0)  # without waiting for ranks that are dead
