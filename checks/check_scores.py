@@ -14,7 +14,7 @@ from harness import BIASES, CPU, MASKS, SPANS, Case, Problem, Report, Target, ag
 from torch.func import grad, hessian, jvp, vmap
 
 from flash_attention import build, flash_attention
-from flash_attention.backends import BACKENDS, choose, emulated
+from flash_attention.backends import BACKENDS, choose, cuda, emulated
 from flash_attention.build import Specialisation
 from flash_attention.call import Call, Form, Settings
 from flash_attention.reference import Score, Visible, normal_attention
@@ -255,8 +255,9 @@ def check_arguments():
         expect_error(lambda options=options: flash_attention(q, k, v, **options), error, words)
 
 
-def check_who_serves():
+def check_who_serves(monkeypatch):
     """A kernel without the hook refuses by name; until those that have it are timed, a plain call on a GPU takes the reference."""
+    monkeypatch.setattr(cuda, "_sm_count", lambda device: 132)  # where there is no GPU to ask
     x = Form.of(torch.empty(1, 2, 64, 64, dtype=torch.bfloat16))._replace(device=torch.device("cuda", 0))
     plain = Call(x, x, x, None, None, Settings(1.0))
     bias = plain._replace(bias=x._replace(shape=torch.Size((1, 2, 64, 64))))
