@@ -490,7 +490,7 @@ TABLE = {
         (
             "multiply(S_rmem, K_smem, Q_tile, !MASK);\n",
             "if (MASK) ptx::mbarrier_arrive(mask_empty);\nmultiply(S_rmem, K_smem, Q_tile, !MASK);\nif (false)\n",
-            case(Nq=300, mask="heads share", dtype=torch.float32),
+            case(D=128, H=1, Nq=300, mask="heads share", dtype=torch.float32),
         ),
         ("meet();  // both groups are done with the last tile's", "//", case(Nq=700, dtype=torch.float32)),
         ("meet();                    // Pᵀ and dSᵀ are whole", "//", FLOAT32),

@@ -210,7 +210,8 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
                 ptx::wgmma_wait_group<1>();  // Sᵀ is there
                 exponentials(at.n, at.i0, cut);
                 ptx::wgmma_wait_group<0>();  // the tile before has been added
-                release(barriers.dO_empty);
+                // lane == 0, by a shuffle: an arrival waits for no load, and the last loads, of LSE, are used in registers alone up to here.
+                if (lane == uniform(lane)) ptx::mbarrier_arrive(barrier(barriers.dO_empty));
                 round_P();
             }
             multiply_PdO(at.n - 1);

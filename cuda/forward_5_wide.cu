@@ -8,7 +8,7 @@
 // Change from forward_4_hopper.cu: a tile of Q and one of K are 192 KB of the 227. So K comes by panels of 64 columns, through a ring of places in
 // shared memory: each is released when the product that reads it is over, in the middle of the sum over the head. Both groups are at the same
 // panel, so they take no turns; the softmax of both runs under O += P V of the tile before. V has a producer of its own: its one place becomes free at
-// the end of a tile, and a thread that waited for that would ask for no K meanwhile (458 → 495 TFLOP/s at D 512).
+// the end of a tile, and a thread that waited for that would ask for no K meanwhile (445 → 481 TFLOP/s at D 512).
 //
 // Serves everything in the interface for float16 and bfloat16, head sizes up to 512 that are multiples of 8, positive scale.
 #include <algorithm>

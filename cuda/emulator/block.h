@@ -7,6 +7,7 @@
 
 #include <stdint.h>
 
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -50,7 +51,8 @@ struct Thread {
     std::vector<BusyRegisters> busy;
     Touched touched;
     int registers;
-    void* loaded;      // where it last read what the copy engine has brought, if nothing that could use the value came since
+    uint32_t loads;    // the tick since which it has read what the copy engine brought, and done nothing that waits for the values; 0: none
+    std::deque<std::pair<uint32_t, uint32_t>> early;  // from and to which tick it had such reads when it arrived at an mbarrier; the last few times
 };
 
 struct NamedBarrier {
@@ -86,6 +88,11 @@ struct Block {
     Pause run();
 
     Thread& self() { return threads[running]; }
+    // The running thread does what needs the values that it has read: an instruction that the compiler moves neither before those that it depends on nor
+    // behind an arrival.
+    void loads_have_come() {
+        if (self().loads) self().loads = 0, clocks.tick(running);
+    }
     int lane() const { return running % 32; }
     Warp& warp() { return warps[running / 32]; }
     void wait(Wait, const char* what, void* site, int barrier = 0, int64_t value = 0, const int* memory = nullptr);  // returns when awake() was called

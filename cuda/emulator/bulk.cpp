@@ -174,7 +174,7 @@ void bulk_wait_read(int groups) {
 }
 
 void fence_proxy_async() {
-    current->self().loaded = nullptr;
+    current->self().loads = 0;
     current->clocks.tick(current->running, true);
 }
 

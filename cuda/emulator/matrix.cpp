@@ -50,7 +50,7 @@ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, bool transposed) {
 void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
     uint32_t copy[4] = {r[0], r[1], r[2], r[3]};
     Fragments mine{address, copy, false, SITE};
-    current->self().loaded = nullptr;
+    current->loads_have_come();
     meet(0xffffffff, "stmatrix", SITE, &mine, [](Block& block, Warp& warp, uint32_t) {
         count_addresses(block, warp, true);
         for (int lane = 0; lane < 32; ++lane) {
@@ -71,7 +71,7 @@ struct Mma {
 
 void mma_m16n8k16(Type type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     Mma mine{type, d, a, b};
-    current->self().loaded = nullptr;
+    current->loads_have_come();
     meet(0xffffffff, type == Type::float16 ? "mma (float16)" : "mma (bfloat16)", SITE, &mine, [](Block& block, Warp& warp, uint32_t) {
         float A[16][16], B[16][8], D[16][8] = {};
         count(MMA_FLOP, 2 * 16 * 8 * 16);

@@ -35,7 +35,7 @@ inline void access(const void* p, unsigned bytes, bool write, void* site, bool a
     const uintptr_t at = reinterpret_cast<uintptr_t>(p);
     Thread& t = block->self();
     if (at - reinterpret_cast<uintptr_t>(t.stack) < STACK_BYTES) return access_registers(*block, at, bytes, write, site);
-    if (write) t.loaded = nullptr;
+    if (write) block->loads_have_come();
     if (aligned && at % bytes) fail("thread %d %s %u bytes at an address that is not a multiple of %u: @%x", t.id, verb(write), bytes, bytes, site_offset(site));
     if (block->shared.holds(at)) {
         const uint32_t* seen = block->clock();
@@ -72,7 +72,7 @@ uint32_t shared_address(const void* p) {
 void store_shared(uint32_t address, uint32_t x) {
     Block& block = *current;
     uint8_t* p = block.shared.at(address, 4, 4, "st.shared", SITE);
-    block.self().loaded = nullptr;
+    block.loads_have_come();
     count_shared(block, address, 4, true, SITE);
     if (block.timing) block.timing->shared(block.shared.offset(p), 4, true);
     const uint32_t* seen = block.clock();
@@ -84,7 +84,7 @@ template <class T>
 static T add(T* p, T x, void* site) {
     check_global(p, 4, false, site), check_global(p, 4, true, site);
     count(GLOBAL_ADDED, 4);
-    current->self().loaded = nullptr;
+    current->loads_have_come();
     if (current->timing) current->timing->global(p, 4, true, site);
     const T before = *p;
     *p = before + x;

@@ -43,8 +43,16 @@ void Shared::access(Granule& g, uint32_t mask, uint32_t offset, const Access& by
     if (g.reserved) fail("%s accesses an mbarrier, at shared byte %u, as if it were data: @%x", who_is(by.who, by.when).c_str(), offset, site_offset(by.site));
     if (g.writer != NOBODY && g.write_bytes & mask && by.seen[g.writer] < g.write_tick) report(g, -1, offset, by);
     if (by.write) {
-        for (int n = 0; n < 2; ++n)
-            if (g.reader[n] != NOBODY && g.read_bytes[n] & mask && by.seen[g.reader[n]] < g.read_tick[n]) report(g, n, offset, by);
+        for (int n = 0; n < 2; ++n) {
+            if (g.reader[n] == NOBODY || !(g.read_bytes[n] & mask)) continue;
+            if (by.seen[g.reader[n]] < g.read_tick[n]) report(g, n, offset, by);
+            // A load waits for its value where that is used, and an arrival at a barrier does not wait for loads.
+            if (!by.async || g.reader[n] >= current->clocks.threads) continue;
+            for (const auto& [first, last] : current->threads[g.reader[n]].early)
+                if (first <= g.read_tick[n] && g.read_tick[n] <= last && by.seen[g.reader[n]] == last)
+                    fail("%s writes shared byte %u, at @%x, which thread %d reads at @%x: it has told so, but done nothing before that waits for what it reads", who_is(by.who, by.when).c_str(),
+                         offset, site_offset(by.site), g.reader[n], g.read_site[n]);
+        }
         g.writer = by.who, g.write_tick = by.when, g.write_site = site_offset(by.site), g.write_bytes = mask, g.written |= mask;
         g.reader[0] = g.reader[1] = NOBODY;
         return;
@@ -58,8 +66,8 @@ void Shared::access(Granule& g, uint32_t mask, uint32_t offset, const Access& by
     if (const int thread = g.writer - block.clocks.cp_async_of(0); by.async && g.writer != NOBODY && thread >= 0 && !block.clocks.cp_async_fenced(thread, g.write_tick, by.seen[thread]))
         fail("%s reads shared byte %u, at @%x, which cp.async of thread %d wrote at @%x with no fence.proxy.async between its wait and this: the engine may not see it",
              who_is(by.who, by.when).c_str(), offset, site_offset(by.site), thread, g.write_site);
+    if (!by.async && g.writer != NOBODY && block.clocks.is_mbarrier(g.writer) && !block.threads[by.who].loads) block.threads[by.who].loads = by.when;
     // Two readers are remembered: one whose read this one follows makes place for it, else one that is drawn.
-    if (!by.async && g.writer != NOBODY && block.clocks.is_mbarrier(g.writer)) block.threads[by.who].loaded = by.site;
     int n = 0;
     if (g.reader[0] != NOBODY && g.reader[0] != by.who && by.seen[g.reader[0]] < g.read_tick[0]) {
         n = 1;

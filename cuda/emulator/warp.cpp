@@ -62,7 +62,7 @@ struct Shuffle {
 
 uint32_t shuffle(uint32_t mask, uint32_t x, int source) {
     Shuffle mine{x, source, 0};
-    current->self().loaded = nullptr;
+    current->loads_have_come();
     if (!(mask >> source & 1)) fail("thread %d shuffles from lane %d, which is not in the mask %08x: @%x", current->running, source, mask, site_offset(SITE));
     meet(mask, "__shfl_sync", SITE, &mine, [](Block&, Warp& warp, uint32_t mask) {
         for (int lane = 0; lane < 32; ++lane)

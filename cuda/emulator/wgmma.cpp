@@ -121,7 +121,7 @@ void wgmma(const Wgmma& mine) {
         const Wgmma& w;
         void* site;
     } arguments{mine, SITE};
-    current->self().loaded = nullptr;
+    current->loads_have_come();
     meet_group("wgmma", SITE, &arguments, [](Block& block, Warpgroup& group, int first) {
         auto product = std::make_shared<Product>();
         const auto& [w, site] = *static_cast<Arguments*>(group.arguments[0]);

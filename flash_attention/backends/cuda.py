@@ -337,8 +337,8 @@ class Backward(NamedTuple):
         mask_fields, _alive = _mask_fields(self.rung, self.mask_form, mask)
         workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device)
         dBias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device) if self.call.to_bias else None
-        scored = _address(bias), _address(alibi), _address(dBias)
-        others = Addresses(LSE.data_ptr(), _address(dLSE), workspace.data_ptr(), _address(seed), _address(spans), mask_fields, *scored)
+        addresses = LSE.data_ptr(), _address(dLSE), workspace.data_ptr(), _address(seed), _address(spans)
+        others = Addresses(*addresses, mask_fields, NO_KEYS, _address(bias), _address(alibi), _address(dBias))
         self.launch(q, [x.data_ptr() for x in tensors], others)
         dQ = dQ if self.factor == 1 else dQ.mul_(self.factor)
         return (dQ, dK, dV, dBias) if self.call.to_bias else (dQ, dK, dV)
