@@ -13,7 +13,7 @@ from harness import run_alone
 from flash_attention import allocate
 from flash_attention.backends import BACKENDS, emulated
 from flash_attention.backends.cuda import Forward
-from flash_attention.backends.launch import NO_MASK, Addresses
+from flash_attention.backends.launch import Addresses
 from flash_attention.call import Call, Settings
 from flash_attention.spans import documents
 
@@ -41,10 +41,10 @@ def order_of(spans: torch.Tensor) -> tuple[list[int], list[int]]:
     plan = Forward.of(BACKENDS["emulated:hopper"], Call.of(q, q, q, None, spans, Settings(1.0)))
     launch = plan.launch._replace(sm_count=BLOCKS)
     workspace = torch.empty(plan.workspace, dtype=torch.float32)
-    others = Addresses(0, 0, workspace.data_ptr(), 0, spans.data_ptr(), NO_MASK)
+    others = Addresses(0, 0, workspace.data_ptr(), 0, spans.data_ptr())
     O = allocate.output(q, q)
     tensors = [x.data_ptr() for x in (q, q, q, O)]
-    memories = launch._tensors(tensors, 2) + launch._others(others, backward=False)
+    memories = launch._tensors(tensors, 2, others.keys) + launch._others(others, backward=False)
     emulated.run(launch.library, launch.library.schedule_units, launch._params(tensors, others), memories)
     units = HEADS * -(-N // BLOCK)
     words = workspace.view(torch.int32)
