@@ -112,6 +112,8 @@ LIBRARIES = (
     Specialisation("forward_5_wide.cu", "90a", 512, "bfloat16", causal=True),
     Specialisation("backward_5_wide.cu", "90a", 384, "float16", mask="key bits"),
     Specialisation("forward_5_float32.cu", "90a", 64, "float32", mask="bits"),
+    Specialisation("forward_5_float32_wide.cu", "90a", 256, "float32", causal=True),
+    Specialisation("backward_5_float32_wide.cu", "90a", 256, "float32"),
     Specialisation("backward_5_float32.cu", "90a", 128, "float32", causal=True),
     Specialisation("forward_5_split_keys.cu", "80", 64, "bfloat16", mask="bits"),
     *(Specialisation(f"forward_{step}.cu", "80", 64, "float16") for step in ("2b_swizzle", "2c_cp_async")),

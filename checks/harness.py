@@ -304,7 +304,21 @@ class Result(NamedTuple):
     dQ: Tensor | None
     dK: Tensor | None
     dV: Tensor | None
-    dBias: Tensor | None = None
+
+
+class BiasedResult(NamedTuple):
+    """A Result where scores have a bias."""
+
+    O: Tensor
+    LSE: Tensor
+    dQ: Tensor
+    dK: Tensor
+    dV: Tensor
+    dBias: Tensor
+
+    @classmethod
+    def or_plain(cls, *tensors: Tensor) -> "BiasedResult | Result":
+        return (cls if len(tensors) == 6 else Result)(*tensors)
 
 
 def naive(case: Case, q, k, v, mask, dO, dLSE=None, *, dropout: Dropout | None = None, dtype: torch.dtype | None = None) -> Result:
@@ -318,7 +332,7 @@ def naive(case: Case, q, k, v, mask, dO, dLSE=None, *, dropout: Dropout | None =
     loss = (O * dO.to(O.dtype)).sum()
     if dLSE is not None:
         loss = loss + (LSE.masked_fill(LSE.isneginf(), 0) * dLSE.to(LSE.dtype)).sum()
-    return Result(O.detach(), LSE.detach(), *torch.autograd.grad(loss, (q, k, v, *_bias_of(scored))))
+    return BiasedResult.or_plain(O.detach(), LSE.detach(), *torch.autograd.grad(loss, (q, k, v, *_bias_of(scored))))
 
 
 def _bias_of(scored: dict) -> list[Tensor]:
@@ -341,7 +355,7 @@ def flash(case: Case, target: Target, q, k, v, mask, dO, dLSE=None) -> Result:
         return Result(O, LSE, None, None, None)
     gradients = (dO,) if dLSE is None else (dO, dLSE)
     outputs = (O,) if dLSE is None else (O, LSE)
-    return Result(O.detach(), LSE.detach(), *torch.autograd.grad(outputs, (q, k, v, *_bias_of(scored)), gradients))
+    return BiasedResult.or_plain(O.detach(), LSE.detach(), *torch.autograd.grad(outputs, (q, k, v, *_bias_of(scored)), gradients))
 
 
 @dataclass
@@ -478,7 +492,7 @@ class Report:
     def expect(self, what: str, got: Result, problem: Problem, slack: float = 1.0) -> None:
         """Every field of `got` against the truth, by the rule of the problem's dtype; `slack` widens the limits."""
         case = problem.case
-        for name, value, want, in_dtype in zip(Result._fields, got, problem.truth, problem.in_dtype, strict=True):
+        for name, value, want, in_dtype in zip(got._fields, got, problem.truth, problem.in_dtype, strict=True):
             if value is None:
                 continue
             self.compare(what, name, value, want, slack * limit(name, want, in_dtype, case.dtype, case.D), str(case))

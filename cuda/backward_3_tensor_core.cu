@@ -35,7 +35,7 @@
 #endif
 #ifndef PASS_COLUMNS
 // Columns of Sᵀ at a time, as far as registers suffice.
-#define PASS_COLUMNS (ARCH >= 90 && ARCH < 120 && !(CAUSAL && MASK && (HEAD_DIM == 64 || (DROPOUT && ARCH > 90))) ? 32 : 16)
+#define PASS_COLUMNS (ARCH >= 90 && ARCH < 120 && !INTERVAL && !(CAUSAL && MASK && (HEAD_DIM == 64 || (DROPOUT && ARCH > 90))) ? 32 : 16)
 #endif
 #ifndef STAGES
 #define STAGES (HEAD_DIM <= 64 ? 2 : S_STAGES == 2 ? 3 : HEAD_DIM <= 192 || SMEM_KB >= 227 ? 2 : 1)  // tiles of Q and dO

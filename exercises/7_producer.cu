@@ -33,6 +33,7 @@ __global__ void sum_kernel(const float* X_gmem, float* sums_gmem, int tiles) {  
             const int stage = tile % STAGES;
             ptx::mbarrier_wait(full(stage), tile / STAGES & 1);
             for (int n = 0; n < 2; ++n) sum += (tile + 1) * X_smem[stage][threadIdx.x + n * CONSUMERS];
+            ptx::fence_proxy_async();  // an arrival does not wait for loads under way: what was read must be here before a copy replaces it
             ptx::mbarrier_arrive(empty(stage));
         }
         sums_gmem[threadIdx.x] = sum;

@@ -376,3 +376,26 @@ def check_idle_in_rounds(answer: Callable) -> None:
         rounds = -(-works // multiprocessors)
         expected, found = 1 - works / (rounds * multiprocessors), result(answer, works, multiprocessors)
         assert abs(found - expected) < 1e-9, f"{works} works on {multiprocessors}: {rounds} rounds, {expected:.1%} lost, not {found:.1%}"
+
+
+# ---- lesson 9
+
+
+@exercise
+def check_zigzag_positions(answer: Callable) -> None:
+    """The positions of a process' share, in the order in which it holds them."""
+    for N, ranks in ((24, 3), (16, 4), (8, 1)):
+        chunks = torch.arange(N).chunk(2 * ranks)
+        for rank in range(ranks):
+            expected = torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank])).tolist()
+            found = list(map(int, result(answer, N, ranks, rank)))
+            assert found == expected, f"{N} positions, {ranks} processes: process {rank} has {expected}, not {found}"
+
+
+@exercise
+def check_bytes_sent(answer: Callable) -> None:
+    """Bytes of K and V that a process sends in a forward in which every share visits every process."""
+    for N, ranks, Hkv, D, itemsize in ((65536, 2, 8, 128, 2), (4096, 4, 2, 64, 4), (512, 1, 1, 8, 8)):
+        expected = (ranks - 1) * 2 * (N // ranks) * Hkv * D * itemsize
+        found = result(answer, N, ranks, Hkv, D, itemsize)
+        assert found == expected, f"{N} positions, {ranks} processes, {Hkv} heads of {D}: {expected} bytes, not {found}"
