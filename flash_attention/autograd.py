@@ -206,7 +206,7 @@ def _forward(q, k, v, mask, spans, seed, *rest):
     settings, (bias, alibi) = _split(rest, FORWARD_LAST)
     call = Call.of(q, k, v, mask, spans, settings, bias=bias, alibi=alibi)
     scored = () if bias is alibi is None else (bias, alibi)
-    return backends.plan(FORWARD, call)(q, k, v, mask, spans, seed, *scored)
+    return shortcut.plan(FORWARD, call)(q, k, v, mask, spans, seed, *scored)
 
 
 def _backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, *rest):
