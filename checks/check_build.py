@@ -75,11 +75,11 @@ SCARCE = (
 
 
 def covering_sample() -> list[Specialisation]:
-    """`SCARCE`, and as few others as have all `facts`, or nearly: always the one that adds most."""
+    """`SCARCE`, and as few others as have, with `LIBRARIES`, all `facts`, or nearly: always the one that adds most."""
     everything = specialisations(list(ARCHS))
     random.Random(0).shuffle(everything)
     sample, missing = list(SCARCE), set().union(*map(facts, everything))
-    missing.difference_update(*map(facts, SCARCE))
+    missing.difference_update(*map(facts, (*SCARCE, *LIBRARIES)))  # check_libraries compiles the latter, and reads their complaints
     while missing:
         best = max(everything, key=lambda kernel: len(facts(kernel) & missing))
         sample.append(best)
@@ -134,6 +134,8 @@ def check_libraries():
     assert {kernel.file for kernel in LIBRARIES} == {path.name for path in build.SOURCES.glob("*ward_*.cu")}
     many = {"batches": {"B": 2**30, "H": 4}, "rows": {"Nq": 2**31 - 1}, "columns": {"Nk": 2**31 - 1}}
     for kernel, library in zip(LIBRARIES, at_once(lambda kernel: build.load(kernel, cuda.PARAMS.size), LIBRARIES), strict=True):
+        complaints = build.noted_complaints(build.build(kernel))
+        assert not complaints, f"{kernel}: {complaints}"
         library.attention.argtypes = [ctypes.c_char_p]
         for what, sizes in many.items():
             error = library.error_name(library.attention(params(**sizes)))
