@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Case, dtype_served, run_alone
+from harness import Case, dtype_served, half_served, run_alone
 
 from flash_attention import flash_attention, interface, shortcut
 
@@ -51,7 +51,7 @@ def check_no_two_calls_are_confused(target, slow_calls):
     q, k, v = inputs(target)
     H, N = q.shape[1:3]
     tall = torch.cat((q, q, q), -1)
-    half = torch.float16 if q.dtype != torch.float16 else torch.bfloat16
+    others = [] if half_served(target) == torch.float32 else {torch.float16, torch.bfloat16} - {q.dtype}
     off = torch.empty(q.numel() + 1, dtype=q.dtype, device=q.device)[1:].view(q.shape).copy_(q)  # begins beside a multiple of 16 bytes
     calls = [
         ((q, k, v), {}),
@@ -70,7 +70,7 @@ def check_no_two_calls_are_confused(target, slow_calls):
         ((q, off, v), {}),
         ((q, k, off), {}),
         ((q.reshape(1, 2 * H, N, -1), k.reshape(1, 2 * H, N, -1), v.reshape(1, 2 * H, N, -1)), {}),
-        ((q.to(half), k.to(half), v.to(half)), {}),
+        *(((q.to(dtype), k.to(dtype), v.to(dtype)), {}) for dtype in others),
     ]
     want = []
     for arguments, settings in calls:
@@ -84,7 +84,7 @@ def check_no_two_calls_are_confused(target, slow_calls):
 
 
 def check_what_is_not_plain_takes_the_long_way(target, slow_calls):
-    q, k, v = inputs(target, dtype=torch.float16)
+    q, k, v = inputs(target, dtype=half_served(target))
     attend = partial(flash_attention, backend=target.backend)
 
     def long_way(call) -> bool:
@@ -95,8 +95,9 @@ def check_what_is_not_plain_takes_the_long_way(target, slow_calls):
     plain = partial(attend, q, k, v)
     plain()
     assert not long_way(plain)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        assert long_way(plain), "autocast"
+    if q.dtype == torch.float16:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            assert long_way(plain), "autocast"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         assert long_way(plain), "a profiler"
     assert long_way(lambda: torch.func.vmap(attend)(q[None], k[None], v[None])), "vmap"

@@ -20,7 +20,6 @@ from flash_attention.interface import DTYPES, flash_attention
 RUNG = "split_keys"
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MOST = torch.finfo(FLOAT8).max
-FLOAT8_TIMED = False  # whether None takes the kernel for float8: it has run on the emulator alone so far
 ROUNDED = 256  # lengths, for the kernel's plan: a plan serves so many tokens one after another
 
 
@@ -300,8 +299,7 @@ def attend_keys(
                 raise
         else:
             reason = plan.why_not(k, v)
-            chosen = plan.pays and (scales is None or FLOAT8_TIMED)
-            if reason is None and (backend is not None or capturing or chosen):
+            if reason is None and (backend is not None or capturing or plan.pays):
                 O, LSE = plan(q, k, v, lengths, starts, block_table, scales, return_lse)
                 return (O, LSE) if return_lse else O
             if backend is not None:
