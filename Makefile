@@ -6,13 +6,14 @@
 PYTHON ?= python3
 # Through the interpreter, never through the scripts in .venv/bin: their first line breaks where the path has a space in it.
 VENV_PYTHON := .venv/bin/python
+PIP_FLAGS ?=
 
 .PHONY: demo test bench notebooks clean
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(VENV_PYTHON) -m pip install --quiet --upgrade pip
-	$(VENV_PYTHON) -m pip install --quiet -r requirements.txt
+	$(VENV_PYTHON) -m pip install --quiet $(PIP_FLAGS) -r requirements.txt
 	touch $@
 
 demo: .venv/installed
