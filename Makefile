@@ -1,6 +1,6 @@
 # make demo   see FlashAttention verified and measured against normal attention (about a minute)
 # make test   every check, two at a time
-# make bench  the CPU figures of the README
+# make bench  the CPU figures of docs/benchmarks.md
 # make notebooks   execute the lessons; write them as HTML to build/notebooks/, and the README's animation
 
 PYTHON ?= python3
