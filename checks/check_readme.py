@@ -1,4 +1,4 @@
-"""The README and docs/: tables come from kept results, links lead somewhere, Python blocks run as they stand, parameters and counts are right.
+"""The README and docs/: tables come from kept results, links lead somewhere, Python blocks run as they stand, parameters and counts agree.
 
 python -m pytest checks/check_readme.py
 """

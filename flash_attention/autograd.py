@@ -31,7 +31,7 @@ from flash_attention.backends.cuda import BACKWARD, FORWARD
 from flash_attention.call import SCHEMA, Call, Settings
 from flash_attention.shortcut import nobody_looks_on
 
-library = torch.library.Library("flash_attention", "DEF")
+library: torch.library.Library = torch.library.Library("flash_attention", "DEF")
 ops = torch.ops.flash_attention
 REST = f"Tensor? seed, {SCHEMA}"
 LAST = "Tensor? bias=None, Tensor? alibi=None"
@@ -285,7 +285,9 @@ def _fake_second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, spans, seed, *res
 
 def _fold(x: Tensor) -> Tensor:
     """(n, B, …) → (n·B, …), without expanding in memory the later dimensions that are broadcast (stride 0), as a mask's mostly are."""
-    core = x[(slice(None), slice(None), *(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride()[2:]))]
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride()[2:])
+    index = (slice(None), slice(None), *once)
+    core = x[index]
     return core.flatten(0, 1).expand(-1, *x.shape[2:])
 
 

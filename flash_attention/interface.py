@@ -92,7 +92,7 @@ def flash_attention(
         scored = softcap, bias, alibi
         result = _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, scored, backend, block_size, key)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        result = attention(kept.plan, q, k, v, None, None, None, kept.settings)
+        result = attention(kept.plan, q, k, v, None, None, None, kept.settings)  # type: ignore[arg-type]  # a NamedTuple with __call__
     else:
         result = kept.plan.repeat(q, k, v, return_lse)
     return result if return_lse else result[0]
@@ -196,7 +196,7 @@ def _check(q, k, v, causal, scale, dropout_p, window, spans, block_size) -> None
 
 def _checked_scores(softcap, bias, alibi, q: Tensor, k: Tensor) -> tuple[float | None, Tensor | None, Tensor | None]:
     """The three as backends take them: a bias (B or 1, H or 1, Nq or 1, Nk or 1), slopes (B, H)."""
-    B, H, Nq, Nk = *q.shape[:3], k.shape[2]
+    (B, H, Nq, _), Nk = q.shape, k.shape[2]
     if softcap is not None:
         check_softcap(softcap)
         softcap = torch.sym_float(softcap)

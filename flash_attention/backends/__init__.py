@@ -14,13 +14,14 @@ None; bias is (B or 1, H or 1, Nq or 1, Nk or 1) and alibi (B or 1, H). The refe
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from flash_attention import build
 from flash_attention.call import Call
 
 from . import cuda, emulated, reference
 
-BACKENDS = {**cuda.RUNGS, "reference": reference, **emulated.RUNGS}
+BACKENDS: dict[str, Any] = {**cuda.RUNGS, "reference": reference, **emulated.RUNGS}
 # A name that stands for the fastest of several.
 GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.teaching)}
 DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from

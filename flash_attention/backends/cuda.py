@@ -384,7 +384,7 @@ HOPPER_FLOAT32 = Rung(
     forward_workspace=True,
 )
 
-RUNGS = {
+RUNGS: dict[str, Rung] = {
     rung.name: rung
     for rung in (
         Rung(

@@ -150,7 +150,8 @@ class EmulatedLaunch(Launch):
         memories = []
         for n, (address, (name, shape)) in enumerate(zip(addresses, shapes.items(), strict=False)):
             is_key = name in ("k", "v")
-            elements = extent((pages if pages and is_key else B, *shape), (*STRIDES.unpack(self.tensors[2 * n + 1]), 1))
+            strides = STRIDES.unpack(self.tensors[2 * n + 1])  # type: ignore[arg-type]  # of the fields, every second one
+            elements = extent((pages if pages and is_key else B, *shape), (*strides, 1))
             size = elements * (self.key_bytes if is_key else element_size)
             memories.append(Memory(name, address, size, name in outputs, name not in outputs))
         return memories
@@ -256,7 +257,7 @@ class EmulatedRung(cuda.Rung):
         return launch
 
 
-RUNGS = {
+RUNGS: dict[str, "EmulatedRung"] = {
     f"emulated:{name}": EmulatedRung(**{f.name: getattr(rung, f.name) for f in fields(rung)} | {"name": f"emulated:{name}"})
     for name, rung in cuda.RUNGS.items()
 }

@@ -152,7 +152,8 @@ class _Sum:
     number of threads."""
 
     def __init__(self, out: Tensor, spans: list[slice]):
-        self.out, self.spans, self.parts = out, deque(spans), {}
+        self.out, self.spans = out, deque(spans)
+        self.parts: dict = {}
         self.total: Tensor | None = None
         self.lock = Lock()
 
@@ -222,7 +223,7 @@ def second_backward(settings: Settings, gQ, gK, gV, dO, dLSE, q, k, v, mask, spa
 def second_backward_vjp(settings: Settings, cotangents, inputs, needed, mask, spans, seed, alibi):
     """Cotangents of `inputs`, the tensors of `second_backward` (eight, and with a bias gBias and it), from those of its results."""
     bias = inputs[9] if len(inputs) > 8 else None
-    options = _options(settings, *inputs[5:7], spans, seed, bias, alibi)
+    options = _options(settings, inputs[5], inputs[6], spans, seed, bias, alibi)
     return second_derivative.second_backward_vjp(cotangents, inputs, needed, mask, **options)
 
 

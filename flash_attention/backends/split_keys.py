@@ -55,7 +55,7 @@ class Plan(NamedTuple):
             reason = f"it reads pages of a multiple of {PAGE_MULTIPLE} keys, got {k.shape[2]}"
         if reason:
             return cls(rung, call, reason, None)
-        forward = rung.plan(FORWARD, call)
+        forward: Forward = rung.plan(FORWARD, call)  # type: ignore[assignment]  # of FORWARD
         return cls(rung, call, None, forward, q.is_cuda and forward.is_plain, rung.pays(call))
 
     def why_not(self, k: Tensor, v: Tensor) -> str | None:

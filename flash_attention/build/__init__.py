@@ -225,10 +225,10 @@ def build(kernel: Specialisation, into: Path | None = None) -> Path:
     if nvcc is None:
         if into is None and (library := _built_before(folder, kernel)):
             return library
-        prebuilt = os.environ.get("FLASH_ATTENTION_KERNELS") or "not set"
+        named = os.environ.get("FLASH_ATTENTION_KERNELS") or "not set"
         raise BuildError(
             "nvcc, NVIDIA's CUDA compiler, was not found in CUDA_HOME, on the PATH or among pip's packages, and neither "
-            f"FLASH_ATTENTION_KERNELS ({prebuilt}) nor the cache ({folder}) holds the kernel. "
+            f"FLASH_ATTENTION_KERNELS ({named}) nor the cache ({folder}) holds the kernel. "
             "Install the CUDA toolkit, or: pip install 'flash_attention[cuda]'"
         )
     library = folder / f"{_from_what(kernel)}-{_by_what(nvcc)}.so"

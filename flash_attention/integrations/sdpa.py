@@ -125,7 +125,7 @@ def _serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     mask = None if mask is None else _in_four_dimensions(mask, batch, H)
     O = flash_attention(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p, **scored)  # (B, H, Lq, Ev)
     dims = max(x.dim() for x in (query, key, value))
-    return O if dims == 4 else O.unflatten(0, batch)[(0,) * (4 - dims)]
+    return O if dims == 4 else O.unflatten(0, batch)[(0,) * (4 - dims)]  # type: ignore[union-attr]
 
 
 def _are_served(query, key, value, dropout_p, is_causal, scale, enable_gqa) -> bool:
@@ -172,7 +172,7 @@ def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     return a if a == b else torch.broadcast_shapes(a, b)
 
 
-def _in_four_dimensions(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
+def _in_four_dimensions(x: Tensor, batch: list[int], heads: int) -> Tensor:
     """(*batch or less, heads or 1, L, E) → (B, heads, L, E), a view wherever there is one."""
     if x.dim() == 4 and x.shape[:2] == (*batch, heads):
         return x
@@ -209,7 +209,7 @@ class _Patch:
 _causal_bias = CausalBias.__dict__["__torch_function__"]
 
 
-@classmethod
+@classmethod  # type: ignore[misc]  # it becomes one of CausalBias
 def _causal_bias_beside_a_patch(cls, func, types, args=(), kwargs=None):
     """It knows torch's own function as what stands in the module. Code that imported the function by its name calls it all the same."""
     func = functional.scaled_dot_product_attention if func is TORCHS_OWN else func
