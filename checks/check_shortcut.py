@@ -89,9 +89,8 @@ def check_masks_and_dropout(target, slow_calls):
     skip_unless_masks(target)
     B, H, N = q.shape[:3]
     full = torch.rand(B, H, N, N, device=q.device) < 0.7
-    off = (
-        torch.empty(full.numel() + 1, dtype=torch.bool, device=q.device)[1:].view(full.shape).copy_(full)
-    )  # begins beside a multiple of 16
+    # The sixth begins beside a multiple of 16 bytes.
+    off = torch.empty(full.numel() + 1, dtype=torch.bool, device=q.device)[1:].view(full.shape).copy_(full)
     masks = full[:, 0, 0], full[:, :1, :1], full[:1, :1], full, full.mT, off, ~full, None
 
     def call(mask, dropout_p):
@@ -110,9 +109,8 @@ def check_masks_and_dropout(target, slow_calls):
         for n, (arguments, expected) in enumerate(zip(calls, want, strict=True)):
             got = call(*arguments)
             assert all(map(torch.equal, got[:2], expected[:2])), f"call {n}"
-            assert all(torch.allclose(a, b, atol=1e-2) for a, b in zip(got, expected, strict=True)), (
-                f"gradients of call {n}"
-            )  # sums in any order
+            close = (torch.allclose(a, b, atol=1e-2) for a, b in zip(got, expected, strict=True))  # gradients are summed in any order
+            assert all(close), f"gradients of call {n}"
         assert len(slow_calls) == (0 if again else len(calls) - 2), "~full is told like full"
     for wrong, error in ((full.float(), TypeError), (full[..., :-1], ValueError), (full.cpu(), ValueError)):
         with pytest.raises(error):
