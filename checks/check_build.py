@@ -483,7 +483,7 @@ def rungs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a stand-in")
     for name, value in (
         ("why_not", lambda rung, call: cuda._why_no_kernels(rung, 0)),
-        ("pays", lambda rung, *call: rung.name in ("hopper", "tensor_core", "simple")),
+        ("worthwhile", lambda rung, *call: rung.name in ("hopper", "tensor_core", "simple")),
         ("plan", plan),
     ):
         monkeypatch.setattr(cuda.Rung, name, value)

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Case, dtype_served, half_served, run_alone
+from harness import Case, dtype_served, half_served, run_alone, skip_unless_masks
 
 from flash_attention import flash_attention, interface, shortcut
 
@@ -81,6 +81,40 @@ def check_no_two_calls_are_confused(target, slow_calls):
         for n, ((arguments, settings), expected) in enumerate(zip(calls, want, strict=True)):
             got = flash_attention(*arguments, **settings, return_lse=True, backend=target.backend)
             assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(got, expected, strict=True)), f"call {n}"
+
+
+def check_masks_and_dropout(target, slow_calls):
+    """The second call of one with a mask, or dropout, is short too, and every mask of another shape, stride or address is its own."""
+    q, k, v = (x.requires_grad_() for x in inputs(target))
+    skip_unless_masks(target)
+    B, H, N = q.shape[:3]
+    full = torch.rand(B, H, N, N, device=q.device) < 0.7
+    # The sixth begins beside a multiple of 16 bytes.
+    off = torch.empty(full.numel() + 1, dtype=torch.bool, device=q.device)[1:].view(full.shape).copy_(full)
+    masks = full[:, 0, 0], full[:, :1, :1], full[:1, :1], full, full.mT, off, ~full, None
+
+    def call(mask, dropout_p):
+        torch.manual_seed(5)
+        O, LSE = flash_attention(q, k, v, mask, dropout_p=dropout_p, return_lse=True, backend=target.backend)
+        return O, LSE, *torch.autograd.grad(O, (q, k, v), torch.ones_like(O))
+
+    calls = [(mask, dropout_p) for mask in masks for dropout_p in (0.0, 0.25)]
+    want = []
+    for arguments in calls:
+        shortcut._kept.clear()
+        want.append(call(*arguments))
+    shortcut._kept.clear()
+    for again in (False, True):
+        slow_calls.clear()
+        for n, (arguments, expected) in enumerate(zip(calls, want, strict=True)):
+            got = call(*arguments)
+            assert all(map(torch.equal, got[:2], expected[:2])), f"call {n}"
+            close = (torch.allclose(a, b, atol=1e-2) for a, b in zip(got, expected, strict=True))  # gradients are summed in any order
+            assert all(close), f"gradients of call {n}"
+        assert len(slow_calls) == (0 if again else len(calls) - 2), "~full is told like full"
+    for wrong, error in ((full.float(), TypeError), (full[..., :-1], ValueError), (full.cpu(), ValueError)):
+        with pytest.raises(error):
+            call(wrong, 0.0)
 
 
 def check_what_is_not_plain_takes_the_long_way(target, slow_calls):

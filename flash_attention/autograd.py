@@ -29,7 +29,7 @@ from flash_attention import allocate, backends, shortcut
 from flash_attention.backends import BACKENDS, no_gradients, reference
 from flash_attention.backends.cuda import BACKWARD, FORWARD
 from flash_attention.call import SCHEMA, Call, Settings
-from flash_attention.shortcut import nobody_looks_on
+from flash_attention.shortcut import is_eager_call
 
 library: torch.library.Library = torch.library.Library("flash_attention", "DEF")
 ops = torch.ops.flash_attention
@@ -56,8 +56,8 @@ BACKEND = SETTINGS + Settings._fields.index("backend")
 
 
 def attention(plan: Callable | None, q, k, v, mask, spans, seed, settings: Settings, bias=None, alibi=None) -> tuple[Tensor, Tensor]:
-    """O and LSE, differentiable, from checked arguments (`flash_attention.interface` checks them). plan: what computes the forward where
-    nobody looks on; None calls the op."""
+    """O and LSE, differentiable, from checked arguments (`flash_attention.interface` checks them). plan: what computes the forward of an
+    eager call (`is_eager_call`); None calls the op."""
     arguments = q, k, v, mask, spans, seed
     if plan is None:
         return ops.forward(*arguments, *settings, bias, alibi)
@@ -99,8 +99,8 @@ class Attention(Function):
             return (None,) * len(ctx.needs_input_grad)
         dO = torch.zeros_like(O) if dO is None else dO
         # Only create_graph=True, as torch.func always has it, leaves gradients enabled here.
-        looked_on = torch.is_grad_enabled() or not nobody_looks_on(q, k, v) or forward_ad._current_level >= 0
-        backward = ops.backward if looked_on or type(dO) is not Tensor or _batched(dO, dLSE) else _backward
+        through_op = torch.is_grad_enabled() or not is_eager_call(q, k, v) or forward_ad._current_level >= 0
+        backward = ops.backward if through_op or type(dO) is not Tensor or _batched(dO, dLSE) else _backward
         if bias is alibi is None:
             dQ, dK, dV, _ = backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, *ctx.settings)
             return None, dQ, dK, dV, *(None,) * (len(ctx.needs_input_grad) - 4)

@@ -299,7 +299,7 @@ def attend_keys(
                 raise
         else:
             reason = plan.why_not(k, v)
-            if reason is None and (backend is not None or capturing or plan.pays):
+            if reason is None and (backend is not None or capturing or plan.worthwhile):
                 O, LSE = plan(q, k, v, lengths, starts, block_table, scales, return_lse)
                 return (O, LSE) if return_lse else O
             if backend is not None:

@@ -56,7 +56,7 @@ def check_name(name: str | None) -> str | None:
 
 
 def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
-    """The name in BACKENDS that serves this call, or its backward: the one asked for, or else the first that can and pays.
+    """The name in BACKENDS that serves this call, or its backward: the one asked for, or else the first that serves it and is worthwhile.
 
     None on a CUDA device falls back to the reference if no kernel serves the call, and warns once for each reason. A kernel is built when
     it first runs. Where that has failed (`build.failures`), None and a group's name pass over it, and warn once.
@@ -78,7 +78,7 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
     names = DEFAULT if name is None else GROUPS.get(name, (name,))
     for each in names:
         rung = cuda.RUNGS.get(each) if len(names) > 1 else None
-        if rung is not None and not rung.pays(call, which):
+        if rung is not None and not rung.worthwhile(call, which):
             continue
         timed = name is not None or rung is None or not call.score or cuda.SCORES_TIMED
         reason = BACKENDS[each].why_not(call) if timed else UNTIMED
@@ -102,7 +102,7 @@ def resolve(which: int, call: Call):
     """
     name = call.settings.backend
     # Where few queries have a forward of their own, another rung's backward may be the fastest.
-    if name in CHOSEN and not build.failures and (which == cuda.FORWARD or CHOSEN[name].pays(call, which)):
+    if name in CHOSEN and not build.failures and (which == cuda.FORWARD or CHOSEN[name].worthwhile(call, which)):
         return CHOSEN[name]
     return BACKENDS[choose(name.split("/")[0] or None, call, which)]
 

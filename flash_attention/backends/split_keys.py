@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     reason: str | None  # why the kernel cannot serve the call, or cannot read these keys where they lie: a cache is never copied
     forward: Forward | None  # unless there is a reason
     is_plain: bool = False  # `Forward.is_plain`
-    pays: bool = False  # whether the rung is the one to choose
+    worthwhile: bool = False  # whether the rung is the one to choose
 
     @classmethod
     def of(cls, rung: Rung, q: Tensor, k: Tensor, v: Tensor, paged: bool, most: int, causal: bool, scale: float) -> "Plan":
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
         if reason:
             return cls(rung, call, reason, None)
         forward: Forward = rung.plan(FORWARD, call)  # type: ignore[assignment]  # of FORWARD
-        return cls(rung, call, None, forward, q.is_cuda and forward.is_plain, rung.pays(call))
+        return cls(rung, call, None, forward, q.is_cuda and forward.is_plain, rung.worthwhile(call))
 
     def why_not(self, k: Tensor, v: Tensor) -> str | None:
         """Why the kernel cannot serve the call, or cannot read these keys where they lie, or None."""
