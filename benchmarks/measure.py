@@ -100,7 +100,7 @@ def time_alternating(
         for contender, runner in runners.items():
             if len(times[contender]) >= wanted[contender]:
                 continue
-            if first[contender]["total"] > 1e3:  # of shorter calls nobody could read so many messages
+            if first[contender]["total"] > 1e3:  # for shorter calls, messages would follow too fast to be read
                 progress(f"{contender}, round {n} of {rounds}")
             times[contender].append(time_once(runner, clock, host_us[contender]))
     return {contender: {stage: [each[stage] for each in calls] for stage in calls[0]} for contender, calls in times.items()}

@@ -26,8 +26,8 @@ if START.get_start_method() == "forkserver":
 
 
 def peak_memory(contender: Contender, case: Case) -> float | None:
-    """MB above the inputs at the worst moment of a call; what the contender has to make first, such as a mask, counts. None where the
-    system does not tell, or ended the process for want of memory."""
+    """MB above the inputs at the worst moment of a call; what the contender has to make first, such as a mask, counts. None if the
+    system does not report it, or killed the process because memory ran out."""
     if torch.device(case.device).type == "cuda":
         return _cuda_peak(contender, case)
     ours, theirs = START.Pipe(duplex=False)
@@ -65,7 +65,7 @@ def _cuda_peak(contender: Contender, case: Case) -> float:
 
 
 def _return_freed_pages() -> None:
-    """glibc keeps some of what was freed: given to `call` anew, it would not show as a rise."""
+    """glibc keeps some freed pages: if `call` reused them, they would not count as a rise."""
     with suppress(OSError, AttributeError, TypeError):  # other systems
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -61,7 +61,9 @@ def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
 
 def write_json(file: Path, environment: dict[str, Any], settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in settings.items() if not isinstance(value, Path)}  # where files went is nobody's business
+    settings = {
+        name: value for name, value in settings.items() if not isinstance(value, Path)
+    }  # file names are not settings of the measurement
     content = {"environment": environment, "settings": settings, "results": results}
     file.write_text(json.dumps(content, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
 

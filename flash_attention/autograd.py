@@ -11,10 +11,10 @@ torch.func's transforms nest in any order. The Functions below are the rules:
     second_backward    PyTorch's, of the arithmetic in reference/second_derivative.py: that makes every order beyond
     jvp                its result is also the cotangents of dO and dLSE in second_backward, J · (gQ, gK, gV), which then take its place
 
-A bias and ALiBi's slopes stand last, as they are rarely given. Where a bias gets a gradient (`to_bias`), `backward` returns it fourth and
-`second_backward` its cotangent sixth; an empty tensor otherwise.
+A bias and ALiBi's slopes come last, because most calls have none. Where a bias gets a gradient (`to_bias`), it is the fourth result of
+`backward`, and its cotangent the sixth of `second_backward`; otherwise that result is an empty tensor.
 
-Most calls have nobody looking on; they skip the ops and go from the Function, or without gradients from `attention`, to the backend.
+An eager call (`shortcut.is_eager_call`) skips the ops: it goes from the Function, or without gradients from `attention`, to the backend.
 """
 
 from collections.abc import Callable, Sequence

@@ -20,7 +20,7 @@ from flash_attention.interface import DTYPES, flash_attention
 RUNG = "split_keys"
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MOST = torch.finfo(FLOAT8).max
-ROUNDED = 256  # lengths, for the kernel's plan: a plan serves so many tokens one after another
+ROUNDED = 256  # plans are made for lengths rounded up to a multiple of this: one plan serves as many generated tokens
 
 
 class KeyValueCache:
@@ -124,7 +124,7 @@ class KeyValueCache:
         """Gives every sequence the pages for its first `tokens` tokens, as an append does by itself unless a CUDA graph captures it.
 
         Raises:
-            ValueError: `tokens` is more than the capacity. MemoryError: there are not so many pages; none has been given.
+            ValueError: `tokens` is more than the capacity. MemoryError: there are not enough free pages; none has been allocated.
         """
         if tokens > self.capacity:
             raise ValueError(f"{tokens} tokens do not fit in a capacity of {self.capacity}")

@@ -343,7 +343,7 @@ def _half(device: torch.device) -> torch.dtype:
 
 
 def _stands_in(x) -> bool:
-    """Whether x is no tensor but stands for one of unknown shape, as a torch.fx.Proxy does."""
+    """Whether x is a placeholder for a tensor of unknown shape, such as a torch.fx.Proxy."""
     return not isinstance(x, Tensor) and has_torch_function_variadic(x)
 
 

@@ -1,8 +1,8 @@
-"""A call like one before it: straight to its kernel.
+"""A repeated call goes straight to its kernel.
 
 On the host, most of a small call's time goes into checking it, choosing a backend and making its plan. Shapes, strides, dtypes and settings
-determine all of that, so plans are kept. The next call of a plain kind (a mask and dropout, but no spans or changed scores; nobody looking
-on) is told by what it was given, before any check, and only fills in addresses. Any other is checked, and then finds its plan.
+determine all of that, so plans are kept. An eager call without spans or changed scores (a mask and dropout are allowed) is recognised by
+its arguments, before any check, and only fills in addresses. Any other call is checked first, and then looks up its plan.
 """
 
 from collections.abc import Callable, Hashable
@@ -16,7 +16,7 @@ from flash_attention import backends
 from flash_attention.backends import cuda
 from flash_attention.call import Call, Settings
 
-CAPACITY = 1024  # of kept plans: where lengths grow without end, the table starts anew
+CAPACITY = 1024  # of kept plans: when it is reached, the table is cleared
 
 
 class Kept(NamedTuple):

@@ -22,11 +22,11 @@ from flash_attention.call import Call
 from . import cuda, emulated, reference
 
 BACKENDS: dict[str, Any] = {**cuda.RUNGS, "reference": reference, **emulated.RUNGS}
-# A name that stands for the fastest of several.
+# A name that selects the fastest of several.
 GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.teaching)}
 DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
-# A rung that was chosen, not asked for by its name: what it was chosen from, None as "", then its own name. Where its kernel, forward or
-# backward, cannot be built, another choice takes its place: every backward computes from the same O and LSE.
+# Names of rungs that were chosen, not requested: the group (None is ""), a slash, the rung. If such a rung's forward or backward cannot be
+# built, another rung is chosen instead: every backward computes from the same O and LSE.
 CHOSEN = {f"{group}/{name}": cuda.RUNGS[name] for group in ("", *GROUPS) for name in GROUPS["cuda"]}
 
 _warned: set[str] = set()

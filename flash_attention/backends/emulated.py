@@ -94,10 +94,10 @@ def counting() -> Iterator[list[Counts]]:
 
 @contextlib.contextmanager
 def tracing() -> Iterator[list[Trace]]:
-    """Traces the launches inside: who did what when, by a cost model of one Hopper multiprocessor, which gets the whole grid.
+    """Traces the launches inside: a timeline of each warp, by a cost model of one Hopper multiprocessor that runs the whole grid.
 
-    `options.resident` blocks at a time share it, or as many as its shared memory and threads allow. Whatever `options.seed`, the trace is
-    the same.
+    `options.resident` blocks at a time share it, or as many as its shared memory and threads allow. The trace does not depend on
+    `options.seed`.
 
     >>> with tracing() as traces:
     ...     O = flash_attention(q, k, v, backend="emulated:hopper")

@@ -1,4 +1,4 @@
-"""What the emulator's cost model says of a launch: who did what, from when to when, in cycles of one Hopper multiprocessor.
+"""The timeline of a launch by the emulator's cost model: what each warp and engine did, from when to when, in cycles of one multiprocessor.
 
 A model, not a measurement: its constants, and where they come from, are in cuda/emulator/model.h.
 """

@@ -11,7 +11,7 @@ from flash_attention.backends.launch import KEYS
 from flash_attention.call import Call, Form, Settings
 
 PAGE_MULTIPLE = 16  # of a page's keys: what a warp finds with one number
-CAPACITY = 1024  # of kept plans: where shapes differ without end, the table starts anew
+CAPACITY = 1024  # of kept plans: when it is reached, the table is cleared
 
 
 class Plan(NamedTuple):

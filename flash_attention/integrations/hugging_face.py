@@ -78,8 +78,8 @@ def mask(
     """What transformers' `sdpa_mask` makes: bool (B, 1, Nq, Nk), True = may attend. Causality, sliding windows, padding and packed
     documents become an `ImpliedMask`, which takes no memory of that size; other patterns are written out by `sdpa_mask`.
 
-    `sdpa_mask` returns None for some masks, which does not say whether it stands for causality or for none, for which alignment, nor for
-    how many queries: a model that drops the first ones, as Gemma 4 does in layers that share keys and values, must not change what the
+    `sdpa_mask` returns None for some masks. None does not say whether the mask is causal or absent, how it is aligned, or for how many
+    queries it is: a model that drops the first queries, as Gemma 4 does in layers that share keys and values, must not change what the
     others see.
 
     Raises:
@@ -180,7 +180,7 @@ def _only(parts: list[Pattern]) -> Tensor | None:
 
 
 class ImpliedMask(Tensor):
-    """A bool mask (B, 1, Nq, Nk) that is not in memory, but what it stands for. Operations see it written out.
+    """A bool mask (B, 1, Nq, Nk) kept as a pattern, not in memory. An operation that reads it sees it written out.
 
     Nk > Nq + diagonal is the first pass over an empty static cache, whose unwritten keys come last.
     """
