@@ -66,7 +66,7 @@ TABLE = {
     ("simple", "forward_1_simple.cu"): [
         ("__syncthreads();  // all threads have finished reading the previous chunks", "//", FLOAT32),
         ("__syncthreads();  // both chunks are complete", NO_BARRIER, FLOAT32),
-        ("__syncthreads();  // every thread is done with the chunk of Kj or Vj", "//", FLOAT32),
+        ("__syncthreads();  // all threads have finished reading the previous chunk of Kj or Vj", "//", FLOAT32),
         ("__syncthreads();  // the chunk is complete", NO_BARRIER, FLOAT32),
         ("O_rmem[c][r][e] *= alpha_rmem[r];", ";", FLOAT32),
         ("alpha_rmem[r] * l_rmem[r] + row_sum(sum)", "l_rmem[r] + row_sum(sum)", FLOAT32),
@@ -101,7 +101,7 @@ TABLE = {
         ("__syncthreads();  // the chunk is complete", NO_BARRIER, FLOAT32, 1),
         ("load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK, p.scale);", "load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK);", FLOAT32),
         ("P_rmem[r][c] = P * Z;", "P_rmem[r][c] = P;", DROPOUT),
-        ("__syncthreads();  // every thread is done with the chunk of Vj or Kj", "//", FLOAT32),
+        ("__syncthreads();  // all threads have finished reading the previous chunk of Vj or Kj", "//", FLOAT32),
         ("if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];", ";", CAPPED, 0),
         ("if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];", ";", CAPPED, 1),
         ("__syncthreads();  // the tile is complete; what follows reads other groups' rows", NO_BARRIER, KEY_BIAS),

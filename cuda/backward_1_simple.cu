@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
 #pragma unroll
             for (int c = 0; c < CHUNKS; ++c) {
                 if (c * CHUNK >= p.Dv) break;
-                __syncthreads();  // every thread is done with the chunk that this one takes the place of
+                __syncthreads();  // all threads have finished reading the previous chunk; this one overwrites it
                 load_chunk<BLOCK_Q>(QdO_smem, dO, i0, c * CHUNK);
                 __syncthreads();  // the chunk is complete
                 add_product<ROWS_KV>(dV_rmem[c], P_smem, QdO_smem);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
 #pragma unroll
             for (int c = 0; c < CHUNKS; ++c) {
                 if (c * CHUNK >= p.D) break;
-                __syncthreads();  // every thread is done with the chunk that this one takes the place of
+                __syncthreads();  // all threads have finished reading the previous chunk; this one overwrites it
                 load_chunk<BLOCK_Q>(QdO_smem, Q, i0, c * CHUNK, p.scale);
                 __syncthreads();  // the chunk is complete
                 add_product<ROWS_KV>(dK_rmem[c], P_smem, QdO_smem);
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c) {
             if (c * CHUNK >= p.D) break;
-            __syncthreads();  // every thread is done with the chunk of Vj or Kj that this one takes the place of
+            __syncthreads();  // all threads have finished reading the previous chunk of Vj or Kj; this one overwrites it
             load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK, p.scale);
             __syncthreads();  // the chunk is complete
             add_product<ROWS_Q>(dQ_rmem[c], dS_smem, KV_smem);

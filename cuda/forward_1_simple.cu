@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c) {
             if (c * CHUNK >= p.Dv) break;
-            __syncthreads();  // every thread is done with the chunk of Kj or Vj that this one takes the place of
+            __syncthreads();  // all threads have finished reading the previous chunk of Kj or Vj; this one overwrites it
             load_chunk<BLOCK_K>(KV_smem, V, j0, c * CHUNK);
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)
