@@ -462,7 +462,7 @@ SERVED = [
     *("gemma2", "gpt_oss"),
     *("jamba", "lfm2", "bert", "modernbert", "bart", "t5", "whisper", "wav2vec2", "vit", "swin", "clip", "aimv2", "beit"),
 ]
-REFUSED = {"git": "mask", "bigbird_pegasus": "mask", "minimax_m3_vl_text": "block_indices"}
+REFUSED = {"git": "mask", "deepseek_v4": "mask", "bigbird_pegasus": "mask", "minimax_m3_vl_text": "block_indices"}
 
 
 @pytest.fixture
