@@ -10,7 +10,7 @@
 constexpr int BLOCK_K = 128;                        // 64 for each of two groups
 // The accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers, with what an interval takes.
 constexpr int BLOCK_Q = HEAD_DIM <= 64 && !INTERVAL ? 128 : 64;
-constexpr int HALVES = 1;
+constexpr int CONSUMERS = 2, HALVES = 1;
 static_assert(HEAD_DIM <= 128 && HEAD_DIM % 16 == 0 && V_HEAD_DIM == HEAD_DIM, "wider heads: backward_4_hopper_wide.cu");
 #include "backward_hopper.cuh"
 

@@ -6,13 +6,14 @@
 // keys of the tile, so Pᵀ and dSᵀ go through shared memory, which either group writes half of and reads whole.
 //
 // Products run one after another, in the order in which a group asks for them, and asking does not wait. So a group asks for S and dP of the next
-// tile before dQ and dV of this one, and computes the exponentials while those run:
+// tile before the last products of this one, and computes the exponentials while those run:
 //
-//     products:   dK(n)   S(n+1)   dP(n+1)   dQ(n), first half   dV(n)                  dQ(n), second half   │ dK(n+1) …
-//     meanwhile:                   P(n+1)    dS(n+1)             adds dQ, first half                          │ adds dQ, second half
-//                                                                                             both groups meet ┘
+//     products:   dK(n)                S(n+1)   dQ(n), first half   dV(n)                       dP(n+1)   dQ(n), second half   │ dK(n+1) …
+//     meanwhile:  adds dQ(n − 1)                P(n+1)              adds dQ(n), first half                dS(n+1)              │
+//                                                                                                               both groups meet ┘
 //
-// dK comes first, so that a tile of Q makes place for the next but one long before that is needed: shared memory holds no third.
+// Shared memory holds no third tile of Q or dO. So dK comes before S, and dV before dP: a tile has been read for the last time nearly a round before
+// the next but one, which takes its place, is needed.
 //
 // Where a half of the head is no whole number of panels of 64 columns, a tile has each half in panels of its own.
 //
@@ -21,7 +22,7 @@
 
 constexpr int BLOCK_K = 64;
 constexpr int BLOCK_Q = 64;
-constexpr int HALVES = 2;
+constexpr int CONSUMERS = 2, HALVES = 2;
 #include "backward_hopper.cuh"
 
 constexpr int ROWS = BLOCK_Q / CONSUMERS;      // of Q: a group's columns of Sᵀ and dPᵀ
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             }
             ptx::wgmma_commit_group();
         };
-        auto start_scores = [&](const Visited& at) {
+        auto start_S_of = [&](const Visited& at) {
             ptx::mbarrier_wait(barrier(barriers.Q_full, at.slot().stage), at.slot().parity);
 #if MASK
             // Key j is seen by the rows from j − offset on.
@@ -190,6 +191,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #endif
             multiply(std::integral_constant<int, COLUMNS>(), S_rmem, K_smem, Q_of(at.n), !MASK);
             if (MASK) ptx::mbarrier_arrive(mask_empty);
+        };
+        auto start_dP = [&](const Visited& at) {
             ptx::mbarrier_wait(barrier(barriers.dO_full, at.slot().stage), at.slot().parity);
             multiply(std::integral_constant<int, V_COLUMNS>(), dP_rmem, V_smem, dO_of(at.n), true);
         };
@@ -286,7 +289,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #endif
         if (next.more()) {
             // The first tile has no predecessor whose products could run under its exponentials.
-            start_scores(next);
+            start_S_of(next);
+            start_dP(next);
             draw(next);
             ptx::wgmma_wait_group<1>();
             make_P(next);
@@ -302,21 +306,22 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #endif
             int n = 0;
             for (next.advance(p); next.more(); next.advance(p), ++n) {
-                start_scores(next);
+                start_S_of(next);
                 start_dQ(n, 0);
                 add(dV_rmem, P_of(n), dO_of(n), false);
+                start_dP(next);
                 draw(next);
                 ptx::wgmma_wait_group<3>();  // S is there, and dK: done with Q
                 ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
                 make_P(next);
-                ptx::wgmma_wait_group<2>();  // dP is there
-                make_dS(next);
-                ptx::wgmma_wait_group<1>();  // the first half of dQ is there
+                ptx::wgmma_wait_group<2>();  // the first half of dQ is there
                 take_turn(p, Workspace(p), row, turn);
                 add_half(row, 0);
                 start_dQ(n, 1);
-                ptx::wgmma_wait_group<1>();  // dV is there: done with dO
+                ptx::wgmma_wait_group<2>();  // dV is there: done with dO
                 ptx::mbarrier_arrive(barrier(barriers.dO_empty, n % STAGES));
+                ptx::wgmma_wait_group<1>();  // dP is there
+                make_dS(next);
                 ptx::wgmma_wait_group<0>();  // so is the second half of dQ
                 meet();                      // Pᵀ and dSᵀ are whole, and both groups are done with the other ones
                 add(dK_rmem, dS_of(next.n), Q_of(next.n), false);

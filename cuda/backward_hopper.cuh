@@ -1,11 +1,10 @@
-// What the two hopper backwards share: tiles and tensor maps, the order in which a block visits tiles of Q, the way of dQ to global memory, and the
-// launch. Includers define BLOCK_K, BLOCK_Q and HALVES.
+// What the three hopper backwards share: tiles and tensor maps, the order in which a block visits tiles of Q, the way of dQ to global memory, and the
+// launch. Includers define BLOCK_K, BLOCK_Q, CONSUMERS and HALVES.
 #pragma once
 
 #include "common.cuh"
 
 constexpr int GROUP = 128;  // threads of a warpgroup
-constexpr int CONSUMERS = 2;
 constexpr int THREADS = GROUP * (1 + CONSUMERS);
 constexpr int PADDED_TO = BLOCK_Q;
 #include "backward_workspace.cuh"
@@ -129,10 +128,11 @@ struct Visit {
 };
 #endif
 
-// Registers of the producer's threads and of the others: all start with 168; what 128 give back is what 256 can take.
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+// Registers of the producer's threads and of the others: all start with 168, or with three groups of consumers with 128; the others can take what the
+// producer's 128 give back.
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
 
-// Both groups are there.
+// All groups of consumers are there.
 __device__ inline void meet() { ptx::bar_sync(1, CONSUMERS * GROUP); }
 
 // Deterministic: blocks add to a tile in the order of their keys, `row` the tile's first in the workspace. They start in that order too, so the one
