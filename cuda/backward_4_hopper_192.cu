@@ -9,9 +9,11 @@
 // Products run one after another, in the order in which a group asks for them, and asking does not wait. So a group asks for S and dP of the next
 // tile before dV of this one, and computes the exponentials while those run:
 //
-//     products:   dQ(n)   dK(n)      S(n+1)   dP(n+1)   dV(n)     │ dQ(n+1) …
-//     meanwhile:          adds dQ             P(n+1)    dS(n+1)   │
-//                                                        all meet ┘
+//     products:   dQ(n)   dK(n)           S(n+1)          dP(n+1)   dV(n)     │ dQ(n+1) …
+//     meanwhile:          adds half dQ    the other half  P(n+1)    dS(n+1)   │
+//                                                                    all meet ┘
+//
+// dQ leaves in two halves, because additions that come all at once are waited for, and S takes the registers of the first.
 //
 // Q's place is free after dK and dO's after dV, each long before the tile after next, which takes it, is needed. dS has one place: it is written again
 // once all groups have waited for dK, which is what the barrier of Q's place counts. P(n+1) is written while dV(n) reads P(n), so P has two.
@@ -262,12 +264,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                                                         ptx::advance(b, k * 16 * ROW_BYTES), k > 0);
             ptx::wgmma_commit_group();
         };
-        // It is added to the tile's rows, `row` the first of them.
-        auto finish_dQ = [&](int64_t row, int turn) {
-            take_turn(p, Workspace(p), row, turn);
-            add_dQ<64>(Workspace(p), row, consumer * 64, dQ_rmem);
-            end_turn(p, Workspace(p), row, turn);
-        };
+        // Its first or second 32 columns are added to the tile's rows, `row` the first of them.
+        auto add_half = [&](int64_t row, int half) { add_dQ<32>(Workspace(p), row, consumer * 64 + 32 * half, dQ_rmem + 16 * half); };
 
         ptx::mbarrier_wait(KV_full, 0);
 #if INTERVAL
@@ -295,8 +293,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 start_dQ();
                 add_dK(n);
                 ptx::wgmma_wait_group<1>();  // dQ is there
-                finish_dQ(row, turn);
+                take_turn(p, Workspace(p), row, turn);
+                add_half(row, 0);
+                if (INTERVAL) add_half(row, 1);  // registers do not suffice for what is better:
                 start_scores(next);
+                if (!INTERVAL) add_half(row, 1);
+                end_turn(p, Workspace(p), row, turn);
                 start_dP(next);
                 add_dV(n);
                 ptx::wgmma_wait_group<3>();  // dK is there: done with Q and dS
@@ -318,7 +320,10 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             add_dK(n);
             add_dV(n);
             ptx::wgmma_wait_group<2>();
-            finish_dQ(row, turn);
+            take_turn(p, Workspace(p), row, turn);
+            add_half(row, 0);
+            add_half(row, 1);
+            end_turn(p, Workspace(p), row, turn);
             ptx::wgmma_wait_group<0>();
         }
 

@@ -8,12 +8,15 @@
 // Products run one after another, in the order in which a group asks for them, and asking does not wait. So a group asks for S and dP of the next
 // tile before the last products of this one, and computes the exponentials while those run:
 //
-//     products:   dK(n)                S(n+1)   dQ(n), first half   dV(n)                       dP(n+1)   dQ(n), second half   │ dK(n+1) …
-//     meanwhile:  adds dQ(n − 1)                P(n+1)              adds dQ(n), first half                dS(n+1)              │
-//                                                                                                               both groups meet ┘
+//     products:   dK(n)   S(n+1)   dQ(n), first half   dV(n)   dP(n+1)   dQ(n), second half   │ dK(n+1) …
+//     meanwhile:                                               P(n+1)    dS(n+1)              │
+//                                                                              both groups meet ┘
 //
 // Shared memory holds no third tile of Q or dO. So dK comes before S, and dV before dP: a tile has been read for the last time nearly a round before
 // the next but one, which takes its place, is needed.
+//
+// A group waits while its additions to dQ leave, and asks for no product then. So the groups add at different times, one while the other's products
+// run: the first half before dP and after P(n+1), the second half before the next dK and after the next S.
 //
 // Where a half of the head is no whole number of panels of 64 columns, a tile has each half in panels of its own.
 //
@@ -298,25 +301,27 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             make_dS(next);
             meet();
             add(dK_rmem, dS_of(0), Q_of(0), true);
-            int64_t row = first_row_of(next);
+            int64_t row = first_row_of(next), row_before = 0;
 #if INTERVAL
             int turn = next.turn(p, maps, k_tile);
 #else
             const int& turn = k_tile;
 #endif
+            const bool adds_late = consumer == 0 && !p.deterministic;
             int n = 0;
             for (next.advance(p); next.more(); next.advance(p), ++n) {
                 start_S_of(next);
+                if (n > 0 && adds_late) add_half(row_before, 1);
                 start_dQ(n, 0);
                 add(dV_rmem, P_of(n), dO_of(n), false);
+                ptx::wgmma_wait_group<1>();  // S is there, the first half of dQ, and dK: done with Q
+                ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
+                take_turn(p, Workspace(p), row, turn);
+                if (consumer == 0) add_half(row, 0);
                 start_dP(next);
                 draw(next);
-                ptx::wgmma_wait_group<3>();  // S is there, and dK: done with Q
-                ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
                 make_P(next);
-                ptx::wgmma_wait_group<2>();  // the first half of dQ is there
-                take_turn(p, Workspace(p), row, turn);
-                add_half(row, 0);
+                if (consumer == 1) add_half(row, 0);
                 start_dQ(n, 1);
                 ptx::wgmma_wait_group<2>();  // dV is there: done with dO
                 ptx::mbarrier_arrive(barrier(barriers.dO_empty, n % STAGES));
@@ -324,14 +329,16 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 make_dS(next);
                 ptx::wgmma_wait_group<0>();  // so is the second half of dQ
                 meet();                      // Pᵀ and dSᵀ are whole, and both groups are done with the other ones
-                add(dK_rmem, dS_of(next.n), Q_of(next.n), false);
-                add_half(row, 1);
+                if (!adds_late) add_half(row, 1);
                 end_turn(p, Workspace(p), row, turn);
+                add(dK_rmem, dS_of(next.n), Q_of(next.n), false);
+                row_before = row;
                 row = first_row_of(next);
 #if INTERVAL
                 turn = next.turn(p, maps, k_tile);
 #endif
             }
+            if (n > 0 && adds_late) add_half(row_before, 1);
             start_dQ(n, 0);
             add(dV_rmem, P_of(n), dO_of(n), false);
             ptx::wgmma_wait_group<1>();

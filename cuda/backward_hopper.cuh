@@ -151,8 +151,9 @@ __device__ inline void end_turn(const AttentionParams& p, const Workspace& works
 }
 
 // Adds a group's 64 rows × COLUMNS columns to dQ, from row `row` of the workspace and this column of the head on; none beyond its last.
+// dQ_rmem: [COLUMNS / 2]
 template <int COLUMNS = 64>
-__device__ inline void add_dQ(const Workspace& workspace, int64_t row, int column, const float (&dQ_rmem)[COLUMNS / 2]) {
+__device__ inline void add_dQ(const Workspace& workspace, int64_t row, int column, const float* dQ_rmem) {
     const int thread = ptx::tid_x() % GROUP;  // read anew, so that what follows from it takes no registers meanwhile
     float* dQ_gmem = workspace.dQ + fragment_offset(row + thread / 32 * 16, column, thread % 32);
 #pragma unroll
