@@ -8,7 +8,9 @@ sweep_transformers.py, which runs them all.
 
 import copy
 import importlib
+import importlib.metadata
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,14 +166,20 @@ def check_patterns_are_what_is_written_out(integration):
     """Mask functions that are understood against transformers' own `sdpa_mask`; one of somebody's own is written out."""
     utils = integration.masking_utils
     position = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
-    packed = utils.find_packed_sequence_indices(position)
+    documents = utils.find_packed_sequence_indices(position)
+
+    def packed(function):
+        if hasattr(utils, "packed_sequence_compatibility_function"):
+            return utils.packed_sequence_compatibility_function(function, position, documents)
+        return utils.and_masks(utils.packed_sequence_mask_function(documents), function)  # as older ones write it
+
     functions = {
         "causal": utils.causal_mask_function,
         "all": utils.bidirectional_mask_function,
         "window": utils.sliding_window_causal_mask_function(3),
         "both sides": utils.sliding_window_bidirectional_mask_function(2),
-        "packed": utils.packed_sequence_compatibility_function(utils.causal_mask_function, position, packed),
-        "packed window": utils.packed_sequence_compatibility_function(utils.sliding_window_causal_mask_function(3), position, packed),
+        "packed": packed(utils.causal_mask_function),
+        "packed window": packed(utils.sliding_window_causal_mask_function(3)),
     }
     real = torch.arange(9) >= torch.tensor([[3], [0]])
     for name, function in functions.items():
@@ -435,12 +443,20 @@ def sweep(transformers):
     transformers.logging.set_verbosity_error()
 
 
+def pinned() -> str:
+    """The version of transformers that requirements.txt installs."""
+    lines = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
+    return next(line.removeprefix("transformers==") for line in lines if line.startswith("transformers=="))
+
+
 @pytest.mark.parametrize("kind", [*SERVED, *REFUSED])
 def check_families(sweep, kind):
     """A sample of the sweep."""
     report = sweep.examine(kind, sweep.families()[kind])
     lines = "\n".join(sweep.lines(kind, report))
     assert not sweep.failures(report), lines
+    if "no layer reached" in report.get("reason", "") and importlib.metadata.version("transformers") != pinned():
+        pytest.skip(f"this transformers computes {kind}'s attention itself")
     if kind in REFUSED:
         assert report["reason"].startswith("refused") and REFUSED[kind] in report["reason"], lines
     else:
