@@ -27,6 +27,9 @@ WIDEST = case(D=256, H=1)
 WIDEST_MASKED = case(D=256, H=1, mask="heads share")
 HEAD_96 = case(D=96, H=1)
 HEAD_192 = case(D=192, H=1)
+HEAD_192_DROPOUT = case(D=192, H=1, dropout_p=0.25)
+HEAD_192_MASKED = case(D=192, H=1, mask="heads share")
+HEAD_192_WINDOW = case(D=192, H=1, window=(70, 30))
 HEAD_512 = case(D=512, H=1, Nq=130, Nk=200)
 HEAD_512_CAUSAL = case(D=512, H=2, Nq=150, Nk=200, causal=True)
 HEAD_512_MASKED = case(D=512, H=1, Nq=130, Nk=200, mask="heads share")
@@ -359,7 +362,7 @@ TABLE = {
     ("hopper", "keep_bits.cuh"): [
         ("push(r, upper ? from_other : mine[r], p);", "push(r, mine[r], p);", DROPOUT),
         ("(low & word) | (either & (low | word))", "(low & word)", DROPOUT),
-        ("panel / OF_PART * PART + panel % OF_PART * 64;", "panel * 64;", HEAD_192),
+        ("panel / OF_PART * PART + panel % OF_PART * 64;", "panel * 64;", HEAD_192_DROPOUT),
     ],
     ("hopper", "mask_start.cuh"): [
         ("S[4 * (4 * w + n) + 2 * r + c]", "S[4 * (4 * w + n) + 2 * r + 1 - c]", MASKED),
@@ -397,15 +400,29 @@ TABLE = {
         ("max(0, j0 - diagonal(p)) / BLOCK_Q - 1", "max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
         ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
     ],
+    ("hopper", "backward_4_hopper_192.cu"): [
+        ("ptx::wgmma_wait_group<1>();  // dQ is there", "ptx::wgmma_wait_group<2>();", HEAD_192),
+        ("ptx::wgmma_wait_group<3>();  // dK is there: done with Q and dS", "ptx::wgmma_wait_group<4>();", HEAD_192),
+        ("ptx::mbarrier_wait(barrier(barriers.Q_empty, n % STAGES), n / STAGES & 1);", NO_WAIT, HEAD_192),
+        ("ptx::wgmma_wait_group<0>();  // dV is there: done with dO and P", "ptx::wgmma_wait_group<1>();", HEAD_192),
+        ("ptx::fence_proxy_async();  // this thread's part of P and dS", NO_BARRIER, HEAD_192),
+        ("meet();  // P and dS are whole", "//", HEAD_192),
+        ("meet();  // both are whole", "//", HEAD_192),
+        ("P_smem + n % 2 * Tile_P::BYTES;", "P_smem;", HEAD_192),
+        ("consumer * 8 + warp * 2 + lane / 8 % 2", "consumer * 8 + warp * 2 + lane / 16", HEAD_192),
+        ("start_of_sum(signs, warp % 2 * 2 + r)", "start_of_sum(signs, r)", HEAD_192_MASKED),
+        ("const unsigned from = keys.x - j0,", "const unsigned from = keys.x,", HEAD_192_WINDOW),
+    ],
     ("hopper", "backward_4_hopper_wide.cu"): [
-        ("ptx::wgmma_wait_group<3>();  // S is there", "ptx::wgmma_wait_group<4>();  //", WIDEST),
+        ("ptx::wgmma_wait_group<1>();  // S is there, the first half of dQ", "ptx::wgmma_wait_group<2>();  //", WIDEST),
         ("ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ", NO_BARRIER, WIDEST),
         ("meet();                      // Pᵀ and dSᵀ are whole", "//", WIDEST),
         ("if (MASK) ptx::mbarrier_arrive(mask_empty);", ";", WIDEST_MASKED),
-        ("ptx::wgmma_wait_group<1>();  // dV is there: done with dO", "ptx::wgmma_wait_group<2>();", WIDEST),
+        ("ptx::wgmma_wait_group<2>();  // dV is there: done with dO", "ptx::wgmma_wait_group<3>();", WIDEST),
         ("dS_of(next.n), Q_of(next.n), false);", "dS_of(n), Q_of(next.n), false);", WIDEST),
-        ("d / STEPS * PANELS + d % STEPS / 4", "d / 4", HEAD_192),
-        ("p.D, consumer * COLUMNS,", "p.D, consumer * 128,", HEAD_192),
+        ("adds_late) add_half(row_before, 1);\n            start_dQ(n, 0);", "adds_late) ;\n            start_dQ(n, 0);", WIDEST),
+        ("d / STEPS * PANELS + d % STEPS / 4", "d / 4", HEAD_192_DROPOUT),
+        ("p.D, consumer * COLUMNS,", "p.D, consumer * 128,", HEAD_192_DROPOUT),
     ],
     ("hopper_wide", "forward_5_wide.cu"): [
         ("ptx::wgmma_wait_group<1>();  // the panel before has been read", ";", HEAD_512),
