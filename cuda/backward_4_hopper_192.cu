@@ -18,7 +18,8 @@
 // Q's place is free after dK and dO's after dV, each long before the tile after next, which takes it, is needed. dS has one place: it is written again
 // once all groups have waited for dK, which is what the barrier of Q's place counts. P(n+1) is written while dV(n) reads P(n), so P has two.
 //
-// Serves float16 and bfloat16, everything in the interface but dropout, positive scale; head sizes from 129 to 192 that are multiples of 8.
+// Serves float16 and bfloat16, everything in the interface but dropout and a mask over intervals, positive scale; head sizes from 129 to 192 that are
+// multiples of 8.
 #include "common.cuh"
 
 constexpr int BLOCK_K = 96;
@@ -26,8 +27,8 @@ constexpr int BLOCK_Q = 64;
 constexpr int CONSUMERS = 3, HALVES = 1;
 #include "backward_hopper.cuh"
 
-#if DROPOUT
-#error "dropout: backward_4_hopper_wide.cu"
+#if DROPOUT || (MASK && INTERVAL)
+#error "dropout, and a mask over intervals, take more registers than there are: backward_4_hopper_wide.cu"
 #endif
 
 constexpr int KEYS = BLOCK_K / CONSUMERS;  // a group's columns of S and dP

@@ -21,7 +21,7 @@
 // Where a half of the head is no whole number of panels of 64 columns, a tile has each half in panels of its own.
 //
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 256 that are multiples of 8. Up to 192
-// backward_4_hopper_192.cu is faster, and this one serves calls with dropout.
+// backward_4_hopper_192.cu is faster, and this one serves calls with dropout, or with a mask over intervals.
 #include "common.cuh"
 
 constexpr int BLOCK_K = 64;

@@ -68,7 +68,7 @@ class Rung:
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
     wide_forward: tuple[int, str] | None = None  # above this head size the forward has a file of its own
     wide_backward: tuple[int, str] | None = None  # so has the backward
-    no_dropout_backward: tuple[int, str] | None = None  # of those, up to this head size and without dropout, another
+    plain_backward: tuple[int, str] | None = None  # and up to this size another, without dropout or a mask over intervals
     few_rows: tuple[tuple[int, int, int], ...] = ()  # up to a head size: rows up to which a lower rung is faster, without and with dropout
     packs_heads: bool = False  # a tile has all query heads of a key head: the rung for few queries
     least_scores: tuple[tuple[int, int], ...] = ()  # up to a head size: scores of all heads up to which a lower rung is faster
@@ -170,14 +170,15 @@ class Rung:
         """What its forward or backward for one kind of call is compiled from. sizes: compiled ones, of Q and K and of V."""
         D, Dv = sizes
         kind = dtype, visible == "causal", mask, dropout, visible == "interval"
-        return build.Specialisation(self.file(which, D, dropout), arch, D, *kind, None if Dv == D else Dv, float8, score)
+        special = dropout or (visible == "interval" and mask is not None)
+        return build.Specialisation(self.file(which, D, special), arch, D, *kind, None if Dv == D else Dv, float8, score)
 
-    def file(self, which: int, head_dim: int, dropout: bool) -> str:
-        """The source of its forward or backward for a compiled head size."""
+    def file(self, which: int, head_dim: int, special: bool = False) -> str:
+        """The source of its forward or backward for a compiled head size. special: not served by `plain_backward`."""
         wide = (self.wide_forward, self.wide_backward)[which]
         if not wide or head_dim <= wide[0]:
             return self.files[which]
-        other = self.no_dropout_backward if which == BACKWARD and not dropout else None
+        other = self.plain_backward if which == BACKWARD and not special else None
         return other[1] if other and head_dim <= other[0] else wide[1]
 
     def pays(self, call: Call, which: int = FORWARD) -> bool:
@@ -360,7 +361,7 @@ HOPPER = Rung(
     dropout=True,
     intervals=True,
     wide_backward=(128, "backward_4_hopper_wide.cu"),
-    no_dropout_backward=(192, "backward_4_hopper_192.cu"),
+    plain_backward=(192, "backward_4_hopper_192.cu"),
     few_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
 )
 HOPPER_WIDE = replace(
@@ -371,7 +372,7 @@ HOPPER_WIDE = replace(
     pairs=(),
     intervals=False,
     wide_backward=None,
-    no_dropout_backward=None,
+    plain_backward=None,
     few_rows=(),
 )
 HOPPER_FLOAT32 = Rung(
