@@ -16,7 +16,8 @@
 // the next but one, which takes its place, is needed.
 //
 // A group waits while its additions to dQ leave, and asks for no product then. So the groups add at different times, one while the other's products
-// run: the first half before dP and after P(n+1), the second half before the next dK and after the next S.
+// run: the first half before dP and after P(n+1), the second half before the next dK and after the next S. With a mask, intervals or dropout, both add the
+// first half after P(n+1).
 //
 // Where a half of the head is no whole number of panels of 64 columns, a tile has each half in panels of its own.
 //
@@ -33,6 +34,7 @@ constexpr int ROWS = BLOCK_Q / CONSUMERS;      // of Q: a group's columns of Sáµ
 constexpr int COLUMNS = HEAD_DIM / CONSUMERS;  // of the head: a group's columns of dK and dQ
 constexpr int V_COLUMNS = V_HEAD_DIM / CONSUMERS;  // and of dV
 constexpr int N_TILES = ROWS / 8;
+constexpr bool ONE_BY_ONE = !MASK && !INTERVAL && !DROPOUT;  // the groups add the first half of dQ at different times
 static_assert(HEAD_DIM > 128, "narrower heads: backward_4_hopper.cu");
 static_assert(COLUMNS > 64 && COLUMNS <= 128 && COLUMNS % 16 == 0 && V_COLUMNS <= COLUMNS && V_COLUMNS % 16 == 0, "two products are a group's columns of dQ");
 constexpr int QDO_BYTES = Tile_Q::BYTES + Tile_dO::BYTES;
@@ -315,14 +317,24 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 if (n > 0 && adds_late) add_half(row_before, 1);
                 start_dQ(n, 0);
                 add(dV_rmem, P_of(n), dO_of(n), false);
-                ptx::wgmma_wait_group<1>();  // S is there, the first half of dQ, and dK: done with Q
-                ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
-                take_turn(p, Workspace(p), row, turn);
-                if (consumer == 0) add_half(row, 0);
-                start_dP(next);
-                draw(next);
-                make_P(next);
-                if (consumer == 1) add_half(row, 0);
+                if (ONE_BY_ONE) {
+                    ptx::wgmma_wait_group<1>();  // S is there, the first half of dQ, and dK: done with Q
+                    ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
+                    take_turn(p, Workspace(p), row, turn);
+                    if (consumer == 0) add_half(row, 0);
+                    start_dP(next);
+                    make_P(next);
+                    if (consumer == 1) add_half(row, 0);
+                } else {
+                    start_dP(next);
+                    draw(next);
+                    ptx::wgmma_wait_group<3>();  // S is there, and dK: done with Q
+                    ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
+                    make_P(next);
+                    ptx::wgmma_wait_group<2>();  // the first half of dQ is there
+                    take_turn(p, Workspace(p), row, turn);
+                    add_half(row, 0);
+                }
                 start_dQ(n, 1);
                 ptx::wgmma_wait_group<2>();  // dV is there: done with dO
                 ptx::mbarrier_arrive(barrier(barriers.dO_empty, n % STAGES));
