@@ -444,7 +444,7 @@ def limit(name: str, truth: Tensor, naive_value: Tensor, dtype: torch.dtype, D: 
         return truth.sum()
     naive_error = (naive_value.double() - truth).abs().masked_fill(truth.isinf(), 0).max()
     if dtype in HALF and name != "LSE":
-        rounded = truth.to(dtype)
+        rounded = truth.masked_fill(truth.isinf(), 0).to(dtype)
         return 2 * naive_error + 2 * ((rounded + 0.3 - 0.3) - rounded).double().abs().max()
     unit = (1e-14 if dtype == torch.float64 else 1e-6) * max(1.0, (D / 128) ** 0.5)
     size = truth.masked_fill(truth.isinf(), 0).abs()
@@ -495,7 +495,9 @@ class Report:
         for name, value, want, in_dtype in zip(got._fields, got, problem.truth, problem.in_dtype, strict=True):
             if value is None:
                 continue
-            self.compare(what, name, value, want, slack * limit(name, want, in_dtype, case.dtype, case.D), str(case))
+            # Kernels of half types take a softcap's tanh in 11 bits; the LSE then is as exact as O.
+            rule = "O" if case.softcap and case.dtype in HALF else name
+            self.compare(what, name, value, want, slack * limit(rule, want, in_dtype, case.dtype, case.D), str(case))
 
     def failures(self) -> list[str]:
         return [

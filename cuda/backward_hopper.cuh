@@ -13,6 +13,7 @@ constexpr int PADDED_TO = BLOCK_Q;
 #include "longest_first.cuh"
 #include "mask_start.cuh"
 #include "ptx_hopper.cuh"
+#include "score_tile.cuh"
 #include "tensor_map.cuh"
 
 #if DTYPE == FLOAT32 || (MASK && MASK != MASK_OF_KEY_BITS)
@@ -37,6 +38,9 @@ struct Maps {
     Summaries summaries;
     const uint2* seen;  // Workspace::seen
     const int* order;   // of blocks, each a tile of keys; NULL: as they are numbered
+#endif
+#if SCORE & SCORE_BIAS
+    CUtensorMap bias;
 #endif
 };
 
@@ -129,6 +133,17 @@ struct Visit {
 };
 #endif
 
+#if SCORE
+// Scores of a tile, transposed, become what P is the power of. key: the lane's first, of two ROW_STEP apart; row: of Q, of its first column.
+template <int COLUMNS, class Bias, class Done>
+__device__ inline void score_keys(const float (&S_rmem)[COLUMNS / 2], const AttentionParams& p, float slope, int i0, int row, int j0, int key, Bias bias,
+                                  Done done) {
+    const int distance = row + diagonal(p) - key, of_tile = i0 + diagonal(p) - j0;
+    const Slopes slopes(slope, {distance, distance - ROW_STEP}, 1, of_tile - (BLOCK_K - 1), of_tile + BLOCK_Q - 1);
+    score_tile<COLUMNS>(S_rmem, p, slopes, bias, done);
+}
+#endif
+
 // Registers of the producer's threads and of the others: all start with 168; what 128 give back is what 256 can take.
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
@@ -215,6 +230,9 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);
+#if SCORE & SCORE_BIAS
+        if (error == cudaSuccess && p.Nq > 0) error = make_bias_map(&maps.bias, p, BLOCK_Q);
+#endif
         if (error != cudaSuccess) return error;
         launch_kernel(kernel, static_cast<unsigned>(k_blocks), THREADS, smem_bytes, p.stream, p, maps);
     }

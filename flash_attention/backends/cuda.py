@@ -63,6 +63,7 @@ class Rung:
     dropout: bool = False
     intervals: bool = False  # rows that see an interval of their own: windows, spans, parts of a larger whole
     scores: tuple[str, ...] = ()  # which of softcap, bias and alibi its kernels apply
+    bias_up_to: int | None = None  # it copies tiles of a bias of q's dtype by tensor map, beside head sizes up to this
     teaching: bool = False  # a step of the ladder, taken only by name
     timed: bool = True  # on a GPU; until a rung has been, it is taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
@@ -81,8 +82,8 @@ class Rung:
             return f"it needs tensors on {'a CUDA device' if self.device_type == 'cuda' else 'the CPU'}, got {call.q.device}"
         if not_served := [name for name in call.score if name not in self.scores]:
             return f"it serves no {', '.join(not_served)}"
-        if call.bias is not None and call.bias.dtype not in DTYPE_NAMES:
-            return f"it reads a bias in {', '.join(DTYPE_NAMES.values())}, got {call.bias.dtype}"
+        if reason := self._why_no_bias(call):
+            return reason
         if call.alibi is not None and (call.alibi.dtype != torch.float32 or call.alibi.shape != call.q.shape[:2]):
             return f"it reads slopes (B, H) in float32, got {tuple(call.alibi.shape)} in {call.alibi.dtype}"
         if DTYPE_NAMES.get(call.q.dtype) not in self.dtypes:
@@ -100,6 +101,21 @@ class Rung:
         if call.visible == "interval":
             return self._why_no_interval(call) or self._why_no_kernels(call.q.device.index or 0)
         return self._why_no_kernels(call.q.device.index or 0)
+
+    def _why_no_bias(self, call: Call) -> str | None:
+        if call.bias is None:
+            return None
+        if self.bias_up_to is None:
+            if call.bias.dtype not in DTYPE_NAMES:
+                return f"it reads a bias in {', '.join(DTYPE_NAMES.values())}, got {call.bias.dtype}"
+            return None
+        if call.bias.dtype != call.q.dtype:
+            return f"it reads a bias of q's dtype, {call.q.dtype}, got {call.bias.dtype}"
+        if call.head_dim > self.bias_up_to:
+            return f"it serves a bias beside head sizes up to {self.bias_up_to}, got {call.head_dim}"
+        if call.bias.shape[3] != call.k.shape[2]:
+            return f"it reads a bias of every key's own, got {tuple(call.bias.shape)}"
+        return None
 
     def _why_no_interval(self, call: Call) -> str | None:
         settings = call.settings
@@ -287,7 +303,8 @@ class Forward(NamedTuple):
         workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device) if self.workspace else None
         mask_fields, _alive = _mask_fields(self.rung, self.mask_form, mask)
         addresses = LSE.data_ptr(), 0, _address(workspace), _address(seed), _address(spans)
-        others = Addresses(*addresses, mask_fields, keys, _address(bias), _address(alibi))
+        bias, bias_stride = _readable_bias(self.rung, bias)
+        others = Addresses(*addresses, mask_fields, keys, _address(bias), _address(alibi), bias_stride=bias_stride)
         self.launch(q, [x.data_ptr() for x in tensors], others)
         return O, LSE
 
@@ -338,7 +355,8 @@ class Backward(NamedTuple):
         workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device)
         dBias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device) if self.call.to_bias else None
         addresses = LSE.data_ptr(), _address(dLSE), workspace.data_ptr(), _address(seed), _address(spans)
-        others = Addresses(*addresses, mask_fields, NO_KEYS, _address(bias), _address(alibi), _address(dBias))
+        bias, bias_stride = _readable_bias(self.rung, bias)
+        others = Addresses(*addresses, mask_fields, NO_KEYS, _address(bias), _address(alibi), _address(dBias), bias_stride)
         self.launch(q, [x.data_ptr() for x in tensors], others)
         dQ = dQ if self.factor == 1 else dQ.mul_(self.factor)
         return (dQ, dK, dV, dBias) if self.call.to_bias else (dQ, dK, dV)
@@ -356,6 +374,8 @@ HOPPER = Rung(
     masks=(("bits",), ("key bits",)),
     dropout=True,
     intervals=True,
+    scores=("softcap", "bias", "alibi"),
+    bias_up_to=128,
     wide_backward=(128, "backward_4_hopper_wide.cu"),
     few_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
 )
@@ -366,6 +386,7 @@ HOPPER_WIDE = replace(
     head_dims=(320, 384, 512),
     pairs=(),
     intervals=False,
+    scores=(),
     wide_backward=None,
     few_rows=(),
 )
@@ -506,6 +527,24 @@ def _as_contiguous(tensors: tuple[Tensor, ...], copied: tuple[bool, ...]) -> lis
     return [x.clone(memory_format=torch.contiguous_format) if copy else x for x, copy in zip(tensors, copied, strict=True)]
 
 
+def _readable_bias(rung: Rung, bias: Tensor | None) -> tuple[Tensor | None, tuple[int, ...] | None]:
+    """The bias where the rung's kernels can read it: it, or, where a tensor map cannot, a copy in its own shape, whose rows begin at multiples
+    of 16 bytes, and that one's strides."""
+    if bias is None or rung.bias_up_to is None:
+        return bias, None
+    *outer, last = _strides(bias.shape, bias.stride())
+    if (last == 1 or bias.shape[3] == 1) and not any(stride % 8 for stride in outer) and bias.data_ptr() % 16 == 0:
+        return bias, None
+    rows = bias.new_empty((*bias.shape[:3], (bias.shape[3] + 7) // 8 * 8))
+    copy = rows[..., : bias.shape[3]].copy_(bias)
+    return copy, _strides(copy.shape, copy.stride())
+
+
+def _strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """0 where a dimension of size 1 may be broadcast."""
+    return tuple(0 if n == 1 else s for n, s in zip(shape, stride, strict=True))
+
+
 def _mask_fields(rung: Rung, form: str | None, mask: Tensor | None) -> tuple[bytes, Tensor | None]:
     """The mask's fields in the struct, and what must stay alive until the launch."""
     if form is None:
@@ -544,10 +583,10 @@ def scoring(call: Call) -> Scoring | None:
     """What its kernels are told about the scores of a call, beside addresses; None where they stay as they are."""
     if not call.score:
         return None
-    fields = Scoring(softcap=call.settings.softcap or 0)
+    fields = Scoring(softcap=call.settings.softcap or 0, scale=_positive(call.settings.scale)[1])
     if call.bias is not None:
         shape = tuple(call.bias.shape)
-        stride = tuple(0 if n == 1 else s for n, s in zip(shape, call.bias.stride, strict=True))
+        stride = _strides(shape, call.bias.stride)
         number = build.DTYPE_NUMBER[DTYPE_NAMES[call.bias.dtype]]
         fields = fields._replace(bias_stride=stride, bias_shape=shape, bias_type=number)
     return fields if call.alibi is None else fields._replace(alibi_stride=call.alibi.stride)
