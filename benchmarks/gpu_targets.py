@@ -406,7 +406,8 @@ def _inputs(case: Case, one_mask: bool) -> Inputs:
 
 def _without_gradients(inputs: Inputs) -> Inputs:
     q, k, v = (x.detach() for x in inputs[:3])
-    return inputs._replace(q=q, k=k, v=v, dO=None)
+    bias = None if inputs.bias is None else inputs.bias.detach()
+    return inputs._replace(q=q, k=k, v=v, dO=None, bias=bias)
 
 
 def _judged(row: Row, targets: tuple[Target, ...], place: Place) -> Row:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.case import Case, Inputs, visible_rows
 from benchmarks.contenders import Contender, Runner
-from flash_attention.reference import Dropout, normal_attention
+from flash_attention.reference import Dropout, Visible, normal_attention
 from flash_attention.reference.tiles import broadcast_mask
 
 # Normal attention is computed for all rows while its matrix has at most this many entries (256 MB in float64), else for three blocks of

@@ -135,17 +135,20 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     // S becomes what P is rounded from; alpha is what O must be multiplied by.
     auto exponentials = [&](const Work& work, int tile) {
         const int j0 = work.j0(tile);
+#if SCORE
+        float shift[2];
+#endif
 #if SCORE & SCORE_BIAS
         ptx::mbarrier_wait(bias_full, n & 1);
-        score_rows(S_rmem, rows, work, j0, slope, bias_lane);
+        score_rows(S_rmem, shift, rows, work, j0, slope, bias_lane);
         if (tile + 1 < work.k_tiles) ask_bias(work, work.j0(tile + 1));
 #elif SCORE
-        score_rows(S_rmem, rows, work, j0, slope, 0);
+        score_rows(S_rmem, shift, rows, work, j0, slope, 0);
 #else
         if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
 #endif
 #if SCORE
-        softmax(S_rmem, m_rmem, l_rmem, alpha, unit_log2(p));
+        softmax(S_rmem, m_rmem, l_rmem, alpha, unit_log2(p), shift);
 #else
         softmax(S_rmem, m_rmem, l_rmem, alpha, scale_log2);
 #endif

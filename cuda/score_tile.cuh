@@ -10,6 +10,19 @@
 
 constexpr float LOWEST_LOG2 = -0x1.8p126f;  // where a running maximum in base 2 starts: below every finite bias that does not hide
 
+// Whether the power of 2 of columns 8i … 8i + 7 of a forward's tile is taken by ex2_by_fma(): with a tanh for each score, too, the unit for special
+// functions would be what all else waits for.
+__host__ __device__ constexpr bool by_fma(int i) { return CAPPED && i % 2; }
+
+// 2^x for x that is hardly above 0, to 13 bits, 0 below 2⁻¹²⁷: 2^n · 2^f with n whole and |f| ≤ 1/2, as FlashAttention-4 takes it.
+__device__ inline float ex2_by_fma(float x) {
+    constexpr float ROUND = 0x1.8p23f;  // added, it leaves the nearest whole number in the lowest bits
+    x = fmaxf(x, -127.0f);
+    const float n = x + ROUND, f = x - (n - ROUND);
+    const float power = fmaf(fmaf(fmaf(0.05500893f, f, 0.24221095f), f, 0.69328290f), f, 1.0f);
+    return __uint_as_float((__float_as_uint(n) << 23) + __float_as_uint(power));
+}
+
 #if SCORE
 #include "keep_bits.cuh"
 #include "tensor_map.cuh"
@@ -43,6 +56,7 @@ struct Slopes {
         step = grows * factor;
         for (int r = 0; r < 2; ++r) first[r] = factor * static_cast<float>(distance[r]);
     }
+    __device__ bool mixed() const { return !CAUSAL && keep != ~0u; }
     __device__ float of(int r, int column) const {
         const float x = fmaf(static_cast<float>(column), step, first[r]);
         return CAUSAL ? x : __uint_as_float((__float_as_uint(x) & keep) | set);
@@ -73,7 +87,8 @@ __device__ inline float2 floats_of(uint32_t pair) {
 
 // Scores become what softmax is taken of. bias(n, pairs): those of columns 8n … 8n + 15, in the order of the accumulators. done(n, r, x, capped): columns
 // 8n + 2t and 8n + 2t + 1 of row r, and their tanh.
-template <int COLUMNS, class Bias, class Done>
+// ROWS_SHARE: what ALiBi adds to the first row, which lies on one side of the diagonal, is added to both.
+template <int COLUMNS, bool ROWS_SHARE, class Bias, class Done>
 __device__ inline void score_tile(const float (&S_rmem)[COLUMNS / 2], const AttentionParams& p, [[maybe_unused]] const Slopes& slopes, Bias bias, Done done) {
     const float factor = CAPPED ? p.scoring.softcap : p.scale;
     [[maybe_unused]] uint32_t pairs[4];
@@ -91,7 +106,7 @@ __device__ inline void score_tile(const float (&S_rmem)[COLUMNS / 2], const Atte
                 if (ONLY_CAPPED) continue;
                 float further = 0;
                 if (BIASED) further = c ? floats_of(pairs[n % 2 * 2 + r]).y : floats_of(pairs[n % 2 * 2 + r]).x;
-                if (SLOPED) further += slopes.of(r, 8 * n + c);
+                if (SLOPED) further += ROWS_SHARE ? fmaf(static_cast<float>(8 * n + c), slopes.step, slopes.first[0]) : slopes.of(r, 8 * n + c);
                 x[c] = fmaf(x[c], factor, further);
             }
             done(n, r, x, capped);
