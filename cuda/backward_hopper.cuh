@@ -140,7 +140,7 @@ __device__ inline void score_keys(const float (&S_rmem)[COLUMNS / 2], const Atte
                                   Done done) {
     const int distance = row + diagonal(p) - key, of_tile = i0 + diagonal(p) - j0;
     const Slopes slopes(slope, {distance, distance - ROW_STEP}, 1, of_tile - (BLOCK_K - 1), of_tile + BLOCK_Q - 1);
-    score_tile<COLUMNS, false>(S_rmem, p, slopes, bias, done);
+    score_tile<COLUMNS, false, false>(S_rmem, p, slopes, bias, done);
 }
 #endif
 

@@ -79,8 +79,8 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2
     const AttentionParams& p = rows.p;
     const int from_start = work.i0 + rows.offset - j0, distance = from_start + rows.first;  // of the first row, or the lane's, from the tile's first column
     Slopes slopes(slope, {distance, distance + ROW_STEP}, -1, from_start - (BLOCK_K - 1), from_start + BLOCK_Q - 1);
-    auto score = [&](auto rows_share) {
-        score_tile<BLOCK_K, decltype(rows_share)::value>(
+    auto apply = [&](auto small, auto rows_share) {
+        score_tile<BLOCK_K, decltype(small)::value, decltype(rows_share)::value>(
             S_rmem, p, slopes, [&](int n, uint32_t(&pairs)[4]) { ptx::ldmatrix_x4(pairs, Tile_bias::step(bias, n / 2)); },
             [&](int n, int r, const float(&x)[2], const float(&)[2]) {
 #pragma unroll
@@ -89,6 +89,14 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2
                     S = MASK && S < p.lowest ? -CUDART_INF_F : x[c];
                 }
             });
+    };
+    [[maybe_unused]] float largest = 0;
+    if (CAPPED)
+#pragma unroll
+        for (int i = 0; i < BLOCK_K / 2; ++i) largest = fmaxf(largest, fabsf(S_rmem[i]));
+    auto score = [&](auto rows_share) {
+        if (CAPPED && __all_sync(0xffffffff, largest * p.scoring.scale_in_cap <= 1)) apply(std::true_type(), rows_share);
+        else apply(std::false_type(), rows_share);
     };
     const float lane_first = static_cast<float>(2 * rows.t) * slopes.step;
     if (SLOPED && !slopes.mixed()) {
@@ -125,8 +133,7 @@ __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2],
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 float& x = S_rmem[4 * i + 2 * r + c];
-                x = fmaf(x, scale_log2, -m_log2);
-                x = by_fma(i) ? ex2_by_fma(x) : ptx::ex2(x);
+                x = ptx::ex2(fmaf(x, scale_log2, -m_log2));
                 sum += x;
             }
         l_rmem[r] = l_rmem[r] * alpha[r] + sum;

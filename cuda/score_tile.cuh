@@ -10,19 +10,6 @@
 
 constexpr float LOWEST_LOG2 = -0x1.8p126f;  // where a running maximum in base 2 starts: below every finite bias that does not hide
 
-// Whether the power of 2 of columns 8i … 8i + 7 of a forward's tile is taken by ex2_by_fma(): with a tanh for each score, too, the unit for special
-// functions would be what all else waits for.
-__host__ __device__ constexpr bool by_fma(int i) { return CAPPED && i % 2; }
-
-// 2^x for x that is hardly above 0, to 13 bits, 0 below 2⁻¹²⁷: 2^n · 2^f with n whole and |f| ≤ 1/2, as FlashAttention-4 takes it.
-__device__ inline float ex2_by_fma(float x) {
-    constexpr float ROUND = 0x1.8p23f;  // added, it leaves the nearest whole number in the lowest bits
-    x = fmaxf(x, -127.0f);
-    const float n = x + ROUND, f = x - (n - ROUND);
-    const float power = fmaf(fmaf(fmaf(0.05500893f, f, 0.24221095f), f, 0.69328290f), f, 1.0f);
-    return __uint_as_float((__float_as_uint(n) << 23) + __float_as_uint(power));
-}
-
 #if SCORE
 #include "keep_bits.cuh"
 #include "tensor_map.cuh"
@@ -39,6 +26,15 @@ __device__ inline float unit_log2(const AttentionParams& p) { return ONLY_CAPPED
 __device__ inline float factor_of_scored_row(const AttentionParams& p, float m, float one_over_l) {
     const bool dead = m == LOWEST_LOG2 && (MASK || CAUSAL || INTERVAL || BIASED || p.Nk == 0);  // where nothing hides, every score was −∞: NaN
     return dead ? 0 : fabsf(m) < 0x1p31f ? one_over_l : CUDART_NAN_F;
+}
+
+// ---- softcap
+
+// tanh y for |y| ≤ 1, to 13 bits, without the unit that has the exponentials to compute: y times a polynomial in y². The unit's own tanh takes twice as
+// long there as an exponential.
+__device__ inline float small_tanh(float y) {
+    const float u = y * y;
+    return y * fmaf(fmaf(fmaf(-0.02662968f, u, 0.11889755f), u, -0.33065430f), u, 0.99991856f);
 }
 
 // ---- ALiBi
@@ -87,8 +83,8 @@ __device__ inline float2 floats_of(uint32_t pair) {
 
 // Scores become what softmax is taken of. bias(n, pairs): those of columns 8n … 8n + 15, in the order of the accumulators. done(n, r, x, capped): columns
 // 8n + 2t and 8n + 2t + 1 of row r, and their tanh.
-// ROWS_SHARE: what ALiBi adds to the first row, which lies on one side of the diagonal, is added to both.
-template <int COLUMNS, bool ROWS_SHARE, class Bias, class Done>
+// SMALL: no score exceeds the cap. ROWS_SHARE: what ALiBi adds to the first row, which lies on one side of the diagonal, is added to both.
+template <int COLUMNS, bool SMALL, bool ROWS_SHARE, class Bias, class Done>
 __device__ inline void score_tile(const float (&S_rmem)[COLUMNS / 2], const AttentionParams& p, [[maybe_unused]] const Slopes& slopes, Bias bias, Done done) {
     const float factor = CAPPED ? p.scoring.softcap : p.scale;
     [[maybe_unused]] uint32_t pairs[4];
@@ -101,7 +97,7 @@ __device__ inline void score_tile(const float (&S_rmem)[COLUMNS / 2], const Atte
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const float s = S_rmem[4 * n + 2 * r + c];
-                if (CAPPED) capped[c] = ptx::tanh(s * p.scoring.scale_in_cap);
+                if (CAPPED) capped[c] = SMALL ? small_tanh(s * p.scoring.scale_in_cap) : ptx::tanh(s * p.scoring.scale_in_cap);
                 x[c] = CAPPED ? capped[c] : s;
                 if (ONLY_CAPPED) continue;
                 float further = 0;
