@@ -19,6 +19,8 @@ constexpr int N_TILES = BLOCK_Q / 8;
 constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // what each row sees
 using Tile_bias = SwizzledTile<BLOCK_Q, BLOCK_K>;
 constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
+#include "backward_hopper_bias.cuh"
+
 constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES + STAGES * (BIAS_BYTES + 2 * ROWS_BYTES + MASK_BYTES + SEEN_BYTES);
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
@@ -380,4 +382,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
 extern "C" int64_t workspace_floats(const AttentionParams* params) { return backward_floats(*params); }
 
-extern "C" int attention(const AttentionParams* params) { return launch_backward(backward_kernel, SMEM_BYTES, *params); }
+extern "C" int attention(const AttentionParams* params) {
+#if SCORE & SCORE_BIAS
+    if (params->scoring.d_bias != nullptr) return launch_backward(backward_kernel, SMEM_BYTES, *params, launch_dbias);
+#endif
+    return launch_backward(backward_kernel, SMEM_BYTES, *params);
+}

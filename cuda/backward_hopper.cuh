@@ -206,8 +206,9 @@ inline int64_t backward_floats(const AttentionParams& p) {
 #endif
 }
 
-// The kernel, and what comes before and after it.
-inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int smem_bytes, const AttentionParams& p) {
+// The kernel, and what comes before and after it. more: what else is launched with the same maps.
+inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int smem_bytes, const AttentionParams& p,
+                                   cudaError_t (*more)(const AttentionParams&, const Maps&) = nullptr) {
     const int64_t all_rows = Workspace::all_rows(p), k_blocks = tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B;
     if (!numbers_fit(p, {all_rows / PREPARE_ROWS, k_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
@@ -235,6 +236,8 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
 #endif
         if (error != cudaSuccess) return error;
         launch_kernel(kernel, static_cast<unsigned>(k_blocks), THREADS, smem_bytes, p.stream, p, maps);
+        if (more != nullptr) error = more(p, maps);
+        if (error != cudaSuccess) return error;
     }
     if (all_rows > 0) launch_kernel(finish_dq_kernel, static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p);
     return cudaGetLastError();

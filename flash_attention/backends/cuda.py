@@ -117,6 +117,15 @@ class Rung:
             return f"it reads a bias of every key's own, got {tuple(call.bias.shape)}"
         return None
 
+    def _sums_bias(self, call: Call) -> bool:
+        """Whether its own backward gives the call's bias its gradient; if not, that of `simple` does."""
+        special = call.mask is not None or call.has_dropout or call.visible == "interval" or 0 in call.q.shape
+        return self.bias_up_to is None or not special
+
+    @property
+    def _simple(self) -> "Rung":
+        return RUNGS["simple"]
+
     def _why_no_interval(self, call: Call) -> str | None:
         settings = call.settings
         if not self.intervals:
@@ -212,6 +221,8 @@ class Rung:
         """
         if which == BACKWARD and (reason := self.why_no_backward()):
             raise NotImplementedError(f"backend {self.name!r} gives no gradients: {reason}")
+        if which == BACKWARD and call.to_bias and not self._sums_bias(call):
+            return self._simple.plan(which, call)
         return (Forward, Backward)[which].of(self, call)
 
     # ---- what the kernels can read in place
