@@ -140,6 +140,7 @@ class Case:
     seed: int = 0
     softcap: float | None = None
     bias: str | None = None  # one of BIASES
+    bias_as_q: bool = False  # in q's dtype
     alibi: bool = False
 
     def __str__(self) -> str:
@@ -165,6 +166,8 @@ class Case:
         """softcap, bias and alibi, those that the case has."""
         random = torch.Generator().manual_seed(self.seed + 3)
         bias = None if self.bias is None else BIASES[self.bias](self.B, self.H, self.Nq, self.Nk, random).to(device)
+        if bias is not None and self.bias_as_q:
+            bias = bias.to(self.dtype)
         alibi = torch.rand(self.B, self.H, generator=random).to(device) / 4 if self.alibi else None
         given = {"softcap": self.softcap, "bias": bias, "alibi": alibi}
         return {name: x for name, x in given.items() if x is not None}
