@@ -110,7 +110,9 @@ def random_inputs(case: Case, seed: int = 0) -> Inputs:
     if case.bias != "none":
         sizes = {"b": case.b, "h": case.h, "q": case.q_len, "k": case.kv_len}
         shape = [n if name in BIASES[case.bias] else 1 for name, n in sizes.items()]
-        bias = torch.randn(shape, generator=generator, dtype=q.dtype, device=case.device).requires_grad_(case.backward and case.bias_gradient)
+        bias = torch.randn(shape, generator=generator, dtype=q.dtype, device=case.device).requires_grad_(
+            case.backward and case.bias_gradient
+        )
     if case.alibi:
         alibi = alibi_slopes(case.h, case.device)
     return Inputs(q, k, v, dO, mask, spans, bias, alibi)

@@ -177,7 +177,13 @@ def _plain(backend: str, case: Case, inputs: Inputs) -> Callable:
 
 
 def _flash(backend: str, case: Case, inputs: Inputs, **others) -> Callable:
-    options = {"dropout_p": case.dropout_p, "backend": backend, "bias": inputs.bias, "alibi": inputs.alibi, "softcap": case.softcap} | others
+    options = {
+        "dropout_p": case.dropout_p,
+        "backend": backend,
+        "bias": inputs.bias,
+        "alibi": inputs.alibi,
+        "softcap": case.softcap,
+    } | others
     if not case.as_mask:
         window = None if case.window is None else (case.window, None)
         options |= {"causal": case.causal, "window": window, "spans": inputs.spans}

@@ -245,7 +245,11 @@ def scores() -> list[Job]:
     for d in (64, 128):
         case = Case(4, 16, 4096, 4096, d, "bfloat16", backward=True)
         for causal in (False, True):
-            targets = [Target(part, figure, least) for part in (FORWARD, BACKWARD) for figure, least in ((f"over {WITHOUT}", 0.85), (f"over {FLEX}", 1.2))]
+            targets = [
+                Target(part, figure, least)
+                for part in (FORWARD, BACKWARD)
+                for figure, least in ((f"over {WITHOUT}", 0.85), (f"over {FLEX}", 1.2))
+            ]
             for scored in ({"softcap": 50.0}, {"alibi": True}):
                 jobs.append(partial(run, Task(replace(case, causal=causal, **scored), (WITHOUT, FLEX), tuple(targets), (HOPPER,))))
         targets = [Target(FORWARD, f"over {rival}", 1.4) for rival in (CUDNN, FLEX)] + [Target(BACKWARD, f"over {CUDNN}", 1.3)]

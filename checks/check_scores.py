@@ -351,7 +351,9 @@ def check_what_hopper_refuses():
         ({"D": 192, "bias": "matrix", **HALF16}, "up to 128"),
     ):
         with pytest.raises(pytest.skip.Exception, match=words):
-            Problem.of(Case(B=1, H=1, Nq=16, Nk=32, **options), Target("emulated:hopper", "cpu"))  # asks the rung first, and skips with its words
+            Problem.of(
+                Case(B=1, H=1, Nq=16, Nk=32, **options), Target("emulated:hopper", "cpu")
+            )  # asks the rung first, and skips with its words
 
 
 @pytest.mark.parametrize("name", ("simple", "hopper"))

@@ -541,13 +541,21 @@ SCORED = {
         ("S = CAPPED ? P[c] * fmaf(-capped[c], capped[c], 1.0f) : P[c];", "S = P[c];", HALF_CAPPED),
         ("MASK_BYTES + SEEN_BYTES + bias_bytes);", "MASK_BYTES + SEEN_BYTES + BIAS_BYTES);", HALF_KEY_BIAS),
         ("(consumer * 4 + warp) * 2 + lane / 8 % 2)", "(consumer * 4 + warp) * 2)", HALF_BIASED),
-        ("P_rmem[n / 2][n % 2 * 2 + r] &= (j - rows.x < rows.y", "P_rmem[n / 2][n % 2 * 2 + r] &= 0xffffu | (j - rows.x < rows.y", case(alibi=True, window=(70, 30))),
+        (
+            "P_rmem[n / 2][n % 2 * 2 + r] &= (j - rows.x < rows.y",
+            "P_rmem[n / 2][n % 2 * 2 + r] &= 0xffffu | (j - rows.x < rows.y",
+            case(alibi=True, window=(70, 30)),
+        ),
     ],
     ("hopper", "backward_4_hopper_wide.cu"): [
         ("S = CAPPED ? P[c] * fmaf(-capped[c], capped[c], 1.0f) : P[c];", "S = P[c];", case(D=256, H=1, softcap=1.5)),
     ],
     ("hopper", "backward_hopper_bias.cuh"): [
-        ("first_row_of(p, j0) / BLOCK_Q)", "(first_row_of(p, j0) + BLOCK_Q) / BLOCK_Q)", case(Nk=150, bias="keys", bias_as_q=True, causal=True)),
+        (
+            "first_row_of(p, j0) / BLOCK_Q)",
+            "(first_row_of(p, j0) + BLOCK_Q) / BLOCK_Q)",
+            case(Nk=150, bias="keys", bias_as_q=True, causal=True),
+        ),
         ("p.scoring.bias_b == 1 ? p.B : own_b + 1", "own_b + 1", HALF_BIASED),
         ("if (now.n > 0) ptx::mbarrier_arrive(", "if (false) ptx::mbarrier_arrive(", HALF_KEY_BIAS),
         ("ptx::bar_sync(1 + consumer, GROUP);  // the group is done with it", NO_BARRIER, HALF_BIASED),

@@ -39,8 +39,8 @@ PACK_MASK = "pack_mask.cu"
 
 PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# Whether None chooses kernels for calls with softcap, bias or ALiBi. `hopper` has been timed with them, but compared with normal attention on the
-# emulator alone; `simple` has passed its checks on a GPU, but not been timed. By name they are taken.
+# Whether None chooses kernels for calls with softcap, bias or ALiBi. `hopper` has been timed with them, but compared with normal attention
+# on the emulator alone; `simple` has passed its checks on a GPU, but not been timed. By name they are taken.
 SCORES_TIMED = False
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
 # Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
@@ -540,8 +540,8 @@ def _as_contiguous(tensors: tuple[Tensor, ...], copied: tuple[bool, ...]) -> lis
 
 
 def _readable_bias(rung: Rung, bias: Tensor | None) -> tuple[Tensor | None, tuple[int, ...] | None]:
-    """The bias where the rung's kernels can read it: it, or, where a tensor map cannot, a copy in its own shape, whose rows begin at multiples
-    of 16 bytes, and that one's strides."""
+    """A bias that the rung's kernels can read: this one, or, where a tensor map cannot, a copy in its own shape, whose rows begin at
+    multiples of 16 bytes, and that one's strides."""
     if bias is None or rung.bias_up_to is None:
         return bias, None
     *outer, last = _strides(bias.shape, bias.stride())
