@@ -61,6 +61,10 @@ CAPPED = case(softcap=1.5, dtype=torch.float32)
 BIASED = case(bias="batches share", Nk=90, dtype=torch.float32)
 KEY_BIAS = case(bias="keys", B=2, Nk=90, dtype=torch.float32)
 SLOPED = case(alibi=True, dtype=torch.float32)
+HALF_CAPPED = case(softcap=1.5)
+HALF_SLOPED = case(alibi=True)
+HALF_BIASED = case(B=2, Nk=150, bias="batches share", bias_as_q=True)
+HALF_KEY_BIAS = case(B=2, Nk=150, bias="keys", bias_as_q=True)
 
 NO_BARRIER, NO_WAIT = "", ""
 
@@ -523,6 +527,61 @@ TABLE = {
     ],
 }
 
+# The hook for scores in files that have mistakes of their own above.
+SCORED = {
+    ("hopper", "score_tile.cuh"): [
+        ("if (!CAUSAL && least < 0 && greatest > 0) keep", "if (false) keep", HALF_SLOPED),
+        ("CAUSAL || greatest > 0 ? -slope : slope;", "-slope;", case(Nq=300, Nk=150, alibi=True)),
+        ("return dead ? 0 : fabsf(m)", "return fabsf(m)", case(Nk=150, bias="hiding", bias_as_q=True)),
+        ("further = c ? floats_of(pairs[n % 2 * 2 + r]).y", "further = c ? floats_of(pairs[n % 2 * 2 + r]).x", HALF_BIASED),
+        ("return y * fmaf(", "return fmaf(", case(softcap=20.0)),
+    ],
+    ("hopper", "forward_4_softmax.cuh"): [
+        ("largest * p.scoring.scale_in_cap <= 1", "largest * p.scoring.scale_in_cap <= 4", HALF_CAPPED),
+        ("shift[r] = slopes.first[r] * LOG2_E;", "shift[r] = 0;", case(alibi=True, causal=True)),
+        ("S = MASK && S < p.lowest ? -CUDART_INF_F : x[c];", "S = x[c];", case(softcap=1.5, mask="heads share")),
+        ("fmaf(m_new, scale_log2, SLOPED ? shift[r] : 0)", "m_new * scale_log2", case(alibi=True, causal=True)),
+    ],
+    ("hopper", "forward_4_consumer.cuh"): [
+        ("ptx::mbarrier_wait(bias_full, n & 1);", NO_WAIT, HALF_BIASED),
+        ("ask_bias(work, work.j0(tile + 1));", "ask_bias(work, work.j0(tile));", HALF_BIASED),
+        ("        __syncwarp();\n        if (lane > 0) return;", "        if (lane > 0) return;", HALF_BIASED),
+        ("            enter(work);", "            ;", case(H=4, alibi=True)),
+    ],
+    ("hopper", "forward_4_schedule.cuh"): [
+        ("unit / together % of_head;", "unit % of_head;", case(B=2, Nq=300, Nk=70, bias="batches share", bias_as_q=True)),
+    ],
+    ("hopper", "forward_4_epilogue.cuh"): [
+        ("(m_rmem[r] + ptx::lg2(l)) * LN_2;", "m_rmem[r] + ptx::lg2(l) * LN_2;", HALF_SLOPED),
+    ],
+    ("hopper", "backward_4_hopper.cu"): [
+        ("S = CAPPED ? P[c] * fmaf(-capped[c], capped[c], 1.0f) : P[c];", "S = P[c];", HALF_CAPPED),
+        ("MASK_BYTES + SEEN_BYTES + bias_bytes);", "MASK_BYTES + SEEN_BYTES + BIAS_BYTES);", HALF_KEY_BIAS),
+        ("(consumer * 4 + warp) * 2 + lane / 8 % 2)", "(consumer * 4 + warp) * 2)", HALF_BIASED),
+        (
+            "P_rmem[n / 2][n % 2 * 2 + r] &= (j - rows.x < rows.y",
+            "P_rmem[n / 2][n % 2 * 2 + r] &= 0xffffu | (j - rows.x < rows.y",
+            case(alibi=True, window=(70, 30)),
+        ),
+    ],
+    ("hopper", "backward_4_hopper_wide.cu"): [
+        ("S = CAPPED ? P[c] * fmaf(-capped[c], capped[c], 1.0f) : P[c];", "S = P[c];", case(D=256, H=1, softcap=1.5)),
+    ],
+    ("hopper", "backward_hopper_bias.cuh"): [
+        (
+            "first_row_of(p, j0) / BLOCK_Q)",
+            "(first_row_of(p, j0) + BLOCK_Q) / BLOCK_Q)",
+            case(Nk=150, bias="keys", bias_as_q=True, causal=True),
+        ),
+        ("p.scoring.bias_b == 1 ? p.B : own_b + 1", "own_b + 1", HALF_BIASED),
+        ("if (now.n > 0) ptx::mbarrier_arrive(", "if (false) ptx::mbarrier_arrive(", HALF_KEY_BIAS),
+        ("ptx::bar_sync(1 + consumer, GROUP);  // the group is done with it", NO_BARRIER, HALF_BIASED),
+        ("ptx::bar_sync(1 + consumer, GROUP);  // the panel is written", NO_BARRIER, HALF_BIASED),
+        ("fmaf(S_rmem[e], dP_rmem[e] - Delta.x, sum_rmem[e]);", "S_rmem[e] * (dP_rmem[e] - Delta.x);", HALF_BIASED),
+        ("if (t == 0 && j0 + place + 8 * r < p.Nk) dBias", "if (t == 0) dBias", HALF_KEY_BIAS),
+    ],
+}
+
 
 @dataclass(frozen=True)
 class Mutation:
@@ -548,4 +607,4 @@ class Mutation:
         return self.before.join(parts[:n]) + self.after + self.before.join(parts[n:])
 
 
-MUTATIONS = [Mutation(rung, file, *each) for (rung, file), rows in TABLE.items() for each in rows]
+MUTATIONS = [Mutation(rung, file, *each) for table in (TABLE, SCORED) for (rung, file), rows in table.items() for each in rows]

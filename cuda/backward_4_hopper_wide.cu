@@ -34,8 +34,9 @@ constexpr int ROWS = BLOCK_Q / CONSUMERS;      // of Q: a group's columns of S�
 constexpr int COLUMNS = HEAD_DIM / CONSUMERS;  // of the head: a group's columns of dK and dQ
 constexpr int V_COLUMNS = V_HEAD_DIM / CONSUMERS;  // and of dV
 constexpr int N_TILES = ROWS / 8;
-constexpr bool ONE_BY_ONE = !MASK && !INTERVAL && !DROPOUT;  // the groups add the first half of dQ at different times
+constexpr bool ONE_BY_ONE = !MASK && !INTERVAL && !DROPOUT && !SCORE;  // the groups add the first half of dQ at different times
 static_assert(HEAD_DIM > 128, "narrower heads: backward_4_hopper.cu");
+static_assert(!BIASED, "shared memory has no room for a tile of a bias");
 static_assert(COLUMNS > 64 && COLUMNS <= 128 && COLUMNS % 16 == 0 && V_COLUMNS <= COLUMNS && V_COLUMNS % 16 == 0, "two products are a group's columns of dQ");
 constexpr int QDO_BYTES = Tile_Q::BYTES + Tile_dO::BYTES;
 constexpr int SMEM_BYTES = Tile_K::BYTES + Tile_V::BYTES + STAGES * QDO_BYTES + 2 * 2 * Tile_S::BYTES + STAGES * 2 * ROWS_BYTES + MASK_BYTES;
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             if (DROPOUT) keep.draw_keys(p, at.bh / p.H, at.bh % p.H, j0 + first_row, at.tile * BLOCK_Q + consumer * ROWS, lane);
         };
         // S becomes P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys. Beyond the end of the rows LSE is ∞.
-        auto make_P = [&](const Visited& at) {
+        [[maybe_unused]] auto make_P = [&](const Visited& at) {
             const float* LSE_smem = rows_smem + at.slot().stage * 2 * BLOCK_Q + consumer * ROWS + 2 * t;
             const bool is_cut = (INTERVAL || !MASK) && cut(at);
 #if INTERVAL
@@ -239,6 +240,49 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                                    ptx::cvt_pair<element>(P0, P1) & (DROPOUT ? keep.pair(r, n) : ~0u));
                 }
             }
+        };
+#if SCORE
+        // The same through the hook. In the place of S stays what dS has as a factor: P, with softcap times its derivative.
+        const float unit = unit_log2(p);
+        auto score_P = [&](const Visited& at) {
+            const float* LSE_smem = rows_smem + at.slot().stage * 2 * BLOCK_Q + consumer * ROWS + 2 * t;
+            const bool is_cut = (INTERVAL || !MASK) && cut(at);
+            const int i0 = at.tile * BLOCK_Q, row = i0 + consumer * ROWS + 2 * t;
+            const float slope = SLOPED ? slope_of_head(p, at.bh / p.H, at.bh % p.H) : 0;
+#if INTERVAL
+            const uint2* seen = maps.seen + first_row_of(at) + consumer * ROWS + 2 * t;  // in global memory: shared memory is full
+#endif
+            score_keys<ROWS>(
+                S_rmem, p, slope, i0, row, j0, j0 + first_row, [](int, uint32_t(&)[4]) {},
+                [&](int n, int r, const float(&x)[2], const float(&capped)[2]) {
+                    const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + 8 * n);
+                    float P[2] = {ptx::ex2(fmaf(x[0], unit, -LSE.x)), ptx::ex2(fmaf(x[1], unit, -LSE.y))};
+                    const int j = j0 + first_row + ROW_STEP * r;
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        float& S = S_rmem[4 * n + 2 * r + c];
+                        if (MASK && S < p.lowest) P[c] = 0;
+#if INTERVAL
+                        if (is_cut) {
+                            const uint2 keys = seen[8 * n + c];
+                            if (static_cast<unsigned>(j) - keys.x >= keys.y) P[c] = 0;  // unsigned: also what lies before the first
+                        }
+#else
+                        if (is_cut && (j >= p.Nk || (CAUSAL && j > row + 8 * n + c + offset))) P[c] = 0;
+#endif
+                        S = CAPPED ? P[c] * fmaf(-capped[c], capped[c], 1.0f) : P[c];
+                    }
+                    ptx::st_shared(P_of(at.n) + Tile_S::offset(place + 8 * r, consumer * N_TILES + n) + 4 * t,
+                                   ptx::cvt_pair<element>(P[0], P[1]) & (DROPOUT ? keep.pair(r, n) : ~0u));
+                });
+        };
+#endif
+        auto to_P = [&](const Visited& at) {
+#if SCORE
+            score_P(at);
+#else
+            make_P(at);
+#endif
         };
         // dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end, as it is in dV.
         auto make_dS = [&](const Visited& at) {
@@ -299,7 +343,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             start_dP(next);
             draw(next);
             ptx::wgmma_wait_group<1>();
-            make_P(next);
+            to_P(next);
             ptx::wgmma_wait_group<0>();
             make_dS(next);
             meet();
@@ -323,14 +367,14 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                     take_turn(p, Workspace(p), row, turn);
                     if (consumer == 0) add_half(row, 0);
                     start_dP(next);
-                    make_P(next);
+                    to_P(next);
                     if (consumer == 1) add_half(row, 0);
                 } else {
                     start_dP(next);
                     draw(next);
                     ptx::wgmma_wait_group<3>();  // S is there, and dK: done with Q
                     ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
-                    make_P(next);
+                    to_P(next);
                     ptx::wgmma_wait_group<2>();  // the first half of dQ is there
                     take_turn(p, Workspace(p), row, turn);
                     add_half(row, 0);

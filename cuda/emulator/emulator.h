@@ -46,6 +46,7 @@ void mma_m16n8k16(Type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 
 float exponential_2(float x);
 float exponential(float x);
+float tangent(float x);  // the hyperbolic one, in the same unit
 
 // ---- memory by instruction (memory.cpp, copies.cpp). Shared addresses have 32 bits.
 
