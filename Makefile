@@ -1,18 +1,20 @@
 # make demo   see FlashAttention verified and measured against normal attention (about a minute)
 # make test   every check, two at a time
-# make bench  the CPU figures of the README
+# make bench  the CPU figures of docs/benchmarks.md
 # make notebooks   execute the lessons; write them as HTML to build/notebooks/, and the README's animation
+# make release     build sdist and wheel into dist/, install them in an empty environment, say what is left to do
 
 PYTHON ?= python3
 # Through the interpreter, never through the scripts in .venv/bin: their first line breaks where the path has a space in it.
 VENV_PYTHON := .venv/bin/python
+PIP_FLAGS ?=
 
-.PHONY: demo test bench notebooks clean
+.PHONY: demo test bench notebooks release clean
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(VENV_PYTHON) -m pip install --quiet --upgrade pip
-	$(VENV_PYTHON) -m pip install --quiet -r requirements.txt
+	$(VENV_PYTHON) -m pip install --quiet $(PIP_FLAGS) -r requirements.txt
 	touch $@
 
 demo: .venv/installed
@@ -33,5 +35,8 @@ bench: .venv/installed
 notebooks: .venv/installed
 	$(VENV_PYTHON) notebooks/build.py
 
+release: .venv/installed
+	$(VENV_PYTHON) checks/package.py --release
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis profiles
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis profiles

@@ -1,4 +1,4 @@
-"""One case, every contender side by side: checked, timed in turns, its memory measured. The result is a row of figures for each."""
+"""One case, all contenders side by side: each is checked, timed in alternation and measured for memory. One row of figures for each."""
 
 from collections.abc import Callable
 from dataclasses import asdict

@@ -102,7 +102,7 @@ def flash_attention_3() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
 
 
 def calls(shape: Shape, pages: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
-    """Everyone who may take part."""
+    """All contenders."""
     causal = shape.Nq > 1
     mask = causal_lower_right(shape.Nq, shape.Nk) if causal else None
 

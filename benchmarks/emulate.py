@@ -1,7 +1,7 @@
 """What a kernel does, counted by the emulator: bytes by path, bank conflicts, products, exponentials, waits. No GPU needed.
 
 python -m benchmarks.emulate --backend hopper --n 512
-python -m benchmarks.emulate --backend hopper --n 512 --trace trace.json    who did what when, for https://ui.perfetto.dev
+python -m benchmarks.emulate --backend hopper --n 512 --trace trace.json    a timeline of each warp, for https://ui.perfetto.dev
 """
 
 import argparse

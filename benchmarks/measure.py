@@ -100,7 +100,7 @@ def time_alternating(
         for contender, runner in runners.items():
             if len(times[contender]) >= wanted[contender]:
                 continue
-            if first[contender]["total"] > 1e3:  # of shorter calls nobody could read so many messages
+            if first[contender]["total"] > 1e3:  # for shorter calls, messages would follow too fast to be read
                 progress(f"{contender}, round {n} of {rounds}")
             times[contender].append(time_once(runner, clock, host_us[contender]))
     return {contender: {stage: [each[stage] for each in calls] for stage in calls[0]} for contender, calls in times.items()}
@@ -125,9 +125,12 @@ def host_time(runner: Runner, calls: int) -> float | None:
     return 1e6 * median(times)
 
 
-def matmul_limit(device: str, dtype: str) -> float:
-    """TFLOP/s of one large square matrix product in this dtype: what attention, which is matrix products, could reach at best."""
-    size = 8192 if torch.device(device).type == "cuda" else 1024
+def matmul_limit(device: str, dtype: str, size: int | None = None) -> float:
+    """TFLOP/s of one large square matrix product in this dtype: what attention, which is matrix products, could reach at best.
+
+    size: of each side; None takes one that is large enough for the device to reach its full rate.
+    """
+    size = size or (8192 if torch.device(device).type == "cuda" else 1024)
     A, B = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
     clock = Clock(device)
     times = []

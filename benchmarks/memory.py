@@ -2,18 +2,15 @@
 
 On CUDA the caching allocator's peak. On a CPU the rise in peak resident memory, in a fresh process for each contender: pages that an
 earlier call left behind would hide what the next one needs. A small call goes first, so that libraries starting up are not counted.
-
-Run by itself (`python -m benchmarks.memory JSON`) this module is that process.
 """
 
 import ctypes
 import gc
-import json
-import subprocess
+import multiprocessing
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -22,18 +19,27 @@ from benchmarks.case import Case, random_inputs
 from benchmarks.contenders import Contender, Runner
 
 WARM_UP_LENGTH = 128
+# Where the system can fork, a fresh process is a fork of one that has imported torch and done nothing else: importing takes seconds.
+START = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+if START.get_start_method() == "forkserver":
+    START.set_forkserver_preload(["torch", "flash_attention"])
 
 
 def peak_memory(contender: Contender, case: Case) -> float | None:
-    """MB above the inputs at the worst moment of a call; what the contender has to make first, such as a mask, counts. None where the
-    system does not tell, or ended the process for want of memory."""
+    """MB above the inputs at the worst moment of a call; what the contender has to make first, such as a mask, counts. None if the
+    system does not report it, or killed the process because memory ran out."""
     if torch.device(case.device).type == "cuda":
         return _cuda_peak(contender, case)
-    job = json.dumps({"case": asdict(case), "contender": contender, "threads": torch.get_num_threads()})
-    child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", job], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, check=False, text=True
-    )
-    return json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else None
+    ours, theirs = START.Pipe(duplex=False)
+    child = START.Process(target=_measure, args=(theirs, contender, case, torch.get_num_threads()))
+    child.start()
+    theirs.close()  # the child has the only other end: if it is killed, recv() raises instead of waiting
+    try:
+        return ours.recv()
+    except EOFError:
+        return None
+    finally:
+        child.join()
 
 
 def peak_rise(call: Callable[[], object]) -> float | None:
@@ -59,7 +65,7 @@ def _cuda_peak(contender: Contender, case: Case) -> float:
 
 
 def _return_freed_pages() -> None:
-    """glibc keeps some of what was freed: given to `call` anew, it would not show as a rise."""
+    """glibc keeps some freed pages: if `call` reused them, they would not count as a rise."""
     with suppress(OSError, AttributeError, TypeError):  # other systems
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -96,15 +102,10 @@ def _peak_of_life() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _main(job: str) -> None:
-    job = json.loads(job)
-    torch.set_num_threads(job["threads"])
-    case, contender = Case(**job["case"]), Contender(*job["contender"])
+def _measure(result: Connection, contender: Contender, case: Case, threads: int) -> None:
+    """In the fresh process."""
+    torch.set_num_threads(threads)
     small = case.shortened(WARM_UP_LENGTH)
     Runner(contender, small, random_inputs(small))()
     inputs = random_inputs(case)
-    print(json.dumps(peak_rise(lambda: Runner(contender, case, inputs)())))
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1])
+    result.send(peak_rise(lambda: Runner(contender, case, inputs)()))

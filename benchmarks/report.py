@@ -61,9 +61,24 @@ def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
 
 def write_json(file: Path, environment: dict[str, Any], settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in settings.items() if not isinstance(value, Path)}  # where files went is nobody's business
-    content = {"environment": environment, "settings": settings, "results": results}
-    file.write_text(json.dumps(content, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+    settings = {
+        name: value for name, value in settings.items() if not isinstance(value, Path)
+    }  # file names are not settings of the measurement
+    file.write_text(one_row_a_line({"environment": environment, "settings": settings, "results": results}), encoding="utf-8")
+
+
+def one_row_a_line(content: dict[str, Any]) -> str:
+    """The content as JSON with a line for each value, and for each row of a list of rows: a difference shows the rows that changed."""
+    entries = []
+    for key, value in content.items():
+        rows = isinstance(value, list | tuple) and value and all(isinstance(row, dict) for row in value)
+        text = "[\n    " + ",\n    ".join(map(_one_line, value)) + "\n  ]" if rows else _one_line(value)
+        entries.append(f"  {_one_line(key)}: {text}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def _one_line(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _cells(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> tuple[list[Column], list[list[str]]]:

@@ -3,7 +3,7 @@
     python -m benchmarks.tables            rewrite
     python -m benchmarks.tables --check    fail if a file is not what its results give
 
-A marker pair `<!-- NAME -->` … `<!-- end of NAME -->` is filled from results/NAME.json.
+A marker pair `<!-- NAME -->` … `<!-- end of NAME -->` is filled from results/NAME.json; `summary` from all that `SUMMARY` names.
 """
 
 import argparse
@@ -15,12 +15,15 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.cycles import COLUMNS as CYCLES
-from benchmarks.gpu_targets import CUDNN, FA2, FIGURES
+from benchmarks.decode import PLAIN
+from benchmarks.gpu_targets import CUDNN, FA2, FA3, FIGURES, FLEX, NORMAL
 from benchmarks.ladder import COLUMNS as LADDER
 from flash_attention.command_line import run
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = (ROOT / "README.md", ROOT / "cuda" / "README.md")
+FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "cuda" / "README.md")
+PARTS = ("forward", "backward", "forward + backward")
+Rows = list[dict[str, Any]]
 MARKERS = re.compile(r"<!-- (\w+) -->\n.*?<!-- end of \1 -->", re.DOTALL)
 
 
@@ -148,6 +151,53 @@ def h200_cycles(content: dict[str, Any]) -> str:
     return f"{case}\n\n{report.markdown(lines, CYCLES)}"
 
 
+SUMMARY = ("h200_grid", "h200_targets", "h200_intervals", "h200_decode", "cpu_targets")  # what the README's one table is drawn from
+
+
+def summary(grid: Rows, targets: Rows, intervals: Rows, decode: Rows, cpu: Rows) -> str:
+    """What the kernels that a plain call takes reach beside each rival, from the slowest case of a kind to the fastest."""
+    hopper = [row for row in grid if row["case"] and row["backend"] == "hopper"]
+    narrow, wide = ([row for row in hopper if (row["case"]["d"] > 128) == beyond] for beyond in (False, True))
+    given = [row for row in intervals if not row["case"]["as_mask"]]
+    masked = [row for row in targets if row["group"] == "mask" and row["case"]["mask"] == "full"]
+    bert = [row for row in targets if row["group"] == "bert"]
+    cpu = [{f"over {NORMAL}": row["over_normal"], "over sdpa": row["over_sdpa"], **row} for row in cpu if "over_normal" in row]
+    kinds = [
+        ("dense and causal, D 64 and 128, N 512 to 16384", narrow, FA2, "FlashAttention-2"),
+        ("", narrow, CUDNN, "cuDNN"),
+        ("dense and causal, D 256, N 1024 to 16384", wide, FA2, "FlashAttention-2"),
+        ("", wide, CUDNN, "cuDNN"),
+        ("windows and documents, causal, D 128, N 16384", given, FA3, "FlashAttention-3"),
+        ("", given, FLEX, "FlexAttention"),
+        ("a dense mask, D 64 and 128, N 4096", masked, CUDNN, "cuDNN"),
+        ("", masked, FLEX, "FlexAttention"),
+        ("BERT: key mask, dropout, float16, N 128 to 4096", bert, NORMAL, "normal attention"),
+        ("", bert, CUDNN, "cuDNN"),
+        ("one to four queries a sequence, 8192 to 65536 keys", _few_queries(decode), "best", "the better of SDPA and FlashAttention-3"),
+        ("on a CPU, float32, N 4096 to 16384", cpu, NORMAL, "normal attention"),
+        ("", cpu, "sdpa", "PyTorch's own"),
+    ]
+    lines = ["| case | beside | forward | backward | both |", "|---|---|---|---|---|"]
+    for case, rows, rival, name in kinds:
+        lines.append(f"| {case} | {name} | {' | '.join(_spread(rows, part, f'over {rival}') for part in PARTS)} |")
+    return "\n".join(lines)
+
+
+def _few_queries(rows: Rows) -> Rows:
+    return [row for row in rows if row["name"] == PLAIN and row["case"]["Nq"] <= 4]
+
+
+def _spread(rows: Rows, part: str, ratio: str) -> str:
+    """The smallest and the largest ratio; – where there is none."""
+    found = [row[ratio] for row in rows if _part(row) == part and row.get(ratio)]
+    return f"{min(found):.2f} – {max(found):.2f}" if found else "–"
+
+
+def _part(row: dict[str, Any]) -> str:
+    """The CPU's rows have it at the beginning of their label."""
+    return row.get("part") or re.match(r"forward( \+ backward)?", row["label"])[0]
+
+
 def _gpu(environment: dict[str, Any]) -> str:
     return f"{report.describe(environment)}, driver {environment['driver'] or 'unknown'}, ptxas {environment['ptxas'] or 'unknown'}"
 
@@ -175,10 +225,12 @@ def filled(text: str) -> str:
 
     def fill(found: re.Match) -> str:
         name = found.group(1)
-        results = ROOT / "results" / f"{name}.json"
-        if name not in TABLES or not results.exists():
+        results = [ROOT / "results" / f"{each}.json" for each in (SUMMARY if name == "summary" else (name,))]
+        if name not in (*TABLES, "summary") or not all(file.exists() for file in results):
             return found.group(0)
-        return f"<!-- {name} -->\n{TABLES[name](json.loads(results.read_text(encoding='utf-8')))}\n<!-- end of {name} -->"
+        contents = [json.loads(file.read_text(encoding="utf-8")) for file in results]
+        table = summary(*(content["results"] for content in contents)) if name == "summary" else TABLES[name](*contents)
+        return f"<!-- {name} -->\n{table}\n<!-- end of {name} -->"
 
     return MARKERS.sub(fill, text)
 

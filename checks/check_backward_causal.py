@@ -27,7 +27,7 @@ CAUSAL = Algorithms(
     backward2=flash_attention2_causal_backward,
 )
 CASES = [
-    Case(B=1, H=1, Nq=2048, Nk=2048, D=512, causal=True),
+    Case(B=1, H=1, Nq=1024, Nk=1024, D=512, causal=True),  # `make demo` runs 2048
     Case(Nq=113, Nk=203, D=59, Dv=24, H=4, Hkv=2, causal=True),
     Case(Nq=203, Nk=113, D=40, causal=True),
 ]
@@ -37,7 +37,7 @@ def run(case: Case, target: Target) -> None:
     compare(case, target, CAUSAL, masks=(None, "left padding", "dead rows"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=("default", "ragged", "more rows than columns"))
+@pytest.mark.parametrize("case", CASES, ids=("wide heads", "ragged", "more rows than columns"))
 def check_backward_causal(case, target):
     run(served(target, case), target)
 

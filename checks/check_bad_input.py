@@ -176,7 +176,7 @@ def check_masks_of_the_algorithms(algorithm):
 
 
 def check_choice(monkeypatch):
-    """Of the kernels that could serve a call the highest rung that pays is chosen; one asked for by name is taken."""
+    """Of the kernels that could serve a call the highest rung that is worthwhile is chosen; one asked for by name is taken."""
     monkeypatch.setattr(cuda.Rung, "why_not", lambda *call: None)
     few = {64: (128, 384), 72: (64, 192), 128: (64, 192), 136: (64, 256), 256: (64, 256)}  # rows by head size: without and with dropout
     for head_dim, limits in few.items():

@@ -85,7 +85,7 @@ print(peak_rise(lambda: torch.ones(50_000_000).sum()), peak_rise(lambda: torch.o
 
 
 def check_gpu_targets_on_a_cpu(tmp_path):
-    """Every group's whole path: ratios are those of the times beside them, who cannot run here says why, nothing is judged."""
+    """Every group's whole path: ratios are those of the times beside them, contenders that cannot run here say why, nothing is judged."""
     arguments = "--device", "cpu", "--quick", "--only", *GROUPS, "--json", str(tmp_path / "targets.json")
     run = python("-m", "benchmarks.gpu_targets", *arguments)
     assert run.returncode == 0 and "grid, 7 cases without sdpa (cudnn): No viable backend" in run.stdout, run.stdout + run.stderr

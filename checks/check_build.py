@@ -75,11 +75,11 @@ SCARCE = (
 
 
 def covering_sample() -> list[Specialisation]:
-    """`SCARCE`, and as few others as have all `facts`, or nearly: always the one that adds most."""
+    """`SCARCE`, and as few others as have, with `LIBRARIES`, all `facts`, or nearly: always the one that adds most."""
     everything = specialisations(list(ARCHS))
     random.Random(0).shuffle(everything)
     sample, missing = list(SCARCE), set().union(*map(facts, everything))
-    missing.difference_update(*map(facts, SCARCE))
+    missing.difference_update(*map(facts, (*SCARCE, *LIBRARIES)))  # check_libraries compiles the latter, and reads their complaints
     while missing:
         best = max(everything, key=lambda kernel: len(facts(kernel) & missing))
         sample.append(best)
@@ -136,6 +136,8 @@ def check_libraries():
     assert {kernel.file for kernel in LIBRARIES} == {path.name for path in build.SOURCES.glob("*ward_*.cu")}
     many = {"batches": {"B": 2**30, "H": 4}, "rows": {"Nq": 2**31 - 1}, "columns": {"Nk": 2**31 - 1}}
     for kernel, library in zip(LIBRARIES, at_once(lambda kernel: build.load(kernel, cuda.PARAMS.size), LIBRARIES), strict=True):
+        complaints = build.noted_complaints(build.build(kernel))
+        assert not complaints, f"{kernel}: {complaints}"
         library.attention.argtypes = [ctypes.c_char_p]
         for what, sizes in many.items():
             error = library.error_name(library.attention(params(**sizes)))
@@ -483,7 +485,7 @@ def rungs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a stand-in")
     for name, value in (
         ("why_not", lambda rung, call: cuda._why_no_kernels(rung, 0)),
-        ("pays", lambda rung, *call: rung.name in ("hopper", "tensor_core", "simple")),
+        ("worthwhile", lambda rung, *call: rung.name in ("hopper", "tensor_core", "simple")),
         ("plan", plan),
     ):
         monkeypatch.setattr(cuda.Rung, name, value)

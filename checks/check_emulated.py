@@ -161,14 +161,14 @@ def check_wide_heads_do_not_depend_on_order(D, causal):
 def check_wide_rings_wrap(kind):
     """More tiles than shared memory holds, more works than blocks; forward and gradients do not depend on the order of anything."""
     case = Case(B=1, H=3, Hkv=1, Nq=(300, 130)[kind], Nk=(130, 300)[kind], D=320, dtype=torch.float16, causal=kind == 1)
-    against_truth(case, target("hopper_wide"))
-    results = []
-    problem = Problem.of(case, target("hopper_wide"))
-    for seed in range(2):
-        emulated.options.seed, emulated.options.resident = seed, 1 + seed
-        results.append(problem.answer(target("hopper_wide")))
-    emulated.options.resident = 2
-    for first, again in zip(*results, strict=True):
+    problem, answer = against_truth(case, target("hopper_wide"))
+    resident, emulated.options.resident = emulated.options.resident, 1
+    emulated.options.seed += 1
+    try:
+        repeated = problem.answer(target("hopper_wide"))
+    finally:
+        emulated.options.resident = resident
+    for first, again in zip(answer, repeated, strict=True):
         assert torch.equal(first, again), "all gradients of hopper_wide repeat bit for bit, without being asked to"
 
 

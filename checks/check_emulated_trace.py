@@ -89,7 +89,7 @@ def check_waits_end_with_their_causes(name, D, part):
     waits = [event for event in trace.events if event.kind == "wait"]
     assert waits
     for wait in waits:
-        if wait.about.startswith("the other warps"):  # who come later: one of them ends something then
+        if wait.about.startswith("the other warps"):  # those that arrive later: one of them ends an activity then
             group = range(wait.warp // 4 * 4, wait.warp // 4 * 4 + 4)
             ends = [e.end for e in trace.events if e.actor == "warp" and e.block == wait.block and e.warp in group and e.warp != wait.warp]
             assert wait.end in ends, wait

@@ -47,7 +47,7 @@ def check_losses(example, tmp_path):
 
 
 def check_resume_after_kill(tmp_path):
-    """Killed (SIGKILL) in mid-run and resumed, with dropout: every loss is bit for bit that of a run that nobody killed."""
+    """Killed (SIGKILL) in mid-run and resumed, with dropout: every loss is bit for bit that of an uninterrupted run."""
     arguments = [*TINY, "--dropout", "0.1", "--checkpoint_every", "20"]
 
     def command(out: str, *more: str) -> list[str]:
@@ -145,7 +145,7 @@ def check_length_of_the_text(example, tmp_path, capsys):
 
 @pytest.mark.parametrize("attention", ("flash", "normal"))
 def check_sample(example, attention):
-    """ASCII text that begins with the prompt; with kept keys and values the same as when everything is computed anew each time."""
+    """ASCII text that begins with the prompt; with kept keys and values the same as when everything is recomputed for each character."""
     torch.manual_seed(0)
     model = example.Transformer(layers=2, heads=2, dim=32, length=40, dropout=0.1, attention=attention)
     text = example.sample(model, "def f", 40, 1.0, torch.Generator().manual_seed(1))

@@ -105,7 +105,7 @@ def check_tiles_shown(algorithm, Nq, Nk):
     sizes = {"block_q": 16, "block_k": 12}
     plain, watched = algorithm.run(problem, **sizes), algorithm.run(problem, **sizes, observe=lambda **_: None)
     for name, x, y in zip(Result._fields, plain, watched, strict=True):
-        assert torch.equal(x, y), f"{name} differs when somebody watches"
+        assert torch.equal(x, y), f"{name} differs when it is observed"
 
     allowed = mask.tril(Nk - Nq) if algorithm.causal else mask
     S = (q @ k.mT * 8**-0.5).masked_fill(~allowed, -torch.inf)

@@ -5,11 +5,9 @@ python checks/check_memory.py [--backend reference]
 On a CPU: how far the peak of resident memory (VmHWM) rises above what was resident before the call. On CUDA: the allocator's peak.
 """
 
-import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ import torch
 from harness import Case, Target, dtype_served, run_alone, serves_masks, skip_unless_masks
 
 from flash_attention import flash_attention
+from flash_attention.parallel.processes import CONTEXT
 
 H, N, D = 4, 4096, 32
 MATRIX = H * N * N * 4  # bytes of an N × N matrix of float32 for each head: 256 MB
@@ -70,11 +69,18 @@ def measure_here(backend: str, device: str, N: int, backward: bool, causal: bool
 
 
 def measure(target: Target, call: tuple) -> int:
-    program = "import json, sys, check_memory; print(check_memory.measure_here(*json.loads(sys.argv[1])))"
-    command = [sys.executable, "-c", program, json.dumps([*target, *call])]
-    child = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stderr
-    return int(child.stdout.split()[-1])
+    ours, theirs = CONTEXT.Pipe(duplex=False)
+    child = CONTEXT.Process(target=send_measurement, args=(theirs, *target, *call))
+    child.start()
+    theirs.close()  # the child has the only other end: if it dies, recv() raises instead of waiting
+    try:
+        return ours.recv()
+    finally:
+        child.join()
+
+
+def send_measurement(result: Connection, *call) -> None:
+    result.send(measure_here(*call))
 
 
 @cache

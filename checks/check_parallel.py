@@ -236,7 +236,7 @@ def simulate(needs: list[list[bool]]) -> tuple[list[set], int]:
 
 
 def check_trips():
-    """Every rank gets what it needs; a window's neighbours are reached in short trips, and nothing travels that nobody needs."""
+    """Every rank gets what it needs; a window's neighbours are reached in short trips; no shard travels to a rank that does not need it."""
     random = torch.Generator().manual_seed(0)
     for _ in range(500):
         size = int(torch.randint(1, 9, (), generator=random))
@@ -282,7 +282,7 @@ def layers(mesh) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def several(rank: int) -> dict:
-    """Other lengths of queries; groups out of a mesh; unshard's gradient; who chooses; the order of events."""
+    """Other lengths of queries; groups of a mesh; unshard's gradient; which method is chosen; the order of events."""
     found = {}
     for Nq in (N // 2, 2 * N):
         for name in ("causal", "window", "causal, dropout", "full"):

@@ -252,7 +252,7 @@ def check_any_call(served, full):
     assert len(served) > examples / 4, f"only {len(served)} of {examples} calls were served"
 
 
-# ---- those who look on
+# ---- modes and subclasses that intercept calls
 
 
 class Spy(TorchFunctionMode):

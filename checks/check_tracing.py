@@ -219,7 +219,7 @@ def check_flops_of_the_second_derivative(monkeypatch):
     assert counter.get_flop_counts()["Global"][torch.ops.flash_attention.second_backward] == second > 0
 
 
-# ---- those who look on
+# ---- modes and subclasses that intercept calls
 
 
 def check_modes():

@@ -447,7 +447,7 @@ def check_opcheck(target, settings):
         torch.library.opcheck(ops.second_backward.default, (*g, dO, dLSE, q, k, v, mask, *options))
 
 
-# ---- those who look on at a call, for whom it must be the op that they see
+# ---- whatever intercepts a call (a mode, a tracer, a profiler) must see the op
 
 
 @CAUSAL

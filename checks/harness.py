@@ -427,12 +427,14 @@ ALGORITHMS = {
 }
 
 
-def against_truth(case: Case, target: Target, slack: float = 1.0) -> None:
-    """O, LSE, dQ, dK and dV of one case on one backend, with random dO and dLSE, against the truth."""
+def against_truth(case: Case, target: Target, slack: float = 1.0) -> tuple[Problem, Result]:
+    """O, LSE, dQ, dK and dV of one case on one backend, with random dO and dLSE, against the truth. Returns what was solved, and how."""
     problem = Problem.of(case, target)
+    answer = problem.answer(target)
     report = Report(f"{target}: {case}")
-    report.expect("flash_attention", problem.answer(target), problem, slack)
+    report.expect("flash_attention", answer, problem, slack)
     report.verdict()
+    return problem, answer
 
 
 def limit(name: str, truth: Tensor, naive_value: Tensor, dtype: torch.dtype, D: int) -> Tensor:

@@ -71,9 +71,9 @@ NO_BARRIER, NO_WAIT = "", ""
 # (rung, file): what stands there (once, or the place given), what instead, the case
 TABLE = {
     ("simple", "forward_1_simple.cu"): [
-        ("__syncthreads();  // every thread is done with the chunks", "//", FLOAT32),
+        ("__syncthreads();  // all threads have finished reading the previous chunks", "//", FLOAT32),
         ("__syncthreads();  // both chunks are complete", NO_BARRIER, FLOAT32),
-        ("__syncthreads();  // every thread is done with the chunk of Kj or Vj", "//", FLOAT32),
+        ("__syncthreads();  // all threads have finished reading the previous chunk of Kj or Vj", "//", FLOAT32),
         ("__syncthreads();  // the chunk is complete", NO_BARRIER, FLOAT32),
         ("O_rmem[c][r][e] *= alpha_rmem[r];", ";", FLOAT32),
         ("alpha_rmem[r] * l_rmem[r] + row_sum(sum)", "l_rmem[r] + row_sum(sum)", FLOAT32),
@@ -108,7 +108,7 @@ TABLE = {
         ("__syncthreads();  // the chunk is complete", NO_BARRIER, FLOAT32, 1),
         ("load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK, p.scale);", "load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK);", FLOAT32),
         ("P_rmem[r][c] = P * Z;", "P_rmem[r][c] = P;", DROPOUT),
-        ("__syncthreads();  // every thread is done with the chunk of Vj or Kj", "//", FLOAT32),
+        ("__syncthreads();  // all threads have finished reading the previous chunk of Vj or Kj", "//", FLOAT32),
         ("if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];", ";", CAPPED, 0),
         ("if (CAPPED) dS_rmem[r][c] *= derivative_rmem[r][c];", ";", CAPPED, 1),
         ("__syncthreads();  // the tile is complete; what follows reads other groups' rows", NO_BARRIER, KEY_BIAS),
@@ -132,7 +132,7 @@ TABLE = {
         ("h * p.scoring.alibi_stride_h", "b * p.scoring.alibi_stride_h", SLOPED),
     ],
     ("mma", "forward_2_mma.cu"): [
-        ("__syncthreads();  // every warp is done with the tiles", "//", PLAIN),
+        ("__syncthreads();  // all warps have finished reading the previous tiles", "//", PLAIN),
         ("__syncthreads();  // K, V and, in the first step, Q are complete", NO_BARRIER, PLAIN),
         ("m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));", ";", SHARP),
         ("l += __shfl_xor_sync(0xffffffff, l, 2);", ";", PLAIN),
@@ -147,8 +147,8 @@ TABLE = {
         ("if (row < rows && column < D)", "if (row <= rows && column < D)", PLAIN),
     ],
     ("mma", "backward_2_mma.cu"): [
-        ("__syncthreads();  // every warp is done with the tiles", "//", PLAIN, 0),
-        ("__syncthreads();  // every warp is done with the tiles", "//", PLAIN, 1),
+        ("__syncthreads();  // all warps have finished reading the previous tiles", "//", PLAIN, 0),
+        ("__syncthreads();  // all warps have finished reading the previous tiles", "//", PLAIN, 1),
         ("__syncthreads();  // K, V and, in the first step, Q and dO are complete", NO_BARRIER, PLAIN),
         ("(dS_rmem[n][2 * r + e] - Delta);", "(dS_rmem[n][2 * r + e] + Delta);", PLAIN),
         ("add_product(dK_rmem, dS_rmem, Q_smem);", "add_product(dK_rmem, dS_rmem, dO_smem);", PLAIN),

@@ -50,7 +50,7 @@ def run_grid(backend: str) -> None:
         gradients = not rung.why_no_backward()
         q = torch.randn(1, H, Nq, D, device="cuda", dtype=dtype, requires_grad=gradients)
         k, v = (torch.randn(1, 1, Nk, D, device="cuda", dtype=dtype, requires_grad=gradients) for _ in range(2))
-        # Rows begin at multiples of 16 bytes, and the last few columns belong to nobody.
+        # Rows begin at multiples of 16 bytes, and the last few columns are padding.
         mask = (torch.rand(1, H if masks == "each" else 1, Nq, (Nk + 15) // 16 * 16, device="cuda") < 0.5)[..., :Nk] if masks else None
         if rung.why_not(call_of(q, k, v, mask, causal, dropout_p)):
             continue

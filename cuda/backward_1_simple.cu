@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
             // lines 9 and 10: Sᵀ = Kj Qiᵀ, the scale going with Qi
             float P_rmem[ROWS_KV][COLUMNS] = {};  // Sᵀ, which (P∘Z)ᵀ will overwrite
             for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
-                __syncthreads();  // every thread is done with the chunks that these take the place of
+                __syncthreads();  // all threads have finished reading the previous chunks; the next ones overwrite them
                 load_chunk<BLOCK_K>(KV_smem, K, j0, d0);
                 load_chunk<BLOCK_Q>(QdO_smem, Q, i0, d0, p.scale);
                 __syncthreads();  // both chunks are complete
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
             // line 13: dPᵀ = Vj dOiᵀ
             float dS_rmem[ROWS_KV][COLUMNS] = {};  // dPᵀ, which dSᵀ will overwrite
             for (int d0 = 0; d0 < p.Dv; d0 += CHUNK) {
-                __syncthreads();  // every thread is done with the chunks that these take the place of
+                __syncthreads();  // all threads have finished reading the previous chunks; the next ones overwrite them
                 load_chunk<BLOCK_K>(KV_smem, V, j0, d0);
                 load_chunk<BLOCK_Q>(QdO_smem, dO, i0, d0);
                 __syncthreads();  // both chunks are complete
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
 #pragma unroll
             for (int c = 0; c < CHUNKS; ++c) {
                 if (c * CHUNK >= p.Dv) break;
-                __syncthreads();  // every thread is done with the chunk that this one takes the place of
+                __syncthreads();  // all threads have finished reading the previous chunk; this one overwrites it
                 load_chunk<BLOCK_Q>(QdO_smem, dO, i0, c * CHUNK);
                 __syncthreads();  // the chunk is complete
                 add_product<ROWS_KV>(dV_rmem[c], P_smem, QdO_smem);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
 #pragma unroll
             for (int c = 0; c < CHUNKS; ++c) {
                 if (c * CHUNK >= p.D) break;
-                __syncthreads();  // every thread is done with the chunk that this one takes the place of
+                __syncthreads();  // all threads have finished reading the previous chunk; this one overwrites it
                 load_chunk<BLOCK_Q>(QdO_smem, Q, i0, c * CHUNK, p.scale);
                 __syncthreads();  // the chunk is complete
                 add_product<ROWS_KV>(dK_rmem[c], P_smem, QdO_smem);
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
         // line 10: S = Qi Kjᵀ
         float S_rmem[ROWS_Q][COLUMNS] = {};
         for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
-            __syncthreads();  // every thread is done with the chunks that these take the place of
+            __syncthreads();  // all threads have finished reading the previous chunks; the next ones overwrite them
             load_chunk<BLOCK_Q>(QdO_smem, Q, i0, d0, p.scale);
             load_chunk<BLOCK_K>(KV_smem, K, j0, d0);
             __syncthreads();  // both chunks are complete
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
         // line 13: dP = dOi Vjᵀ
         float dS_rmem[ROWS_Q][COLUMNS] = {};  // dP, which dS will overwrite
         for (int d0 = 0; d0 < p.Dv; d0 += CHUNK) {
-            __syncthreads();  // every thread is done with the chunks that these take the place of
+            __syncthreads();  // all threads have finished reading the previous chunks; the next ones overwrite them
             load_chunk<BLOCK_Q>(QdO_smem, dO, i0, d0);
             load_chunk<BLOCK_K>(KV_smem, V, j0, d0);
             __syncthreads();  // both chunks are complete
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c) {
             if (c * CHUNK >= p.D) break;
-            __syncthreads();  // every thread is done with the chunk of Vj or Kj that this one takes the place of
+            __syncthreads();  // all threads have finished reading the previous chunk of Vj or Kj; this one overwrites it
             load_chunk<BLOCK_K>(KV_smem, K, j0, c * CHUNK, p.scale);
             __syncthreads();  // the chunk is complete
             add_product<ROWS_Q>(dQ_rmem[c], dS_smem, KV_smem);
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
                     // Lines 10, 11, 13 and 14, as in dq_kernel; with softcap, before its derivative.
                     float S_rmem[ROWS_Q][COLUMNS] = {};
                     for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
-                        __syncthreads();  // every thread is done with the chunks that these take the place of
+                        __syncthreads();  // all threads have finished reading the previous chunks; the next ones overwrite them
                         load_chunk<BLOCK_Q>(QdO_smem, Q, i0, d0, p.scale);
                         load_chunk<BLOCK_K>(KV_smem, K, j0, d0);
                         __syncthreads();  // both chunks are complete
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
 
                     float dS_rmem[ROWS_Q][COLUMNS] = {}, derivative_rmem[ROWS_Q][COLUMNS];
                     for (int d0 = 0; d0 < p.Dv; d0 += CHUNK) {
-                        __syncthreads();  // every thread is done with the chunks that these take the place of
+                        __syncthreads();  // all threads have finished reading the previous chunks; the next ones overwrite them
                         load_chunk<BLOCK_Q>(QdO_smem, dO, i0, d0);
                         load_chunk<BLOCK_K>(KV_smem, V, j0, d0);
                         __syncthreads();  // both chunks are complete

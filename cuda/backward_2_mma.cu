@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(THREADS) dkv_kernel(const __grid_constant__ At
         // line 8; causal: from the tile of the first row that sees the first of these columns
         for (int i0 = first_row_of(p, j0) / BLOCK_Q * BLOCK_Q; i0 < p.Nq; i0 += BLOCK_Q) {
             // line 9
-            __syncthreads();  // every warp is done with the tiles that these take the place of
+            __syncthreads();  // all warps have finished reading the previous tiles; the next ones overwrite them
             load_tile(Q_smem, Q_gmem, p.q.stride_n, i0, p.Nq, p.D);
             load_tile(dO_smem, dO_gmem, p.d_o.stride_n, i0, p.Nq, p.Dv);
             __syncthreads();  // Q, dO and, in the first step, K and V are complete
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(THREADS) dq_kernel(const __grid_constant__ Att
 
     const int columns = stop_of_rows(p, i0, BLOCK_Q);
     for (int j0 = 0; j0 < columns; j0 += BLOCK_K) {
-        __syncthreads();  // every warp is done with the tiles that these take the place of
+        __syncthreads();  // all warps have finished reading the previous tiles; the next ones overwrite them
         load_tile(K_smem, K_gmem, p.k.stride_n, j0, p.Nk, p.D);
         load_tile(V_smem, V_gmem, p.v.stride_n, j0, p.Nk, p.Dv);
         __syncthreads();  // K, V and, in the first step, Q and dO are complete

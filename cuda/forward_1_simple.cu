@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         // lines 7 and 8: S = Qi Kjᵀ, the scale going with Qi
         float S_rmem[ROWS][COLUMNS] = {};
         for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
-            __syncthreads();  // every thread is done with the chunks that these take the place of
+            __syncthreads();  // all threads have finished reading the previous chunks; the next ones overwrite them
             load_chunk<BLOCK_Q>(Q_smem, Q, i0, d0, p.scale);
             load_chunk<BLOCK_K>(KV_smem, K, j0, d0);
             __syncthreads();  // both chunks are complete
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c) {
             if (c * CHUNK >= p.Dv) break;
-            __syncthreads();  // every thread is done with the chunk of Kj or Vj that this one takes the place of
+            __syncthreads();  // all threads have finished reading the previous chunk of Kj or Vj; this one overwrites it
             load_chunk<BLOCK_K>(KV_smem, V, j0, c * CHUNK);
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)

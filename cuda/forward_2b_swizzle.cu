@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     const int columns = CAUSAL ? min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq) : p.Nk;
     for (int j0 = 0; j0 < columns; j0 += BLOCK_K) {
         // line 7
-        __syncthreads();  // every warp is done with the tiles that these take the place of
+        __syncthreads();  // all warps have finished reading the previous tiles; the next ones overwrite them
         load_tile<Tile_KV>(K_smem, K_gmem, p.k.stride_n, j0, p.Nk, p.D);
         load_tile<Tile_KV>(V_smem, V_gmem, p.v.stride_n, j0, p.Nk, p.Dv);
         __syncthreads();  // K, V and, in the first step, Q are complete

@@ -39,7 +39,7 @@ using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
 using Tile_KV = SwizzledTile<BLOCK_K, HEAD_DIM>;
 __device__ inline int stage(int j) { return STAGES == 2 ? j & 1 : 0; }
 
-// Where registers are short, what can be had again (from the numbers of thread and block, from the seed) is not kept over the loop.
+// Where registers are short, values that are cheap to recompute (from thread and block indices, from the seed) are recomputed in the loop.
 constexpr bool TIGHT = BLOCK_K == 128 ? CAUSAL || MASK || DROPOUT : HEAD_DIM > 64 && (MASK || !DROPOUT || !ROOMY);
 __device__ inline int thread_anew() { return TIGHT ? ptx::tid_x() : threadIdx.x; }
 __device__ inline uint32_t copying_thread() { return BLOCK_K == 128 || (HEAD_DIM > 64 && !MASK) ? ptx::tid_x() : threadIdx.x; }

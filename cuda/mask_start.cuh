@@ -1,5 +1,5 @@
 // The mask in the hopper kernels: a tile of bits beside a tile of S. The copy engine brings it as it brings K or Q, from what pack_mask.cu has
-// written. S's sums start from it: from 0, or from about −2¹²⁷ where it hides, beside which no score is large enough to show.
+// written. Each score's accumulator starts from it: from 0, or, where it hides, from about −2¹²⁷, so large that adding any score changes nothing.
 #pragma once
 
 #include "keep_bits.cuh"

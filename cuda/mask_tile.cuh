@@ -1,10 +1,11 @@
-// The mask in the tensor-core forward. A tile of it is copied to shared memory beside its tiles of K and V; then it becomes what S's sums start
-// from: 0, or about −2¹²⁷ where it hides, beside which no score is large enough to show. One struct for each form of attention.h:
+// The mask in the tensor-core forward. A tile of it is copied to shared memory together with the tiles of K and V; each score's accumulator then
+// starts from it: from 0, or, where it hides, from about −2¹²⁷, so large that adding any score to it changes nothing. One struct for each form
+// of attention.h:
 //
-// MaskOfBits   32 columns a word: what is broadcast has been packed once. Serves dropout too.
-// MaskOfBytes  as PyTorch has it, for a mask of which each byte is read once; packing would read it just as often. Among the accumulators a lane
-//              has columns 8n + 2t and 8n + 2t + 1, two bytes here and two there. But which key lies in which row of a tile is free, as long as
-//              K and V agree: dealt out as below, a lane's columns are neighbours, and its bytes arrive 16 at a time.
+// MaskOfBits   32 columns a word: a broadcast mask has been packed once. Serves dropout too.
+// MaskOfBytes  as PyTorch stores it, for a mask of which each byte is read once; packing would read it just as often. A lane's accumulators are
+//              columns 8n + 2t and 8n + 2t + 1, scattered pairs of bytes. But keys may be assigned to the rows of a tile in any order, as long
+//              as K and V agree: in the order below a lane's columns are contiguous, and its bytes are copied 16 at a time.
 #pragma once
 
 #include "tensor_core.cuh"

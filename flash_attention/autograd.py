@@ -11,10 +11,10 @@ torch.func's transforms nest in any order. The Functions below are the rules:
     second_backward    PyTorch's, of the arithmetic in reference/second_derivative.py: that makes every order beyond
     jvp                its result is also the cotangents of dO and dLSE in second_backward, J · (gQ, gK, gV), which then take its place
 
-A bias and ALiBi's slopes stand last, as they are rarely given. Where a bias gets a gradient (`to_bias`), `backward` returns it fourth and
-`second_backward` its cotangent sixth; an empty tensor otherwise.
+A bias and ALiBi's slopes come last, because most calls have none. Where a bias gets a gradient (`to_bias`), it is the fourth result of
+`backward`, and its cotangent the sixth of `second_backward`; otherwise that result is an empty tensor.
 
-Most calls have nobody looking on; they skip the ops and go from the Function, or without gradients from `attention`, to the backend.
+An eager call (`shortcut.is_eager_call`) skips the ops: it goes from the Function, or without gradients from `attention`, to the backend.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +29,9 @@ from flash_attention import allocate, backends, shortcut
 from flash_attention.backends import BACKENDS, no_gradients, reference
 from flash_attention.backends.cuda import BACKWARD, FORWARD
 from flash_attention.call import SCHEMA, Call, Settings
-from flash_attention.shortcut import nobody_looks_on
+from flash_attention.shortcut import is_eager_call
 
-library = torch.library.Library("flash_attention", "DEF")
+library: torch.library.Library = torch.library.Library("flash_attention", "DEF")
 ops = torch.ops.flash_attention
 REST = f"Tensor? seed, {SCHEMA}"
 LAST = "Tensor? bias=None, Tensor? alibi=None"
@@ -56,8 +56,8 @@ BACKEND = SETTINGS + Settings._fields.index("backend")
 
 
 def attention(plan: Callable | None, q, k, v, mask, spans, seed, settings: Settings, bias=None, alibi=None) -> tuple[Tensor, Tensor]:
-    """O and LSE, differentiable, from checked arguments (`flash_attention.interface` checks them). plan: what computes the forward where
-    nobody looks on; None calls the op."""
+    """O and LSE, differentiable, from checked arguments (`flash_attention.interface` checks them). plan: what computes the forward of an
+    eager call (`is_eager_call`); None calls the op."""
     arguments = q, k, v, mask, spans, seed
     if plan is None:
         return ops.forward(*arguments, *settings, bias, alibi)
@@ -99,8 +99,8 @@ class Attention(Function):
             return (None,) * len(ctx.needs_input_grad)
         dO = torch.zeros_like(O) if dO is None else dO
         # Only create_graph=True, as torch.func always has it, leaves gradients enabled here.
-        looked_on = torch.is_grad_enabled() or not nobody_looks_on(q, k, v) or forward_ad._current_level >= 0
-        backward = ops.backward if looked_on or type(dO) is not Tensor or _batched(dO, dLSE) else _backward
+        through_op = torch.is_grad_enabled() or not is_eager_call(q, k, v) or forward_ad._current_level >= 0
+        backward = ops.backward if through_op or type(dO) is not Tensor or _batched(dO, dLSE) else _backward
         if bias is alibi is None:
             dQ, dK, dV, _ = backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, *ctx.settings)
             return None, dQ, dK, dV, *(None,) * (len(ctx.needs_input_grad) - 4)
@@ -285,7 +285,9 @@ def _fake_second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, spans, seed, *res
 
 def _fold(x: Tensor) -> Tensor:
     """(n, B, …) → (n·B, …), without expanding in memory the later dimensions that are broadcast (stride 0), as a mask's mostly are."""
-    core = x[(slice(None), slice(None), *(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride()[2:]))]
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride()[2:])
+    index = (slice(None), slice(None), *once)
+    core = x[index]
     return core.flatten(0, 1).expand(-1, *x.shape[2:])
 
 

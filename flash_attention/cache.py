@@ -22,7 +22,7 @@ from flash_attention.scores import rotary as rotate
 RUNG = "split_keys"
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MOST = torch.finfo(FLOAT8).max
-ROUNDED = 256  # lengths, for the kernel's plan: a plan serves so many tokens one after another
+ROUNDED = 256  # plans are made for lengths rounded up to a multiple of this: one plan serves as many generated tokens
 
 
 class KeyValueCache:
@@ -125,7 +125,7 @@ class KeyValueCache:
         """Gives every sequence the pages for its first `tokens` tokens, as an append does by itself unless a CUDA graph captures it.
 
         Raises:
-            ValueError: `tokens` is more than the capacity. MemoryError: there are not so many pages; none has been given.
+            ValueError: `tokens` is more than the capacity. MemoryError: there are not enough free pages; none has been allocated.
         """
         if tokens > self.capacity:
             raise ValueError(f"{tokens} tokens do not fit in a capacity of {self.capacity}")
@@ -355,7 +355,7 @@ def attend_keys(
                 raise
         else:
             reason = plan.why_not(k, v)
-            if reason is None and (backend is not None or capturing or plan.pays):
+            if reason is None and (backend is not None or capturing or plan.worthwhile):
                 O, LSE = plan(q, k, v, lengths, starts, block_table, scales, return_lse)
                 return (O, LSE) if return_lse else O
             if backend is not None:

@@ -116,8 +116,8 @@ class Call(NamedTuple):
         """The call of these tensors."""
         has_address = mask is not None and not torch._C._functorch.is_functorch_wrapped_tensor(mask)
         is_aligned = has_address and mask.data_ptr() % 16 == 0
-        *forms, O, dO, bias, alibi = map(Form.of, (q, k, v, mask, spans, O, dO, bias, alibi))
-        return cls(*forms, settings, O, dO, is_aligned, bias, alibi, to_bias)
+        of = Form.of
+        return cls(of(q), of(k), of(v), of(mask), of(spans), settings, of(O), of(dO), is_aligned, of(bias), of(alibi), to_bias)
 
     @property
     def has_dropout(self) -> bool:

@@ -29,7 +29,7 @@ def positive(text: str) -> int:
 
 
 def threads(text: str) -> int:
-    """Of a CPU. Some thousands can be asked for; beyond them PyTorch crashes."""
+    """Of a CPU. PyTorch crashes beyond some thousands."""
     return _whole(text, 1, 1024)
 
 
@@ -64,7 +64,7 @@ def device(text: str) -> str:
 
 
 def output_file(text: str) -> Path:
-    """A file that can be written, so that nobody learns after minutes of work that it cannot. Folders on the way to it may be missing."""
+    """A file that can be written, so that a run does not fail only when it is over. Parent folders may be missing."""
     file = Path(text)
     folder = next(parent for parent in file.absolute().parents if parent.exists())
     if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):

@@ -95,7 +95,7 @@ def flash_attention(
         result = kept.plan.repeat(q, k, v, return_lse)
     else:
         mask = broadcast_mask(mask, *q.shape[:3], k.shape[2])
-        result = attention(kept.plan, q, k, v, mask, None, _seed(q) if dropout_p else None, kept.settings)
+        result = attention(kept.plan, q, k, v, mask, None, _seed(q) if dropout_p else None, kept.settings)  # type: ignore[arg-type]
     return result if return_lse else result[0]
 
 
@@ -127,7 +127,7 @@ def _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, scored, b
         return attention(None, q, k, v, mask, spans, seed, settings, bias, alibi)
     call = Call.of(q, k, v, mask, spans, settings, bias=bias, alibi=alibi)
     settings = settings._replace(backend=as_chosen(backend, choose(backend, call)))
-    if not shortcut.nobody_looks_on(q, k, v) or forward_ad._current_level >= 0:
+    if not shortcut.is_eager_call(q, k, v) or forward_ad._current_level >= 0:
         return attention(None, q, k, v, mask, spans, seed, settings, bias, alibi)
     plan = shortcut.plan(FORWARD, call._replace(settings=settings))
     if key is not None:
@@ -197,7 +197,7 @@ def _check(q, k, v, causal, scale, dropout_p, window, spans, block_size) -> None
 
 def _checked_scores(softcap, bias, alibi, q: Tensor, k: Tensor) -> tuple[float | None, Tensor | None, Tensor | None]:
     """The three as backends take them: a bias (B or 1, H or 1, Nq or 1, Nk or 1), slopes (B, H)."""
-    B, H, Nq, Nk = *q.shape[:3], k.shape[2]
+    (B, H, Nq, _), Nk = q.shape, k.shape[2]
     if softcap is not None:
         check_softcap(softcap)
         softcap = torch.sym_float(softcap)

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -206,8 +206,8 @@ class FlashAttention(nn.Module):
         if self.mixed_precision and dtype.itemsize > 2:
             q, k, v = (x.to(_half(x.device)) for x in (q, k, v))
         dropout_p = self.dropout if self.training else 0.0
-        options = {"causal": self.causal, "window": self.window, "backend": self.backend, "dropout_p": dropout_p}
-        scored = {"softcap": self.softcap, "bias": score_bias, "alibi": self.alibi}
+        options: dict[str, Any] = {"causal": self.causal, "window": self.window, "backend": self.backend, "dropout_p": dropout_p}
+        scored: dict[str, Any] = {"softcap": self.softcap, "bias": score_bias, "alibi": self.alibi}
         if self.parallel is None:
             O = flash_attention(q, k, v, mask, **options, **scored, block_size=self.block_size)
         elif mask is not None or self.block_size is not None:
@@ -218,7 +218,7 @@ class FlashAttention(nn.Module):
             from flash_attention.parallel import parallel_attention  # here, for builds of torch without torch.distributed
 
             O = parallel_attention(q, k, v, **options, **scored, group=self.parallel, order=self.order)
-        return self.to_out(O.transpose(1, 2).flatten(2).to(dtype))
+        return self.to_out(O.transpose(1, 2).flatten(2).to(dtype))  # type: ignore[union-attr]
 
     def _project(self, stream: str, x: Tensor) -> Tensor:
         """(B, N, width) → (B, heads or kv_heads, N, dim_head), a view of what the stream's projection gives."""
@@ -343,7 +343,7 @@ def _half(device: torch.device) -> torch.dtype:
 
 
 def _stands_in(x) -> bool:
-    """Whether x is no tensor but stands for one of unknown shape, as a torch.fx.Proxy does."""
+    """Whether x is a placeholder for a tensor of unknown shape, such as a torch.fx.Proxy."""
     return not isinstance(x, Tensor) and has_torch_function_variadic(x)
 
 

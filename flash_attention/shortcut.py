@@ -1,8 +1,8 @@
-"""A call like one before it: straight to its kernel.
+"""A repeated call goes straight to its kernel.
 
 On the host, most of a small call's time goes into checking it, choosing a backend and making its plan. Shapes, strides, dtypes and settings
-determine all of that, so plans are kept. The next call of a plain kind (a mask and dropout, but no spans or changed scores; nobody looking
-on) is told by what it was given, before any check, and only fills in addresses. Any other is checked, and then finds its plan.
+determine all of that, so plans are kept. An eager call without spans or changed scores (a mask and dropout are allowed) is recognised by
+its arguments, before any check, and only fills in addresses. Any other call is checked first, and then looks up its plan.
 """
 
 from collections.abc import Callable, Hashable
@@ -16,7 +16,7 @@ from flash_attention import backends
 from flash_attention.backends import cuda
 from flash_attention.call import Call, Settings
 
-CAPACITY = 1024  # of kept plans: where lengths grow without end, the table starts anew
+CAPACITY = 1024  # of kept plans: when it is reached, the table is cleared
 
 
 class Kept(NamedTuple):
@@ -28,9 +28,9 @@ class Kept(NamedTuple):
 _kept: dict[Hashable, Any] = {}  # Kept by what `signature` gives, and plans
 
 
-def nobody_looks_on(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """No compiler, tracer or profiler, no functorch transform, no torch_dispatch mode, no subclass of Tensor, no meta device. Then a
-    backend may be called without going through its op."""
+def is_eager_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a backend may be called without its op: the tensors are plain ones, not on the meta device, and no compiler, tracer,
+    profiler, functorch transform or torch_dispatch mode is active."""
     return (
         not torch.compiler.is_compiling()
         and type(q) is type(k) is type(v) is Tensor
@@ -45,7 +45,7 @@ def nobody_looks_on(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def signature(q: Tensor, k: Tensor, v: Tensor, mask, causal, scale, dropout_p, window, backend) -> Hashable | None:
     """What determines the plan of this call, or None if it is not of a plain kind. Nothing has been checked yet."""
     plain = (
-        nobody_looks_on(q, k, v)
+        is_eager_call(q, k, v)
         and q.is_cuda
         and q.layout is k.layout is v.layout is torch.strided
         and forward_ad._current_level < 0
@@ -65,7 +65,7 @@ def signature(q: Tensor, k: Tensor, v: Tensor, mask, causal, scale, dropout_p, w
     except RuntimeError:  # of a nested tensor, which has no shape and is refused later
         return None
     dtypes = q.dtype, k.dtype, v.dtype
-    key = shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, dropout_p, window, backend
+    key: tuple[Hashable, ...] = shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, dropout_p, window, backend
     if mask is not None:
         try:
             key += mask.shape, mask.stride(), mask.dtype, mask.device, mask.data_ptr() % 16 == 0

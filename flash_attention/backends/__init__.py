@@ -14,18 +14,19 @@ None; bias is (B or 1, H or 1, Nq or 1, Nk or 1) and alibi (B or 1, H). The refe
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from flash_attention import build
 from flash_attention.call import Call
 
 from . import cuda, emulated, reference
 
-BACKENDS = {**cuda.RUNGS, "reference": reference, **emulated.RUNGS}
-# A name that stands for the fastest of several.
+BACKENDS: dict[str, Any] = {**cuda.RUNGS, "reference": reference, **emulated.RUNGS}
+# A name that selects the fastest of several.
 GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.teaching)}
 DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
-# A rung that was chosen, not asked for by its name: what it was chosen from, None as "", then its own name. Where its kernel, forward or
-# backward, cannot be built, another choice takes its place: every backward computes from the same O and LSE.
+# Names of rungs that were chosen, not requested: the group (None is ""), a slash, the rung. If such a rung's forward or backward cannot be
+# built, another rung is chosen instead: every backward computes from the same O and LSE.
 CHOSEN = {f"{group}/{name}": cuda.RUNGS[name] for group in ("", *GROUPS) for name in GROUPS["cuda"]}
 
 _warned: set[str] = set()
@@ -57,7 +58,7 @@ def check_name(name: str | None) -> str | None:
 
 
 def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
-    """The name in BACKENDS that serves this call, or its backward: the one asked for, or else the first that can and pays.
+    """The name in BACKENDS that serves this call, or its backward: the one asked for, or else the first that serves it and is worthwhile.
 
     None on a CUDA device falls back to the reference if no kernel serves the call, and warns once for each reason. A kernel is built when
     it first runs. Where that has failed (`build.failures`), None and a group's name pass over it, and warn once.
@@ -79,7 +80,7 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
     names = DEFAULT if name is None else GROUPS.get(name, (name,))
     for each in names:
         rung = cuda.RUNGS.get(each) if len(names) > 1 else None
-        if rung is not None and not rung.pays(call, which):
+        if rung is not None and not rung.worthwhile(call, which):
             continue
         timed = name is not None or rung is None or not call.score or cuda.SCORES_TIMED
         reason = BACKENDS[each].why_not(call) if timed else UNTIMED
@@ -103,7 +104,7 @@ def resolve(which: int, call: Call):
     """
     name = call.settings.backend
     # Where few queries have a forward of their own, another rung's backward may be the fastest.
-    if name in CHOSEN and not build.failures and (which == cuda.FORWARD or CHOSEN[name].pays(call, which)):
+    if name in CHOSEN and not build.failures and (which == cuda.FORWARD or CHOSEN[name].worthwhile(call, which)):
         return CHOSEN[name]
     return BACKENDS[choose(name.split("/")[0] or None, call, which)]
 

@@ -71,9 +71,9 @@ class Rung:
     wide_forward: tuple[int, str] | None = None  # above this head size the forward has a file of its own
     wide_backward: tuple[int, str] | None = None  # so has the backward
     plain_backward: tuple[int, str] | None = None  # and up to this size another, without dropout, changed scores or a mask over intervals
-    few_rows: tuple[tuple[int, int, int], ...] = ()  # up to a head size: rows up to which a lower rung is faster, without and with dropout
+    min_rows: tuple[tuple[int, int, int], ...] = ()  # (max head size, most rows for which the rung below is faster, the same with dropout)
     packs_heads: bool = False  # a tile has all query heads of a key head: the rung for few queries
-    least_scores: tuple[tuple[int, int], ...] = ()  # up to a head size: scores of all heads up to which a lower rung is faster
+    min_scores: tuple[tuple[int, int], ...] = ()  # (max head size, most scores of all heads for which the rung below is faster)
     forward_workspace: bool = False  # whether its forward may need one
     float8_keys: bool = False  # whether K and V may be e4m3
 
@@ -207,14 +207,14 @@ class Rung:
         other = self.plain_backward if which == BACKWARD and not special else None
         return other[1] if other and head_dim <= other[0] else wide[1]
 
-    def pays(self, call: Call, which: int = FORWARD) -> bool:
-        """Whether this rung, of those that can serve a call's forward or backward, is the one to choose."""
+    def worthwhile(self, call: Call, which: int = FORWARD) -> bool:
+        """Whether this rung is faster than those below it for the call's forward or backward."""
         if self.packs_heads:
-            return which == FORWARD and _pays_to_pack(call)
-        if self.least_scores:
+            return which == FORWARD and _worth_packing(call)
+        if self.min_scores:
             B, H, Nq, _ = call.q.shape
-            return B * H * Nq * call.k.shape[2] > next((scores for up_to, scores in self.least_scores if call.head_dim <= up_to), 0)
-        few = next((kinds for up_to, *kinds in self.few_rows if call.head_dim <= up_to), (0, 0))
+            return B * H * Nq * call.k.shape[2] > next((scores for up_to, scores in self.min_scores if call.head_dim <= up_to), 0)
+        few = next((kinds for up_to, *kinds in self.min_rows if call.head_dim <= up_to), (0, 0))
         plain = which == FORWARD and not call.has_dropout and call.mask is None and call.visible != "interval"
         return call.q.shape[2] > few[call.has_dropout] or (plain and call.k.shape[2] >= MANY_KEYS)
 
@@ -394,7 +394,7 @@ HOPPER = Rung(
     bias_up_to=128,
     wide_backward=(128, "backward_4_hopper_wide.cu"),
     plain_backward=(192, "backward_4_hopper_192.cu"),
-    few_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
+    min_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
 )
 HOPPER_WIDE = replace(
     HOPPER,
@@ -406,7 +406,7 @@ HOPPER_WIDE = replace(
     scores=(),
     wide_backward=None,
     plain_backward=None,
-    few_rows=(),
+    min_rows=(),
 )
 HOPPER_FLOAT32 = Rung(
     name="hopper_float32",
@@ -420,11 +420,11 @@ HOPPER_FLOAT32 = Rung(
     dropout=True,
     wide_forward=(128, "forward_5_float32_wide.cu"),
     wide_backward=(128, "backward_5_float32_wide.cu"),
-    least_scores=((128, 1 << 22), (512, 1 << 18)),
+    min_scores=((128, 1 << 22), (512, 1 << 18)),
     forward_workspace=True,
 )
 
-RUNGS = {
+RUNGS: dict[str, Rung] = {
     rung.name: rung
     for rung in (
         Rung(
@@ -498,15 +498,15 @@ RUNGS = {
 }
 
 
-# What a tile of packed rows costs for each key, a 128-row tile of one head in hopper being 1, as timed on an H200: up to a head size,
-# (rows, cost) of the tiles there are. A tile's beginning and end cost as much as so many keys.
+# Cost of a tile of packed rows for each key, relative to a 128-row tile of one head in hopper, as timed on an H200:
+# (max head size, (rows, cost) of each tile). PACKED_START and HEAD_START: prologue and epilogue of a tile, in keys.
 PACKED_TILES = ((128, ((16, 0.5), (32, 0.8))), (256, ((16, 0.72),)))
 PACKED_START, HEAD_START = 400, 200
-MANY_KEYS = 256  # from which a forward of few rows is not one of few keys, which `few_rows` is about
-MOST_QUERIES = 256  # that have been timed
+MANY_KEYS = 256  # with at least as many keys, `min_rows` does not apply to a plain forward: it was timed with as few keys as rows
+MOST_QUERIES = 256  # more have not been timed
 
 
-def _pays_to_pack(call: Call) -> bool:
+def _worth_packing(call: Call) -> bool:
     """Whether tiles that pack the heads of a group, with keys split evenly over the multiprocessors, take less time than tiles of one head,
     which are spread over the multiprocessors whole."""
     (B, H, Nq, _), (_, Hkv, Nk, _) = call.q.shape, call.k.shape

@@ -94,10 +94,10 @@ def counting() -> Iterator[list[Counts]]:
 
 @contextlib.contextmanager
 def tracing() -> Iterator[list[Trace]]:
-    """Traces the launches inside: who did what when, by a cost model of one Hopper multiprocessor, which gets the whole grid.
+    """Traces the launches inside: a timeline of each warp, by a cost model of one Hopper multiprocessor that runs the whole grid.
 
-    `options.resident` blocks at a time share it, or as many as its shared memory and threads allow. Whatever `options.seed`, the trace is
-    the same.
+    `options.resident` blocks at a time share it, or as many as its shared memory and threads allow. The trace does not depend on
+    `options.seed`.
 
     >>> with tracing() as traces:
     ...     O = flash_attention(q, k, v, backend="emulated:hopper")
@@ -150,7 +150,8 @@ class EmulatedLaunch(Launch):
         memories = []
         for n, (address, (name, shape)) in enumerate(zip(addresses, shapes.items(), strict=False)):
             is_key = name in ("k", "v")
-            elements = extent((pages if pages and is_key else B, *shape), (*STRIDES.unpack(self.tensors[2 * n + 1]), 1))
+            strides = STRIDES.unpack(self.tensors[2 * n + 1])  # type: ignore[arg-type]  # of the fields, every second one
+            elements = extent((pages if pages and is_key else B, *shape), (*strides, 1))
             size = elements * (self.key_bytes if is_key else element_size)
             memories.append(Memory(name, address, size, name in outputs, name not in outputs))
         return memories
@@ -260,7 +261,7 @@ class EmulatedRung(cuda.Rung):
         return launch
 
 
-RUNGS = {
+RUNGS: dict[str, "EmulatedRung"] = {
     f"emulated:{name}": EmulatedRung(**{f.name: getattr(rung, f.name) for f in fields(rung)} | {"name": f"emulated:{name}"})
     for name, rung in cuda.RUNGS.items()
 }

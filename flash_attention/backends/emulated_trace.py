@@ -1,4 +1,4 @@
-"""What the emulator's cost model says of a launch: who did what, from when to when, in cycles of one Hopper multiprocessor.
+"""The timeline of a launch by the emulator's cost model: what each warp and engine did, from when to when, in cycles of one multiprocessor.
 
 A model, not a measurement: its constants, and where they come from, are in cuda/emulator/model.h.
 """
@@ -100,7 +100,7 @@ def summary(trace: Trace) -> list[str]:
     """A line for each actor: busy, and what it waits for."""
     lines = []
     roles = trace.roles()
-    span = defaultdict(lambda: [float("inf"), 0.0])
+    span: dict[int, list[float]] = defaultdict(lambda: [float("inf"), 0.0])
     for event in trace.events:
         span[event.launch] = [min(span[event.launch][0], event.start), max(span[event.launch][1], event.end)]
     launch_before = None
@@ -110,7 +110,7 @@ def summary(trace: Trace) -> list[str]:
             launch_before = launch
         whole = span[launch][1] - span[launch][0]
         if name.startswith("block"):
-            by_kind = defaultdict(float)
+            by_kind: dict[str, float] = defaultdict(float)
             for event in events:
                 by_kind[event.kind] += event.cycles
             busy, held, waits = sum(by_kind[kind] for kind in WORK), by_kind["issue"], by_kind["wait"]
@@ -140,11 +140,11 @@ def chrome(traces: Iterable[Trace]) -> dict:
             ids[launch, name] = process, (events[0].warp if warp else n)
             title = f"{trace.file}, kernel {launch}: " + (f"block {events[0].block}" if warp else "engines")
             role = roles.get((launch, events[0].block, events[0].warp), "")
-            thread = f"warp {events[0].warp} {role}".rstrip() if warp else name
+            track = f"warp {events[0].warp} {role}".rstrip() if warp else name
             out += [
                 {"ph": "M", "name": "process_name", "pid": process, "args": {"name": title}},
                 {"ph": "M", "name": "process_sort_index", "pid": process, "args": {"sort_index": process}},
-                {"ph": "M", "name": "thread_name", "pid": process, "tid": ids[launch, name][1], "args": {"name": thread}},
+                {"ph": "M", "name": "thread_name", "pid": process, "tid": ids[launch, name][1], "args": {"name": track}},
             ]
         causes = defaultdict(list)
         for event in trace.events:

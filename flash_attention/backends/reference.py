@@ -21,10 +21,10 @@ WORKING_SET = 5 << 19
 WORKER_SET = WORKING_SET // 4
 # Rows of a worker's piece in the forward, columns in the backward.
 SPAN = 1024
-# A call is for workers from so many floating-point operations for each thread on: 50 ms. After an operation of PyTorch's own its threads
-# stay awake for 5 ms, in which they take the workers' cores.
+# Least floating-point operations per thread for which a call is given to workers: 50 ms. After an operation of its own, PyTorch's threads
+# spin for 5 ms, during which they occupy the workers' cores.
 WORKER_FLOPS = 1 << 33
-# And from so many elements in one step: Python's cost per step is paid by one worker at a time.
+# Least elements in one step for which it is: Python holds its lock in each step, so only one worker at a time runs its part.
 WORKER_STEP = 1 << 17
 # Elements of K in a batch.
 EVEN = 1 << 17
@@ -152,7 +152,8 @@ class _Sum:
     number of threads."""
 
     def __init__(self, out: Tensor, spans: list[slice]):
-        self.out, self.spans, self.parts = out, deque(spans), {}
+        self.out, self.spans = out, deque(spans)
+        self.parts: dict = {}
         self.total: Tensor | None = None
         self.lock = Lock()
 
@@ -222,7 +223,7 @@ def second_backward(settings: Settings, gQ, gK, gV, dO, dLSE, q, k, v, mask, spa
 def second_backward_vjp(settings: Settings, cotangents, inputs, needed, mask, spans, seed, alibi):
     """Cotangents of `inputs`, the tensors of `second_backward` (eight, and with a bias gBias and it), from those of its results."""
     bias = inputs[9] if len(inputs) > 8 else None
-    options = _options(settings, *inputs[5:7], spans, seed, bias, alibi)
+    options = _options(settings, inputs[5], inputs[6], spans, seed, bias, alibi)
     return second_derivative.second_backward_vjp(cotangents, inputs, needed, mask, **options)
 
 
@@ -257,9 +258,9 @@ def _block_sizes(visible: Visible, settings: Settings) -> tuple[int, int]:
 def _forward_block_sizes(q: Tensor, k: Tensor, visible: Visible, settings: Settings) -> tuple[int, int]:
     """Rows and columns of the forward's tiles.
 
-    Where few rows share a key head, a tile of K is read once from memory whatever its size, and a tile of S is narrow: it gets as many
-    columns as make it as large as for many rows, so that operations are few. Not where a tile of K and V is converted first, which must
-    lie in cache, or where random bits are drawn, for 32 rows at least.
+    If few rows share a key head, each tile of K is read from memory once, whatever its size, and a tile of S is narrow: it gets more
+    columns, until it is as large as one of many rows, which makes operations fewer. Not if tiles of K and V are converted first, since the
+    result must stay in cache, or if random bits are drawn, which takes 32 rows at least.
     """
     block_q, block_k = _block_sizes(visible, settings)
     if settings.block_size is not None or settings.dropout_p or q.dtype != sum_dtype(q):

@@ -11,7 +11,7 @@ from flash_attention.backends.launch import KEYS
 from flash_attention.call import Call, Form, Settings
 
 PAGE_MULTIPLE = 16  # of a page's keys: what a warp finds with one number
-CAPACITY = 1024  # of kept plans: where shapes differ without end, the table starts anew
+CAPACITY = 1024  # of kept plans: when it is reached, the table is cleared
 
 
 class Plan(NamedTuple):
@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     reason: str | None  # why the kernel cannot serve the call, or cannot read these keys where they lie: a cache is never copied
     forward: Forward | None  # unless there is a reason
     is_plain: bool = False  # `Forward.is_plain`
-    pays: bool = False  # whether the rung is the one to choose
+    worthwhile: bool = False  # whether the rung is the one to choose
 
     @classmethod
     def of(cls, rung: Rung, q: Tensor, k: Tensor, v: Tensor, paged: bool, most: int, causal: bool, scale: float) -> "Plan":
@@ -55,8 +55,8 @@ class Plan(NamedTuple):
             reason = f"it reads pages of a multiple of {PAGE_MULTIPLE} keys, got {k.shape[2]}"
         if reason:
             return cls(rung, call, reason, None)
-        forward = rung.plan(FORWARD, call)
-        return cls(rung, call, None, forward, q.is_cuda and forward.is_plain, rung.pays(call))
+        forward: Forward = rung.plan(FORWARD, call)  # type: ignore[assignment]  # of FORWARD
+        return cls(rung, call, None, forward, q.is_cuda and forward.is_plain, rung.worthwhile(call))
 
     def why_not(self, k: Tensor, v: Tensor) -> str | None:
         """Why the kernel cannot serve the call, or cannot read these keys where they lie, or None."""

@@ -1,8 +1,8 @@
 """Threads that each compute whole pieces of a CPU call.
 
 PyTorch spreads each operation over its threads and waits at its end for the slowest. A tile loop is thousands of operations, so a core that
-is busy elsewhere holds up the others thousands of times. Here a thread takes a piece, runs that piece's operations alone, and takes the
-next one: nobody waits before the last piece.
+is busy elsewhere delays the others thousands of times. Here a thread takes a piece, runs that piece's operations alone, and takes the
+next one: threads wait for each other only after the last piece.
 """
 
 import os
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
-# With other thread pools than OpenMP's, the number of threads is one for the whole process or can no longer be changed.
+# Other thread pools than OpenMP's have one number of threads for the whole process, or do not let it be changed.
 AVAILABLE = "backend: OpenMP" in torch.__config__.parallel_info()
 # Python's lock is held between operations, by one thread at a time: more workers than this would wait for it. They use more threads each.
 MAX_WORKERS = 8

@@ -182,7 +182,7 @@ def refuse_if_others_write(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept: a folder of the user's own, to which nobody else may write."""
+    """Where libraries are kept: a folder that belongs to the user, and that no other user may write to."""
     chosen = os.environ.get("FLASH_ATTENTION_CACHE")
     try:
         folder = Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flash_attention")
@@ -225,10 +225,10 @@ def build(kernel: Specialisation, into: Path | None = None) -> Path:
     if nvcc is None:
         if into is None and (library := _built_before(folder, kernel)):
             return library
-        prebuilt = os.environ.get("FLASH_ATTENTION_KERNELS") or "not set"
+        named = os.environ.get("FLASH_ATTENTION_KERNELS") or "not set"
         raise BuildError(
             "nvcc, NVIDIA's CUDA compiler, was not found in CUDA_HOME, on the PATH or among pip's packages, and neither "
-            f"FLASH_ATTENTION_KERNELS ({prebuilt}) nor the cache ({folder}) holds the kernel. "
+            f"FLASH_ATTENTION_KERNELS ({named}) nor the cache ({folder}) holds the kernel. "
             "Install the CUDA toolkit, or: pip install 'flash_attention[cuda]'"
         )
     library = folder / f"{_from_what(kernel)}-{_by_what(nvcc)}.so"
@@ -307,7 +307,7 @@ def _lock(path: Path):
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # who waits for it finds the library; who comes now makes a lock of his own
+            path.unlink(missing_ok=True)  # waiting processes then find the library; later ones create a new lock file
 
 
 # ---- loading
@@ -349,7 +349,7 @@ def loaded(path: Path) -> ctypes.CDLL:
 
 def prune() -> list[Path]:
     """Deletes from the cache what this version of the project, with this machine's compilers, does not use: libraries of other sources and
-    other compilers, and what interrupted builds left behind a day ago or earlier. Without nvcc, whatever compiled the sources of now stays.
+    other compilers, and leftovers of builds interrupted a day ago or earlier. Without nvcc, libraries of the present sources stay.
     The emulator's libraries all go: they are compiled in a second each.
     """
     folder, nvcc = cache_folder(), find_nvcc()

@@ -148,7 +148,7 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not (arguments.arch or arguments.check or torch.cuda.is_available()):
         parser.error("there is no GPU here: name the architectures with --arch")
     if arguments.check:
-        return not check(arguments.arch or ARCHS, arguments.head_dim, arguments.jobs, arguments.json)
+        return not check(arguments.arch or list(ARCHS), arguments.head_dim, arguments.jobs, arguments.json)
     archs = arguments.arch or [build.arch_of(torch.cuda.get_device_capability())]
     chosen = specialisations if arguments.all else usual_set
     level = build.log.level

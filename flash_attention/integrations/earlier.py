@@ -39,7 +39,7 @@ class ChunkedFlashAttention(FlashAttention):
             raise ValueError(f"heads must divide embed_size, got heads {heads!r} and embed_size {embed_size!r}")
         super().__init__(embed_size, heads, **{"dim_head": embed_size // heads, "block_size": chunk_size, "bias": True, **settings})
 
-    def forward(self, values: Tensor, keys: Tensor, queries: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, values: Tensor, keys: Tensor, queries: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """values and keys (B, Nk, embed_size), queries (B, Nq, embed_size) → (B, Nq, embed_size). mask: as in `FlashAttention`."""
         return super().forward(queries, keys, mask, value=values)
 
@@ -104,7 +104,8 @@ class PackedFlashAttention(nn.Module):
             raise ValueError(f"key_padding_mask must have shape (B, S) = {tuple(qkv.shape[:2])}, got {tuple(key_padding_mask.shape)}")
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, S, D) each, views
         dropout_p = self.dropout_p if self.training else 0.0
-        O = flash_attention(q, k, v, key_padding_mask, causal=causal, scale=self.softmax_scale, dropout_p=dropout_p).transpose(1, 2)
+        O = flash_attention(q, k, v, key_padding_mask, causal=causal, scale=self.softmax_scale, dropout_p=dropout_p)
+        O = O.transpose(1, 2)  # type: ignore[union-attr]
         return O if key_padding_mask is None else O.masked_fill(~key_padding_mask[:, :, None, None], 0), None
 
     def _packed_sequences(self, qkv, key_padding_mask, causal, cu_seqlens, max_s) -> Tensor:

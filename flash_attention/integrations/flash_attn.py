@@ -282,7 +282,9 @@ def flash_attn_with_kvcache(
         causal=causal, window=_window(window_size), scale=softmax_scale, return_lse=return_softmax_lse, backend=None,
         softcap=softcap or None, alibi=alibi_slopes,
     )  # fmt: skip
-    return (O[0].transpose(1, 2), O[1]) if return_softmax_lse else O.transpose(1, 2)
+    if return_softmax_lse:
+        return O[0].transpose(1, 2), O[1]
+    return O.transpose(1, 2)  # type: ignore[union-attr]
 
 
 def _window(window_size) -> tuple[int | None, int | None] | None:

@@ -79,8 +79,8 @@ def mask(
     """What transformers' `sdpa_mask` makes: bool (B, 1, Nq, Nk), True = may attend. Causality, sliding windows, padding and packed
     documents become an `ImpliedMask`, which takes no memory of that size; other patterns are written out by `sdpa_mask`.
 
-    `sdpa_mask` returns None for some masks, which does not say whether it stands for causality or for none, for which alignment, nor for
-    how many queries: a model that drops the first ones, as Gemma 4 does in layers that share keys and values, must not change what the
+    `sdpa_mask` returns None for some masks. None does not say whether the mask is causal or absent, how it is aligned, or for how many
+    queries it is: a model that drops the first queries, as Gemma 4 does in layers that share keys and values, must not change what the
     others see.
 
     Raises:
@@ -138,7 +138,10 @@ class Pattern(NamedTuple):
                 return cls.of(inside["mask_function"])
             case "and_masks.<locals>.and_mask":
                 parts = [cls.of(part) for part in inside["mask_functions"]]
-                return None if None in parts else cls(*map(_tighter, *(part[:2] for part in parts)), document=_only(parts))
+                if None in parts:
+                    return None
+                left, right = map(_tighter, *(part[:2] for part in parts))
+                return cls(left, right, document=_only(parts))
         return None
 
     @property
@@ -178,7 +181,7 @@ def _only(parts: list[Pattern]) -> Tensor | None:
 
 
 class ImpliedMask(Tensor):
-    """A bool mask (B, 1, Nq, Nk) that is not in memory, but what it stands for. Operations see it written out.
+    """A bool mask (B, 1, Nq, Nk) kept as a pattern, not in memory. An operation that reads it sees it written out.
 
     Nk > Nq + diagonal is the first pass over an empty static cache, whose unwritten keys come last.
     """
@@ -195,7 +198,7 @@ class ImpliedMask(Tensor):
 
     def write(self) -> Tensor:
         if self.written is None:
-            self.written = self.pattern.dense(*self.shape[2:], self.device).expand(self.shape)
+            self.written = self.pattern.dense(self.shape[2], self.shape[3], self.device).expand(self.shape)
         return self.written
 
     @classmethod
@@ -254,7 +257,8 @@ def attention(
     if others:
         pattern = _check(module, query, attention_mask, pattern, others)
     to_torch = softcap is None and s_aux is None and query.is_cuda and not cuda.SCORES_TIMED  # what is added to the scores
-    attended, options = slice(None), {}
+    attended = slice(None)
+    options: dict[str, Any] = {}
     dense = indices is not None or (position_bias is not None and to_torch)
     if pattern is not None and not dense and (found := pattern.options(Nq, Nk)):
         attention_mask, (attended, options) = None, found
@@ -289,7 +293,8 @@ def attention(
     if s_aux is None:
         O = flash_attention(query, key, value, **options)  # (B, H, Nq, Dv)
     else:
-        O = with_sinks(*flash_attention(query, key, value, **options, return_lse=True), s_aux)
+        O, LSE = flash_attention(query, key, value, **options, return_lse=True)
+        O = with_sinks(O, LSE, s_aux)
     return O.transpose(1, 2).contiguous(), None
 
 
@@ -299,7 +304,7 @@ def _check(module: nn.Module, query: Tensor, attention_mask: Tensor | None, patt
         logger.warning_once('attention weights are never computed: output_attentions=True needs attn_implementation="eager"')
     separated = attention_mask is not None if pattern is None else pattern.document is not None
     ends, k_ends = others.get("cu_seq_lens_q"), others.get("cu_seq_lens_k")
-    read = frozenset()
+    read: frozenset[str] = frozenset()
     if not separated and pattern is not None and ends is not None and query.shape[0] == 1 and (k_ends is ends or torch.equal(ends, k_ends)):
         numbers = torch.arange(len(ends) - 1, device=ends.device)
         pattern = pattern._replace(document=torch.repeat_interleave(numbers, ends.diff().long())[None])

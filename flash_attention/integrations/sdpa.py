@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, has_torch_
 from flash_attention.backends import cuda
 from flash_attention.interface import DTYPES, NUMBERS, _autocasts, flash_attention
 
-TORCHS_OWN = torch._C._nn.scaled_dot_product_attention  # what torch.nn.functional calls by that name while nobody patches it
+TORCHS_OWN = torch._C._nn.scaled_dot_product_attention  # what torch.nn.functional calls by that name unless it is patched
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def use_flash_attention() -> Iterator[None]:
     The function is replaced in its module, so every thread sees it for as long as any thread is inside, autograd's own threads too (they
     recompute checkpointed activations: run the backward inside the `with` too). The last one to leave puts the original back, after an
     exception too, unless something else has been put in its place meanwhile: that stays, and what it keeps of this project calls torch's
-    own from then on. Blocks may be nested, and may stand inside a compiled function; a function that was compiled outside is compiled anew.
+    own from then on. Blocks may be nested, and may stand in a compiled function; a function that was compiled outside is compiled again.
 
     Not reached: modules that imported the function by its name before, and what does not call it (nn.MultiheadAttention with
     need_weights=True, and its fused path for inference; its masks are float ones). Dropout draws this project's random bits.
@@ -125,7 +125,7 @@ def _serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     mask = None if mask is None else _in_four_dimensions(mask, batch, H)
     O = flash_attention(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p, **scored)  # (B, H, Lq, Ev)
     dims = max(x.dim() for x in (query, key, value))
-    return O if dims == 4 else O.unflatten(0, batch)[(0,) * (4 - dims)]
+    return O if dims == 4 else O.unflatten(0, batch)[(0,) * (4 - dims)]  # type: ignore[union-attr]
 
 
 def _are_served(query, key, value, dropout_p, is_causal, scale, enable_gqa) -> bool:
@@ -172,23 +172,23 @@ def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     return a if a == b else torch.broadcast_shapes(a, b)
 
 
-def _in_four_dimensions(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
+def _in_four_dimensions(x: Tensor, batch: list[int], heads: int) -> Tensor:
     """(*batch or less, heads or 1, L, E) → (B, heads, L, E), a view wherever there is one."""
     if x.dim() == 4 and x.shape[:2] == (*batch, heads):
         return x
     return x.expand(*batch, heads, -1, -1).flatten(0, -4)
 
 
-# ---- how it takes the place of torch's own
+# ---- replacing torch's own function
 
 
 class _Patch:
-    """Where the function stands in torch.nn.functional: there while a `with` is open and no call is being shown to others."""
+    """Puts the replacement into torch.nn.functional while a `with` is open, except while a call is shown to `__torch_function__`s."""
 
     def __init__(self):
         self.lock = threading.Lock()
         self.depth = 0  # of `with` blocks, in all threads together
-        self.shown = 0  # calls now on their way through the `__torch_function__`s of others, who shall find torch's own in the module
+        self.shown = 0  # calls now being handled by some `__torch_function__`, which must find torch's own function in the module
         self.open = False
         self.original = TORCHS_OWN
 
@@ -209,7 +209,7 @@ class _Patch:
 _causal_bias = CausalBias.__dict__["__torch_function__"]
 
 
-@classmethod
+@classmethod  # type: ignore[misc]  # it becomes one of CausalBias
 def _causal_bias_beside_a_patch(cls, func, types, args=(), kwargs=None):
     """It knows torch's own function as what stands in the module. Code that imported the function by its name calls it all the same."""
     func = functional.scaled_dot_product_attention if func is TORCHS_OWN else func

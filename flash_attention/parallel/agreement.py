@@ -86,7 +86,7 @@ class Agreement(NamedTuple):
 
 
 def refuse(group: ProcessGroup, device: torch.device) -> None:
-    """Tells the others, who are in `agree`, that this rank raises."""
+    """Tells the other ranks, which are waiting in `agree`, that this rank raises."""
     _gather(group, device, [1] + [0] * (len(Terms._fields) + 1 + dist.get_world_size(group)), None)
 
 

@@ -84,5 +84,5 @@ def _main(rank: int, ranks: int, seconds: float, folder: str, function: Callable
     partial.write_bytes(pickle.dumps(result))
     partial.replace(Path(folder, f"result_{rank}"))
     if not isinstance(result, Raised):
-        dist.barrier()  # who leaves closes the connections of the others
+        dist.barrier()  # a rank that exits closes its connections, which others may still need
     os._exit(0)  # without waiting for ranks that are dead

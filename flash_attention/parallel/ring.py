@@ -101,9 +101,9 @@ class Share:
                 for m in range(len(columns))
                 if seen[n][m]
             ]
-        ns = [n for n, row in enumerate(seen) if any(row)]
-        ms = [m for m in range(len(columns)) if any(row[m] for row in seen)]
-        ns, ms = range(ns[0], ns[-1] + 1), range(ms[0], ms[-1] + 1)
+        seen_n = [n for n, row in enumerate(seen) if any(row)]
+        seen_m = [m for m in range(len(columns)) if any(row[m] for row in seen)]
+        ns, ms = range(seen_n[0], seen_n[-1] + 1), range(seen_m[0], seen_m[-1] + 1)
         held, columns = [self.held[n] for n in ns], [columns[m] for m in ms]
         rows, part = slice(rows_at[ns[0]].start, rows_at[ns[-1]].stop), slice(columns_at[ms[0]].start, columns_at[ms[-1]].stop)
         settings = self._without_spans(held, columns) if self.spans is None else None
@@ -383,9 +383,10 @@ class Ring:
                 terms = []
                 for part in self.share.parts(owner):
                     rows, columns = part.rows, part.columns
-                    of_rows = [None if x is None else x[:, :, rows] for x in (dO, dLSE)], [x[:, :, rows] for x in (O, LSE)]
+                    dO_rows, dLSE_rows = (None if x is None else x[:, :, rows] for x in (dO, dLSE))
+                    saved = O[:, :, rows], LSE[:, :, rows]
                     inputs = q[:, :, rows], k_here[:, :, columns], v_here[:, :, columns]
-                    dQ_part, *term = compute_backward(part, self.backend, *of_rows[0], *inputs, *of_rows[1], seed, self.share.alibi)
+                    dQ_part, *term = compute_backward(part, self.backend, dO_rows, dLSE_rows, *inputs, *saved, seed, self.share.alibi)
                     dQ[:, :, rows] += dQ_part
                     terms.append((columns, *term))
                     computed.append((owner, part))
