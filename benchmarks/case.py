@@ -9,10 +9,12 @@ from torch import Tensor
 from flash_attention.call import Call, Settings
 from flash_attention.reference import Visible
 from flash_attention.reference.tiles import broadcast_mask
+from flash_attention.scores import alibi_slopes
 from flash_attention.spans import documents
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 MASKS = ("none", "key", "full")
+BIASES = {"none": "", "full": "bhqk", "batches share": "hqk", "heads share": "bqk", "keys": "hk"}  # the dimensions that each has of its own
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Case:
     window: int | None = None  # how many columns before its own a row sees
     documents: tuple[int, ...] = ()  # lengths of documents packed one after another, each of which sees itself
     as_mask: bool = False  # the window and the documents are given as the dense mask that they stand for
+    softcap: float | None = None
+    alibi: bool = False
+    bias: str = "none"  # one of BIASES
+    bias_gradient: bool = False
 
     @property
     def mask_kind(self) -> str:
@@ -44,11 +50,20 @@ class Case:
         """The same case with one batch, at most `length` queries and keys, and no documents: for warming up."""
         return replace(self, b=1, q_len=min(self.q_len, length), kv_len=min(self.kv_len, length), documents=())
 
+    def scored(self) -> list[str]:
+        """What becomes of scores, in words."""
+        words = [f"softcap {self.softcap:g}"] if self.softcap is not None else []
+        words += ["ALiBi"] if self.alibi else []
+        if self.bias != "none":
+            words += [f"bias {self.bias}" + (" with gradient" if self.bias_gradient else "")]
+        return words
+
     def describe(self, lengths: bool = True) -> str:
         options = ["forward + backward" if self.backward else "forward", *(["causal"] if self.causal else []), f"mask {self.mask}"]
         options += [f"dropout {self.dropout_p:g}"] if self.dropout_p else []
         options += [f"window {self.window}"] if self.window is not None else []
         options += [f"documents {list(self.documents)}"] if self.documents else []
+        options += self.scored()
         sizes = f"q_len {self.q_len}, kv_len {self.kv_len}, " if lengths else ""
         head = f"d {self.d}" + (f" dv {self.dv}" if self.dv else "")
         return f"{', '.join(options)}; b {self.b}, h {self.h}, {sizes}{head}, {self.dtype}"
@@ -61,6 +76,8 @@ class Inputs(NamedTuple):
     dO: Tensor | None  # (b, h, q_len, dv), the gradient that a backward starts from
     mask: Tensor | None  # (b, kv_len) or (b, h or 1, q_len, kv_len), True = may attend
     spans: Tensor | None = None  # (1, 1, q_len, 2)
+    bias: Tensor | None = None  # (b or 1, h or 1, q_len or 1, kv_len), in q's dtype
+    alibi: Tensor | None = None  # (h,)
 
 
 def random_inputs(case: Case, seed: int = 0) -> Inputs:
@@ -89,7 +106,16 @@ def random_inputs(case: Case, seed: int = 0) -> Inputs:
         if mask is not None:
             raise ValueError(f"a window or documents as a mask beside another mask: {case.describe()}")
         mask, spans = _visible(case, spans).dense(slice(0, case.q_len), slice(0, case.kv_len), case.device), None
-    return Inputs(q, k, v, dO, mask, spans)
+    bias = alibi = None
+    if case.bias != "none":
+        sizes = {"b": case.b, "h": case.h, "q": case.q_len, "k": case.kv_len}
+        shape = [n if name in BIASES[case.bias] else 1 for name, n in sizes.items()]
+        bias = torch.randn(shape, generator=generator, dtype=q.dtype, device=case.device).requires_grad_(
+            case.backward and case.bias_gradient
+        )
+    if case.alibi:
+        alibi = alibi_slopes(case.h, case.device)
+    return Inputs(q, k, v, dO, mask, spans, bias, alibi)
 
 
 def _visible(case: Case, spans: Tensor | None) -> Visible:
@@ -108,7 +134,9 @@ def call_of(case: Case, inputs: Inputs) -> Call:
     mask = broadcast_mask(inputs.mask, case.b, case.h, case.q_len, case.kv_len)
     spans = None if inputs.spans is None else inputs.spans.expand(case.b, case.h, case.q_len, 2)
     left, right = (None, None) if case.as_mask else (case.window, 0 if case.causal else None)
-    return Call.of(*inputs[:3], mask, spans, Settings(1.0, case.dropout_p, left, right))
+    alibi = None if inputs.alibi is None else inputs.alibi.expand(case.b, case.h)
+    settings = Settings(1.0, case.dropout_p, left, right, softcap=case.softcap)
+    return Call.of(*inputs[:3], mask, spans, settings, bias=inputs.bias, alibi=alibi)
 
 
 def tera_operations(case: Case, part: str) -> float:

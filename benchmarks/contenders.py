@@ -17,7 +17,7 @@ from benchmarks import flash_attention_3
 from benchmarks.case import Case, Inputs, call_of, visible_rows
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS, choose, emulated, no_gradients
-from flash_attention.reference import normal_attention, normal_attention_causal
+from flash_attention.reference import Visible, normal_attention, normal_attention_causal
 
 TYPES = ("normal", "flash", "sdpa")
 SDPA_KERNELS = {
@@ -28,7 +28,7 @@ SDPA_KERNELS = {
 
 
 class Contender(NamedTuple):
-    type: str  # one of TYPES, "flex" or "fa3"
+    type: str  # one of TYPES, "flex", "fa3", or "plain": flash without what the case does to scores
     backend: str = ""  # of flash: a name in BACKENDS; of sdpa: one in SDPA_KERNELS, or "" for the one PyTorch picks
 
     def __str__(self) -> str:
@@ -43,14 +43,14 @@ class Runner:
 
     def __init__(self, contender: Contender, case: Case, inputs: Inputs):
         self.contender, self.case, self.inputs = contender, case, inputs
-        attend = {"normal": _normal, "flash": _flash, "sdpa": _sdpa, "flex": _flex, "fa3": _fa3}[contender.type](
-            contender.backend, case, inputs
-        )
+        kinds = {"normal": _normal, "flash": _flash, "plain": _plain, "sdpa": _sdpa, "flex": _flex, "fa3": _fa3}
+        attend = kinds[contender.type](contender.backend, case, inputs)
         q, k, v, dO = inputs[:4]
+        trained = (inputs.bias,) if case.bias_gradient and contender.type != "plain" else ()
         self.stages: dict[str, Callable[[Any], Any]] = {"forward": lambda _: attend(q, k, v)}
         if case.backward:
             # With nothing accumulated into .grad: a call leaves nothing behind that the next one would have to add to.
-            self.stages["backward"] = lambda O: torch.autograd.grad(O, (q, k, v), dO)
+            self.stages["backward"] = lambda O: torch.autograd.grad(O, (q, k, v, *trained), dO)
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -158,13 +158,32 @@ def _normal(backend: str, case: Case, inputs: Inputs) -> Callable:
         attention = normal_attention
     else:
         mask, attention = inputs.mask, normal_attention_causal if case.causal else normal_attention
+    if scored := _scored(case, inputs):
+        scored["visible"] = Visible(case.q_len, case.kv_len, right=0 if case.causal else None)
+        return lambda q, k, v: normal_attention(q, k, v, mask, **scored)
     if not case.dropout_p:
         return lambda q, k, v: attention(q, k, v, mask)
     return lambda q, k, v: attention(q, k, v / (1 - case.dropout_p), mask, dropout=CoinFlips(case))
 
 
-def _flash(backend: str, case: Case, inputs: Inputs) -> Callable:
-    options = {"dropout_p": case.dropout_p, "backend": backend}
+def _scored(case: Case, inputs: Inputs) -> dict:
+    """The case's softcap, bias and alibi, those that it has."""
+    given = {"softcap": case.softcap, "bias": inputs.bias, "alibi": inputs.alibi}
+    return {name: x for name, x in given.items() if x is not None}
+
+
+def _plain(backend: str, case: Case, inputs: Inputs) -> Callable:
+    return _flash(backend or None, case, inputs._replace(bias=None, alibi=None), softcap=None)
+
+
+def _flash(backend: str, case: Case, inputs: Inputs, **others) -> Callable:
+    options = {
+        "dropout_p": case.dropout_p,
+        "backend": backend,
+        "bias": inputs.bias,
+        "alibi": inputs.alibi,
+        "softcap": case.softcap,
+    } | others
     if not case.as_mask:
         window = None if case.window is None else (case.window, None)
         options |= {"causal": case.causal, "window": window, "spans": inputs.spans}
@@ -172,6 +191,11 @@ def _flash(backend: str, case: Case, inputs: Inputs) -> Callable:
 
 
 def _sdpa(backend: str, case: Case, inputs: Inputs) -> Callable:
+    if case.softcap is not None or case.alibi or (case.bias != "none" and (case.causal or case.mask != "none")):
+        raise NotImplementedError(f"sdpa is compared under a bias alone, not in the case: {case.describe()}")
+    if inputs.bias is not None:
+        bias = inputs.bias.expand(case.b, case.h, case.q_len, case.kv_len)
+        return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=bias)
     mask = inputs.mask[:, None, None, :] if case.mask == "key" else inputs.mask
     # is_causal is aligned top-left and excludes a mask: wherever that is not what is asked for, PyTorch gets the whole matrix, made here,
     # before the clock starts.
@@ -185,6 +209,8 @@ def _sdpa(backend: str, case: Case, inputs: Inputs) -> Callable:
 def _flex(backend: str, case: Case, inputs: Inputs) -> Callable:
     """FlexAttention under a mask, (b, h or 1, q_len, kv_len) or of keys (b, kv_len), that it reads entry by entry, or with a window or
     documents, which it computes; which blocks are empty is found here, before the clock starts."""
+    if scored := _scored(case, inputs):
+        return _flex_scored(case, **scored)
     computed = case.window is not None or bool(case.documents)
     if case.dropout_p or (case.causal and not computed) or (inputs.mask is None and not computed):
         raise NotImplementedError(f"flex is compared under a mask, a window or documents alone, not in the case: {case.describe()}")
@@ -203,6 +229,25 @@ def _flex(backend: str, case: Case, inputs: Inputs) -> Callable:
     # For this shape alone, and never silently uncompiled.
     attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return lambda q, k, v: attend(q, k, v, block_mask=blocks)
+
+
+def _flex_scored(case: Case, softcap: float | None = None, bias: Tensor | None = None, alibi: Tensor | None = None) -> Callable:
+    """FlexAttention with these as its score function, compiled for it alone."""
+
+    def score(s, b, h, i, j):
+        if softcap is not None:
+            s = softcap * torch.tanh(s / softcap)
+        if bias is not None:
+            s = s + bias[b if bias.shape[0] > 1 else 0, h if bias.shape[1] > 1 else 0, i if bias.shape[2] > 1 else 0, j]
+        return s if alibi is None else s - alibi[h] * (i - j).abs()
+
+    if case.mask != "none" or case.window is not None or case.documents or case.dropout_p:
+        raise NotImplementedError(f"flex is compared with scores alone, not in the case: {case.describe()}")
+    blocks = None
+    if case.causal:
+        blocks = create_block_mask(lambda b, h, i, j: j <= i, 1, 1, case.q_len, case.kv_len, device=case.device)
+    attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return lambda q, k, v: attend(q, k, v, score_mod=score, block_mask=blocks)
 
 
 def _allowed(case: Case) -> Callable:

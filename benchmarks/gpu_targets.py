@@ -14,6 +14,7 @@ alone. Kernels that are not compiled yet are compiled before the clock starts; `
     host     the CPU's time for a call so small that the GPU waits for it
     between  bfloat16, head sizes between 64, 128 and 256: FlashAttention-3, if it is installed (flash_attention_3.py), and PyTorch's choice
     wide     bfloat16, D 512: normal and memory-efficient attention
+    scores   bfloat16, softcap, ALiBi and biases: the kernels without them, FlexAttention, cuDNN and memory-efficient attention
     intervals  bfloat16, windows and documents, as such and as the dense mask that they stand for: FlashAttention-3, FlexAttention
     decode   a few queries against many keys (benchmarks/decode.py): the best of SDPA and FlashAttention-3, and the speed of a copy
     rungs    every rung of cuda/ (only when asked for: nothing to reach, it is the table of cuda/README.md)
@@ -48,7 +49,8 @@ from flash_attention.backends import BACKENDS
 NORMAL, SDPA, FLEX = Contender("normal"), Contender("sdpa"), Contender("flex")
 FA2, CUDNN, EFFICIENT = Contender("sdpa", "flash"), Contender("sdpa", "cudnn"), Contender("sdpa", "efficient")
 FA3 = Contender("fa3")
-NAMES = {FA2: "FA2", FA3: "FA3", CUDNN: "cuDNN", FLEX: "Flex", EFFICIENT: "efficient", NORMAL: "normal", SDPA: "SDPA"}
+WITHOUT = Contender("plain")
+NAMES = {FA2: "FA2", FA3: "FA3", CUDNN: "cuDNN", FLEX: "Flex", EFFICIENT: "efficient", NORMAL: "normal", SDPA: "SDPA", WITHOUT: "without"}
 HOPPER, TENSOR_CORE, SIMPLE, WIDE = "hopper", "tensor_core", "simple", "hopper_wide"
 CHOSEN = "cuda"  # the rung that flash_attention() chooses itself
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
@@ -238,6 +240,27 @@ def intervals() -> list[Job]:
     return jobs + [partial(run, Task(replace(case, as_mask=True), (FLEX,), as_mask, (HOPPER,))) for case in cases]
 
 
+def scores() -> list[Job]:
+    jobs = []
+    for d in (64, 128):
+        case = Case(4, 16, 4096, 4096, d, "bfloat16", backward=True)
+        for causal in (False, True):
+            targets = [
+                Target(part, figure, least)
+                for part in (FORWARD, BACKWARD)
+                for figure, least in ((f"over {WITHOUT}", 0.85), (f"over {FLEX}", 1.2))
+            ]
+            for scored in ({"softcap": 50.0}, {"alibi": True}):
+                jobs.append(partial(run, Task(replace(case, causal=causal, **scored), (WITHOUT, FLEX), tuple(targets), (HOPPER,))))
+        targets = [Target(FORWARD, f"over {rival}", 1.4) for rival in (CUDNN, FLEX)] + [Target(BACKWARD, f"over {CUDNN}", 1.3)]
+        rivals = WITHOUT, FLEX, CUDNN, EFFICIENT
+        for bias in ("batches share", "heads share", "keys"):
+            jobs.append(partial(run, Task(replace(case, bias=bias), rivals, tuple(targets), (HOPPER,))))
+        trained = replace(case, bias="batches share", bias_gradient=True)
+        jobs.append(partial(run, Task(trained, (WITHOUT, EFFICIENT), (Target(BACKWARD, f"over {EFFICIENT}", 3),), (HOPPER,), (BACKWARD,))))
+    return jobs
+
+
 def decode() -> list[Job]:
     return [partial(run_decode, shape, pages) for shape, pages in few_queries.SHAPES.items()]
 
@@ -261,6 +284,7 @@ GROUPS: dict[str, Callable[[], list[Job]]] = {
     "host": host,
     "between": between,
     "wide": wide,
+    "scores": scores,
     "intervals": intervals,
     "decode": decode,
     "rungs": rungs,
@@ -368,7 +392,7 @@ def ready(contenders: Sequence[Contender], case: Case, inputs: Inputs) -> tuple[
             found[contender] = {"skipped": reason}
             continue
         runners[contender], found[contender] = runner, {}
-        check = None if contender == NORMAL else verify(contender, case, inputs)
+        check = None if contender in (NORMAL, WITHOUT) else verify(contender, case, inputs)
         if check is None:  # the definition itself, or PyTorch's dropout, which draws other random bits
             continue
         found[contender]["check"] = check._asdict() | {"passed": check.passed}
@@ -386,7 +410,8 @@ def _inputs(case: Case, one_mask: bool) -> Inputs:
 
 def _without_gradients(inputs: Inputs) -> Inputs:
     q, k, v = (x.detach() for x in inputs[:3])
-    return inputs._replace(q=q, k=k, v=v, dO=None)
+    bias = None if inputs.bias is None else inputs.bias.detach()
+    return inputs._replace(q=q, k=k, v=v, dO=None, bias=bias)
 
 
 def _judged(row: Row, targets: tuple[Target, ...], place: Place) -> Row:
@@ -414,6 +439,7 @@ def _label(case: Case) -> str:
     options += [f"window {case.window}"] if case.window is not None else []
     options += [f"documents {_written(case.documents)}"] if case.documents else []
     options += ["as a mask"] if case.as_mask else []
+    options += case.scored()
     head = f"D {case.d}" + (f" Dv {case.dv}" if case.dv else "")
     return f"B {case.b} H {case.h} N {case.q_len} {head} {' '.join(options)}"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.case import Case, Inputs, visible_rows
 from benchmarks.contenders import Contender, Runner
-from flash_attention.reference import Dropout, normal_attention
+from flash_attention.reference import Dropout, Visible, normal_attention
 from flash_attention.reference.tiles import broadcast_mask
 
 # Normal attention is computed for all rows while its matrix has at most this many entries (256 MB in float64), else for three blocks of
@@ -86,6 +86,7 @@ def _definition(case: Case, inputs: Inputs, pieces: list[slice], dtype: torch.dt
     q, k, v = (x.detach().to(dtype).requires_grad_(case.backward) for x in inputs[:3])
     mask = broadcast_mask(inputs.mask, case.b, case.h, case.q_len, case.kv_len)
     dropout = Dropout(case.dropout_p, _seed(case), range(case.b), range(case.h)) if case.dropout_p else None
+    bias = None if inputs.bias is None else inputs.bias.detach().to(dtype).requires_grad_(case.bias_gradient)
     outputs = []
     for rows in pieces:
         allowed = None if mask is None else mask[:, :, rows]
@@ -93,13 +94,20 @@ def _definition(case: Case, inputs: Inputs, pieces: list[slice], dtype: torch.dt
         if seen is not None:
             allowed = seen if allowed is None else seen & allowed
         below = None if dropout is None else _DropoutBelow(dropout, rows.start)
-        outputs.append(normal_attention(q[:, :, rows], k, v, allowed, dropout=below))
+        scored = {"softcap": case.softcap, "alibi": inputs.alibi}
+        if bias is not None:
+            scored["bias"] = bias if bias.shape[2] == 1 else bias[:, :, rows]
+        if any(x is not None for x in scored.values()):
+            scored["visible"] = Visible(rows.stop - rows.start, case.kv_len, diagonal=rows.start + case.kv_len - case.q_len)
+        outputs.append(normal_attention(q[:, :, rows], k, v, allowed, dropout=below, **scored))
     O = torch.cat(outputs, 2)
     if not case.backward:
         return {"O": O}
     dO = torch.cat([inputs.dO[:, :, rows] for rows in pieces], 2).to(dtype)
-    dQ, dK, dV = torch.autograd.grad(O, (q, k, v), dO)
-    return {"O": O.detach(), "dQ": torch.cat([dQ[:, :, rows] for rows in pieces], 2), "dK": dK, "dV": dV}
+    trained = (bias,) if case.bias_gradient else ()
+    dQ, dK, dV, *dBias = torch.autograd.grad(O, (q, k, v, *trained), dO)
+    found = {"O": O.detach(), "dQ": torch.cat([dQ[:, :, rows] for rows in pieces], 2), "dK": dK, "dV": dV}
+    return found | ({"dBias": dBias[0]} if dBias else {})
 
 
 def _measured(contender: Contender, case: Case, inputs: Inputs, rows: Tensor) -> dict[str, Tensor]:
@@ -109,8 +117,9 @@ def _measured(contender: Contender, case: Case, inputs: Inputs, rows: Tensor) ->
         O = runner.stages["forward"](None)
         if not case.backward:
             return {"O": O[:, :, rows]}
-        dQ, dK, dV = runner.stages["backward"](O)
-    return {"O": O.detach()[:, :, rows], "dQ": dQ[:, :, rows], "dK": dK, "dV": dV}
+        dQ, dK, dV, *dBias = runner.stages["backward"](O)
+    found = {"O": O.detach()[:, :, rows], "dQ": dQ[:, :, rows], "dK": dK, "dV": dV}
+    return found | ({"dBias": dBias[0]} if dBias else {})
 
 
 def _seed(case: Case) -> Tensor:

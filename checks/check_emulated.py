@@ -125,6 +125,38 @@ def check_sizes_between_and_wide(name, D, Dv, kind):
     against_truth((plain, everything)[kind], target(name))
 
 
+@pytest.mark.parametrize(
+    ("D", "Dv", "options"),
+    [
+        (192, 192, {"mask": "full", "Hkv": 1}),
+        (160, 160, {"window": (70, 30)}),
+        (192, 128, {"spans": "documents", "mask": "left padding"}),
+        (256, 256, {"window": (70, 30), "mask": "full"}),
+    ],
+)
+def check_wide_heads_without_dropout(D, Dv, options):
+    """Up to 192 columns the backward has another kernel, unless there is dropout, or a mask over intervals."""
+    against_truth(Case(B=1, H=2, Nq=200, Nk=150, D=D, Dv=Dv, dtype=torch.bfloat16, **options), target("hopper"))
+
+
+@pytest.mark.parametrize(("D", "causal"), [(160, True), (192, False), (256, True)])
+def check_wide_heads_do_not_depend_on_order(D, causal):
+    """A deterministic backward above 128 columns gives the same bits in whatever order threads run."""
+    problem = Problem.of(Case(B=1, H=1, Nq=200, Nk=300, D=D, dtype=torch.float16, causal=causal), target("hopper"))
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for seed in range(3):
+            emulated.options.seed, emulated.options.resident = seed, 1 + seed
+            results.append(problem.answer(target("hopper")))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        emulated.options.resident = 2
+    for other in results[1:]:
+        for first, again in zip(results[0], other, strict=True):
+            assert first is again is None or torch.equal(first, again)
+
+
 @pytest.mark.parametrize("kind", range(2))
 def check_wide_rings_wrap(kind):
     """More tiles than shared memory holds, more works than blocks; forward and gradients do not depend on the order of anything."""

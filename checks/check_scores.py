@@ -287,6 +287,25 @@ EMULATED_CASES = [
 ]
 
 
+BF16 = {"dtype": torch.bfloat16, "bias_as_q": True}
+HALF16 = {"dtype": torch.float16, "bias_as_q": True}
+HOPPER_CASES = [
+    Case(B=1, H=4, Hkv=2, Nq=150, Nk=300, D=64, softcap=1.5, **HALF16),
+    Case(B=1, H=2, Nq=150, Nk=300, D=64, softcap=30.0, causal=True, **BF16),  # no score exceeds the cap
+    Case(B=1, H=4, Hkv=1, Nq=300, Nk=460, D=64, alibi=True, causal=True, **HALF16),
+    Case(B=1, H=2, Nq=300, Nk=150, D=128, alibi=True, **BF16),
+    Case(B=2, H=2, Nq=150, Nk=301, D=64, bias="batches share", **HALF16),  # rows that a tensor map cannot read
+    Case(B=2, H=2, Nq=200, Nk=304, D=128, bias="keys", causal=True, **BF16),
+    Case(B=1, H=2, Nq=150, Nk=208, D=64, bias="hiding", mask="dead rows", **BF16),
+    Case(B=1, H=2, Nq=150, Nk=200, D=72, bias="full", softcap=2.0, alibi=True, dropout_p=0.25, **HALF16),
+    Case(B=1, H=2, Nq=150, Nk=203, D=64, bias="matrix", alibi=True, window=(70, 30), **HALF16),
+    Case(B=1, H=1, Nq=70, Nk=150, D=128, bias="transposed", scale=-0.1, **BF16),
+    Case(B=1, H=2, Nq=150, Nk=203, D=64, softcap=2.0, alibi=True, spans="any", mask="full", **HALF16),
+    Case(B=1, H=1, Nq=100, Nk=150, D=256, softcap=2.0, alibi=True, **HALF16),
+    Case(B=1, H=1, Nq=100, Nk=150, D=192, alibi=True, window=(70, 30), **BF16),
+]
+
+
 @pytest.fixture
 def emulator():
     if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
@@ -299,17 +318,60 @@ def check_emulated(emulator, case):
     against_truth(case, Target("emulated:simple", "cpu"), slack=4 if cancels else 1)
 
 
-def check_emulated_repeats(emulator):
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def check_emulated_hopper(emulator, case):
+    against_truth(case, Target("emulated:hopper", "cpu"))
+
+
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def check_hopper(case):
+    """The same on a GPU, each case 50 times with the same bits, gradients too where they are asked to repeat."""
+    target = Target("hopper", "cuda")
+    if reason := target.why_not():
+        pytest.skip(reason)
+    problem = Problem.of(case, target)
+    report = Report(f"{target}: {case}")
+    first = problem.answer(target)
+    report.expect("flash_attention", first, problem)
+    report.verdict()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = problem.answer(target)
+        for _ in range(50):
+            assert all(torch.equal(x, y) for x, y in zip(first, problem.answer(target), strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_what_hopper_refuses():
+    """A bias that its kernels cannot copy as they do, by name and with the reason."""
+    for options, words in (
+        ({"D": 64, "dtype": torch.bfloat16, "bias": "matrix"}, "dtype"),
+        ({"D": 64, "bias": "rows", **HALF16}, "every key's own"),
+        ({"D": 192, "bias": "matrix", **HALF16}, "up to 128"),
+    ):
+        with pytest.raises(pytest.skip.Exception, match=words):
+            Problem.of(
+                Case(B=1, H=1, Nq=16, Nk=32, **options), Target("emulated:hopper", "cpu")
+            )  # asks the rung first, and skips with its words
+
+
+@pytest.mark.parametrize("name", ("simple", "hopper"))
+def check_emulated_repeats(emulator, name):
     """A broadcast bias' gradient is the same, bit for bit, whatever the order of threads and blocks."""
-    target = Target("emulated:simple", "cpu")
-    problem = Problem.of(Case(B=2, H=2, Nq=150, Nk=90, D=32, bias="keys", alibi=True), target)
+    target = Target(f"emulated:{name}", "cpu")
+    dtype = torch.float32 if name == "simple" else torch.float16
+    case = Case(B=2, H=2, Nq=150, Nk=90, D=32 if name == "simple" else 64, bias="keys", bias_as_q=True, alibi=True, dtype=dtype)
+    problem = Problem.of(case, target)
     results = []
+    torch.use_deterministic_algorithms(True)  # for dQ; the bias' gradient always is
     try:
         for seed in range(3):
             emulated.options.seed, emulated.options.resident = seed, 1 + seed
             results.append(problem.answer(target))
     finally:
         emulated.options.seed, emulated.options.resident = 0, 2
+        torch.use_deterministic_algorithms(False)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 

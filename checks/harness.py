@@ -140,6 +140,7 @@ class Case:
     seed: int = 0
     softcap: float | None = None
     bias: str | None = None  # one of BIASES
+    bias_as_q: bool = False  # in q's dtype
     alibi: bool = False
 
     def __str__(self) -> str:
@@ -165,6 +166,8 @@ class Case:
         """softcap, bias and alibi, those that the case has."""
         random = torch.Generator().manual_seed(self.seed + 3)
         bias = None if self.bias is None else BIASES[self.bias](self.B, self.H, self.Nq, self.Nk, random).to(device)
+        if bias is not None and self.bias_as_q:
+            bias = bias.to(self.dtype)
         alibi = torch.rand(self.B, self.H, generator=random).to(device) / 4 if self.alibi else None
         given = {"softcap": self.softcap, "bias": bias, "alibi": alibi}
         return {name: x for name, x in given.items() if x is not None}
@@ -446,7 +449,7 @@ def limit(name: str, truth: Tensor, naive_value: Tensor, dtype: torch.dtype, D: 
         return truth.sum()
     naive_error = (naive_value.double() - truth).abs().masked_fill(truth.isinf(), 0).max()
     if dtype in HALF and name != "LSE":
-        rounded = truth.to(dtype)
+        rounded = truth.masked_fill(truth.isinf(), 0).to(dtype)
         return 2 * naive_error + 2 * ((rounded + 0.3 - 0.3) - rounded).double().abs().max()
     unit = (1e-14 if dtype == torch.float64 else 1e-6) * max(1.0, (D / 128) ** 0.5)
     size = truth.masked_fill(truth.isinf(), 0).abs()
@@ -497,7 +500,9 @@ class Report:
         for name, value, want, in_dtype in zip(got._fields, got, problem.truth, problem.in_dtype, strict=True):
             if value is None:
                 continue
-            self.compare(what, name, value, want, slack * limit(name, want, in_dtype, case.dtype, case.D), str(case))
+            # Kernels of half types take a softcap's tanh in 11 bits; the LSE then is as exact as O.
+            rule = "O" if case.softcap and case.dtype in HALF else name
+            self.compare(what, name, value, want, slack * limit(rule, want, in_dtype, case.dtype, case.D), str(case))
 
     def failures(self) -> list[str]:
         return [

@@ -27,6 +27,9 @@ WIDEST = case(D=256, H=1)
 WIDEST_MASKED = case(D=256, H=1, mask="heads share")
 HEAD_96 = case(D=96, H=1)
 HEAD_192 = case(D=192, H=1)
+HEAD_192_DROPOUT = case(D=192, H=1, dropout_p=0.25)
+HEAD_192_MASKED = case(D=192, H=1, mask="heads share")
+HEAD_192_WINDOW = case(D=192, H=1, window=(70, 30))
 HEAD_512 = case(D=512, H=1, Nq=130, Nk=200)
 HEAD_512_CAUSAL = case(D=512, H=2, Nq=150, Nk=200, causal=True)
 HEAD_512_MASKED = case(D=512, H=1, Nq=130, Nk=200, mask="heads share")
@@ -58,6 +61,10 @@ CAPPED = case(softcap=1.5, dtype=torch.float32)
 BIASED = case(bias="batches share", Nk=90, dtype=torch.float32)
 KEY_BIAS = case(bias="keys", B=2, Nk=90, dtype=torch.float32)
 SLOPED = case(alibi=True, dtype=torch.float32)
+HALF_CAPPED = case(softcap=1.5)
+HALF_SLOPED = case(alibi=True)
+HALF_BIASED = case(B=2, Nk=150, bias="batches share", bias_as_q=True)
+HALF_KEY_BIAS = case(B=2, Nk=150, bias="keys", bias_as_q=True)
 
 NO_BARRIER, NO_WAIT = "", ""
 
@@ -359,7 +366,7 @@ TABLE = {
     ("hopper", "keep_bits.cuh"): [
         ("push(r, upper ? from_other : mine[r], p);", "push(r, mine[r], p);", DROPOUT),
         ("(low & word) | (either & (low | word))", "(low & word)", DROPOUT),
-        ("panel / OF_PART * PART + panel % OF_PART * 64;", "panel * 64;", HEAD_192),
+        ("panel / OF_PART * PART + panel % OF_PART * 64;", "panel * 64;", HEAD_192_DROPOUT),
     ],
     ("hopper", "mask_start.cuh"): [
         ("S[4 * (4 * w + n) + 2 * r + c]", "S[4 * (4 * w + n) + 2 * r + 1 - c]", MASKED),
@@ -397,15 +404,29 @@ TABLE = {
         ("max(0, j0 - diagonal(p)) / BLOCK_Q - 1", "max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
         ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
     ],
+    ("hopper", "backward_4_hopper_192.cu"): [
+        ("ptx::wgmma_wait_group<1>();  // dQ is there", "ptx::wgmma_wait_group<2>();", HEAD_192),
+        ("ptx::wgmma_wait_group<3>();  // dK is there: done with Q and dS", "ptx::wgmma_wait_group<4>();", HEAD_192),
+        ("ptx::mbarrier_wait(barrier(barriers.Q_empty, n % STAGES), n / STAGES & 1);", NO_WAIT, HEAD_192),
+        ("ptx::wgmma_wait_group<0>();  // dV is there: done with dO and P", "ptx::wgmma_wait_group<1>();", HEAD_192),
+        ("ptx::fence_proxy_async();  // this thread's part of P and dS", NO_BARRIER, HEAD_192),
+        ("meet();  // P and dS are whole", "//", HEAD_192),
+        ("meet();  // both are whole", "//", HEAD_192),
+        ("P_smem + n % 2 * Tile_P::BYTES;", "P_smem;", HEAD_192),
+        ("consumer * 8 + warp * 2 + lane / 8 % 2", "consumer * 8 + warp * 2 + lane / 16", HEAD_192),
+        ("start_of_sum(signs, warp % 2 * 2 + r)", "start_of_sum(signs, r)", HEAD_192_MASKED),
+        ("const unsigned from = keys.x - j0,", "const unsigned from = keys.x,", HEAD_192_WINDOW),
+    ],
     ("hopper", "backward_4_hopper_wide.cu"): [
-        ("ptx::wgmma_wait_group<3>();  // S is there", "ptx::wgmma_wait_group<4>();  //", WIDEST),
+        ("ptx::wgmma_wait_group<1>();  // S is there, the first half of dQ", "ptx::wgmma_wait_group<2>();  //", WIDEST),
         ("ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ", NO_BARRIER, WIDEST),
         ("meet();                      // Pᵀ and dSᵀ are whole", "//", WIDEST),
         ("if (MASK) ptx::mbarrier_arrive(mask_empty);", ";", WIDEST_MASKED),
-        ("ptx::wgmma_wait_group<1>();  // dV is there: done with dO", "ptx::wgmma_wait_group<2>();", WIDEST),
+        ("ptx::wgmma_wait_group<2>();  // dV is there: done with dO", "ptx::wgmma_wait_group<3>();", WIDEST),
         ("dS_of(next.n), Q_of(next.n), false);", "dS_of(n), Q_of(next.n), false);", WIDEST),
-        ("d / STEPS * PANELS + d % STEPS / 4", "d / 4", HEAD_192),
-        ("p.D, consumer * COLUMNS,", "p.D, consumer * 128,", HEAD_192),
+        ("adds_late) add_half(row_before, 1);\n            start_dQ(n, 0);", "adds_late) ;\n            start_dQ(n, 0);", WIDEST),
+        ("d / STEPS * PANELS + d % STEPS / 4", "d / 4", HEAD_192_DROPOUT),
+        ("p.D, consumer * COLUMNS,", "p.D, consumer * 128,", HEAD_192_DROPOUT),
     ],
     ("hopper_wide", "forward_5_wide.cu"): [
         ("ptx::wgmma_wait_group<1>();  // the panel before has been read", ";", HEAD_512),
@@ -506,6 +527,61 @@ TABLE = {
     ],
 }
 
+# The hook for scores in files that have mistakes of their own above.
+SCORED = {
+    ("hopper", "score_tile.cuh"): [
+        ("if (!CAUSAL && least < 0 && greatest > 0) keep", "if (false) keep", HALF_SLOPED),
+        ("CAUSAL || greatest > 0 ? -slope : slope;", "-slope;", case(Nq=300, Nk=150, alibi=True)),
+        ("return dead ? 0 : fabsf(m)", "return fabsf(m)", case(Nk=150, bias="hiding", bias_as_q=True)),
+        ("further = c ? floats_of(pairs[n % 2 * 2 + r]).y", "further = c ? floats_of(pairs[n % 2 * 2 + r]).x", HALF_BIASED),
+        ("return y * fmaf(", "return fmaf(", case(softcap=20.0)),
+    ],
+    ("hopper", "forward_4_softmax.cuh"): [
+        ("largest * p.scoring.scale_in_cap <= 1", "largest * p.scoring.scale_in_cap <= 4", HALF_CAPPED),
+        ("shift[r] = slopes.first[r] * LOG2_E;", "shift[r] = 0;", case(alibi=True, causal=True)),
+        ("S = MASK && S < p.lowest ? -CUDART_INF_F : x[c];", "S = x[c];", case(softcap=1.5, mask="heads share")),
+        ("fmaf(m_new, scale_log2, SLOPED ? shift[r] : 0)", "m_new * scale_log2", case(alibi=True, causal=True)),
+    ],
+    ("hopper", "forward_4_consumer.cuh"): [
+        ("ptx::mbarrier_wait(bias_full, n & 1);", NO_WAIT, HALF_BIASED),
+        ("ask_bias(work, work.j0(tile + 1));", "ask_bias(work, work.j0(tile));", HALF_BIASED),
+        ("        __syncwarp();\n        if (lane > 0) return;", "        if (lane > 0) return;", HALF_BIASED),
+        ("            enter(work);", "            ;", case(H=4, alibi=True)),
+    ],
+    ("hopper", "forward_4_schedule.cuh"): [
+        ("unit / together % of_head;", "unit % of_head;", case(B=2, Nq=300, Nk=70, bias="batches share", bias_as_q=True)),
+    ],
+    ("hopper", "forward_4_epilogue.cuh"): [
+        ("(m_rmem[r] + ptx::lg2(l)) * LN_2;", "m_rmem[r] + ptx::lg2(l) * LN_2;", HALF_SLOPED),
+    ],
+    ("hopper", "backward_4_hopper.cu"): [
+        ("S = CAPPED ? P[c] * fmaf(-capped[c], capped[c], 1.0f) : P[c];", "S = P[c];", HALF_CAPPED),
+        ("MASK_BYTES + SEEN_BYTES + bias_bytes);", "MASK_BYTES + SEEN_BYTES + BIAS_BYTES);", HALF_KEY_BIAS),
+        ("(consumer * 4 + warp) * 2 + lane / 8 % 2)", "(consumer * 4 + warp) * 2)", HALF_BIASED),
+        (
+            "P_rmem[n / 2][n % 2 * 2 + r] &= (j - rows.x < rows.y",
+            "P_rmem[n / 2][n % 2 * 2 + r] &= 0xffffu | (j - rows.x < rows.y",
+            case(alibi=True, window=(70, 30)),
+        ),
+    ],
+    ("hopper", "backward_4_hopper_wide.cu"): [
+        ("S = CAPPED ? P[c] * fmaf(-capped[c], capped[c], 1.0f) : P[c];", "S = P[c];", case(D=256, H=1, softcap=1.5)),
+    ],
+    ("hopper", "backward_hopper_bias.cuh"): [
+        (
+            "first_row_of(p, j0) / BLOCK_Q)",
+            "(first_row_of(p, j0) + BLOCK_Q) / BLOCK_Q)",
+            case(Nk=150, bias="keys", bias_as_q=True, causal=True),
+        ),
+        ("p.scoring.bias_b == 1 ? p.B : own_b + 1", "own_b + 1", HALF_BIASED),
+        ("if (now.n > 0) ptx::mbarrier_arrive(", "if (false) ptx::mbarrier_arrive(", HALF_KEY_BIAS),
+        ("ptx::bar_sync(1 + consumer, GROUP);  // the group is done with it", NO_BARRIER, HALF_BIASED),
+        ("ptx::bar_sync(1 + consumer, GROUP);  // the panel is written", NO_BARRIER, HALF_BIASED),
+        ("fmaf(S_rmem[e], dP_rmem[e] - Delta.x, sum_rmem[e]);", "S_rmem[e] * (dP_rmem[e] - Delta.x);", HALF_BIASED),
+        ("if (t == 0 && j0 + place + 8 * r < p.Nk) dBias", "if (t == 0) dBias", HALF_KEY_BIAS),
+    ],
+}
+
 
 @dataclass(frozen=True)
 class Mutation:
@@ -531,4 +607,4 @@ class Mutation:
         return self.before.join(parts[:n]) + self.after + self.before.join(parts[n:])
 
 
-MUTATIONS = [Mutation(rung, file, *each) for (rung, file), rows in TABLE.items() for each in rows]
+MUTATIONS = [Mutation(rung, file, *each) for table in (TABLE, SCORED) for (rung, file), rows in table.items() for each in rows]

@@ -61,6 +61,7 @@ struct Scoring {
     int32_t bias_b, bias_h, bias_i, bias_j;  // the bias' own shape: each 1, or B, H, Nq, Nk
     int32_t bias_type;                       // FLOAT32, FLOAT16 or BFLOAT16
     float softcap;
+    float scale_in_cap, cap_log2;  // scale / softcap, softcap · log2 e: constants, which take no registers
 };
 
 struct AttentionParams {

@@ -345,8 +345,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
     for (int n = threadIdx.x; n < own_rows * own_columns; n += THREADS) {
         const int r = n / own_columns, c = n % own_columns;
         float sum = 0;
-        for (int i = r; i < (all_i ? BLOCK_Q : r + 1); ++i)
-            for (int j = c; j < (all_j ? BLOCK_K : c + 1); ++j) sum += sum_smem[i][j];
+        for (int i = r; i < (all_i ? BLOCK_Q : r + 1); ++i) {
+            float of_row = 0;  // sums of sums: what is rounded grows with the length of the longest
+            for (int j = c; j < (all_j ? BLOCK_K : c + 1); ++j) of_row += sum_smem[i][j];
+            sum += of_row;
+        }
         if (own_i + r >= bias.bias_i || own_j + c >= bias.bias_j) continue;
         const int64_t row = (static_cast<int64_t>(own_b) * bias.bias_h + own_h) * bias.bias_i + own_i + r;
         store_as(bias.d_bias, bias.bias_type, row * bias.bias_j + own_j + c, sum);

@@ -8,15 +8,20 @@
 #include "common.cuh"
 
 constexpr int BLOCK_K = 128;                        // 64 for each of two groups
-// The accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers, with what an interval takes.
-constexpr int BLOCK_Q = HEAD_DIM <= 64 && !INTERVAL ? 128 : 64;
-constexpr int HALVES = 1;
+// The accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers, with what an interval and the hook for scores take.
+constexpr bool FEW_REGISTERS = INTERVAL || (SCORE && (MASK || DROPOUT || (SCORE != SCORE_SOFTCAP && SCORE != SCORE_ALIBI)));
+constexpr int BLOCK_Q = HEAD_DIM <= 64 && !FEW_REGISTERS ? 128 : 64;
+constexpr int CONSUMERS = 2, HALVES = 1;
 static_assert(HEAD_DIM <= 128 && HEAD_DIM % 16 == 0 && V_HEAD_DIM == HEAD_DIM, "wider heads: backward_4_hopper_wide.cu");
 #include "backward_hopper.cuh"
 
 constexpr int N_TILES = BLOCK_Q / 8;
 constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // what each row sees
-constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES + STAGES * (2 * ROWS_BYTES + MASK_BYTES + SEEN_BYTES);
+using Tile_bias = SwizzledTile<BLOCK_Q, BLOCK_K>;
+constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
+#include "backward_hopper_bias.cuh"
+
+constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES + STAGES * (BIAS_BYTES + 2 * ROWS_BYTES + MASK_BYTES + SEEN_BYTES);
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 // "full": the bytes have arrived, with those of Q the mask's. "empty": every computing thread is done with them.
@@ -31,7 +36,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     const uint32_t V_smem = K_smem + Tile_K::BYTES;                  // [BLOCK_K, HEAD_DIM]
     const uint32_t QdO_smem = V_smem + Tile_K::BYTES;                // STAGES × (Q [BLOCK_Q, HEAD_DIM], dO [BLOCK_Q, HEAD_DIM])
     const uint32_t dS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;  // 2 × dSᵀ [BLOCK_K, BLOCK_Q]
-    constexpr int ROWS_OFFSET = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES;
+    constexpr int BIAS_OFFSET = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES;  // STAGES × bias [BLOCK_Q, BLOCK_K]
+    constexpr int ROWS_OFFSET = BIAS_OFFSET + STAGES * BIAS_BYTES;
     const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
     uint8_t* mask_smem = smem + ROWS_OFFSET + STAGES * 2 * ROWS_BYTES;            // STAGES × [BLOCK_K] BitRow
 #if INTERVAL
@@ -92,7 +98,15 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #if INTERVAL
                 told_smem[stage] = at;  // seen by those who have waited for "full"
 #endif
+#if SCORE & SCORE_BIAS
+                const int bias_bytes = one_bias_row(p) ? Tile_bias::PANELS * ROW_BYTES : BIAS_BYTES;
+                load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES + SEEN_BYTES + bias_bytes);
+                for (int panel = 0; panel < Tile_bias::PANELS; ++panel)
+                    ptx::cp_async_bulk_tensor_4d(K_smem + BIAS_OFFSET + stage * BIAS_BYTES + panel * Tile_bias::PANEL_BYTES, &maps.bias,
+                                                 j0 + panel * BIAS_PANEL, one_bias_row(p) ? 0 : i0, at.bh % p.H, at.bh / p.H, barrier(barriers.Q_full, stage));
+#else
                 load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES + SEEN_BYTES);
+#endif
 #if INTERVAL
                 ptx::cp_async_bulk(K_smem + SEEN_OFFSET + stage * SEEN_BYTES, maps.seen + row, SEEN_BYTES, barrier(barriers.Q_full, stage));
 #endif
@@ -115,6 +129,31 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
         const uint32_t group_rows = consumer * 64 * ROW_BYTES;       // the group's rows of K, V and dSᵀ
         const float scale_log2 = p.scale * LOG2_E;                   // exp(scale · x) = 2^(scale_log2 · x)
+
+#if SCORE
+        const float unit = unit_log2(p);
+#endif
+        // The bias of columns 8n … 8n + 15, which are rows of its tile.
+        [[maybe_unused]] auto read_bias = [&](int stage, int n, uint32_t(&pairs)[4]) {
+#if SCORE & SCORE_BIAS
+            const uint8_t* tile = smem + BIAS_OFFSET + stage * BIAS_BYTES;
+            const bool one_row = one_bias_row(p);
+            if (!DROPOUT) {
+                const int row = one_row ? 0 : 8 * n + lane % 8 + lane / 16 * 8;
+                ptx::ldmatrix_x4_trans(pairs, ptx::smem_address(tile) + Tile_bias::offset(row, (consumer * 4 + warp) * 2 + lane / 8 % 2));
+                return;
+            }
+            // The rows of an accumulator are keys in another order than memory has them.
+            auto at = [&](int row, int key) {
+                return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(tile + Tile_bias::offset(one_row ? 0 : row, key / 8) + key % 8 * 2));
+            };
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int row = 8 * (n + e / 2) + 2 * t, key = first_row + ROW_STEP * (e % 2);
+                pairs[e] = at(row, key) | at(row + 1, key) << 16;
+            }
+#endif
+        };
 
         float dK_rmem[HEAD_DIM / 2] = {}, dV_rmem[HEAD_DIM / 2] = {};
         ptx::mbarrier_wait(KV_full, 0);
@@ -171,7 +210,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
             uint32_t P_rmem[BLOCK_Q / 16][4], dS_rmem[BLOCK_Q / 16][4];  // A operands of the products over 16 rows of Q at a time
             // P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys. Beyond the end of the rows LSE is ∞.
-            auto make_P = [&](int n) {
+            [[maybe_unused]] auto make_P = [&](int n) {
                 const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + 8 * n);
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
@@ -199,6 +238,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                         const unsigned j = j0 + first_row + ROW_STEP * r;
                         if (j - rows.x >= rows.y) S_rmem[4 * n + 2 * r] = 0;  // unsigned: also what lies before the first
                         if (j - rows.z >= rows.w) S_rmem[4 * n + 2 * r + 1] = 0;
+#if SCORE
+                        P_rmem[n / 2][n % 2 * 2 + r] &= (j - rows.x < rows.y ? 0xffffu : 0) | (j - rows.z < rows.w ? 0xffff0000u : 0);
+#endif
                     }
                 }
             };
@@ -207,6 +249,37 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 for (int r = 0; r < 2; ++r)
                     P_rmem[n / 2][n % 2 * 2 + r] =
                         ptx::cvt_pair<element>(S_rmem[4 * n + 2 * r], S_rmem[4 * n + 2 * r + 1]) & (DROPOUT ? keep.pair(r, n) : ~0u);
+            };
+#endif
+#if SCORE
+            // P, and in the place of S what dS has as a factor: P, with softcap times its derivative.
+            const float slope = SLOPED ? slope_of_head(p, now.bh / p.H, now.bh % p.H) : 0;
+            auto score_P = [&] {
+                // What is hidden falls below all scores first, as under a mask; a tanh would forget it.
+                constexpr bool HIDES_FIRST = !INTERVAL && !MASK && CAUSAL;
+                if (HIDES_FIRST && cut) {
+#pragma unroll
+                    for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            const int j = j0 + first_row + ROW_STEP * (e / 2), i = i0 + 8 * n + 2 * t + e % 2;
+                            if (j >= p.Nk || j > i + offset) S_rmem[4 * n + e] = -CUDART_INF_F;
+                        }
+                }
+                score_keys<BLOCK_Q>(
+                    S_rmem, p, slope, i0, i0 + 2 * t, j0, j0 + first_row, [&](int n, uint32_t(&pairs)[4]) { read_bias(stage, n, pairs); },
+                    [&](int n, int r, const float(&x)[2], const float(&capped)[2]) {
+                        const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + 8 * n);
+                        float P[2] = {ptx::ex2(fmaf(x[0], unit, -LSE.x)), ptx::ex2(fmaf(x[1], unit, -LSE.y))};
+#pragma unroll
+                        for (int c = 0; c < 2; ++c) {
+                            float& S = S_rmem[4 * n + 2 * r + c];
+                            if ((MASK || (HIDES_FIRST && CAPPED)) && S < p.lowest) P[c] = 0;
+                            if (!INTERVAL && !MASK && !CAUSAL && cut && j0 + first_row + ROW_STEP * r >= p.Nk) P[c] = 0;
+                            S = CAPPED ? P[c] * fmaf(-capped[c], capped[c], 1.0f) : P[c];
+                        }
+                        P_rmem[n / 2][n % 2 * 2 + r] = ptx::cvt_pair<element>(P[0], P[1]) & (DROPOUT ? keep.pair(r, n) : ~0u);
+                    });
             };
 #endif
             // dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end, as it is in dV.
@@ -222,6 +295,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 }
             };
             ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();  // Sᵀ is there
+#if SCORE
+            score_P();
+#else
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
                 make_P(n);
@@ -229,11 +305,16 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 if (DROPOUT) make_dS(n);
 #endif
             }
+#endif
 #if INTERVAL
             if (cut) hide_P();
+#endif
+#if INTERVAL || SCORE
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
+#if !SCORE
                 round_P(n);
+#endif
                 if (DROPOUT) make_dS(n);
             }
 #endif
@@ -301,4 +382,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
 extern "C" int64_t workspace_floats(const AttentionParams* params) { return backward_floats(*params); }
 
-extern "C" int attention(const AttentionParams* params) { return launch_backward(backward_kernel, SMEM_BYTES, *params); }
+extern "C" int attention(const AttentionParams* params) {
+#if SCORE & SCORE_BIAS
+    if (params->scoring.d_bias != nullptr) return launch_backward(backward_kernel, SMEM_BYTES, *params, launch_dbias);
+#endif
+    return launch_backward(backward_kernel, SMEM_BYTES, *params);
+}

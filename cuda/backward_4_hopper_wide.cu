@@ -6,29 +6,37 @@
 // keys of the tile, so Pᵀ and dSᵀ go through shared memory, which either group writes half of and reads whole.
 //
 // Products run one after another, in the order in which a group asks for them, and asking does not wait. So a group asks for S and dP of the next
-// tile before dQ and dV of this one, and computes the exponentials while those run:
+// tile before the last products of this one, and computes the exponentials while those run:
 //
-//     products:   dK(n)   S(n+1)   dP(n+1)   dQ(n), first half   dV(n)                  dQ(n), second half   │ dK(n+1) …
-//     meanwhile:                   P(n+1)    dS(n+1)             adds dQ, first half                          │ adds dQ, second half
-//                                                                                             both groups meet ┘
+//     products:   dK(n)   S(n+1)   dQ(n), first half   dV(n)   dP(n+1)   dQ(n), second half   │ dK(n+1) …
+//     meanwhile:                                               P(n+1)    dS(n+1)              │
+//                                                                              both groups meet ┘
 //
-// dK comes first, so that a tile of Q makes place for the next but one long before that is needed: shared memory holds no third.
+// Shared memory holds no third tile of Q or dO. So dK comes before S, and dV before dP: a tile has been read for the last time nearly a round before
+// the next but one, which takes its place, is needed.
+//
+// A group waits while its additions to dQ leave, and asks for no product then. So the groups add at different times, one while the other's products
+// run: the first half before dP and after P(n+1), the second half before the next dK and after the next S. With a mask, intervals or dropout, both add the
+// first half after P(n+1).
 //
 // Where a half of the head is no whole number of panels of 64 columns, a tile has each half in panels of its own.
 //
-// Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 256 that are multiples of 8.
+// Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 256 that are multiples of 8. Up to 192
+// backward_4_hopper_192.cu is faster, and this one serves calls with dropout, or with a mask over intervals.
 #include "common.cuh"
 
 constexpr int BLOCK_K = 64;
 constexpr int BLOCK_Q = 64;
-constexpr int HALVES = 2;
+constexpr int CONSUMERS = 2, HALVES = 2;
 #include "backward_hopper.cuh"
 
 constexpr int ROWS = BLOCK_Q / CONSUMERS;      // of Q: a group's columns of Sᵀ and dPᵀ
 constexpr int COLUMNS = HEAD_DIM / CONSUMERS;  // of the head: a group's columns of dK and dQ
 constexpr int V_COLUMNS = V_HEAD_DIM / CONSUMERS;  // and of dV
 constexpr int N_TILES = ROWS / 8;
+constexpr bool ONE_BY_ONE = !MASK && !INTERVAL && !DROPOUT && !SCORE;  // the groups add the first half of dQ at different times
 static_assert(HEAD_DIM > 128, "narrower heads: backward_4_hopper.cu");
+static_assert(!BIASED, "shared memory has no room for a tile of a bias");
 static_assert(COLUMNS > 64 && COLUMNS <= 128 && COLUMNS % 16 == 0 && V_COLUMNS <= COLUMNS && V_COLUMNS % 16 == 0, "two products are a group's columns of dQ");
 constexpr int QDO_BYTES = Tile_Q::BYTES + Tile_dO::BYTES;
 constexpr int SMEM_BYTES = Tile_K::BYTES + Tile_V::BYTES + STAGES * QDO_BYTES + 2 * 2 * Tile_S::BYTES + STAGES * 2 * ROWS_BYTES + MASK_BYTES;
@@ -178,7 +186,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             }
             ptx::wgmma_commit_group();
         };
-        auto start_scores = [&](const Visited& at) {
+        auto start_S_of = [&](const Visited& at) {
             ptx::mbarrier_wait(barrier(barriers.Q_full, at.slot().stage), at.slot().parity);
 #if MASK
             // Key j is seen by the rows from j − offset on.
@@ -190,6 +198,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #endif
             multiply(std::integral_constant<int, COLUMNS>(), S_rmem, K_smem, Q_of(at.n), !MASK);
             if (MASK) ptx::mbarrier_arrive(mask_empty);
+        };
+        auto start_dP = [&](const Visited& at) {
             ptx::mbarrier_wait(barrier(barriers.dO_full, at.slot().stage), at.slot().parity);
             multiply(std::integral_constant<int, V_COLUMNS>(), dP_rmem, V_smem, dO_of(at.n), true);
         };
@@ -198,7 +208,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             if (DROPOUT) keep.draw_keys(p, at.bh / p.H, at.bh % p.H, j0 + first_row, at.tile * BLOCK_Q + consumer * ROWS, lane);
         };
         // S becomes P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys. Beyond the end of the rows LSE is ∞.
-        auto make_P = [&](const Visited& at) {
+        [[maybe_unused]] auto make_P = [&](const Visited& at) {
             const float* LSE_smem = rows_smem + at.slot().stage * 2 * BLOCK_Q + consumer * ROWS + 2 * t;
             const bool is_cut = (INTERVAL || !MASK) && cut(at);
 #if INTERVAL
@@ -230,6 +240,49 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                                    ptx::cvt_pair<element>(P0, P1) & (DROPOUT ? keep.pair(r, n) : ~0u));
                 }
             }
+        };
+#if SCORE
+        // The same through the hook. In the place of S stays what dS has as a factor: P, with softcap times its derivative.
+        const float unit = unit_log2(p);
+        auto score_P = [&](const Visited& at) {
+            const float* LSE_smem = rows_smem + at.slot().stage * 2 * BLOCK_Q + consumer * ROWS + 2 * t;
+            const bool is_cut = (INTERVAL || !MASK) && cut(at);
+            const int i0 = at.tile * BLOCK_Q, row = i0 + consumer * ROWS + 2 * t;
+            const float slope = SLOPED ? slope_of_head(p, at.bh / p.H, at.bh % p.H) : 0;
+#if INTERVAL
+            const uint2* seen = maps.seen + first_row_of(at) + consumer * ROWS + 2 * t;  // in global memory: shared memory is full
+#endif
+            score_keys<ROWS>(
+                S_rmem, p, slope, i0, row, j0, j0 + first_row, [](int, uint32_t(&)[4]) {},
+                [&](int n, int r, const float(&x)[2], const float(&capped)[2]) {
+                    const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + 8 * n);
+                    float P[2] = {ptx::ex2(fmaf(x[0], unit, -LSE.x)), ptx::ex2(fmaf(x[1], unit, -LSE.y))};
+                    const int j = j0 + first_row + ROW_STEP * r;
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        float& S = S_rmem[4 * n + 2 * r + c];
+                        if (MASK && S < p.lowest) P[c] = 0;
+#if INTERVAL
+                        if (is_cut) {
+                            const uint2 keys = seen[8 * n + c];
+                            if (static_cast<unsigned>(j) - keys.x >= keys.y) P[c] = 0;  // unsigned: also what lies before the first
+                        }
+#else
+                        if (is_cut && (j >= p.Nk || (CAUSAL && j > row + 8 * n + c + offset))) P[c] = 0;
+#endif
+                        S = CAPPED ? P[c] * fmaf(-capped[c], capped[c], 1.0f) : P[c];
+                    }
+                    ptx::st_shared(P_of(at.n) + Tile_S::offset(place + 8 * r, consumer * N_TILES + n) + 4 * t,
+                                   ptx::cvt_pair<element>(P[0], P[1]) & (DROPOUT ? keep.pair(r, n) : ~0u));
+                });
+        };
+#endif
+        auto to_P = [&](const Visited& at) {
+#if SCORE
+            score_P(at);
+#else
+            make_P(at);
+#endif
         };
         // dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end, as it is in dV.
         auto make_dS = [&](const Visited& at) {
@@ -286,47 +339,63 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #endif
         if (next.more()) {
             // The first tile has no predecessor whose products could run under its exponentials.
-            start_scores(next);
+            start_S_of(next);
+            start_dP(next);
             draw(next);
             ptx::wgmma_wait_group<1>();
-            make_P(next);
+            to_P(next);
             ptx::wgmma_wait_group<0>();
             make_dS(next);
             meet();
             add(dK_rmem, dS_of(0), Q_of(0), true);
-            int64_t row = first_row_of(next);
+            int64_t row = first_row_of(next), row_before = 0;
 #if INTERVAL
             int turn = next.turn(p, maps, k_tile);
 #else
             const int& turn = k_tile;
 #endif
+            const bool adds_late = consumer == 0 && !p.deterministic;
             int n = 0;
             for (next.advance(p); next.more(); next.advance(p), ++n) {
-                start_scores(next);
+                start_S_of(next);
+                if (n > 0 && adds_late) add_half(row_before, 1);
                 start_dQ(n, 0);
                 add(dV_rmem, P_of(n), dO_of(n), false);
-                draw(next);
-                ptx::wgmma_wait_group<3>();  // S is there, and dK: done with Q
-                ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
-                make_P(next);
-                ptx::wgmma_wait_group<2>();  // dP is there
-                make_dS(next);
-                ptx::wgmma_wait_group<1>();  // the first half of dQ is there
-                take_turn(p, Workspace(p), row, turn);
-                add_half(row, 0);
+                if (ONE_BY_ONE) {
+                    ptx::wgmma_wait_group<1>();  // S is there, the first half of dQ, and dK: done with Q
+                    ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
+                    take_turn(p, Workspace(p), row, turn);
+                    if (consumer == 0) add_half(row, 0);
+                    start_dP(next);
+                    to_P(next);
+                    if (consumer == 1) add_half(row, 0);
+                } else {
+                    start_dP(next);
+                    draw(next);
+                    ptx::wgmma_wait_group<3>();  // S is there, and dK: done with Q
+                    ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
+                    to_P(next);
+                    ptx::wgmma_wait_group<2>();  // the first half of dQ is there
+                    take_turn(p, Workspace(p), row, turn);
+                    add_half(row, 0);
+                }
                 start_dQ(n, 1);
-                ptx::wgmma_wait_group<1>();  // dV is there: done with dO
+                ptx::wgmma_wait_group<2>();  // dV is there: done with dO
                 ptx::mbarrier_arrive(barrier(barriers.dO_empty, n % STAGES));
+                ptx::wgmma_wait_group<1>();  // dP is there
+                make_dS(next);
                 ptx::wgmma_wait_group<0>();  // so is the second half of dQ
                 meet();                      // Pᵀ and dSᵀ are whole, and both groups are done with the other ones
-                add(dK_rmem, dS_of(next.n), Q_of(next.n), false);
-                add_half(row, 1);
+                if (!adds_late) add_half(row, 1);
                 end_turn(p, Workspace(p), row, turn);
+                add(dK_rmem, dS_of(next.n), Q_of(next.n), false);
+                row_before = row;
                 row = first_row_of(next);
 #if INTERVAL
                 turn = next.turn(p, maps, k_tile);
 #endif
             }
+            if (n > 0 && adds_late) add_half(row_before, 1);
             start_dQ(n, 0);
             add(dV_rmem, P_of(n), dO_of(n), false);
             ptx::wgmma_wait_group<1>();

@@ -1,11 +1,10 @@
-// What the two hopper backwards share: tiles and tensor maps, the order in which a block visits tiles of Q, the way of dQ to global memory, and the
-// launch. Includers define BLOCK_K, BLOCK_Q and HALVES.
+// What the three hopper backwards share: tiles and tensor maps, the order in which a block visits tiles of Q, the way of dQ to global memory, and the
+// launch. Includers define BLOCK_K, BLOCK_Q, CONSUMERS and HALVES.
 #pragma once
 
 #include "common.cuh"
 
 constexpr int GROUP = 128;  // threads of a warpgroup
-constexpr int CONSUMERS = 2;
 constexpr int THREADS = GROUP * (1 + CONSUMERS);
 constexpr int PADDED_TO = BLOCK_Q;
 #include "backward_workspace.cuh"
@@ -13,6 +12,7 @@ constexpr int PADDED_TO = BLOCK_Q;
 #include "longest_first.cuh"
 #include "mask_start.cuh"
 #include "ptx_hopper.cuh"
+#include "score_tile.cuh"
 #include "tensor_map.cuh"
 
 #if DTYPE == FLOAT32 || (MASK && MASK != MASK_OF_KEY_BITS)
@@ -37,6 +37,9 @@ struct Maps {
     Summaries summaries;
     const uint2* seen;  // Workspace::seen
     const int* order;   // of blocks, each a tile of keys; NULL: as they are numbered
+#endif
+#if SCORE & SCORE_BIAS
+    CUtensorMap bias;
 #endif
 };
 
@@ -129,10 +132,22 @@ struct Visit {
 };
 #endif
 
-// Registers of the producer's threads and of the others: all start with 168; what 128 give back is what 256 can take.
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+#if SCORE
+// Scores of a tile, transposed, become what P is the power of. key: the lane's first, of two ROW_STEP apart; row: of Q, of its first column.
+template <int COLUMNS, class Bias, class Done>
+__device__ inline void score_keys(const float (&S_rmem)[COLUMNS / 2], const AttentionParams& p, float slope, int i0, int row, int j0, int key, Bias bias,
+                                  Done done) {
+    const int distance = row + diagonal(p) - key, of_tile = i0 + diagonal(p) - j0;
+    const Slopes slopes(slope, {distance, distance - ROW_STEP}, 1, of_tile - (BLOCK_K - 1), of_tile + BLOCK_Q - 1);
+    score_tile<COLUMNS, false, false>(S_rmem, p, slopes, bias, done);
+}
+#endif
 
-// Both groups are there.
+// Registers of the producer's threads and of the others: all start with 168, or with three groups of consumers with 128; the others can take what the
+// producer's 128 give back.
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+
+// All groups of consumers are there.
 __device__ inline void meet() { ptx::bar_sync(1, CONSUMERS * GROUP); }
 
 // Deterministic: blocks add to a tile in the order of their keys, `row` the tile's first in the workspace. They start in that order too, so the one
@@ -151,8 +166,9 @@ __device__ inline void end_turn(const AttentionParams& p, const Workspace& works
 }
 
 // Adds a group's 64 rows × COLUMNS columns to dQ, from row `row` of the workspace and this column of the head on; none beyond its last.
+// dQ_rmem: [COLUMNS / 2]
 template <int COLUMNS = 64>
-__device__ inline void add_dQ(const Workspace& workspace, int64_t row, int column, const float (&dQ_rmem)[COLUMNS / 2]) {
+__device__ inline void add_dQ(const Workspace& workspace, int64_t row, int column, const float* dQ_rmem) {
     const int thread = ptx::tid_x() % GROUP;  // read anew, so that what follows from it takes no registers meanwhile
     float* dQ_gmem = workspace.dQ + fragment_offset(row + thread / 32 * 16, column, thread % 32);
 #pragma unroll
@@ -191,8 +207,9 @@ inline int64_t backward_floats(const AttentionParams& p) {
 #endif
 }
 
-// The kernel, and what comes before and after it.
-inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int smem_bytes, const AttentionParams& p) {
+// The kernel, and what comes before and after it. more: what else is launched with the same maps.
+inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int smem_bytes, const AttentionParams& p,
+                                   cudaError_t (*more)(const AttentionParams&, const Maps&) = nullptr) {
     const int64_t all_rows = Workspace::all_rows(p), k_blocks = tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B;
     if (!numbers_fit(p, {all_rows / PREPARE_ROWS, k_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
@@ -215,8 +232,13 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);
+#if SCORE & SCORE_BIAS
+        if (error == cudaSuccess && p.Nq > 0) error = make_bias_map(&maps.bias, p, BLOCK_Q);
+#endif
         if (error != cudaSuccess) return error;
         launch_kernel(kernel, static_cast<unsigned>(k_blocks), THREADS, smem_bytes, p.stream, p, maps);
+        if (more != nullptr) error = more(p, maps);
+        if (error != cudaSuccess) return error;
     }
     if (all_rows > 0) launch_kernel(finish_dq_kernel, static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p);
     return cudaGetLastError();

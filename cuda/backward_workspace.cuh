@@ -67,7 +67,11 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_c
     const int64_t row = static_cast<int64_t>(bh) * workspace.rows + i;
     if (column == 0) {
         const int64_t row_gmem = static_cast<int64_t>(bh) * p.Nq + i;
-        const float LSE = i < p.Nq ? p.lse[row_gmem] : -CUDART_INF_F;
+        float LSE = i < p.Nq ? p.lse[row_gmem] : -CUDART_INF_F;
+#if SCORE & SCORE_BIAS
+        // So large that float32 does not tell the row's scores apart: P, which would be any power of 2, becomes 1 at most.
+        if (fabsf(LSE) >= 0x1p16f && fabsf(LSE) < CUDART_INF_F) LSE += fabsf(LSE) * 0x1p-22f;
+#endif
         if (i < p.Nq && p.d_lse) Delta -= p.d_lse[row_gmem];
         // A row that attends nothing, or lies beyond the end: P = 2^(S − ∞) = 0, and what comes back to it, NaN too, is dropped.
         const bool dead = LSE == -CUDART_INF_F;

@@ -6,7 +6,7 @@
 #include "forward_4_softmax.cuh"
 
 // A group skips tiles of keys that only rows of other groups see. Two groups have next to none, and under a mask registers do not suffice.
-constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL;
+constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL && !BIASED;
 
 // S = Q Kᵀ, under way: this consumer's 64 rows of Q.
 __device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& shared, int consumer, const Slot_Q& slot_Q, const Slot_KV& slot) {
@@ -97,6 +97,34 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         }
     };
 
+    // ---- what becomes of its scores
+#if SCORE
+    [[maybe_unused]] float slope = 0;
+    [[maybe_unused]] auto enter = [&](const Work& work) {
+        if (SLOPED) slope = slope_of_head(p, work.b, work.h);
+    };
+#endif
+#if SCORE & SCORE_BIAS
+    // The warp's rows of the bias: one place, asked for anew as soon as every lane has read what was there.
+    const int warp = uniform(threadIdx.x / 32) - 4;
+    const uint32_t bias_tile = shared.bias + warp * Tile_bias::BYTES, bias_full = barrier(barriers.bias_full, warp);
+    const bool one_row = one_bias_row(p);
+    const uint32_t bias_lane = bias_tile + Tile_bias::offset(one_row ? 0 : lane % 16, lane / 16);
+    auto ask_bias = [&](const Work& work, int j0) {
+        __syncwarp();
+        if (lane > 0) return;
+        constexpr int ROWS = BOX_ROWS<Tile_bias, RowOrder>;  // of a box
+        ptx::mbarrier_arrive_expect_tx(bias_full, one_row ? Tile_bias::PANELS * ROW_BYTES : Tile_bias::BYTES);
+#pragma unroll
+        for (int panel = 0; panel < Tile_bias::PANELS; ++panel)
+#pragma unroll
+            for (int row = 0; row < 16; row += ROWS)
+                if (row == 0 || !one_row)
+                    ptx::cp_async_bulk_tensor_4d(bias_tile + panel * Tile_bias::PANEL_BYTES + row * ROW_BYTES, &maps.bias, j0 + panel * BIAS_PANEL,
+                                                 one_row ? 0 : work.i0 + RowOrder::row(warp * 16 + row), work.h, work.b, bias_full);
+    };
+#endif
+
     // ---- the steps of the loop
     // A work's first S, under way.
     auto multiply_first = [&] {
@@ -105,9 +133,25 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         your_turn((consumer + 1) % CONSUMERS);
     };
     // S becomes what P is rounded from; alpha is what O must be multiplied by.
-    auto exponentials = [&](const Work& work, int j0) {
+    auto exponentials = [&](const Work& work, int tile) {
+        const int j0 = work.j0(tile);
+#if SCORE
+        float shift[2];
+#endif
+#if SCORE & SCORE_BIAS
+        ptx::mbarrier_wait(bias_full, n & 1);
+        score_rows(S_rmem, shift, rows, work, j0, slope, bias_lane);
+        if (tile + 1 < work.k_tiles) ask_bias(work, work.j0(tile + 1));
+#elif SCORE
+        score_rows(S_rmem, shift, rows, work, j0, slope, 0);
+#else
         if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
+#endif
+#if SCORE
+        softmax(S_rmem, m_rmem, l_rmem, alpha, unit_log2(p), shift);
+#else
         softmax(S_rmem, m_rmem, l_rmem, alpha, scale_log2);
+#endif
     };
 
     if (consumer == CONSUMERS - 1) your_turn(0);
@@ -115,6 +159,12 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     if (work.k_tiles > 0) {
         int tile = skipped(work);
         skip(tile);
+#if SCORE
+        enter(work);
+#endif
+#if SCORE & SCORE_BIAS
+        ask_bias(work, work.j0(tile));
+#endif
         await_K(Slot_KV(n), work, work.j0(tile));
         multiply_first();
         while (true) {
@@ -124,10 +174,10 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             ptx::wgmma_wait_group<0>();
 #pragma unroll
             for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] = 0;
-            m_rmem[0] = m_rmem[1] = p.lowest, l_rmem[0] = l_rmem[1] = 0;
+            m_rmem[0] = m_rmem[1] = SCORE ? LOWEST_LOG2 : p.lowest, l_rmem[0] = l_rmem[1] = 0;
             release(barriers.K_empty, Slot_KV(n).stage);
             if (tile + 1 == work.k_tiles) release_Q(slot_Q);
-            exponentials(work, work.j0(tile));
+            exponentials(work, tile);
             round_P(P_rmem, S_rmem, keep);
             ++tile, ++n;
             for (; tile < work.k_tiles; ++tile, ++n) {
@@ -142,7 +192,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                 ptx::wgmma_wait_group<1>();  // S is there
                 release(barriers.K_empty, now.stage);
                 if (tile + 1 == work.k_tiles) release_Q(slot_Q);
-                exponentials(work, work.j0(tile));
+                exponentials(work, tile);
                 // The compiler would put the wait for O before the exponentials that O's product should run under, but moves it over no branch:
                 // the condition, which always holds, gives D 256 15 % and D 128 2 %. At D 64 it costs 2 to 4 %.
                 if (HEAD_DIM == 64 || scale_log2 > 0) {
@@ -166,6 +216,9 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                 next = take();
                 tile = skipped(next);
                 if (tile == 0 && next.k_tiles > 0) await_K(Slot_KV(n), next, next.j0(0));
+#if SCORE & SCORE_BIAS
+                if (next.k_tiles > 0) ask_bias(next, next.j0(0));
+#endif
             }
             await_V(last);
             multiply_PV(O_rmem, P_rmem, shared, last);
@@ -186,10 +239,16 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             if (next.k_tiles == 0) break;
             if (!AHEAD) {
                 tile = 0;
+#if SCORE & SCORE_BIAS
+                ask_bias(next, next.j0(0));
+#endif
                 await_K(Slot_KV(n), next, next.j0(0));
                 multiply_first();
             }
             work = next;
+#if SCORE
+            enter(work);
+#endif
         }
         ptx::wgmma_wait_group<0>();
         if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // shared memory is the block's until then

@@ -11,8 +11,13 @@ __device__ inline void write_O(const AttentionParams& p, const CUtensorMap& map,
         float l = l_rmem[r];
         l += __shfl_xor_sync(0xffffffff, l, 1);
         l += __shfl_xor_sync(0xffffffff, l, 2);
+#if SCORE
+        LSE[r] = (m_rmem[r] + ptx::lg2(l)) * LN_2;
+        factor[r] = factor_of_scored_row(p, m_rmem[r], (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l));
+#else
         LSE[r] = m_rmem[r] * p.scale + ptx::lg2(l) * LN_2;
         factor[r] = factor_of_row(p, m_rmem[r], scale_log2, (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l));
+#endif
     }
     const int warp = uniform(ptx::tid_x() / 32) - 4;  // read anew, so that what follows from it takes no registers meanwhile
     const uint32_t O_rows = O_smem + warp * 16 * ROW_BYTES, O_lane = O_smem + Tile_O::lane_a(warp * 16, lane);

@@ -37,6 +37,9 @@ __global__ void __launch_bounds__(THREADS, 1)
             ptx::mbarrier_init(barrier(barriers.K_empty, stage), 4 * CONSUMERS);
             ptx::mbarrier_init(barrier(barriers.V_empty, stage), 4 * CONSUMERS);
         }
+#if SCORE & SCORE_BIAS
+        for (int warp = 0; warp < 4 * CONSUMERS; ++warp) ptx::mbarrier_init(barrier(barriers.bias_full, warp), 1);
+#endif
         ptx::fence_mbarrier_init();
     }
     __syncthreads();
@@ -82,6 +85,9 @@ extern "C" int attention(const AttentionParams* params) {
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_Q);
+#if SCORE & SCORE_BIAS
+    if (error == cudaSuccess && p.Nk > 0) error = make_bias_map(&maps.bias, p, BOX_ROWS<Tile_bias, RowOrder>);
+#endif
     const int mask_bytes = !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES;
 #if INTERVAL
     const Schedule schedule = schedule_of(p, mask_bytes);

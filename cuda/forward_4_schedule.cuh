@@ -102,9 +102,16 @@ struct Schedule {
     __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
         const int blocks = gridDim.x, unit = (CAUSAL ? m / 2 : m) * blocks + blockIdx.x;
         if (unit >= units) return false;
+#if SCORE & SCORE_BIAS
+        // Batches that share a bias read the same rows of it at about the same time, so that it comes from memory once.
+        const int together = p.scoring.bias_b == 1 ? p.B : 1;
+        const int bh = unit % together * (together > 1 ? p.H : 0) + unit / together / of_head;
+        const int place = unit / together % of_head;
+#else
         const int bh = unit / of_head, first = bh * of_head;
         // Turned by one place a round: where a head has 2, 3 or 4, a block would otherwise have the same one of every head, and some are shorter.
         const int place = (unit + first / blocks) % of_head;
+#endif
         const bool from_end = CAUSAL && m % 2 == 0;
         // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
         const bool again = CAUSAL && m % 2 && 2 * place + 1 == q_tiles;
@@ -121,6 +128,7 @@ struct Shared {
     uint32_t K;     // STAGES × [BLOCK_K, HEAD_DIM]
     uint32_t V;     // STAGES × [BLOCK_K, V_HEAD_DIM]
     uint32_t O;     // [BLOCK_Q, 64 · O_PANELS]
+    uint32_t bias;  // 4 · CONSUMERS × [16, BLOCK_K]
     uint8_t* mask;  // STAGES × [BLOCK_Q] BitRow
     Barriers& barriers;
     Work* works;    // [Q_STAGES]
@@ -130,6 +138,7 @@ struct Shared {
           K(Q + Q_STAGES * Tile_Q::BYTES),
           V(K + STAGES * Tile_K::BYTES),
           O(V + STAGES * Tile_V::BYTES),
+          bias(O + Tile_O::BYTES),
           mask(smem + SMEM_BYTES - STAGES * MASK_BYTES),
           barriers(barriers),
           works(works) {}

@@ -72,18 +72,61 @@ struct Rows {
     }
 };
 
-// S becomes 2^(scale_log2 · (S − m)), m its rows' maximum so far; alpha is what O must be multiplied by. l is this lane's share of the sum.
-__device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], float scale_log2) {
+#if SCORE
+// S becomes what softmax is taken of, in units of unit_log2() and but for shift[r], which is in base 2; then what the rows do not see becomes −∞.
+// bias: where this lane reads that of its rows.
+__device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2], const Rows& rows, const Work& work, int j0, float slope, uint32_t bias) {
+    const AttentionParams& p = rows.p;
+    const int from_start = work.i0 + rows.offset - j0, distance = from_start + rows.first;  // of the first row, or the lane's, from the tile's first column
+    Slopes slopes(slope, {distance, distance + ROW_STEP}, -1, from_start - (BLOCK_K - 1), from_start + BLOCK_Q - 1);
+    auto apply = [&](auto small, auto rows_share) {
+        score_tile<BLOCK_K, decltype(small)::value, decltype(rows_share)::value>(
+            S_rmem, p, slopes, [&](int n, uint32_t(&pairs)[4]) { ptx::ldmatrix_x4(pairs, Tile_bias::step(bias, n / 2)); },
+            [&](int n, int r, const float(&x)[2], const float(&)[2]) {
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    float& S = S_rmem[4 * n + 2 * r + c];
+                    S = MASK && S < p.lowest ? -CUDART_INF_F : x[c];
+                }
+            });
+    };
+    [[maybe_unused]] float largest = 0;
+    if (CAPPED)
+#pragma unroll
+        for (int i = 0; i < BLOCK_K / 2; ++i) largest = fmaxf(largest, fabsf(S_rmem[i]));
+    auto score = [&](auto rows_share) {
+        if (CAPPED && __all_sync(0xffffffff, largest * p.scoring.scale_in_cap <= 1)) apply(std::true_type(), rows_share);
+        else apply(std::false_type(), rows_share);
+    };
+    const float lane_first = static_cast<float>(2 * rows.t) * slopes.step;
+    if (SLOPED && !slopes.mixed()) {
+        for (int r = 0; r < 2; ++r) shift[r] = slopes.first[r] * LOG2_E;
+        slopes.first[0] = lane_first;
+        score(std::true_type());
+    } else if (!SLOPED || !CAUSAL) {
+        shift[0] = shift[1] = 0;
+        for (int r = 0; r < 2; ++r) slopes.first[r] += lane_first;
+        score(std::false_type());
+    }
+    if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
+}
+#endif
+
+// S becomes 2^(scale_log2 · (S − m)), m its rows' maximum so far; alpha is what O must be multiplied by. l is this lane's share of the sum. Where scores
+// have been through the hook, m is in base 2, and shift[r] is added to all of a row.
+__device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], float scale_log2,
+                               [[maybe_unused]] const float (&shift)[2] = {}) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float m_new = m_rmem[r];
+        float m_new = SCORE ? -CUDART_INF_F : m_rmem[r];
 #pragma unroll
         for (int i = 0; i < BLOCK_K / 8; ++i) m_new = fmaxf(m_new, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
         m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
         m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
-        alpha[r] = ptx::ex2((m_rmem[r] - m_new) * scale_log2);
+        if (SCORE) m_new = fmaxf(m_rmem[r], fmaf(m_new, scale_log2, SLOPED ? shift[r] : 0));
+        alpha[r] = ptx::ex2((m_rmem[r] - m_new) * (SCORE ? 1 : scale_log2));
         m_rmem[r] = m_new;
-        const float m_log2 = m_new * scale_log2;
+        const float m_log2 = !SCORE ? m_new * scale_log2 : SLOPED ? m_new - shift[r] : m_new;
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < BLOCK_K / 8; ++i)

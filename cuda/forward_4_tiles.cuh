@@ -6,6 +6,7 @@
 #include "keep_bits.cuh"
 #include "mask_start.cuh"
 #include "ptx_hopper.cuh"
+#include "score_tile.cuh"
 #include "swizzle.cuh"
 #include "tensor_core.cuh"
 #include "tensor_map.cuh"
@@ -16,7 +17,8 @@
 
 // ---- sizes. A warpgroup owns 64 rows of Q, and has as many registers as the block leaves it.
 constexpr int GROUP = 128;  // threads
-constexpr int CONSUMERS = HEAD_DIM <= 64 && !DROPOUT && !INTERVAL ? 3 : 2;  // dropout, two words at a time, takes the registers that three leave
+// Dropout, two words at a time, takes the registers that three leave; so does the hook for scores, unless it adds a bias or slopes alone.
+constexpr int CONSUMERS = HEAD_DIM <= 64 && !DROPOUT && !INTERVAL && (SCORE == 0 || (!MASK && (SCORE == SCORE_BIAS || SCORE == SCORE_ALIBI))) ? 3 : 2;
 constexpr int THREADS = GROUP * (1 + CONSUMERS);
 // Registers of a thread: as many for all at the start; then the producer's group gives back what the others take.
 constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
@@ -25,12 +27,12 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 static_assert(CONSUMERS * (CONSUMER_REGISTERS - REGISTERS) <= REGISTERS - PRODUCER_REGISTERS, "a group would wait for registers for ever");
 constexpr int BLOCK_Q = 64 * CONSUMERS;
 // As many keys as the registers beside O allow; above 128, as shared memory allows. A masked tile's bits lie in one BitRow, so there it divides 128.
-constexpr int BLOCK_K = HEAD_DIM <= 128 ? 128 : HEAD_DIM > 192 || MASK ? 64 : V_HEAD_DIM <= 128 ? 128 : 96;
+constexpr int BLOCK_K = HEAD_DIM <= 128 ? 128 : HEAD_DIM > 192 || MASK || BIASED ? 64 : V_HEAD_DIM <= 128 ? 128 : 96;
 constexpr int STAGES = 2;                                 // pairs of K and V tiles in shared memory
-constexpr int Q_STAGES = HEAD_DIM <= 128 ? 2 : 1;         // tiles of Q
+constexpr int Q_STAGES = HEAD_DIM <= (BIASED ? 64 : 128) ? 2 : 1;  // tiles of Q
 constexpr bool AHEAD = Q_STAGES > 1;                      // the next Q arrives while this one is still in use
 constexpr int V_PANELS = (V_HEAD_DIM + 63) / 64;          // of 64 columns of V and O; the last may be filled up with zeros
-constexpr int O_PANELS = V_PANELS % 2 == 0 && HEAD_DIM == V_HEAD_DIM && !MASK ? 2 : 1;  // that leave together
+constexpr int O_PANELS = V_PANELS % 2 == 0 && HEAD_DIM == V_HEAD_DIM && !MASK && !(BIASED && HEAD_DIM > 128) ? 2 : 1;  // that leave together
 static_assert(HEAD_DIM % 16 == 0 && V_HEAD_DIM % 16 == 0, "a product takes 16 columns of Q and K at a time, a store 16 of O");
 
 using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
@@ -39,11 +41,16 @@ using Tile_V = SwizzledTile<BLOCK_K, V_HEAD_DIM>;
 using Tile_O = SwizzledTile<BLOCK_Q, 64 * O_PANELS>;
 constexpr int O_ROWS = std::min(16, BOX_ROWS<Tile_O, RowOrder>);  // of a box of O: a warp's at most
 constexpr int MASK_BYTES = MASK ? BLOCK_Q * static_cast<int>(sizeof(BitRow)) : 0;
-constexpr int SMEM_BYTES = Q_STAGES * Tile_Q::BYTES + STAGES * (Tile_K::BYTES + Tile_V::BYTES + MASK_BYTES) + Tile_O::BYTES;
+using Tile_bias = SwizzledTile<16, BLOCK_K>;  // of a warp, which asks for it itself
+constexpr int BIAS_BYTES = BIASED ? 4 * CONSUMERS * Tile_bias::BYTES : 0;
+constexpr int SMEM_BYTES = Q_STAGES * Tile_Q::BYTES + STAGES * (Tile_K::BYTES + Tile_V::BYTES + MASK_BYTES) + Tile_O::BYTES + BIAS_BYTES;
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 struct Maps {
     CUtensorMap q, k, v, o, mask;
+#if SCORE & SCORE_BIAS
+    CUtensorMap bias;
+#endif
 };
 
 // ---- rings of places. The n-th tile of Q, or the n-th of K and V, goes to this one.
@@ -54,4 +61,7 @@ __device__ inline uint32_t barrier(uint64_t* of, int stage) { return ptx::smem_a
 // ---- barriers. "full": the bytes have arrived, with those of K the mask's. "empty": the computing warps are done with them.
 struct Barriers {
     uint64_t Q_full[Q_STAGES], Q_empty[Q_STAGES], K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
+#if SCORE & SCORE_BIAS
+    uint64_t bias_full[4 * CONSUMERS];  // of each warp
+#endif
 };

@@ -153,6 +153,13 @@ __device__ inline float rcp(float x) {
     return y;
 }
 
+// tanh x, to 11 bits, in the unit that computes ex2 (9.7.3.22: tanh).
+__device__ inline float tanh(float x) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Two floats rounded to a pair of 16-bit ones, the first in the low half (9.7.9.22: cvt).
 template <typename T>
 __device__ uint32_t cvt_pair(float low, float high);

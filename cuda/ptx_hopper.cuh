@@ -77,6 +77,11 @@ __device__ inline void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
+// The same, each matrix transposed on the way: the lane gives (rows 2·(l % 4) and + 1, column l / 4).
+__device__ inline void stmatrix_x4_trans(uint32_t smem, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
 // ---- registers (9.7.19.5: setmaxnreg). A warpgroup gives registers back, or waits until it has more.
 template <int N>
 __device__ inline void setmaxnreg_dec() {
@@ -177,6 +182,7 @@ __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
     WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 16, 8, "%8", "%9", "%10")           \
     WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 32, 16, "%16", "%17", "%18")        \
     WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 64, 32, "%32", "%33", "%34")        \
+    WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 96, 48, "%48", "%49", "%50")        \
     WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 160, 80, "%80", "%81", "%82")       \
     WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 192, 96, "%96", "%97", "%98")       \
     WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 256, 128, "%128", "%129", "%130")   \

@@ -34,10 +34,14 @@ struct ScoreOfHead {
     float slope;
 };
 
+__device__ inline float slope_of_head(const AttentionParams& p, int b, int h) {
+    return p.scoring.alibi[b * p.scoring.alibi_stride_b + h * p.scoring.alibi_stride_h];
+}
+
 __device__ inline ScoreOfHead score_of_head(const AttentionParams& p, int b, int h) {
     ScoreOfHead head = {};
     if (BIASED) head.bias = b * p.scoring.stride_b + h * p.scoring.stride_h;
-    if (SLOPED) head.slope = p.scoring.alibi[b * p.scoring.alibi_stride_b + h * p.scoring.alibi_stride_h];
+    if (SLOPED) head.slope = slope_of_head(p, b, h);
     return head;
 }
 

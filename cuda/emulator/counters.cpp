@@ -99,6 +99,10 @@ float exponential(float x) {
     count_exponential();
     return expf(x);
 }
+float tangent(float x) {
+    count_exponential();
+    return tanhf(x);
+}
 
 }  // namespace emulator
 

@@ -38,7 +38,7 @@ void warp_sync(uint32_t mask);
 uint32_t shuffle(uint32_t mask, uint32_t x, int source_lane);
 uint32_t ballot(uint32_t mask, bool x);
 void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, bool transposed);
-void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]);
+void stmatrix_x4(uint32_t address, const uint32_t (&r)[4], bool transposed);
 enum class Type { float16, bfloat16 };
 void mma_m16n8k16(Type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
@@ -46,6 +46,7 @@ void mma_m16n8k16(Type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 
 float exponential_2(float x);
 float exponential(float x);
+float tangent(float x);  // the hyperbolic one, in the same unit
 
 // ---- memory by instruction (memory.cpp, copies.cpp). Shared addresses have 32 bits.
 

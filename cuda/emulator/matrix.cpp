@@ -47,15 +47,18 @@ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, bool transposed) {
     });
 }
 
-void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+void stmatrix_x4(uint32_t address, const uint32_t (&r)[4], bool transposed) {
     uint32_t copy[4] = {r[0], r[1], r[2], r[3]};
-    Fragments mine{address, copy, false, SITE};
+    Fragments mine{address, copy, transposed, SITE};
     current->loads_have_come();
-    meet(0xffffffff, "stmatrix", SITE, &mine, [](Block& block, Warp& warp, uint32_t) {
+    meet(0xffffffff, transposed ? "stmatrix.trans" : "stmatrix", SITE, &mine, [](Block& block, Warp& warp, uint32_t) {
         count_addresses(block, warp, true);
         for (int lane = 0; lane < 32; ++lane) {
-            uint32_t row[4];
-            for (int t = 0; t < 4; ++t) row[t] = arguments_of<Fragments>(warp, lane % 8 * 4 + t).r[lane / 8];
+            const int m = lane / 8, i = lane % 8;
+            uint16_t row[8];
+            for (int j = 0; j < 8; ++j)
+                row[j] = arguments_of<Fragments>(warp, 0).transposed ? half_of_pair(arguments_of<Fragments>(warp, j * 4 + i / 2).r[m], i % 2)
+                                                                     : half_of_pair(arguments_of<Fragments>(warp, i * 4 + j / 2).r[m], j % 2);
             memcpy(row_of(block, warp, lane, "stmatrix", true), row, 16);
         }
     });

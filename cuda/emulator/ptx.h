@@ -73,12 +73,14 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
     for (int e = 0; e < 4; ++e) d[e] = sum[e];
 }
 
-// ---- arithmetic. ex2, lg2 and rcp are exact to the last bit or two here; a GPU's are approximations (9.7.3.21, 9.7.3.20, 9.7.3.14).
+// ---- arithmetic. ex2, lg2 and rcp are exact to the last bit or two here; a GPU's are approximations (9.7.3.21, 9.7.3.20, 9.7.3.14). tanh has 11
+// bits here too (9.7.3.22).
 
 inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0, x) : x; }
 inline float ex2(float x) { return flushed(emulator::exponential_2(flushed(x))); }
 inline float lg2(float x) { return log2f(x); }
 inline float rcp(float x) { return 1 / x; }
+inline float tanh(float x) { return __uint_as_float((__float_as_uint(emulator::tangent(x)) + 0x800u) & 0xfffff000u); }
 
 template <typename T>
 inline uint32_t cvt_pair(float low, float high) {

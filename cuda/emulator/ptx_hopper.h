@@ -32,7 +32,11 @@ inline void cp_async_bulk(uint32_t smem, const void* gmem, int bytes, uint32_t b
 inline void fence_proxy_async() { emulator::fence_proxy_async(); }
 inline void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
     const uint32_t x[4] = {r[0], r[1], r[2], r[3]};
-    emulator::stmatrix_x4(smem, x);
+    emulator::stmatrix_x4(smem, x, false);
+}
+inline void stmatrix_x4_trans(uint32_t smem, const uint32_t (&r)[4]) {
+    const uint32_t x[4] = {r[0], r[1], r[2], r[3]};
+    emulator::stmatrix_x4(smem, x, true);
 }
 
 // ---- registers (9.7.19.5: setmaxnreg), named barriers (9.7.13.1: barrier)

@@ -30,7 +30,9 @@ DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
 CHOSEN = {f"{group}/{name}": cuda.RUNGS[name] for group in ("", *GROUPS) for name in GROUPS["cuda"]}
 
 _warned: set[str] = set()
-UNTIMED = "no kernel with softcap, bias or alibi has been timed on a GPU yet, and those that have them are taken by name only"
+UNTIMED = (
+    "no kernel with softcap, bias or alibi has been both checked and timed on a GPU yet, and those that have them are taken by name only"
+)
 
 
 def as_chosen(asked_for: str | None, name: str) -> str:

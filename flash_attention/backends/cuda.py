@@ -39,7 +39,8 @@ PACK_MASK = "pack_mask.cu"
 
 PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# Whether None chooses kernels for calls with softcap, bias or ALiBi. They have run on the emulator alone so far; by name they are taken.
+# Whether None chooses kernels for calls with softcap, bias or ALiBi. `hopper` has been timed with them, but compared with normal attention
+# on the emulator alone; `simple` has passed its checks on a GPU, but not been timed. By name they are taken.
 SCORES_TIMED = False
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
 # Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
@@ -63,14 +64,14 @@ class Rung:
     dropout: bool = False
     intervals: bool = False  # rows that see an interval of their own: windows, spans, parts of a larger whole
     scores: tuple[str, ...] = ()  # which of softcap, bias and alibi its kernels apply
+    bias_up_to: int | None = None  # it copies tiles of a bias of q's dtype by tensor map, beside head sizes up to this
     teaching: bool = False  # a step of the ladder, taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
     wide_forward: tuple[int, str] | None = None  # above this head size the forward has a file of its own
     wide_backward: tuple[int, str] | None = None  # so has the backward
-    min_rows: tuple[
-        tuple[int, int, int], ...
-    ] = ()  # (max head size, longest sequence, without and with dropout, for which the rung below is faster)
+    plain_backward: tuple[int, str] | None = None  # and up to this size another, without dropout, changed scores or a mask over intervals
+    min_rows: tuple[tuple[int, int, int], ...] = ()  # (max head size, most rows for which the rung below is faster, the same with dropout)
     packs_heads: bool = False  # a tile has all query heads of a key head: the rung for few queries
     min_scores: tuple[tuple[int, int], ...] = ()  # (max head size, most scores of all heads for which the rung below is faster)
     forward_workspace: bool = False  # whether its forward may need one
@@ -82,8 +83,8 @@ class Rung:
             return f"it needs tensors on {'a CUDA device' if self.device_type == 'cuda' else 'the CPU'}, got {call.q.device}"
         if not_served := [name for name in call.score if name not in self.scores]:
             return f"it serves no {', '.join(not_served)}"
-        if call.bias is not None and call.bias.dtype not in DTYPE_NAMES:
-            return f"it reads a bias in {', '.join(DTYPE_NAMES.values())}, got {call.bias.dtype}"
+        if reason := self._why_no_bias(call):
+            return reason
         if call.alibi is not None and (call.alibi.dtype != torch.float32 or call.alibi.shape != call.q.shape[:2]):
             return f"it reads slopes (B, H) in float32, got {tuple(call.alibi.shape)} in {call.alibi.dtype}"
         if DTYPE_NAMES.get(call.q.dtype) not in self.dtypes:
@@ -101,6 +102,30 @@ class Rung:
         if call.visible == "interval":
             return self._why_no_interval(call) or self._why_no_kernels(call.q.device.index or 0)
         return self._why_no_kernels(call.q.device.index or 0)
+
+    def _why_no_bias(self, call: Call) -> str | None:
+        if call.bias is None:
+            return None
+        if self.bias_up_to is None:
+            if call.bias.dtype not in DTYPE_NAMES:
+                return f"it reads a bias in {', '.join(DTYPE_NAMES.values())}, got {call.bias.dtype}"
+            return None
+        if call.bias.dtype != call.q.dtype:
+            return f"it reads a bias of q's dtype, {call.q.dtype}, got {call.bias.dtype}"
+        if call.head_dim > self.bias_up_to:
+            return f"it serves a bias beside head sizes up to {self.bias_up_to}, got {call.head_dim}"
+        if call.bias.shape[-1:] != call.k.shape[2:3]:
+            return f"it reads a bias of every key's own, got {tuple(call.bias.shape)}"
+        return None
+
+    def _sums_bias(self, call: Call) -> bool:
+        """Whether its own backward gives the call's bias its gradient; if not, that of `simple` does."""
+        special = call.mask is not None or call.has_dropout or call.visible == "interval" or 0 in call.q.shape
+        return self.bias_up_to is None or not special
+
+    @property
+    def _simple(self) -> "Rung":
+        return RUNGS["simple"]
 
     def _why_no_interval(self, call: Call) -> str | None:
         settings = call.settings
@@ -171,12 +196,16 @@ class Rung:
         """What its forward or backward for one kind of call is compiled from. sizes: compiled ones, of Q and K and of V."""
         D, Dv = sizes
         kind = dtype, visible == "causal", mask, dropout, visible == "interval"
-        return build.Specialisation(self.file(which, D), arch, D, *kind, None if Dv == D else Dv, float8, score)
+        special = dropout or (visible == "interval" and mask is not None) or bool(score)
+        return build.Specialisation(self.file(which, D, special), arch, D, *kind, None if Dv == D else Dv, float8, score)
 
-    def file(self, which: int, head_dim: int) -> str:
-        """The source of its forward or backward for a compiled head size."""
+    def file(self, which: int, head_dim: int, special: bool = False) -> str:
+        """The source of its forward or backward for a compiled head size. special: not served by `plain_backward`."""
         wide = (self.wide_forward, self.wide_backward)[which]
-        return wide[1] if wide and head_dim > wide[0] else self.files[which]
+        if not wide or head_dim <= wide[0]:
+            return self.files[which]
+        other = self.plain_backward if which == BACKWARD and not special else None
+        return other[1] if other and head_dim <= other[0] else wide[1]
 
     def worthwhile(self, call: Call, which: int = FORWARD) -> bool:
         """Whether this rung is faster than those below it for the call's forward or backward."""
@@ -197,6 +226,8 @@ class Rung:
         """
         if which == BACKWARD and (reason := self.why_no_backward()):
             raise NotImplementedError(f"backend {self.name!r} gives no gradients: {reason}")
+        if which == BACKWARD and call.to_bias and not self._sums_bias(call):
+            return self._simple.plan(which, call)
         return (Forward, Backward)[which].of(self, call)
 
     # ---- what the kernels can read in place
@@ -288,7 +319,8 @@ class Forward(NamedTuple):
         workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device) if self.workspace else None
         mask_fields, _alive = _mask_fields(self.rung, self.mask_form, mask)
         addresses = LSE.data_ptr(), 0, _address(workspace), _address(seed), _address(spans)
-        others = Addresses(*addresses, mask_fields, keys, _address(bias), _address(alibi))
+        bias, bias_stride = _readable_bias(self.rung, bias)
+        others = Addresses(*addresses, mask_fields, keys, _address(bias), _address(alibi), bias_stride=bias_stride)
         self.launch(q, [x.data_ptr() for x in tensors], others)
         return O, LSE
 
@@ -339,7 +371,8 @@ class Backward(NamedTuple):
         workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device)
         dBias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device) if self.call.to_bias else None
         addresses = LSE.data_ptr(), _address(dLSE), workspace.data_ptr(), _address(seed), _address(spans)
-        others = Addresses(*addresses, mask_fields, NO_KEYS, _address(bias), _address(alibi), _address(dBias))
+        bias, bias_stride = _readable_bias(self.rung, bias)
+        others = Addresses(*addresses, mask_fields, NO_KEYS, _address(bias), _address(alibi), _address(dBias), bias_stride)
         self.launch(q, [x.data_ptr() for x in tensors], others)
         dQ = dQ if self.factor == 1 else dQ.mul_(self.factor)
         return (dQ, dK, dV, dBias) if self.call.to_bias else (dQ, dK, dV)
@@ -357,7 +390,10 @@ HOPPER = Rung(
     masks=(("bits",), ("key bits",)),
     dropout=True,
     intervals=True,
+    scores=("softcap", "bias", "alibi"),
+    bias_up_to=128,
     wide_backward=(128, "backward_4_hopper_wide.cu"),
+    plain_backward=(192, "backward_4_hopper_192.cu"),
     min_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
 )
 HOPPER_WIDE = replace(
@@ -367,7 +403,9 @@ HOPPER_WIDE = replace(
     head_dims=(320, 384, 512),
     pairs=(),
     intervals=False,
+    scores=(),
     wide_backward=None,
+    plain_backward=None,
     min_rows=(),
 )
 HOPPER_FLOAT32 = Rung(
@@ -498,6 +536,24 @@ def _as_contiguous(tensors: tuple[Tensor, ...], copied: tuple[bool, ...]) -> lis
     return [x.clone(memory_format=torch.contiguous_format) if copy else x for x, copy in zip(tensors, copied, strict=True)]
 
 
+def _readable_bias(rung: Rung, bias: Tensor | None) -> tuple[Tensor | None, tuple[int, ...] | None]:
+    """A bias that the rung's kernels can read: this one, or, where a tensor map cannot, a copy in its own shape, whose rows begin at
+    multiples of 16 bytes, and that one's strides."""
+    if bias is None or rung.bias_up_to is None:
+        return bias, None
+    *outer, last = _strides(bias.shape, bias.stride())
+    if (last == 1 or bias.shape[3] == 1) and not any(stride % 8 for stride in outer) and bias.data_ptr() % 16 == 0:
+        return bias, None
+    rows = bias.new_empty((*bias.shape[:3], (bias.shape[3] + 7) // 8 * 8))
+    copy = rows[..., : bias.shape[3]].copy_(bias)
+    return copy, _strides(copy.shape, copy.stride())
+
+
+def _strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """0 where a dimension of size 1 may be broadcast."""
+    return tuple(0 if n == 1 else s for n, s in zip(shape, stride, strict=True))
+
+
 def _mask_fields(rung: Rung, form: str | None, mask: Tensor | None) -> tuple[bytes, Tensor | None]:
     """The mask's fields in the struct, and what must stay alive until the launch."""
     if form is None:
@@ -536,10 +592,10 @@ def scoring(call: Call) -> Scoring | None:
     """What its kernels are told about the scores of a call, beside addresses; None where they stay as they are."""
     if not call.score:
         return None
-    fields = Scoring(softcap=call.settings.softcap or 0)
+    fields = Scoring(softcap=call.settings.softcap or 0, scale=_positive(call.settings.scale)[1])
     if call.bias is not None:
         shape = tuple(call.bias.shape)
-        stride = tuple(0 if n == 1 else s for n, s in zip(shape, call.bias.stride, strict=True))
+        stride = _strides(shape, call.bias.stride)
         number = build.DTYPE_NUMBER[DTYPE_NAMES[call.bias.dtype]]
         fields = fields._replace(bias_stride=stride, bias_shape=shape, bias_type=number)
     return fields if call.alibi is None else fields._replace(alibi_stride=call.alibi.stride)

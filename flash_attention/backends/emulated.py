@@ -185,7 +185,7 @@ class EmulatedLaunch(Launch):
         own, whole = self.scoring.bias_shape, (B, H, Nq, Nk)
         element_size = 4 if self.scoring.bias_type == 0 else 2
         shape = tuple(1 if n == 1 else most for n, most in zip(own, whole, strict=True))
-        bias = extent(shape, self.scoring.bias_stride) * element_size if others.bias else 0
+        bias = extent(shape, others.bias_stride or self.scoring.bias_stride) * element_size if others.bias else 0
         return [
             Memory("the bias", others.bias, bias),
             Memory("the slopes", others.alibi, 4 * extent((B, H), self.scoring.alibi_stride) if others.alibi else 0),
@@ -242,6 +242,10 @@ class EmulatedRung(cuda.Rung):
         if sys.platform != "linux":
             return f"the emulator needs Linux, this is {sys.platform}"
         return None if emulated.find_compiler() else "the emulator needs a C++ compiler (g++ or clang++), and none was found"
+
+    @property
+    def _simple(self) -> cuda.Rung:
+        return RUNGS["emulated:simple"]
 
     def _pack_mask(self, mask: Tensor, by_keys: bool) -> Tensor:
         return cuda.pack_mask(mask, by_keys, _launch_pack_mask)

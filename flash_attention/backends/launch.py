@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash_attention.reference.tiles import LOG2_E
+
 STRIDES = struct.Struct("@3q")  # of a tensor's first three dimensions
 MASK = struct.Struct("@5q")  # address, strides
 SETTINGS = struct.Struct("@7i f i 2f")  # B, H, Hkv, Nq, Nk, D, Dv, scale, drop_below, keep_scale, lowest
@@ -26,8 +28,10 @@ NO_INTERVAL = bytes(INTERVAL.size)
 KEYS = struct.Struct("@4q 2i 2q")
 NO_KEYS = bytes(KEYS.size)
 # `struct Scoring`, with which the struct of a SCORE kernel ends: a bias' address and strides; the slopes' address and two strides; the
-# address of dBias; the bias' own shape and type, softcap.
-SCORING = struct.Struct("@5q 3q q 5i f")
+# address of dBias; the bias' own shape and type; softcap, scale / softcap, softcap · log2 e.
+SCORING = struct.Struct("@5q 3q q 5i 3f")
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Addresses(NamedTuple):
@@ -43,6 +47,7 @@ class Addresses(NamedTuple):
     bias: int = 0
     alibi: int = 0
     d_bias: int = 0
+    bias_stride: tuple[int, ...] | None = None  # of a copy in the bias' place
 
 
 class Scoring(NamedTuple):
@@ -53,10 +58,17 @@ class Scoring(NamedTuple):
     bias_shape: tuple[int, ...] = (1,) * 4
     bias_type: int = 0
     softcap: float = 0
+    scale: float = 0  # of the scores
 
     def pack(self, addresses: Addresses) -> bytes:
-        bias, alibi = (addresses.bias, *self.bias_stride), (addresses.alibi, *self.alibi_stride)
-        return SCORING.pack(*bias, *alibi, addresses.d_bias, *self.bias_shape, self.bias_type, self.softcap)
+        bias, alibi = (addresses.bias, *(addresses.bias_stride or self.bias_stride)), (addresses.alibi, *self.alibi_stride)
+        caps = self.softcap, self.scale / self.softcap if self.softcap else 0, self.softcap * LOG2_E
+        return SCORING.pack(*bias, *alibi, addresses.d_bias, *self.bias_shape, self.bias_type, *map(_in_range, caps))
+
+
+def _in_range(x: float) -> float:
+    """x, or the nearest number that float32 has."""
+    return max(min(x, LARGEST), -LARGEST)
 
 
 class Launch(NamedTuple):
@@ -82,7 +94,7 @@ class Launch(NamedTuple):
     def _params(self, addresses: Sequence[int], others: Addresses) -> bytes:
         tensors = list(self.tensors)
         tensors[: 2 * len(addresses) : 2] = addresses
-        *pointers, spans, mask, keys, _, _, _ = others
+        *pointers, spans, mask, keys, _, _, _, _ = others
         deterministic = torch.are_deterministic_algorithms_enabled()
         params = PARAMS.pack(
             *tensors, mask, *pointers, self.settings, deterministic, self.device, self.sm_count, self._stream(), spans, self.interval

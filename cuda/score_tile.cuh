@@ -1,0 +1,112 @@
+// The hook of score.cuh in the hopper kernels, for a tile of scores that lies in the accumulators of wgmma.
+//
+// What becomes of them is kept in units of which each is unit_log2() in base 2: with softcap alone the tanh as it is, so that the cap costs one
+// product and one tanh a score; otherwise natural ones. ALiBi's distance is counted from a lane's first column, by one FFMA a score. A bias comes
+// from memory beside the tile, copied by a tensor map into the 128-byte swizzle that ldmatrix reads, and each lane gets the pairs that its
+// accumulators have: rows of it are queries and columns keys, which a backward, whose rows are keys, reads transposed.
+#pragma once
+
+#include "score.cuh"
+
+constexpr float LOWEST_LOG2 = -0x1.8p126f;  // where a running maximum in base 2 starts: below every finite bias that does not hide
+
+#if SCORE
+#include "keep_bits.cuh"
+#include "tensor_map.cuh"
+
+constexpr bool ONLY_CAPPED = SCORE == SCORE_SOFTCAP;
+
+// A unit of what the hook leaves, in base 2.
+__device__ inline float unit_log2(const AttentionParams& p) { return ONLY_CAPPED ? p.scoring.cap_log2 : LOG2_E; }
+
+// What O is multiplied by at the end: 1 / l, or 0 for a row that may attend nothing. m is the row's largest score in base 2.
+//
+// m is rounded before it is subtracted, and the same under every later maximum, so that O = P V / l does not see the rounding, but P is larger by it:
+// up to |m| = 2³¹, which bfloat16 still holds. Beyond, O becomes NaN instead of a wrong number.
+__device__ inline float factor_of_scored_row(const AttentionParams& p, float m, float one_over_l) {
+    const bool dead = m == LOWEST_LOG2 && (MASK || CAUSAL || INTERVAL || BIASED || p.Nk == 0);  // where nothing hides, every score was −∞: NaN
+    return dead ? 0 : fabsf(m) < 0x1p31f ? one_over_l : CUDART_NAN_F;
+}
+
+// ---- softcap
+
+// tanh y for |y| ≤ 1, to 13 bits, without the unit that has the exponentials to compute: y times a polynomial in y². The unit's own tanh takes twice as
+// long there as an exponential.
+__device__ inline float small_tanh(float y) {
+    const float u = y * y;
+    return y * fmaf(fmaf(fmaf(-0.02662968f, u, 0.11889755f), u, -0.33065430f), u, 0.99991856f);
+}
+
+// ---- ALiBi
+
+// −slope · |distance| for the scores of a tile: of the lane's row r, columns 0, 1, 8, 9 … from its first, it is first[r] + column · step where all of
+// the tile lies on one side of the diagonal. Where some lies on either side, the sign is what the slope's says, whatever that of the distance.
+struct Slopes {
+    float first[2], step;
+    uint32_t keep = ~0u, set = 0;  // bits of a result
+
+    // distance[r] = i + diagonal − j of row r and the lane's first column, which grows by `grows` a column; least and greatest: the whole tile's.
+    __device__ Slopes(float slope, const int (&distance)[2], int grows, int least, int greatest) {
+        const float factor = CAUSAL || greatest > 0 ? -slope : slope;  // causal: what lies beyond the diagonal is hidden
+        if (!CAUSAL && least < 0 && greatest > 0) keep = 0x7fffffffu, set = slope > 0 ? 0x80000000u : 0;
+        step = grows * factor;
+        for (int r = 0; r < 2; ++r) first[r] = factor * static_cast<float>(distance[r]);
+    }
+    __device__ bool mixed() const { return !CAUSAL && keep != ~0u; }
+    __device__ float of(int r, int column) const {
+        const float x = fmaf(static_cast<float>(column), step, first[r]);
+        return CAUSAL ? x : __uint_as_float((__float_as_uint(x) & keep) | set);
+    }
+};
+
+// ---- bias
+
+constexpr int BIAS_PANEL = 64;  // columns of a box: 128 bytes
+
+// Whether one row of the bias, over the keys, is for all queries. It is copied once.
+__host__ __device__ inline bool one_bias_row(const AttentionParams& p) { return p.scoring.bias_i == 1; }
+
+// Map of a bias, of which a box has `rows`, or one.
+inline cudaError_t make_bias_map(CUtensorMap* map, const AttentionParams& p, int rows) {
+    const Scoring& bias = p.scoring;
+    const Tensor4 t = {const_cast<void*>(bias.bias), bias.stride_b, bias.stride_h, bias.stride_i};
+    return make_tensor_map(map, t, p.B, p.H, one_bias_row(p) ? 1 : p.Nq, p.Nk, one_bias_row(p) ? 1 : rows);
+}
+
+// The two elements of a pair.
+__device__ inline float2 floats_of(uint32_t pair) {
+    if (DTYPE == FLOAT16) return ptx::floats_of_pair(pair);
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+// ---- a tile
+
+// Scores become what softmax is taken of. bias(n, pairs): those of columns 8n … 8n + 15, in the order of the accumulators. done(n, r, x, capped): columns
+// 8n + 2t and 8n + 2t + 1 of row r, and their tanh.
+// SMALL: no score exceeds the cap. ROWS_SHARE: what ALiBi adds to the first row, which lies on one side of the diagonal, is added to both.
+template <int COLUMNS, bool SMALL, bool ROWS_SHARE, class Bias, class Done>
+__device__ inline void score_tile(const float (&S_rmem)[COLUMNS / 2], const AttentionParams& p, [[maybe_unused]] const Slopes& slopes, Bias bias, Done done) {
+    const float factor = CAPPED ? p.scoring.softcap : p.scale;
+    [[maybe_unused]] uint32_t pairs[4];
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 8; ++n) {
+        if (BIASED && n % 2 == 0) bias(n, pairs);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float x[2], capped[2] = {};
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const float s = S_rmem[4 * n + 2 * r + c];
+                if (CAPPED) capped[c] = SMALL ? small_tanh(s * p.scoring.scale_in_cap) : ptx::tanh(s * p.scoring.scale_in_cap);
+                x[c] = CAPPED ? capped[c] : s;
+                if (ONLY_CAPPED) continue;
+                float further = 0;
+                if (BIASED) further = c ? floats_of(pairs[n % 2 * 2 + r]).y : floats_of(pairs[n % 2 * 2 + r]).x;
+                if (SLOPED) further += ROWS_SHARE ? fmaf(static_cast<float>(8 * n + c), slopes.step, slopes.first[0]) : slopes.of(r, 8 * n + c);
+                x[c] = fmaf(x[c], factor, further);
+            }
+            done(n, r, x, capped);
+        }
+    }
+}
+#endif
