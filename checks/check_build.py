@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,26 @@ SCARCE = (
 )
 
 
+# Bytes that kernels for rare calls are known to spill outside their loops' products; more is a fault, and so is an entry that spills nothing.
+KNOWN_SPILLS = {
+    Specialisation("backward_4_hopper.cu", "90a", 128, "float16", mask="key bits", interval=True): 4,
+    Specialisation("backward_4_hopper.cu", "90a", 128, "bfloat16", mask="key bits", interval=True): 4,
+    Specialisation("backward_5_float32_wide.cu", "90a", 512, "float32", causal=True, mask="key bits", dropout=True): 4,
+    Specialisation("forward_5_split_keys.cu", "120", 128, "bfloat16", mask="bits", dropout=True): 32,
+}
+
+
+def beyond_what_is_known(kernel: Specialisation, found: list[str]) -> list[str]:
+    """The complaints, but for a known spill."""
+    if kernel not in KNOWN_SPILLS:
+        return found
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", "; ".join(found))]
+    known = KNOWN_SPILLS[kernel]
+    return (
+        [] if len(found) == len(spilled) == 1 and spilled[0] == known else [f"known to spill {known} bytes", *(found or ["spills nothing"])]
+    )
+
+
 def covering_sample() -> list[Specialisation]:
     """`SCARCE`, and as few others as have, with `LIBRARIES`, all `facts`, or nearly: always the one that adds most."""
     everything = specialisations(list(ARCHS))
@@ -89,11 +110,13 @@ def covering_sample() -> list[Specialisation]:
 
 @needs_nvcc
 def check_no_spill(full):
-    """No kernel spills registers, uses a stack, or has its matrix products serialised, and the compiler warns of nothing. Without --full, a
+    """No kernel spills registers (`KNOWN_SPILLS` aside), uses a stack, or has its matrix products serialised, and the compiler warns of nothing. Without --full, a
     sample that covers every architecture. (On a machine with many cores: python -m flash_attention.build --check.)"""
     wanted = specialisations(list(ARCHS)) if full else covering_sample()
     assert {kernel.arch for kernel in wanted} == set(ARCHS)
-    complaints = [f"{kernel}: {'; '.join(found)}" for kernel, found in zip(wanted, at_once(build.inspect, wanted), strict=True) if found]
+    inspected = zip(wanted, at_once(build.inspect, wanted), strict=True)
+    judged = ((kernel, beyond_what_is_known(kernel, found)) for kernel, found in inspected)
+    complaints = [f"{kernel}: {'; '.join(found)}" for kernel, found in judged if found]
     print(f"{len(wanted)} kernels inspected")
     assert not complaints, "\n".join(complaints)
 
