@@ -75,7 +75,7 @@ SCARCE = (
 )
 
 
-# Bytes that kernels for rare calls are known to spill outside their loops' products; more is a fault, and so is an entry that spills nothing.
+# Bytes that kernels for rare calls are known to spill. More is a fault, and so is an entry that spills nothing.
 KNOWN_SPILLS = {
     Specialisation("backward_4_hopper.cu", "90a", 128, "float16", mask="key bits", interval=True): 4,
     Specialisation("backward_4_hopper.cu", "90a", 128, "bfloat16", mask="key bits", interval=True): 4,
@@ -110,8 +110,9 @@ def covering_sample() -> list[Specialisation]:
 
 @needs_nvcc
 def check_no_spill(full):
-    """No kernel spills registers (`KNOWN_SPILLS` aside), uses a stack, or has its matrix products serialised, and the compiler warns of nothing. Without --full, a
-    sample that covers every architecture. (On a machine with many cores: python -m flash_attention.build --check.)"""
+    """No kernel spills registers (`KNOWN_SPILLS` aside), uses a stack, or has its matrix products serialised, and the compiler warns of
+    nothing. Without --full, a sample that covers every architecture. (On a machine with many cores: python -m flash_attention.build --check.)
+    """
     wanted = specialisations(list(ARCHS)) if full else covering_sample()
     assert {kernel.arch for kernel in wanted} == set(ARCHS)
     inspected = zip(wanted, at_once(build.inspect, wanted), strict=True)
