@@ -111,7 +111,7 @@ def covering_sample() -> list[Specialisation]:
 @needs_nvcc
 def check_no_spill(full):
     """No kernel spills registers (`KNOWN_SPILLS` aside), uses a stack, or has its matrix products serialised, and the compiler warns of
-    nothing. Without --full, a sample that covers every architecture. (On a machine with many cores: python -m flash_attention.build --check.)
+    nothing. Without --full, a sample that covers every architecture. With many cores: python -m flash_attention.build --check.
     """
     wanted = specialisations(list(ARCHS)) if full else covering_sample()
     assert {kernel.arch for kernel in wanted} == set(ARCHS)

@@ -28,10 +28,10 @@ static_assert(CONSUMERS * (CONSUMER_REGISTERS - REGISTERS) <= REGISTERS - PRODUC
 constexpr int BLOCK_Q = 64 * CONSUMERS;
 // As many keys as the registers beside O allow; above 128, as shared memory allows. A masked tile's bits lie in one BitRow, so there it divides 128.
 constexpr int BLOCK_K = HEAD_DIM <= 128 ? 128 : HEAD_DIM > 192 || MASK || BIASED ? 64 : V_HEAD_DIM <= 128 ? 128 : 96;
-constexpr int STAGES = 2;                                 // pairs of K and V tiles in shared memory
-constexpr int Q_STAGES = HEAD_DIM <= (BIASED ? 64 : 128) ? 2 : 1;  // tiles of Q
-constexpr bool AHEAD = Q_STAGES > 1;                      // the next Q arrives while this one is still in use
-constexpr int V_PANELS = (V_HEAD_DIM + 63) / 64;          // of 64 columns of V and O; the last may be filled up with zeros
+constexpr int STAGES = 2;                                                         // pairs of K and V tiles in shared memory
+constexpr int Q_STAGES = HEAD_DIM <= 64 || (HEAD_DIM <= 128 && !BIASED) ? 2 : 1;  // tiles of Q
+constexpr bool AHEAD = Q_STAGES > 1;              // the next Q arrives while this one is still in use
+constexpr int V_PANELS = (V_HEAD_DIM + 63) / 64;  // of 64 columns of V and O; the last may be filled up with zeros
 constexpr int O_PANELS = V_PANELS % 2 == 0 && HEAD_DIM == V_HEAD_DIM && !MASK && !(BIASED && HEAD_DIM > 128) ? 2 : 1;  // that leave together
 static_assert(HEAD_DIM % 16 == 0 && V_HEAD_DIM % 16 == 0, "a product takes 16 columns of Q and K at a time, a store 16 of O");
 

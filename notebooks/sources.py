@@ -65,13 +65,13 @@ def _python(expression: str) -> str:
 
 
 def constants(*files: str, **given: int) -> dict[str, int]:
-    """The integer constants of some files, in order: `constexpr int NAME = …;`. Those that are given keep their value; one whose expression
-    cannot be computed from the others is left out. What says a kernel's kind is that of a plain one unless it is given."""
-    values = {"CAUSAL": 0, "INTERVAL": 0, "MASK": 0, "DROPOUT": 0, **given}
+    """The constants of some files, in order: `constexpr int NAME = …;`, or bool. Those that are given keep their value; one whose
+    expression cannot be computed from the others is left out. What says a kernel's kind is that of a plain one unless it is given."""
+    values = {"CAUSAL": 0, "INTERVAL": 0, "MASK": 0, "DROPOUT": 0, "SCORE": 0, "BIASED": 0, **given}
     if "HEAD_DIM" in given:
         values.setdefault("V_HEAD_DIM", given["HEAD_DIM"])
     for file in files:
-        for name, expression in re.findall(r"constexpr int (\w+) = (.+?);", source(file)):
+        for name, expression in re.findall(r"constexpr (?:int|bool) (\w+) = (.+?);", source(file)):
             try:
                 values.setdefault(name, eval(_python(expression), {}, dict(values)))
             except (NameError, SyntaxError):
