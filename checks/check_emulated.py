@@ -139,22 +139,27 @@ def check_wide_heads_without_dropout(D, Dv, options):
     against_truth(Case(B=1, H=2, Nq=200, Nk=150, D=D, Dv=Dv, dtype=torch.bfloat16, **options), target("hopper"))
 
 
-@pytest.mark.parametrize(("D", "causal"), [(160, True), (192, False), (256, True)])
-def check_wide_heads_do_not_depend_on_order(D, causal):
-    """A deterministic backward above 128 columns gives the same bits in whatever order threads run."""
-    problem = Problem.of(Case(B=1, H=1, Nq=200, Nk=300, D=D, dtype=torch.float16, causal=causal), target("hopper"))
-    results = []
+def same_in_any_order(case: Case, where: Target, orders: int) -> None:
+    """Asserts that the results of a case, gradients in deterministic mode, have the same bits in so many orders of threads and blocks."""
+    problem, results = Problem.of(case, where), []
     torch.use_deterministic_algorithms(True)
     try:
-        for seed in range(3):
+        for seed in range(orders):
             emulated.options.seed, emulated.options.resident = seed, 1 + seed
-            results.append(problem.answer(target("hopper")))
+            results.append(problem.answer(where))
     finally:
         torch.use_deterministic_algorithms(False)
         emulated.options.resident = 2
     for other in results[1:]:
         for first, again in zip(results[0], other, strict=True):
             assert first is again is None or torch.equal(first, again)
+
+
+@pytest.mark.parametrize(("D", "causal"), [(160, True), (192, False), (256, True)])
+def check_wide_heads_do_not_depend_on_order(D, causal):
+    """A deterministic backward above 128 columns gives the same bits in whatever order threads run."""
+    case = Case(B=1, H=1, Nq=200, Nk=300, D=D, dtype=torch.float16, causal=causal)
+    same_in_any_order(case, target("hopper"), orders=3)
 
 
 @pytest.mark.parametrize("kind", range(2))
@@ -186,19 +191,7 @@ def check_strides(name):
 @pytest.mark.parametrize("name", RUNGS)
 def check_forward_does_not_depend_on_order(name):
     """Whatever the order of threads, copies and products: the forward's bits are the same, and so are a deterministic backward's."""
-    problem = Problem.of(Case(B=1, H=2, Nq=150, Nk=300, D=64, dtype=HALF[name], causal=True), target(name))
-    results = []
-    torch.use_deterministic_algorithms(True)
-    try:
-        for seed in range(4):
-            emulated.options.seed, emulated.options.resident = seed, 1 + seed
-            results.append(problem.answer(target(name)))
-    finally:
-        torch.use_deterministic_algorithms(False)
-        emulated.options.resident = 2
-    for other in results[1:]:
-        for first, again in zip(results[0], other, strict=True):
-            assert first is again is None or torch.equal(first, again)
+    same_in_any_order(Case(B=1, H=2, Nq=150, Nk=300, D=64, dtype=HALF[name], causal=True), target(name), orders=4)
 
 
 @pytest.mark.parametrize("name", (*SERVE_EVERYTHING, "hopper_wide"))

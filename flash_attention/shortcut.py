@@ -62,15 +62,11 @@ def signature(q: Tensor, k: Tensor, v: Tensor, mask, causal, scale, dropout_p, w
         return None
     try:
         shapes, strides = (q.shape, k.shape, v.shape), (q.stride(), k.stride(), v.stride())
+        of_mask = () if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device, mask.data_ptr() % 16 == 0)
     except RuntimeError:  # of a nested tensor, which has no shape and is refused later
         return None
     dtypes = q.dtype, k.dtype, v.dtype
-    key: tuple[Hashable, ...] = shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, dropout_p, window, backend
-    if mask is not None:
-        try:
-            key += mask.shape, mask.stride(), mask.dtype, mask.device, mask.data_ptr() % 16 == 0
-        except RuntimeError:
-            return None
+    key = shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, dropout_p, window, backend, of_mask
     return key if window is None else (*key, *map(type, window))
 
 

@@ -135,32 +135,36 @@ def flash_attn_varlen_func(
         pages = block_table.long().clamp(0, k.shape[0] - 1)  # a page that no key needs may be any number
         k, v = (x[pages].flatten(1, 2)[there] for x in (k, v))
     window = _window(window_size)
-    spans = documents(lengths, k_lengths, causal=causal, window=window).to(q.device)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, total, D)
     wants_probabilities = return_attn_probs and dropout_p > 0
-    seeds, starts = [], list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))[:-1]
+    seeds = []
     options = {"scale": softmax_scale, "dropout_p": dropout_p, "softcap": softcap or None}
-    if alibi_slopes is not None and (alibi_slopes.dim() == 2 or not torch.equal(lengths, k_lengths)):
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **own) -> tuple[Tensor, Tensor]:
+        if wants_probabilities:
+            seeds.append(_next_seed(q))
+        return _attention(q, k, v, options | own, deterministic)
+
+    each_alone = alibi_slopes is not None and (alibi_slopes.dim() == 2 or not torch.equal(lengths, k_lengths))
+    if each_alone:
         parts = (x.split(n.tolist(), 2) for x, n in ((q, lengths), (k, k_lengths), (v, k_lengths)))
         slopes = alibi_slopes if alibi_slopes.dim() == 2 else alibi_slopes.expand(len(lengths), -1)
-        options |= {"causal": causal, "window": window}
-        found, corners = [], [(0, 0)] * len(starts)  # from where the bits of dropout are counted
-        for *part, one in zip(*parts, slopes, strict=True):
-            seeds.append(_next_seed(q) if wants_probabilities else None)
-            found.append(_attention(*part, options | {"alibi": one}, deterministic))
+        found = [attend(*part, alibi=one, causal=causal, window=window) for *part, one in zip(*parts, slopes, strict=True)]
         O, LSE = (torch.cat(x, 2) for x in zip(*found, strict=True))
     else:
-        seeds, corners = [_next_seed(q) if wants_probabilities else None] * len(starts), starts
-        O, LSE = _attention(q, k, v, options | {"spans": spans, "alibi": alibi_slopes}, deterministic)
-        slopes = [alibi_slopes] * len(starts)
+        spans = documents(lengths, k_lengths, causal=causal, window=window).to(q.device)
+        O, LSE = attend(q, k, v, alibi=alibi_slopes, spans=spans)
     probabilities = None
     if wants_probabilities:
         probabilities = q.new_zeros(len(lengths), q.shape[1], int(lengths.max()), int(k_lengths.max()))
-        for b, ((i, j), n, m) in enumerate(zip(starts, lengths.tolist(), k_lengths.tolist(), strict=True)):
+        starts = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), lengths.tolist(), k_lengths.tolist(), strict=False)
+        for b, (i, j, n, m) in enumerate(starts):
+            # Of one call, dropout counts from where the sequence begins.
+            seed, corner, slopes_here = (seeds[b], (0, 0), slopes[b]) if each_alone else (seeds[0], (i, j), alibi_slopes)
             seen = documents([n], [m], causal=causal, window=window).to(q.device)
-            dropout = Dropout(dropout_p, seeds[b], range(1), range(q.shape[1]), corners[b])
+            dropout = Dropout(dropout_p, seed, range(1), range(q.shape[1]), corner)
             part = q[:, :, i : i + n], k[:, :, j : j + m], LSE[:, :, i : i + n]
-            probabilities[b, :, :n, :m] = _probabilities(*part, seen, softmax_scale, dropout, softcap, slopes[b])[0]
+            probabilities[b, :, :n, :m] = _probabilities(*part, seen, softmax_scale, dropout, softcap, slopes_here)[0]
     O = O[0].transpose(0, 1)
     return (O, LSE[0], probabilities) if return_attn_probs else O
 
