@@ -255,6 +255,8 @@ def check_rotary_tables_and_gradients():
     new, turn = x[:, :1], {"rotary_cos": table, "rotary_sin": table}
     for function, words in (
         (lambda: flash_attn_with_kvcache(x, x, x, **turn), ["rotary_cos", "k and v"]),
+        (lambda: flash_attn_with_kvcache(x, x, x, new, new, rotary_sin=table, cache_seqlens=0), ["rotary_cos", "rotary_sin"]),
+        (lambda: flash_attn_with_kvcache(x, x, x, new, new, rotary_cos=table, cache_seqlens=0), ["rotary_cos", "rotary_sin"]),
         (lambda: flash_attn_with_kvcache(x, x, x, new, new, cache_seqlens=3, **turn), ["3 positions", "4 tokens"]),
         (lambda: flash_attn_with_kvcache(x, x, x, new, new, table[0], table[0], 3), ["positions, R / 2"]),
     ):

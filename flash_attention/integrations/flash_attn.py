@@ -264,9 +264,9 @@ def flash_attn_with_kvcache(
     if cache_batch_idx is not None:
         block_table = cache_batch_idx[:, None]  # a batch of the cache is one page of N tokens
     q = q.transpose(1, 2)
-    if rotary_cos is not None:
+    if rotary_cos is not None or rotary_sin is not None:
         tables = rotary_cos, rotary_sin
-        if k is None or rotary_sin is None:
+        if k is None or rotary_cos is None or rotary_sin is None:
             raise ValueError("rotary_cos goes with rotary_sin, and with the k and v that are appended")
         check_rotary(tables, device, known[0])
         stand_still = not causal and _window(window_size) is None
