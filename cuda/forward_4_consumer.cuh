@@ -8,8 +8,8 @@
 // A group skips tiles of keys that only rows of other groups see. Two groups have next to none, and under a mask registers do not suffice.
 constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL;
 
-// S = Q Kᵀ, under way: this consumer's 64 rows of Q.
-__device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& shared, int consumer, const Slot_Q& slot_Q, const Slot_KV& slot) {
+// S = Q Kᵀ, under way: this consumer's 64 rows of Q. Not from_zero: it is added to what S_rmem holds.
+__device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& shared, int consumer, const Slot_Q& slot_Q, const Slot_KV& slot, bool from_zero) {
     // Uniform, because a descriptor belongs in registers that the warp shares.
     const uint64_t Q_rows = ptx::descriptor(uniform(shared.Q + slot_Q.stage * Tile_Q::BYTES + consumer * 64 * ROW_BYTES));
     const uint64_t K_tile = ptx::descriptor(uniform(shared.K + slot.stage * Tile_K::BYTES));
@@ -17,7 +17,7 @@ __device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& s
 #pragma unroll
     for (int d = 0; d < HEAD_DIM / 16; ++d)
         ptx::wgmma_ss<element, BLOCK_K>(S_rmem, ptx::advance(Q_rows, d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
-                                        ptx::advance(K_tile, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK || d > 0);
+                                        ptx::advance(K_tile, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), !from_zero || d > 0);
     ptx::wgmma_commit_group();
 }
 
@@ -62,20 +62,31 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         const Slot_Q slot(q);
         ptx::mbarrier_wait(barrier(barriers.Q_full, slot.stage), slot.parity);
         const Work& work = shared.works[slot.stage];
-#if INTERVAL
+#if MASK
+        return Work{uniform(work.i0), uniform(work.h), uniform(work.b), uniform(work.k_tiles), nullptr};
+#elif INTERVAL
         return Work{uniform(work.i0),      uniform(work.h),          uniform(work.b),
                     uniform(work.k_tiles), uniform(work.first_tile), {uniform(work.all.start), uniform(work.all.stop)}};
 #else
         return Work{uniform(work.i0), uniform(work.h), uniform(work.b), uniform(work.k_tiles)};
 #endif
     };
-    // K, and the mask, from which S's sums start.
-    auto await_K = [&](const Slot_KV& slot, const Work& work, int j0) {
+    // K, and the mask, from which S's sums start where it hides something.
+    [[maybe_unused]] int visit = 0;  // under a mask: which tile has come (tile_lists.cuh)
+    auto await_K = [&](const Slot_KV& slot, [[maybe_unused]] const Work& work) {
         ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
 #if MASK
-        rows.start(S_rmem, shared.mask + slot.stage * MASK_BYTES, work, j0);
+        visit = uniform(shared.visits[slot.stage]);
+        if (hides(visit)) rows.start(S_rmem, shared.mask + slot.stage * MASK_BYTES, work, visit);
 #endif
     };
+#if MASK
+    auto j0_of = [&](const Work&, int) { return visit / 4 * BLOCK_K; };  // of the tile that has come
+    auto from_zero = [&] { return !hides(visit); };
+#else
+    auto j0_of = [&](const Work& work, int tile) { return work.j0(tile); };
+    auto from_zero = [&] { return true; };
+#endif
     auto await_V = [&](const Slot_KV& slot) { ptx::mbarrier_wait(barrier(barriers.V_full, slot.stage), slot.parity); };
 
     // ---- tiles of keys that none of its rows sees
@@ -101,12 +112,14 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     // A work's first S, under way.
     auto multiply_first = [&] {
         my_turn();
-        multiply_QK(S_rmem, shared, consumer, Slot_Q(q), Slot_KV(n));
+        multiply_QK(S_rmem, shared, consumer, Slot_Q(q), Slot_KV(n), from_zero());
         your_turn((consumer + 1) % CONSUMERS);
     };
     // S becomes what P is rounded from; alpha is what O must be multiplied by.
-    auto exponentials = [&](const Work& work, int j0) {
-        if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
+    auto exponentials = [&]([[maybe_unused]] const Work& work, [[maybe_unused]] int j0) {
+#if !MASK
+        if (rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
+#endif
         softmax(S_rmem, m_rmem, l_rmem, alpha, scale_log2);
     };
 
@@ -115,34 +128,34 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     if (work.k_tiles > 0) {
         int tile = skipped(work);
         skip(tile);
-        await_K(Slot_KV(n), work, work.j0(tile));
+        await_K(Slot_KV(n), work);
         multiply_first();
         while (true) {
             const Slot_Q slot_Q(q);
             // The first tile has no predecessor whose product could run under its softmax.
-            draw(keep, p, work, work.j0(tile));
+            draw(keep, p, work, j0_of(work, tile));
             ptx::wgmma_wait_group<0>();
 #pragma unroll
             for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] = 0;
             m_rmem[0] = m_rmem[1] = p.lowest, l_rmem[0] = l_rmem[1] = 0;
             release(barriers.K_empty, Slot_KV(n).stage);
             if (tile + 1 == work.k_tiles) release_Q(slot_Q);
-            exponentials(work, work.j0(tile));
+            exponentials(work, j0_of(work, tile));
             round_P(P_rmem, S_rmem, keep);
             ++tile, ++n;
             for (; tile < work.k_tiles; ++tile, ++n) {
                 const Slot_KV now(n), before(n - 1);
-                await_K(now, work, work.j0(tile));
+                await_K(now, work);
                 my_turn();
-                multiply_QK(S_rmem, shared, consumer, slot_Q, now);
+                multiply_QK(S_rmem, shared, consumer, slot_Q, now, from_zero());
                 await_V(before);
                 multiply_PV(O_rmem, P_rmem, shared, before);
                 your_turn((consumer + 1) % CONSUMERS);
-                draw(keep, p, work, work.j0(tile));
+                draw(keep, p, work, j0_of(work, tile));
                 ptx::wgmma_wait_group<1>();  // S is there
                 release(barriers.K_empty, now.stage);
                 if (tile + 1 == work.k_tiles) release_Q(slot_Q);
-                exponentials(work, work.j0(tile));
+                exponentials(work, j0_of(work, tile));
                 // The compiler would put the wait for O before the exponentials that O's product should run under, but moves it over no branch:
                 // the condition, which always holds, gives D 256 15 % and D 128 2 %. At D 64 it costs 2 to 4 %.
                 if (HEAD_DIM == 64 || scale_log2 > 0) {
@@ -165,7 +178,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             if (AHEAD) {
                 next = take();
                 tile = skipped(next);
-                if (tile == 0 && next.k_tiles > 0) await_K(Slot_KV(n), next, next.j0(0));
+                if (tile == 0 && next.k_tiles > 0) await_K(Slot_KV(n), next);
             }
             await_V(last);
             multiply_PV(O_rmem, P_rmem, shared, last);
@@ -174,7 +187,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                     ptx::wgmma_wait_group<0>();
                     release(barriers.V_empty, last.stage);
                     skip(tile);
-                    await_K(Slot_KV(n), next, next.j0(tile));
+                    await_K(Slot_KV(n), next);
                 }
                 multiply_first();
             }
@@ -186,7 +199,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             if (next.k_tiles == 0) break;
             if (!AHEAD) {
                 tile = 0;
-                await_K(Slot_KV(n), next, next.j0(0));
+                await_K(Slot_KV(n), next);
                 multiply_first();
             }
             work = next;
