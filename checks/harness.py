@@ -208,11 +208,12 @@ def _transposed(B, H, Nq, Nk, random):
 
 
 def _structured(B, H, Nq, Nk, random):
-    """Areas of 128 × 128 elements of which nothing may be attended, and others, in which each 64 × 64 are nothing, all, all but one element or one
-    alone, at a corner, or mixed."""
+    """Areas of 128 × 128 elements of which nothing or all may be attended, and others, in which each 64 × 64 are nothing, all, all but one
+    element or one alone, at a corner, or mixed."""
     rows, columns = -(-Nq // 128), -(-Nk // 128)
     kinds = torch.randint(7, (B, H, 2 * rows, 2 * columns), generator=random)  # 0 nothing, 1, 2 all, 3, 4 all but one, 5 one, 6 mixed
-    kinds[_each(torch.rand(B, H, rows, columns, generator=random) < 0.6, 2)] = 0
+    areas = _each(torch.rand(B, H, rows, columns, generator=random), 2)
+    kinds[areas < 0.5], kinds[areas > 0.8] = 0, 1
     mask = _each((kinds > 0) & (kinds < 5), 64)
     mask |= _each(kinds == 6, 64) & (torch.rand(mask.shape, generator=random) < 0.5)
     corners = mask.new_zeros(64, 64)

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 told_smem[stage] = at;  // seen by those who have waited for "full"
 #endif
 #if MASK
-                const bool with_mask = INTERVAL ? at.cut & MASKED : at.cut != 0;
+                const bool with_mask = takes_bits(at.cut);
 #else
                 constexpr bool with_mask = false;
 #endif
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
             // Whether some key of the tile is not seen by all rows; whether S's sums start from the mask.
 #if MASK
-            const bool cut = now.cut & CUT, masked = INTERVAL ? now.cut & MASKED : now.cut != 0;
+            const bool cut = now.cut & CUT, masked = takes_bits(now.cut);
 #elif INTERVAL
             const bool cut = now.cut;
 #else
@@ -164,12 +164,14 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::mbarrier_wait(barrier(barriers.Q_full, stage), slot.parity);
 #if MASK
             // Key j is seen by the rows from j − offset on.
-            start_S<BLOCK_Q>(S_rmem, mask_smem + stage * MASK_BYTES, i0 % BIT_COLUMNS, first_row, ROW_STEP, t, [&](int r, int w) {
+            if (masked) start_S<BLOCK_Q>(S_rmem, mask_smem + stage * MASK_BYTES, i0 % BIT_COLUMNS, first_row, ROW_STEP, t, [&](int r, int w) {
                 const int j = j0 + first_row + ROW_STEP * r;
                 return !cut || INTERVAL ? 0 : j >= p.Nk ? ~0u : CAUSAL ? first_bits(j - offset - i0 - 32 * w) : 0;
-            }, masked);
+            });
+            multiply(S_rmem, K_smem, Q_tile, !masked);
+#else
+            multiply(S_rmem, K_smem, Q_tile, true);
 #endif
-            multiply(S_rmem, K_smem, Q_tile, !MASK);
             ptx::mbarrier_wait(barrier(barriers.dO_full, stage), slot.parity);
             multiply(dP_rmem, V_smem, dO_tile, true);
 

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 told_smem[stage] = at;  // seen by those who have waited for "full"
 #endif
 #if MASK
-                const bool with_mask = INTERVAL ? at.cut & MASKED : at.cut != 0;
+                const bool with_mask = takes_bits(at.cut);
 #else
                 constexpr bool with_mask = false;
 #endif
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #if MASK
             // Key j is seen by the rows from j − offset on.
             const int i0 = at.tile * BLOCK_Q + consumer * ROWS;
-            const bool masked = INTERVAL ? at.cut & MASKED : at.cut != 0;
+            const bool masked = takes_bits(at.cut);
             if (masked) start_S<ROWS>(S_rmem, mask_smem, i0 % BIT_COLUMNS, first_row, ROW_STEP, t, [&](int r, int) {
                 const int j = j0 + first_row + ROW_STEP * r;
                 return INTERVAL ? 0u : first_bits(j >= p.Nk ? ROWS : CAUSAL ? j - offset - i0 : 0);

@@ -59,6 +59,10 @@ struct Told {
 };
 
 #if MASK
+// Whether a visit takes bits of the mask: where something is hidden. With tiles of 128 rows, or with intervals, registers suffice for no branch, and
+// all visits do.
+__device__ inline bool takes_bits(int cut) { return BLOCK_Q > 64 || INTERVAL || cut != 0; }
+
 struct Visit : Told {
     int left, end_bh, n = 0;  // so many are left of the head's list
     const int j0;             // of the block

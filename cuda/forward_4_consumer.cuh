@@ -57,12 +57,14 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     auto your_turn = [&](int next) { ptx::bar_arrive(1 + next, 2 * GROUP); };
 
     // ---- what it waits for
+    [[maybe_unused]] int visit = 0, following = 0;  // under a mask: which tile of keys has come (tile_lists.cuh), and which comes next
     // The next work, once its Q is there.
     auto take = [&] {
         const Slot_Q slot(q);
         ptx::mbarrier_wait(barrier(barriers.Q_full, slot.stage), slot.parity);
         const Work& work = shared.works[slot.stage];
 #if MASK
+        if (FULL_TAKE_NONE) following = uniform(shared.visits[STAGES + slot.stage]);
         return Work{uniform(work.i0), uniform(work.h), uniform(work.b), uniform(work.k_tiles), nullptr};
 #elif INTERVAL
         return Work{uniform(work.i0),      uniform(work.h),          uniform(work.b),
@@ -72,21 +74,27 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
 #endif
     };
     // K, and the mask, from which S's sums start where it hides something.
-    [[maybe_unused]] int visit = 0;  // under a mask: which tile has come (tile_lists.cuh)
     auto await_K = [&](const Slot_KV& slot, [[maybe_unused]] const Work& work) {
         ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
 #if MASK
-        visit = uniform(shared.visits[slot.stage]);
-        if (hides(visit)) rows.start(S_rmem, shared.mask + slot.stage * MASK_BYTES, work, visit);
+        if (FULL_TAKE_NONE) visit = following;
+        else if (CAUSAL) visit = uniform(shared.visits[slot.stage]);
+        if (!FULL_TAKE_NONE || hides(visit)) rows.start(S_rmem, shared.mask + slot.stage * MASK_BYTES, work, visit);
 #endif
     };
 #if MASK
     auto j0_of = [&](const Work&, int) { return visit / 4 * BLOCK_K; };  // of the tile that has come
-    auto from_zero = [&] { return !hides(visit); };
+    auto from_zero = [&] { return FULL_TAKE_NONE && !hides(visit); };
 #else
     auto j0_of = [&](const Work& work, int tile) { return work.j0(tile); };
     auto from_zero = [&] { return true; };
 #endif
+    // Which tile comes after one that has come. Lane 0 alone reads it, as it says for all that they are done with the place.
+    auto listen = [&]([[maybe_unused]] const Slot_KV& slot) {
+#if MASK
+        if (FULL_TAKE_NONE) following = uniform(lane == 0 ? shared.visits[slot.stage] : 0);
+#endif
+    };
     auto await_V = [&](const Slot_KV& slot) { ptx::mbarrier_wait(barrier(barriers.V_full, slot.stage), slot.parity); };
 
     // ---- tiles of keys that none of its rows sees
@@ -134,6 +142,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             const Slot_Q slot_Q(q);
             // The first tile has no predecessor whose product could run under its softmax.
             draw(keep, p, work, j0_of(work, tile));
+            listen(Slot_KV(n));
             ptx::wgmma_wait_group<0>();
 #pragma unroll
             for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] = 0;
@@ -152,6 +161,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                 multiply_PV(O_rmem, P_rmem, shared, before);
                 your_turn((consumer + 1) % CONSUMERS);
                 draw(keep, p, work, j0_of(work, tile));
+                listen(now);
                 ptx::wgmma_wait_group<1>();  // S is there
                 release(barriers.K_empty, now.stage);
                 if (tile + 1 == work.k_tiles) release_Q(slot_Q);

@@ -17,6 +17,9 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
         const uint32_t full = barrier(shared.barriers.Q_full, slot.stage);
         ptx::mbarrier_wait(barrier(shared.barriers.Q_empty, slot.stage), slot.parity ^ 1);
         shared.works[slot.stage] = work;  // seen by those who have waited for "full"
+#if MASK
+        if (FULL_TAKE_NONE && work.k_tiles > 0) shared.visits[STAGES + slot.stage] = schedule.visit(p, work, 0);
+#endif
         if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);
         ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES);
         load_boxes<Tile_Q, RowOrder>(shared.Q + slot.stage * Tile_Q::BYTES, maps.q, work.i0, work.h, work.b, full);
@@ -47,17 +50,19 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
         // Lists take the registers that it would need.
         Work& next = shared.works[Q_STAGES];
         if (EARLY) next = next_with_keys();
+        int following = FULL_TAKE_NONE ? schedule.visit(p, work, 0) : 0;
 #else
         const Work next = EARLY ? next_with_keys() : Work{};
 #endif
         for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
             const Slot_KV slot(n);
 #if MASK
-            const int visit = schedule.visit(p, work, tile);
-            const bool with_mask = hides(visit);
+            const int visit = FULL_TAKE_NONE ? following : schedule.visit(p, work, tile);
+            if (FULL_TAKE_NONE) following = tile + 1 < work.k_tiles ? schedule.visit(p, work, tile + 1) : 0;
+            const bool with_mask = !FULL_TAKE_NONE || hides(visit);
             before = keys, keys = {visit / 4 * BLOCK_K, kv_head(p, work.h), work.b};
             ptx::mbarrier_wait(barrier(shared.barriers.K_empty, slot.stage), slot.parity ^ 1);
-            shared.visits[slot.stage] = visit;  // seen by those who have waited for "full"
+            shared.visits[slot.stage] = FULL_TAKE_NONE ? following : visit;  // seen by those who have waited for "full"
 #else
             constexpr bool with_mask = false;
             before = keys, keys = {work.j0(tile), kv_head(p, work.h), work.b};

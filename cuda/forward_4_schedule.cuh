@@ -60,6 +60,10 @@ struct Deal {
 #endif
 
 #if MASK
+// Tiles in which nothing is hidden take no bits. Consumers are told a tile ahead, so that no product waits for that. Where three groups share the
+// registers these suffice for neither: there every tile takes bits, and rows need to know which one it is where the diagonal cuts it.
+constexpr bool FULL_TAKE_NONE = CONSUMERS == 2;
+
 // Under a mask of which lists have been made: from a queue, the longest first.
 struct Schedule {
 #if !INTERVAL
@@ -206,7 +210,7 @@ struct Shared {
     uint32_t V;     // STAGES × [BLOCK_K, V_HEAD_DIM]
     uint32_t O;     // [BLOCK_Q, 64 · O_PANELS]
     uint8_t* mask;  // STAGES × [BLOCK_Q] BitRow
-    int* visits;    // [STAGES]: under a mask, which tile of keys has come (tile_lists.cuh)
+    int* visits;    // [STAGES + Q_STAGES]: under a mask, which tile of keys this is, or which comes next (tile_lists.cuh); each Q's first
     Barriers& barriers;
     Work* works;    // [Q_STAGES]
 

@@ -39,7 +39,8 @@ using Tile_V = SwizzledTile<BLOCK_K, V_HEAD_DIM>;
 using Tile_O = SwizzledTile<BLOCK_Q, 64 * O_PANELS>;
 constexpr int O_ROWS = std::min(16, BOX_ROWS<Tile_O, RowOrder>);  // of a box of O: a warp's at most
 constexpr int MASK_BYTES = MASK ? BLOCK_Q * static_cast<int>(sizeof(BitRow)) : 0;
-constexpr int VISIT_BYTES = MASK ? 16 : 0;  // what the producer tells of each tile of keys
+constexpr int VISIT_BYTES = MASK ? 16 : 0;  // what the producer tells with each tile of keys, and of Q
+static_assert((STAGES + Q_STAGES) * sizeof(int) <= 16, "each has a place");
 constexpr int SMEM_BYTES = Q_STAGES * Tile_Q::BYTES + STAGES * (Tile_K::BYTES + Tile_V::BYTES + MASK_BYTES) + Tile_O::BYTES + VISIT_BYTES;
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 

@@ -25,16 +25,16 @@ inline cudaError_t make_mask_map(CUtensorMap* map, const AttentionParams& p, int
 }
 
 // This lane's part of two rows of accumulators, whose bits are rows `row` and row + step: columns 8n + 2t and 8n + 2t + 1 of the tile, which begins `first`
-// columns into the bits. more(r, w): further hidden columns of the r-th row, from 32·w on. Not `masked`: these alone.
+// columns into the bits. more(r, w): further hidden columns of the r-th row, from 32·w on.
 template <int COLUMNS, class More>
-__device__ inline void start_S(float (&S)[COLUMNS / 2], const uint8_t* tile, int first, int row, int step, int t, More more, bool masked = true) {
+__device__ inline void start_S(float (&S)[COLUMNS / 2], const uint8_t* tile, int first, int row, int step, int t, More more) {
     static_assert(BIT_COLUMNS % COLUMNS == 0, "a tile's bits lie in one row");
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const uint32_t* words = reinterpret_cast<const BitRow*>(tile)[row + step * r].word + first / 32;
 #pragma unroll
         for (int w = 0; w < COLUMNS / 32; ++w) {
-            start_sums((masked ? words[w] : 0) | more(r, w), t, [&](int n, int c) -> float& { return S[4 * (4 * w + n) + 2 * r + c]; });
+            start_sums(words[w] | more(r, w), t, [&](int n, int c) -> float& { return S[4 * (4 * w + n) + 2 * r + c]; });
         }
     }
 }
