@@ -1,6 +1,6 @@
 """A ring of GPUs beside one GPU on its share of the work: speed, balance, what travels, memory, and when copies stop hiding.
 
-    torchrun --nproc_per_node 2 benchmarks/ring.py --json results/ring.json        # bfloat16, H 16 on 8, D 128
+    torchrun --nproc_per_node 2 benchmarks/ring.py --json results/h200_ring_2.json  # bfloat16, H 16 on 8, D 128
     torchrun --nproc_per_node 2 benchmarks/ring.py --device cpu --length 2048           # a trial by gloo, float32
 
 Forward and backward. Contenders take turns on all ranks at once, and a call counts as long as its slowest rank: "ring" is the whole call,

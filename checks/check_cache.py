@@ -10,6 +10,7 @@ from harness import expect_error, run_alone
 from flash_attention.backends import BACKENDS, emulated
 from flash_attention.cache import KeyValueCache, attend
 from flash_attention.reference import normal_attention
+from flash_attention.scores import rotary
 
 EMULATED = "emulated:split_keys"
 WHY_NOT = BACKENDS[EMULATED]._why_no_kernels(0)
@@ -199,6 +200,45 @@ def check_graph(page_size):
         want = truth(q.cpu(), keys[:, :, : n + 1].cpu(), values[:, :, : n + 1].cpu(), None, True)
         torch.testing.assert_close(O.double().cpu(), want, rtol=0, atol=2e-3)
     assert cache[0].lengths.tolist() == [prompt + tokens] * B
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("starts", (None, [3, 8, 0]))
+def check_rotary_and_scores(starts, interleaved):
+    """Keys and queries turn with their own positions, which padding does not count in; softcap and ALiBi: as each sequence by itself."""
+    B, H, Hkv, D, R, random = 3, 4, 2, 16, 8, torch.Generator().manual_seed(0)
+    angles, slopes = torch.rand(64, R // 2, dtype=torch.float64, generator=random), torch.rand(B, H, generator=random)
+    turn = {"rotary": (angles.cos(), angles.sin()), "interleaved": interleaved}
+    cache = KeyValueCache(1, B, Hkv, D, 64, dtype=torch.float64, page_size=16)
+    if starts:
+        cache.pad_left(starts)
+    keys, values = [[] for _ in range(B)], [[] for _ in range(B)]
+    for n, counts in ((20, [20, 11, 9]), (1, None), (3, [0, 2, 3])):
+        k, v = (torch.randn(B, Hkv, n, D, dtype=torch.float64, generator=random) for _ in range(2))
+        cache[0].append(k, v, None if counts is None else torch.tensor(counts), **turn)
+        for b in range(B):
+            meant = n if counts is None else counts[b]
+            keys[b].append(k[b, :, :meant]), values[b].append(v[b, :, :meant])
+    Nq = 2
+    q = torch.randn(B, H, Nq, D, dtype=torch.float64, generator=random)
+    O, LSE = attend(q, cache[0], softcap=2.0, alibi=slopes, return_lse=True, **turn)
+    for b in range(B):
+        start = starts[b] if starts else 0
+        k, v = (torch.cat(x[b], 1)[None, :, start:] for x in (keys, values))
+        n = k.shape[2]
+        cos, sin = (x[:n] for x in turn["rotary"])
+        turned = [rotary(x, cos[-x.shape[2] :], sin[-x.shape[2] :], interleaved=interleaved) for x in (q[b, None], k)]
+        seen = torch.ones(Nq, n, dtype=torch.bool).tril(n - Nq)[None, None]
+        want, lse = normal_attention(*turned, v, seen, softcap=2.0, alibi=slopes[b], return_lse=True)
+        torch.testing.assert_close(O[b, None], want)
+        torch.testing.assert_close(LSE[b, None], lse)
+    k = k[:, :, :1].expand(B, -1, -1, -1)
+    before = cache.keys.clone()
+    short = (angles[:20].cos(), angles[:20].sin())
+    expect_error(lambda: cache[0].append(k, k, rotary=short), ValueError, ["20 positions", "22 tokens"])
+    expect_error(lambda: cache[0].append(k, k, rotary=(angles[0], angles[0])), ValueError, ["positions, R / 2"])
+    expect_error(lambda: attend(q, cache[0], softcap=2.0, backend=EMULATED), NotImplementedError, ["softcap"])
+    assert torch.equal(cache.keys, before)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,7 @@ def check_other_head_sizes(name):
 # Each size of hopper's between 64, 128 and 256, and hopper_wide's with panels that are not full, in part or not at all; D, Dv.
 MORE_SIZES = {
     "hopper": [(72, 72), (96, 88), (112, 112), (160, 160), (192, 192), (192, 128), (184, 40)],
-    "hopper_float32": [(256, 256), (512, 320)],  # wide forward; the backward is simple's
-    "hopper_float32_wide": [(320, 512), (256, 136), (256, 256), (136, 512)],
+    "hopper_float32": [(320, 512), (256, 136), (256, 256), (136, 512)],
     "hopper_wide": [(512, 512), (384, 264), (296, 320), (512, 72)],
 }
 MORE = [(name, *sizes, n % 2) for name, each in MORE_SIZES.items() for n, sizes in enumerate(each)]  # plain or everything, by turns

@@ -52,11 +52,23 @@ def check_scores():
     torch.testing.assert_close(flash_attn_func(q, k, v, softcap=0.0), flash_attn_func(q, k, v))
 
 
+def turned(x: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """x (n, heads, D), its first 2 · angles.shape[1] features turned as complex numbers by angles (n, R / 2)."""
+    half = angles.shape[1]
+    pairs = (half, 2) if interleaved else (2, half)
+    moved = x[..., : 2 * half].unflatten(-1, pairs)
+    moved = (moved if interleaved else moved.mT).contiguous()
+    moved = torch.view_as_real(torch.view_as_complex(moved) * torch.polar(torch.ones_like(angles), angles)[:, None])
+    return torch.cat(((moved if interleaved else moved.mT).flatten(-2), x[..., 2 * half :]), -1)
+
+
+@pytest.mark.parametrize("scored", (None, "interleaved", "halves"))
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("leftpad", (False, True))
 @pytest.mark.parametrize("kind", ("plain", "int", "all", "batch index", "pages"))
-def check_cache(kind, leftpad, causal):
-    """Appends in place, at each sequence's own length, and nowhere else; attends over what is there."""
+def check_cache(kind, leftpad, causal, scored):
+    """Appends in place, at each sequence's own length, and nowhere else; attends over what is there. scored: with softcap, ALiBi and rotary
+    embeddings of the first 8 features, pairs interleaved or not."""
     B, Nq, H, Hkv, D, N, n = 3, 2, 4, 2, 16, 32, 2
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(B, m, h, D, dtype=torch.float64, generator=random) for m, h in ((Nq, H), (n, Hkv), (n, Hkv)))
@@ -82,20 +94,32 @@ def check_cache(kind, leftpad, causal):
     else:
         caches = held.clone()
     untouched = caches.clone()
+    softcap, slopes = None, [None] * B
+    if scored:
+        softcap, slopes, angles = 2.0, torch.rand(B, H, generator=random), torch.rand(N + 2, 4, dtype=torch.float64, generator=random)
+        options |= {"softcap": softcap, "alibi_slopes": slopes, "rotary_interleaved": scored == "interleaved"}
+        if n:
+            options |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
     O, LSE = flash_attn_with_kvcache(
         q, caches[0], caches[1], k, v, cache_leftpad=pads, causal=causal, return_softmax_lse=True, num_splits=3, **options
     )
     for b in range(B):
         start, length = 0 if pads is None else int(pads[b]), int(before[b])
+        queries = q[b]
         for x, new in zip(held, (k, v), strict=True):
             if new is not None:
-                x[b, length : length + n] = new[b]
+                keys_turn = scored and new is k
+                x[b, length : length + n] = turned(new[b], angles[length : length + n], scored == "interleaved") if keys_turn else new[b]
+        if scored and n:  # queries too: where they stand if causal, else all where the first does
+            at = length + torch.arange(Nq) * causal
+            queries = turned(queries, angles[at], scored == "interleaved")
         seen = torch.ones(Nq, length + n, dtype=torch.bool)
         if causal:
             seen = seen.tril(length + n - Nq)
         seen[:, :start] = False
         one = (x[b : b + 1, : length + n].transpose(1, 2) for x in held)
-        want, lse = normal_attention(q[b : b + 1].transpose(1, 2), *one, seen[None, None], return_lse=True)
+        scores = {"softcap": softcap, "alibi": slopes[b]}
+        want, lse = normal_attention(queries[None].transpose(1, 2), *one, seen[None, None], return_lse=True, **scores)
         torch.testing.assert_close(O[b], want[0].transpose(0, 1))
         torch.testing.assert_close(LSE[b], lse[0])
     if kind == "batch index":
@@ -128,6 +152,27 @@ def check_windows(causal, window):
             one = (x[b : b + 1].transpose(1, 2) for x in (queries, k[:, :n], v[:, :n]))
             want = normal_attention(*one, seen_by(queries.shape[1], n, causal, window)[None, None])
             torch.testing.assert_close(O[b : b + 1], want.transpose(1, 2))
+
+
+@pytest.mark.parametrize("k_lengths", ([4, 1, 7], [6, 3, 7]), ids=("as many", "more keys"))
+def check_packed_scores(k_lengths):
+    """softcap and slopes, one a head or for each sequence too: every sequence as by itself, LSE and gradients too."""
+    lengths = [4, 1, 7]
+    cu, cu_k = (torch.tensor([0, *each]).cumsum(0).int() for each in (lengths, k_lengths))
+    q = torch.randn(12, 4, 16, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(sum(k_lengths), 2, 16, dtype=torch.float64) for _ in range(2))
+    for slopes in (None, torch.rand(4), torch.rand(3, 4)):
+        options = {"causal": True, "window_size": (3, -1), "softcap": 2.0, "return_attn_probs": True}
+        O, LSE, _ = flash_attn.flash_attn_varlen_func(q, k, v, cu, cu_k, 7, 7, alibi_slopes=slopes, **options)
+        parts = zip(q.split(lengths), k.split(k_lengths), v.split(k_lengths), strict=True)
+        alone = [
+            flash_attn_func(*(x[None] for x in part), alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[b], **options)
+            for b, part in enumerate(parts)
+        ]
+        want, lse = torch.cat([x[0][0] for x in alone]), torch.cat([x[1][0] for x in alone], -1)
+        torch.testing.assert_close(O, want)
+        torch.testing.assert_close(LSE, lse)
+        torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), q)[0] for x in (O, want)))
 
 
 @pytest.mark.parametrize("paged", (False, True))
@@ -168,14 +213,15 @@ def check_packed_sequences(causal, window, paged):
     torch.testing.assert_close(packed, flash_attn_qkvpacked_func(qkv[None], causal=True)[0])
 
 
-def check_probabilities():
+@pytest.mark.parametrize("scores", ({}, {"softcap": 1.5, "alibi_slopes": torch.tensor([0.3, 0.2, 0.1, 0.0])}), ids=("plain", "scores"))
+def check_probabilities(scores):
     """What is returned is what was dropped, and the generator is where it would be without; packed sequences have their own."""
     q, k, v = (torch.randn(2, n, h, 16, dtype=torch.float64) for n, h in ((6, 4), (40, 2), (40, 2)))
     torch.manual_seed(5)
-    O, LSE, P = flash_attn_func(q, k, v, 0.25, causal=True, return_attn_probs=True)
+    O, LSE, P = flash_attn_func(q, k, v, 0.25, causal=True, **scores, return_attn_probs=True)
     after = torch.rand(1)
     torch.manual_seed(5)
-    assert torch.equal(flash_attn_func(q, k, v, 0.25, causal=True), O)
+    assert torch.equal(flash_attn_func(q, k, v, 0.25, causal=True, **scores), O)
     assert torch.equal(torch.rand(1), after)
     assert 0.1 < float((P < 0).sum() / (P != 0).sum()) < 0.4
     values = v.transpose(1, 2).repeat_interleave(2, 1)
@@ -183,7 +229,7 @@ def check_probabilities():
     torch.testing.assert_close(P.abs().sum(-1), torch.ones_like(LSE))
     cu_seqlens, k_cu_seqlens = (torch.tensor([0, n, 2 * n], dtype=torch.int32) for n in (6, 40))
     packed = (x.flatten(0, 1) for x in (q, k, v))
-    O, _, P = flash_attn.flash_attn_varlen_func(*packed, cu_seqlens, k_cu_seqlens, 6, 40, 0.25, return_attn_probs=True)
+    O, _, P = flash_attn.flash_attn_varlen_func(*packed, cu_seqlens, k_cu_seqlens, 6, 40, 0.25, **scores, return_attn_probs=True)
     torch.testing.assert_close(O.unflatten(0, (2, 6)).transpose(1, 2), P.clamp(min=0) / 0.75 @ values)
 
 
@@ -203,14 +249,16 @@ def check_deterministic():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def check_what_is_not_served_is_named():
+def check_rotary_tables_and_gradients():
     x = torch.randn(1, 4, 2, 16)
-    cu, varlen = torch.tensor([0, 4], dtype=torch.int32), flash_attn.flash_attn_varlen_func
-    for options, words in (({"softcap": 30.0}, ["softcap"]), ({"alibi_slopes": torch.ones(2)}, ["alibi_slopes"])):
-        expect_error(lambda options=options: flash_attn_func(x, x, x, 0.1, **options, return_attn_probs=True), NotImplementedError, words)
-        expect_error(lambda options=options: flash_attn_with_kvcache(x, x, x, **options), NotImplementedError, words)
-        expect_error(lambda options=options: varlen(x[0], x[0], x[0], cu, cu, 4, 4, **options), NotImplementedError, words)
-    expect_error(lambda: flash_attn_with_kvcache(x, x, x, rotary_cos=x), NotImplementedError, ["rotary_cos"])
+    table = torch.zeros(3, 4)
+    new, turn = x[:, :1], {"rotary_cos": table, "rotary_sin": table}
+    for function, words in (
+        (lambda: flash_attn_with_kvcache(x, x, x, **turn), ["rotary_cos", "k and v"]),
+        (lambda: flash_attn_with_kvcache(x, x, x, new, new, cache_seqlens=3, **turn), ["3 positions", "4 tokens"]),
+        (lambda: flash_attn_with_kvcache(x, x, x, new, new, table[0], table[0], 3), ["positions, R / 2"]),
+    ):
+        expect_error(function, ValueError, words)
     expect_error(lambda: flash_attn_with_kvcache(x.requires_grad_(), x, x), NotImplementedError, ["gradients", "no_grad"])
 
 

@@ -36,6 +36,13 @@ SETTINGS = {
     "spans of each head": {"spans": torch.randint(-9, N + 9, (2, 4, N, 2), generator=torch.Generator().manual_seed(0)).sort(-1)[0].int()},
     "dropout": {"dropout_p": 0.2},
     "causal, dropout": {"causal": True, "dropout_p": 0.2},
+    "softcap": {"softcap": 1.5},
+    "ALiBi": {"alibi": torch.tensor([0.5, 0.25, 0.1, 0.02])},
+    "causal, ALiBi of each sequence": {"causal": True, "alibi": torch.linspace(0.01, 0.4, 8).view(2, 4)},
+    "everything and scores": {
+        **{"causal": True, "dropout_p": 0.3, "spans": documents([50, 46])},
+        **{"softcap": 2.0, "alibi": torch.tensor([0.3, 0.2, 0.1, 0.0])},
+    },
     "everything": {"causal": True, "dropout_p": 0.3, "window": (40, None), "spans": documents([50, 46])},
 }
 
@@ -152,7 +159,8 @@ def shares(size: int, order: str, settings: dict, Nq: int = N) -> list[ring.Shar
     def local(rank: int):
         return None if spans is None else torch.cat([spans[:, :, run.start : run.stop] for run in orders.runs(Nq, size, rank, order)], 2)
 
-    return [ring.Share(Nq, N, size, rank, order, as_set, local(rank), torch.device("cpu")) for rank in range(size)]
+    device, alibi = torch.device("cpu"), settings.get("alibi")
+    return [ring.Share(Nq, N, size, rank, order, as_set, local(rank), device, alibi) for rank in range(size)]
 
 
 @pytest.mark.parametrize("Nq", (N, N // 2, 2 * N))
@@ -175,7 +183,7 @@ def check_parts(size, order, Nq):
                 sees = wanted[:, :, rows][..., columns]
                 parts = share.parts(owner)
                 assert share.needs[owner] == bool(sees.any()) == bool(parts), f"{name}: rank {share.rank}, shard of {owner}: {parts}"
-                most = len(share.held) * len(share.columns_of(owner)) if "dropout_p" in settings else 1
+                most = len(share.held) * len(share.columns_of(owner)) if share.by_position else 1
                 assert len(parts) <= most, f"{name}: {len(parts)} calls in a step"
                 for part in parts:
                     i, j = rows[part.rows], columns[part.columns]
@@ -254,8 +262,8 @@ def check_trips():
 def layers(mesh) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest differences of the outputs, and of the weights' gradients, between a layer on two ranks and on one."""
     torch.manual_seed(0)
-    one = FlashAttention(32, heads=4, dim_head=8, kv_heads=2, causal=True, dropout=0.2).double()
-    two = FlashAttention(32, heads=4, dim_head=8, kv_heads=2, causal=True, dropout=0.2, parallel=mesh).double()
+    settings = {"heads": 4, "dim_head": 8, "kv_heads": 2, "causal": True, "dropout": 0.2, "softcap": 3.0, "alibi": True}
+    one, two = (FlashAttention(32, **settings, **spread).double() for spread in ({}, {"parallel": mesh}))
     two.load_state_dict(one.state_dict())
     x = torch.randn(2, 48, 32, dtype=torch.float64)
     torch.manual_seed(1)
@@ -267,6 +275,7 @@ def layers(mesh) -> tuple[torch.Tensor, torch.Tensor]:
     for parameter in two.parameters():
         dist.all_reduce(parameter.grad, group=mesh.get_group())
     gradients = [(a.grad - b.grad).abs().max() for a, b in zip(one.parameters(), two.parameters(), strict=True)]
+    expect_error(lambda: two(share, score_bias=torch.zeros(4, 48, 48, dtype=torch.float64)), ValueError, ["score_bias"])
     expect_error(lambda: two(share, mask=torch.ones(2, 48, dtype=torch.bool)), ValueError, ["mask"])
     assert "parallel=" in repr(two)
     return (shard(whole, mesh, dim=1) - share).abs().max(), torch.stack(gradients).max()
@@ -302,7 +311,7 @@ def several(rank: int) -> dict:
     methods, events = [], []
     real = ring.Ring.forward, parallel.all_to_all.attention, ring.exchange, ring.compute, ring.Ring._finish
     ring.Ring.forward = lambda *a: (methods.append("ring"), real[0](*a))[1]
-    parallel.all_to_all.attention = lambda *a: (methods.append("all_to_all"), real[1](*a))[1]
+    parallel.all_to_all.attention = lambda *a, **options: (methods.append("all_to_all"), real[1](*a, **options))[1]
     ring.exchange = lambda *a: (events.append("start"), real[2](*a))[1]
     ring.compute = lambda *a: (events.append("compute"), real[3](*a))[1]
     ring.Ring._finish = lambda *a: (events.append("wait"), real[4](*a))[1]
@@ -363,6 +372,8 @@ MISMATCHES = {
     "spans": lambda: call(spans=torch.zeros(1, 1, 8, 2, dtype=torch.int32)),
     "scale": lambda: call(scale=0.1),
     "dropout_p": lambda: call(dropout_p=0.1),
+    "softcap": lambda: call(softcap=2.0),
+    "alibi": lambda: call(alibi=torch.ones(6)),
     "order": lambda: call(order="contiguous"),
     "method": lambda: call(method="ring"),
     "has_gradients": lambda: call(q=torch.zeros(1, 6, 8, 8, requires_grad=True)),
@@ -371,6 +382,8 @@ REFUSED = {
     "no tensor": lambda: call(q=None),
     "dtypes": lambda: call(q=torch.zeros(1, 6, 8, 8, dtype=torch.float64)),
     "dropout_p": lambda: call(dropout_p=1.5),
+    "softcap": lambda: call(softcap=-1.0),
+    "alibi": lambda: call(alibi=torch.ones(5)),
     "odd share": lambda: call(**{x: torch.zeros(1, 6, 7, 8) for x in "qkv"}),
     "order": lambda: call(order="any"),
     "method": lambda: call(method="any"),

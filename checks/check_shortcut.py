@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Case, dtype_served, run_alone
+from harness import Case, dtype_served, half_served, run_alone, skip_unless_masks
 
 from flash_attention import flash_attention, interface, shortcut
 
@@ -51,7 +51,7 @@ def check_no_two_calls_are_confused(target, slow_calls):
     q, k, v = inputs(target)
     H, N = q.shape[1:3]
     tall = torch.cat((q, q, q), -1)
-    half = torch.float16 if q.dtype != torch.float16 else torch.bfloat16
+    others = [] if half_served(target) == torch.float32 else {torch.float16, torch.bfloat16} - {q.dtype}
     off = torch.empty(q.numel() + 1, dtype=q.dtype, device=q.device)[1:].view(q.shape).copy_(q)  # begins beside a multiple of 16 bytes
     calls = [
         ((q, k, v), {}),
@@ -70,7 +70,7 @@ def check_no_two_calls_are_confused(target, slow_calls):
         ((q, off, v), {}),
         ((q, k, off), {}),
         ((q.reshape(1, 2 * H, N, -1), k.reshape(1, 2 * H, N, -1), v.reshape(1, 2 * H, N, -1)), {}),
-        ((q.to(half), k.to(half), v.to(half)), {}),
+        *(((q.to(dtype), k.to(dtype), v.to(dtype)), {}) for dtype in others),
     ]
     want = []
     for arguments, settings in calls:
@@ -83,8 +83,42 @@ def check_no_two_calls_are_confused(target, slow_calls):
             assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(got, expected, strict=True)), f"call {n}"
 
 
+def check_masks_and_dropout(target, slow_calls):
+    """The second call of one with a mask, or dropout, is short too, and every mask of another shape, stride or address is its own."""
+    q, k, v = (x.requires_grad_() for x in inputs(target))
+    skip_unless_masks(target)
+    B, H, N = q.shape[:3]
+    full = torch.rand(B, H, N, N, device=q.device) < 0.7
+    # The sixth begins beside a multiple of 16 bytes.
+    off = torch.empty(full.numel() + 1, dtype=torch.bool, device=q.device)[1:].view(full.shape).copy_(full)
+    masks = full[:, 0, 0], full[:, :1, :1], full[:1, :1], full, full.mT, off, ~full, None
+
+    def call(mask, dropout_p):
+        torch.manual_seed(5)
+        O, LSE = flash_attention(q, k, v, mask, dropout_p=dropout_p, return_lse=True, backend=target.backend)
+        return O, LSE, *torch.autograd.grad(O, (q, k, v), torch.ones_like(O))
+
+    calls = [(mask, dropout_p) for mask in masks for dropout_p in (0.0, 0.25)]
+    want = []
+    for arguments in calls:
+        shortcut._kept.clear()
+        want.append(call(*arguments))
+    shortcut._kept.clear()
+    for again in (False, True):
+        slow_calls.clear()
+        for n, (arguments, expected) in enumerate(zip(calls, want, strict=True)):
+            got = call(*arguments)
+            assert all(map(torch.equal, got[:2], expected[:2])), f"call {n}"
+            close = (torch.allclose(a, b, atol=1e-2) for a, b in zip(got, expected, strict=True))  # gradients are summed in any order
+            assert all(close), f"gradients of call {n}"
+        assert len(slow_calls) == (0 if again else len(calls) - 2), "~full is told like full"
+    for wrong, error in ((full.float(), TypeError), (full[..., :-1], ValueError), (full.cpu(), ValueError)):
+        with pytest.raises(error):
+            call(wrong, 0.0)
+
+
 def check_what_is_not_plain_takes_the_long_way(target, slow_calls):
-    q, k, v = inputs(target, dtype=torch.float16)
+    q, k, v = inputs(target, dtype=half_served(target))
     attend = partial(flash_attention, backend=target.backend)
 
     def long_way(call) -> bool:
@@ -95,8 +129,9 @@ def check_what_is_not_plain_takes_the_long_way(target, slow_calls):
     plain = partial(attend, q, k, v)
     plain()
     assert not long_way(plain)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        assert long_way(plain), "autocast"
+    if q.dtype == torch.float16:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            assert long_way(plain), "autocast"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         assert long_way(plain), "a profiler"
     assert long_way(lambda: torch.func.vmap(attend)(q[None], k[None], v[None])), "vmap"

@@ -512,7 +512,7 @@ TABLE = {
         ("ptx::wgmma_wait_group<1>();  // the piece before has been read", "//", HEAD_256_FLOAT32),
         ("join(l_rmem, [](float x, float y) { return x + y; });", "", HEAD_256_FLOAT32),
     ],
-    ("hopper_float32_wide", "backward_5_float32_wide.cu"): [
+    ("hopper_float32", "backward_5_float32_wide.cu"): [
         ("meet();  // both groups are done with the last tile's dS", "//", HEAD_256_FLOAT32),
         ("meet();                    // dS is whole", "//", HEAD_256_FLOAT32),
         ("ptx::fence_proxy_async();  // this thread's part of dS", NO_BARRIER, HEAD_256_FLOAT32),

@@ -16,11 +16,12 @@ from flash_attention.backends import BACKENDS, check_name
 from flash_attention.backends.split_keys import Plan
 from flash_attention.build import BuildError
 from flash_attention.interface import DTYPES, flash_attention
+from flash_attention.reference.tiles import sum_dtype
+from flash_attention.scores import rotary as rotate
 
 RUNG = "split_keys"
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MOST = torch.finfo(FLOAT8).max
-FLOAT8_TIMED = False  # whether None takes the kernel for float8: it has run on the emulator alone so far
 ROUNDED = 256  # lengths, for the kernel's plan: a plan serves so many tokens one after another
 
 
@@ -59,8 +60,7 @@ class KeyValueCache:
             pages: how many there are for all sequences together, in each layer; as many as `capacity` can need unless given.
             float8: keep e4m3 numbers, half of the memory of float16, with a scale for each head that follows from the first tokens
                 appended: numbers twice as large as the largest of those still fit, larger ones become the largest that does. A number
-                is kept to about 3 %. backend="split_keys" reads them as they are, anything else as a copy in `dtype`: the kernel has not
-                been timed on a GPU yet.
+                is kept to about 3 %. The kernel for few queries reads them as they are, anything else a copy in `dtype`.
 
         Raises:
             ValueError: a size is not a positive integer, or pages are given without a page_size. TypeError: dtype is none of those above.
@@ -157,21 +157,36 @@ class Layer:
         self.longest: int | None = 0
         self.equal = True
 
-    def append(self, k: Tensor, v: Tensor, counts: Tensor | None = None) -> None:
+    def append(
+        self,
+        k: Tensor,
+        v: Tensor,
+        counts: Tensor | None = None,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        interleaved: bool = False,
+    ) -> None:
         """Writes the next n tokens of each sequence behind those it has.
 
         Args:
             k: (B, Hkv, n, D), v: (B, Hkv, n, Dv), any strides.
             counts: integers (B,), of each sequence's n tokens the first counts[b] ≤ n are meant, the others are filling; all n
                 unless given.
+            rotary: tables cos and sin, float (positions, R / 2) (`scores.rotary_angles`): the first R features of a key are rotated by the
+                angles of its position, which counts from its sequence's first token that is not padding. `attend` rotates queries so.
+            interleaved: as in `scores.rotary`.
 
         Raises:
-            TypeError, ValueError: shapes, dtypes or devices do not fit, or the capacity is exceeded. MemoryError: no page is left.
+            TypeError, ValueError: shapes, dtypes or devices do not fit, or the capacity, or the tables' length, is exceeded.
+            MemoryError: no page is left.
             NotImplementedError: k or v requires gradients. Nothing has been written then. Only an append that a CUDA graph replays
                 cannot be checked on the host: past the capacity it fails with a device-side assertion.
         """
         self._check(k, v, counts)
         n = k.shape[2]
+        if rotary is not None:
+            check_rotary(rotary, k.device, None if self.longest is None else self.longest + n)
+            k = rotated(k, self.lengths, self.cache.starts, rotary, interleaved)
         capturing = k.is_cuda and torch.cuda.is_current_stream_capturing()
         if self.longest is not None and not capturing:
             if self.longest + n > self.cache.capacity:
@@ -222,8 +237,38 @@ class Layer:
                 raise ValueError(f"counts must be between 0 and n = {k.shape[2]}, got {counts.tolist()}")
 
 
+def check_rotary(tables: tuple[Tensor, Tensor], device: torch.device, most: int | None) -> None:
+    """tables: cos and sin. most: the most tokens of a sequence, where the host knows."""
+    cos, sin = tables
+    if cos.dim() != 2 or cos.shape != sin.shape or not cos.device == sin.device == device:
+        shown = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in tables)
+        raise ValueError(f"rotary's cos and sin must both be (positions, R / 2) on {device}, got {shown}")
+    if most is not None and most > len(cos):
+        raise ValueError(f"rotary's tables have {len(cos)} positions, and {most} tokens need one each")
+
+
+def rotated(
+    x: Tensor, before: Tensor, starts: Tensor | None, tables: tuple[Tensor, Tensor], interleaved: bool, stand_still: bool = False
+) -> Tensor:
+    """x (B, heads, n, D), rotated by the angles of its places. before: integers (B,), how many tokens came before the first. stand_still:
+    all n stand where the first does."""
+    first = before if starts is None else before - starts
+    places = first[:, None] + torch.arange(x.shape[2], device=x.device) * (not stand_still)  # (B, n)
+    return rotate(x, *(table[places.clamp(min=0)] for table in tables), interleaved=interleaved)
+
+
 def attend(
-    q: Tensor, layer: Layer, *, causal: bool = True, scale: float | None = None, return_lse: bool = False, backend: str | None = None
+    q: Tensor,
+    layer: Layer,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    interleaved: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the newest queries of each sequence over all of its tokens in the cache, which are read where they lie.
 
@@ -232,6 +277,8 @@ def attend(
         layer: `cache[n]`, with the queries' own keys and values appended.
         causal: query i of sequence b sees its tokens j ≤ lengths[b] − Nq + i; otherwise all of them. Padding is never seen.
         scale: of the scores; 1/√D unless given.
+        softcap, alibi: as in `flash_attention()`; the newest query stands at its sequence's last token.
+        rotary, interleaved: rotates the queries, as `append` does the keys: query i by the angles of token lengths[b] − Nq + i.
         return_lse: return LSE (B, H, Nq) too.
         backend: "split_keys", the kernel for few rows, which reads lengths and pages on the device, or "emulated:split_keys", the same on a
             CPU; another name as for `flash_attention()`, which gets a mask, and a copy where keys lie in pages. None: the kernel for few
@@ -250,10 +297,13 @@ def attend(
         raise ValueError(f"q must have shape {wanted}, got {tuple(q.shape)}")
     if q.dtype != cache.dtype:
         raise TypeError(f"q must be {cache.dtype} as the cache, got {q.dtype}")
+    if rotary is not None:
+        check_rotary(rotary, q.device, layer.longest)
+        q = rotated(q, layer.lengths - q.shape[2], cache.starts, rotary, interleaved)
     known = (layer.longest, layer.equal)
     return attend_keys(
         q, layer.keys, layer.values, layer.lengths, cache.starts, cache.block_table, cache.capacity, known,
-        causal=causal, scale=scale, return_lse=return_lse, backend=backend, scales=layer.scales,
+        causal=causal, scale=scale, return_lse=return_lse, backend=backend, scales=layer.scales, softcap=softcap, alibi=alibi,
     )  # fmt: skip
 
 
@@ -273,11 +323,13 @@ def attend_keys(
     backend: str | None,
     window: tuple[int | None, int | None] | None = None,
     scales: Tensor | None = None,
+    softcap: float | None = None,
+    alibi: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attend` on any keys: k and v (B, Hkv, N, D or Dv), or with a block_table int32 (B, pages of a sequence) (pages, Hkv, page_size, D
     or Dv), any strides. lengths, starts: int32 (B,) on their device. known: what the host knows of the lengths, as `Layer.longest` and
     `Layer.equal`. window: (left, right) as `flash_attention()` takes it, aligned with each sequence's end.
-    scales: float32 (2, Hkv), where k and v are float8."""
+    scales: float32 (2, Hkv), where k and v are float8. alibi: slopes (H,) or (B, H)."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise NotImplementedError("attention over a cache has no gradients, and an input requires them: call under torch.no_grad()")
     check_name(backend)
@@ -291,7 +343,10 @@ def attend_keys(
         starts, left = first if starts is None else torch.maximum(starts, first), None
     name = RUNG if backend is None and q.is_cuda else backend
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    if name is not None and name.split(":")[-1] == RUNG and left is right is None:
+    scored = softcap is not None or alibi is not None
+    if scored and backend is not None and backend.split(":")[-1] == RUNG:
+        raise NotImplementedError(f"backend {backend!r} cannot serve this call: it has no softcap and alibi")
+    if name is not None and name.split(":")[-1] == RUNG and left is right is None and not scored:
         most = capacity if longest is None else min(capacity, -(-max(longest, 1) // ROUNDED) * ROUNDED)
         try:
             plan = Plan.of(BACKENDS[name], q, k, v, block_table is not None, most, causal, scale)
@@ -300,8 +355,7 @@ def attend_keys(
                 raise
         else:
             reason = plan.why_not(k, v)
-            chosen = plan.pays and (scales is None or FLOAT8_TIMED)
-            if reason is None and (backend is not None or capturing or chosen):
+            if reason is None and (backend is not None or capturing or plan.pays):
                 O, LSE = plan(q, k, v, lengths, starts, block_table, scales, return_lse)
                 return (O, LSE) if return_lse else O
             if backend is not None:
@@ -316,7 +370,7 @@ def attend_keys(
     k, v = k[:, :, :longest], v[:, :, :longest]
     if scales is not None:
         k, v = ((x.float() * scale[:, None, None]).to(q.dtype) for x, scale in zip((k, v), scales, strict=True))
-    mask = None
+    mask = bias = None
     if not equal or starts is not None:
         j, end = torch.arange(longest, device=q.device), lengths[:, None, None, None]
         place = end - torch.arange(q.shape[2], 0, -1, device=q.device)[:, None]  # (B, 1, Nq, 1), the columns at which queries stand
@@ -327,9 +381,13 @@ def attend_keys(
         if starts is not None:
             mask = mask & (j >= starts[:, None, None, None])
         causal, window = False, None
+        if alibi is not None and not equal:  # each sequence's queries stand at another column
+            distance = (place - j).abs().to(sum_dtype(q))
+            bias, alibi = -alibi.to(distance.dtype)[..., None, None] * distance, None
     else:
         window = None if left is right is None else (left, right)
-    return flash_attention(q, k, v, mask, causal=causal, window=window, scale=scale, return_lse=return_lse, backend=backend)
+    options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias, "alibi": alibi}
+    return flash_attention(q, k, v, mask, **options, return_lse=return_lse, backend=backend)
 
 
 def _of_pages(x: Tensor, pages: Tensor) -> Tensor:

@@ -85,16 +85,17 @@ def flash_attention(
         options |= {"backend": backend, "block_size": block_size, "softcap": softcap, "bias": bias, "alibi": alibi}
         return handle_torch_function(flash_attention, (q, k, v, mask, spans, bias, alibi), q, k, v, mask, **options)
     key = None
-    if mask is None and spans is None and block_size is None and softcap is None and bias is None and alibi is None:
-        key = shortcut.signature(q, k, v, causal, scale, dropout_p, window, backend)
+    if spans is None and block_size is None and softcap is None and bias is None and alibi is None:
+        key = shortcut.signature(q, k, v, mask, causal, scale, dropout_p, window, backend)
     kept = None if key is None else shortcut.kept(key, q, k, v)
     if kept is None:
         scored = softcap, bias, alibi
         result = _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, scored, backend, block_size, key)
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        result = attention(kept.plan, q, k, v, None, None, None, kept.settings)
-    else:
+    elif kept.needs_nothing and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         result = kept.plan.repeat(q, k, v, return_lse)
+    else:
+        mask = broadcast_mask(mask, *q.shape[:3], k.shape[2])
+        result = attention(kept.plan, q, k, v, mask, None, _seed(q) if dropout_p else None, kept.settings)
     return result if return_lse else result[0]
 
 

@@ -212,12 +212,12 @@ class FlashAttention(nn.Module):
             O = flash_attention(q, k, v, mask, **options, **scored, block_size=self.block_size)
         elif mask is not None or self.block_size is not None:
             raise ValueError("a layer that is parallel takes no mask and no block_size; causal and window say what a row of the whole sees")
-        elif any(x is not None for x in scored.values()):
-            raise ValueError("a layer that is parallel takes no softcap, score_bias and alibi")
+        elif scored.pop("bias") is not None:
+            raise ValueError("a layer that is parallel takes no score_bias")
         else:
             from flash_attention.parallel import parallel_attention  # here, for builds of torch without torch.distributed
 
-            O = parallel_attention(q, k, v, **options, group=self.parallel, order=self.order)
+            O = parallel_attention(q, k, v, **options, **scored, group=self.parallel, order=self.order)
         return self.to_out(O.transpose(1, 2).flatten(2).to(dtype))
 
     def _project(self, stream: str, x: Tensor) -> Tensor:

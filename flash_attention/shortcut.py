@@ -1,8 +1,8 @@
 """A call like one before it: straight to its kernel.
 
 On the host, most of a small call's time goes into checking it, choosing a backend and making its plan. Shapes, strides, dtypes and settings
-determine all of that, so plans are kept. The next call of the plainest kind (no mask, no spans, no dropout, nobody looking on) is told by
-what it was given, before any check, and only fills in addresses. Any other is checked, and then finds its plan.
+determine all of that, so plans are kept. The next call of a plain kind (a mask and dropout, but no spans or changed scores; nobody looking
+on) is told by what it was given, before any check, and only fills in addresses. Any other is checked, and then finds its plan.
 """
 
 from collections.abc import Callable, Hashable
@@ -22,6 +22,7 @@ CAPACITY = 1024  # of kept plans: where lengths grow without end, the table star
 class Kept(NamedTuple):
     plan: cuda.Forward
     settings: Settings
+    needs_nothing: bool  # but memory: no mask, no dropout, no copy
 
 
 _kept: dict[Hashable, Any] = {}  # Kept by what `signature` gives, and plans
@@ -41,8 +42,8 @@ def nobody_looks_on(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def signature(q: Tensor, k: Tensor, v: Tensor, causal, scale, dropout_p, window, backend) -> Hashable | None:
-    """What determines the plan of this call, or None if it is not of the plainest kind. Nothing has been checked yet."""
+def signature(q: Tensor, k: Tensor, v: Tensor, mask, causal, scale, dropout_p, window, backend) -> Hashable | None:
+    """What determines the plan of this call, or None if it is not of a plain kind. Nothing has been checked yet."""
     plain = (
         nobody_looks_on(q, k, v)
         and q.is_cuda
@@ -53,7 +54,7 @@ def signature(q: Tensor, k: Tensor, v: Tensor, causal, scale, dropout_p, window,
         and type(causal) is bool
         and (scale is None or type(scale) is float)
         and type(dropout_p) is float
-        and dropout_p == 0
+        and (mask is None or (type(mask) is Tensor and mask.layout is torch.strided))
         and (window is None or type(window) is tuple)
         and (backend is None or type(backend) is str)
     )
@@ -64,7 +65,12 @@ def signature(q: Tensor, k: Tensor, v: Tensor, causal, scale, dropout_p, window,
     except RuntimeError:  # of a nested tensor, which has no shape and is refused later
         return None
     dtypes = q.dtype, k.dtype, v.dtype
-    key = shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, window, backend
+    key = shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, dropout_p, window, backend
+    if mask is not None:
+        try:
+            key += mask.shape, mask.stride(), mask.dtype, mask.device, mask.data_ptr() % 16 == 0
+        except RuntimeError:
+            return None
     return key if window is None else (*key, *map(type, window))
 
 
@@ -74,15 +80,15 @@ def kept(key: Hashable, q: Tensor, k: Tensor, v: Tensor) -> Kept | None:
         found = _kept.get(key)
     except TypeError:  # a window that holds something unhashable, and is refused later
         return None
-    if found is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+    if found is None or (found.needs_nothing and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16):
         return None
     return found
 
 
 def keep(key: Hashable, plan: Callable, settings: Settings) -> None:
-    """Keeps the plan of a call that has been checked, unless something has to be done before or after its launch."""
-    if isinstance(plan, cuda.Forward) and plan.is_plain:
-        _keep(key, Kept(plan, settings))
+    """Keeps the plan of a call that has been checked."""
+    if isinstance(plan, cuda.Forward):
+        _keep(key, Kept(plan, settings, plan.is_plain))
 
 
 def plan(which: int, call: Call) -> Callable:

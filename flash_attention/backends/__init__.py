@@ -22,7 +22,7 @@ from . import cuda, emulated, reference
 
 BACKENDS = {**cuda.RUNGS, "reference": reference, **emulated.RUNGS}
 # A name that stands for the fastest of several.
-GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.teaching and rung.timed)}
+GROUPS = {"cuda": tuple(name for name, rung in cuda.RUNGS.items() if not rung.teaching)}
 DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
 # A rung that was chosen, not asked for by its name: what it was chosen from, None as "", then its own name. Where its kernel, forward or
 # backward, cannot be built, another choice takes its place: every backward computes from the same O and LSE.

@@ -64,7 +64,6 @@ class Rung:
     intervals: bool = False  # rows that see an interval of their own: windows, spans, parts of a larger whole
     scores: tuple[str, ...] = ()  # which of softcap, bias and alibi its kernels apply
     teaching: bool = False  # a step of the ladder, taken only by name
-    timed: bool = True  # on a GPU; until a rung has been, it is taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
     wide_forward: tuple[int, str] | None = None  # above this head size the forward has a file of its own
@@ -381,17 +380,9 @@ HOPPER_FLOAT32 = Rung(
     masks=(("bits",), ("key bits",)),
     dropout=True,
     wide_forward=(128, "forward_5_float32_wide.cu"),
-    wide_backward=(128, "backward_1_simple.cu"),
+    wide_backward=(128, "backward_5_float32_wide.cu"),
     least_scores=((128, 1 << 22), (512, 1 << 18)),
     forward_workspace=True,
-)
-# With a backward on tensor cores for the wider heads, too, which no GPU has timed yet.
-HOPPER_FLOAT32_WIDE = replace(
-    HOPPER_FLOAT32,
-    name="hopper_float32_wide",
-    head_dims=(256, 512),
-    wide_backward=(128, "backward_5_float32_wide.cu"),
-    timed=False,
 )
 
 RUNGS = {
@@ -444,7 +435,6 @@ RUNGS = {
             multiple_of=8,
             teaching=True,
         ),
-        HOPPER_FLOAT32_WIDE,
         *(
             Rung(
                 name=name,

@@ -3,8 +3,7 @@
     from flash_attention.integrations.flash_attn import flash_attn_func, flash_attn_with_kvcache
 
 Tensors are (B, N, H, D), as there, of any dtype and on any device that `flash_attention()` takes. dropout_p is rounded to a multiple of
-1/256. What is not computed here raises NotImplementedError, which names it: rotary embeddings, and in packed sequences and over a cache
-softcap and ALiBi.
+1/256.
 """
 
 from contextlib import contextmanager
@@ -12,9 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from flash_attention.cache import attend_keys
+from flash_attention.cache import attend_keys, check_rotary, rotated
 from flash_attention.interface import _seed, flash_attention
 from flash_attention.reference.dropout import Dropout
+from flash_attention.reference.score import Score, broadcast_alibi
 from flash_attention.spans import documents
 
 __all__ = [
@@ -47,13 +47,10 @@ def flash_attn_func(
     return_attn_probs: return (O, LSE (B, H, Nq), None). With dropout the third is (B, H, Nq, Nk), the probabilities, negative where they
         are dropped: a matrix that is computed beside the kernels, for checks.
 
-    Raises:
-        NotImplementedError: return_attn_probs with dropout and softcap or alibi_slopes. Otherwise as `flash_attention()`.
+    Raises: as `flash_attention()`.
     """
     options = {"causal": causal, "window": _window(window_size), "scale": softmax_scale, "dropout_p": dropout_p}
     options |= {"softcap": softcap or None, "alibi": alibi_slopes}
-    if return_attn_probs and dropout_p:
-        _refuse(softcap=softcap, alibi_slopes=alibi_slopes)  # the matrix of probabilities is made beside the kernels, without them
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     seed = _next_seed(q) if return_attn_probs and dropout_p else None
     O, LSE = _attention(q, k, v, options, deterministic)
@@ -61,7 +58,7 @@ def flash_attn_func(
     if seed is not None:
         spans = documents([q.shape[2]], [k.shape[2]], causal=causal, window=_window(window_size)).to(q.device)
         dropout = Dropout(dropout_p, seed, range(q.shape[0]), range(q.shape[1]))
-        probabilities = _probabilities(q, k, LSE, spans, softmax_scale, dropout)
+        probabilities = _probabilities(q, k, LSE, spans, softmax_scale, dropout, softcap, alibi_slopes)
     O = O.transpose(1, 2)
     return (O, LSE, probabilities) if return_attn_probs else O
 
@@ -126,10 +123,11 @@ def flash_attn_varlen_func(
     block_table: int32 (B, pages of a sequence): k and v are (pages, page_size, Hkv, D or Dv), and copied.
     deterministic, return_attn_probs: as in `flash_attn_func`, with LSE (H, total of queries) and probabilities (B, H, longest, longest).
 
-    Raises:
-        NotImplementedError: softcap or alibi_slopes. Otherwise as `flash_attention()`.
+    ALiBi's distances are those in each sequence. Where slopes differ between sequences, or their queries and keys in number, each
+    sequence is a call of its own.
+
+    Raises: as `flash_attention()`.
     """
-    _refuse(softcap=softcap, alibi_slopes=alibi_slopes)
     lengths, k_lengths = cu_seqlens_q.diff(), cu_seqlens_k.diff()
     if block_table is not None:
         page_size = k.shape[1]
@@ -139,18 +137,30 @@ def flash_attn_varlen_func(
     window = _window(window_size)
     spans = documents(lengths, k_lengths, causal=causal, window=window).to(q.device)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, total, D)
-    seed = _next_seed(q) if return_attn_probs and dropout_p else None
-    O, LSE = _attention(q, k, v, {"spans": spans, "scale": softmax_scale, "dropout_p": dropout_p}, deterministic)
+    wants_probabilities = return_attn_probs and dropout_p > 0
+    seeds, starts = [], list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))[:-1]
+    options = {"scale": softmax_scale, "dropout_p": dropout_p, "softcap": softcap or None}
+    if alibi_slopes is not None and (alibi_slopes.dim() == 2 or not torch.equal(lengths, k_lengths)):
+        parts = (x.split(n.tolist(), 2) for x, n in ((q, lengths), (k, k_lengths), (v, k_lengths)))
+        slopes = alibi_slopes if alibi_slopes.dim() == 2 else alibi_slopes.expand(len(lengths), -1)
+        options |= {"causal": causal, "window": window}
+        found, corners = [], [(0, 0)] * len(starts)  # from where the bits of dropout are counted
+        for *part, one in zip(*parts, slopes, strict=True):
+            seeds.append(_next_seed(q) if wants_probabilities else None)
+            found.append(_attention(*part, options | {"alibi": one}, deterministic))
+        O, LSE = (torch.cat(x, 2) for x in zip(*found, strict=True))
+    else:
+        seeds, corners = [_next_seed(q) if wants_probabilities else None] * len(starts), starts
+        O, LSE = _attention(q, k, v, options | {"spans": spans, "alibi": alibi_slopes}, deterministic)
+        slopes = [alibi_slopes] * len(starts)
     probabilities = None
-    if seed is not None:
-        longest, k_longest = int(lengths.max()), int(k_lengths.max())
-        probabilities = q.new_zeros(len(lengths), q.shape[1], longest, k_longest)
-        starts = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), lengths.tolist(), k_lengths.tolist(), strict=False)
-        for one, (i, j, n, m) in zip(probabilities, starts, strict=True):
+    if wants_probabilities:
+        probabilities = q.new_zeros(len(lengths), q.shape[1], int(lengths.max()), int(k_lengths.max()))
+        for b, ((i, j), n, m) in enumerate(zip(starts, lengths.tolist(), k_lengths.tolist(), strict=True)):
             seen = documents([n], [m], causal=causal, window=window).to(q.device)
-            dropout = Dropout(dropout_p, seed, range(1), range(q.shape[1]), (i, j))
+            dropout = Dropout(dropout_p, seeds[b], range(1), range(q.shape[1]), corners[b])
             part = q[:, :, i : i + n], k[:, :, j : j + m], LSE[:, :, i : i + n]
-            one[:, :n, :m] = _probabilities(*part, seen, softmax_scale, dropout)[0]
+            probabilities[b, :, :n, :m] = _probabilities(*part, seen, softmax_scale, dropout, softcap, slopes[b])[0]
     O = O[0].transpose(0, 1)
     return (O, LSE[0], probabilities) if return_attn_probs else O
 
@@ -225,7 +235,9 @@ def flash_attn_with_kvcache(
         k, v: (B, n, Hkv, D), written to positions cache_seqlens[b] … + n − 1 of sequence b.
         cache_seqlens: tokens that the cache holds before, an int or int32 (B,); all N unless given.
         cache_batch_idx: int32 (B,), the cache's batch that is sequence b. Where an index comes twice, appended keys may be either's.
-        cache_leftpad: int32 (B,), the first token that may be attended.
+        rotary_cos, rotary_sin: (positions, R / 2): k is rotated before it is written, by the angles of its positions; so is q, which then
+            stands at the same positions, or, without causal and window_size, at the first of them. rotary_interleaved: `scores.rotary`'s.
+        cache_leftpad: int32 (B,), the first token that may be attended. Positions for rotary count padding too.
         block_table: int32 (B, pages of a sequence), the page in which tokens page_size · p … lie.
         causal, window_size: aligned bottom-right, the last query sees the last token.
         num_splits: has no effect: the number follows from the sizes.
@@ -234,11 +246,10 @@ def flash_attn_with_kvcache(
         (B, Nq, H, D), and LSE (B, H, Nq) if return_softmax_lse. No gradients.
 
     Raises:
-        NotImplementedError: softcap, alibi_slopes, rotary_cos, rotary_sin; gradients.
+        NotImplementedError: gradients.
         TypeError, ValueError: shapes, dtypes or devices do not fit, or, where lengths are on the CPU, the cache is too short. Nothing
             has been written then.
     """
-    _refuse(softcap=softcap, alibi_slopes=alibi_slopes, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
     capacity = _check_cache(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     B, device = q.shape[0], q.device
     n = 0 if k is None else k.shape[1]
@@ -248,6 +259,15 @@ def flash_attn_with_kvcache(
         before = torch.full((B,), before, dtype=torch.int32, device=device)
     if cache_batch_idx is not None:
         block_table = cache_batch_idx[:, None]  # a batch of the cache is one page of N tokens
+    q = q.transpose(1, 2)
+    if rotary_cos is not None:
+        tables = rotary_cos, rotary_sin
+        if k is None or rotary_sin is None:
+            raise ValueError("rotary_cos goes with rotary_sin, and with the k and v that are appended")
+        check_rotary(tables, device, known[0])
+        stand_still = not causal and _window(window_size) is None
+        q = rotated(q, before, None, tables, rotary_interleaved, stand_still)
+        k = rotated(k.transpose(1, 2), before, None, tables, rotary_interleaved).transpose(1, 2)
     if n:
         places = before[:, None] + torch.arange(n, device=device)
         if block_table is None:
@@ -258,8 +278,9 @@ def flash_attn_with_kvcache(
         k_cache[rows, places] = k
         v_cache[rows, places] = v
     O = attend_keys(
-        q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2), before + n, cache_leftpad, block_table, capacity, known,
+        q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), before + n, cache_leftpad, block_table, capacity, known,
         causal=causal, window=_window(window_size), scale=softmax_scale, return_lse=return_softmax_lse, backend=None,
+        softcap=softcap or None, alibi=alibi_slopes,
     )  # fmt: skip
     return (O[0].transpose(1, 2), O[1]) if return_softmax_lse else O.transpose(1, 2)
 
@@ -318,21 +339,19 @@ def _next_seed(q: Tensor) -> Tensor:
         return _seed(q)
 
 
-def _probabilities(q: Tensor, k: Tensor, LSE: Tensor, spans: Tensor, scale: float | None, dropout: Dropout) -> Tensor:
+def _probabilities(
+    q: Tensor, k: Tensor, LSE: Tensor, spans: Tensor, scale: float | None, dropout: Dropout, softcap: float, slopes: Tensor | None
+) -> Tensor:
     """(B, H, Nq, Nk) in q's dtype: softmax of the scores of the columns that each row's span holds, negative where dropped."""
     Nq, Nk, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     j = torch.arange(Nk, device=q.device)
     seen = (j >= spans[..., :1]) & (j < spans[..., 1:])
     q_wide, k_wide = q.detach().to(LSE.dtype), k.detach().to(LSE.dtype).repeat_interleave(group, 1)
     S = q_wide @ k_wide.mT * (q.shape[3] ** -0.5 if scale is None else scale)
+    score = Score.of(softcap or None, None, None if slopes is None else broadcast_alibi(slopes, *q.shape[:2]), Nk - Nq)
+    S = S if score is None else score(S, slice(0, Nq), slice(0, Nk))
     P = (S - LSE.detach()[..., None]).exp().where(seen, 0).to(q.dtype)
     return P.where(dropout.keep(slice(0, Nq), slice(0, Nk)), -P)
-
-
-def _refuse(**settings) -> None:
-    for name, x in settings.items():
-        if x is not None and (isinstance(x, Tensor) or x):
-            raise NotImplementedError(f"{name} is not computed here")
 
 
 def _check_cache(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table) -> int:

@@ -44,6 +44,7 @@ DOCUMENTS = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))  # several 
 EAGER_ONLY = {
     "git": "its text layers add the mask to scores of their own",
     "bigbird_pegasus": "its encoder adds the mask to scores of its own",
+    "deepseek_v4": "its layers append numbers that are added to scores to a mask of True and False, where 0 would hide",
     "bridgetower": "its layers declare themselves causal where, without a mask, they are not",
 }
 

@@ -17,7 +17,7 @@ from flash_attention import interface
 from flash_attention.backends import check_name
 from flash_attention.call import Settings
 from flash_attention.parallel import all_to_all, ring
-from flash_attention.parallel.agreement import METHODS, Terms, agree, refuse
+from flash_attention.parallel.agreement import METHODS, Terms, agree, digest, refuse
 from flash_attention.parallel.order import ORDERS, Group, group_of, positions, runs, shard, unshard
 
 __all__ = ["ORDERS", "all_to_all_attention", "parallel_attention", "positions", "ring_attention", "shard", "unshard"]
@@ -39,6 +39,8 @@ def parallel_attention(
     spans: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi: Tensor | None = None,
     return_lse: bool = False,
     order: str = "zigzag",
     method: str | None = None,
@@ -50,7 +52,8 @@ def parallel_attention(
     Args:
         q: (B, H, Nq / ranks, D), k: (B, Hkv, Nk / ranks, D), v: (B, Hkv, Nk / ranks, Dv): this rank's shares, as `shard` cuts them.
         group: a ProcessGroup, a DeviceMesh of one dimension, or None for all ranks.
-        causal, window, scale, return_lse, backend: as in `flash_attention()`, for the whole sequence.
+        causal, window, scale, softcap, return_lse, backend: as in `flash_attention()`, for the whole sequence.
+        alibi: slopes (H,) or (B, H), the same on every rank; distances are those in the whole.
         spans: int32 (B or 1, H or 1, Nq / ranks, 2), of this rank's rows, `shard(documents(…), group)` for example: columns of the whole.
         dropout_p: as in `flash_attention()`. The seed is drawn by the group's first rank, from its generator.
         order: "zigzag", in which causal work is balanced, or "contiguous", in which a window has fewer neighbours.
@@ -74,6 +77,7 @@ def parallel_attention(
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     try:
         interface._check(q, k, v, causal, scale, dropout_p, window, spans, None)
+        softcap, _, alibi = interface._checked_scores(softcap, None, alibi, q, k)
         check_name(backend)
         if method not in (None, *METHODS):
             raise ValueError(f"method must be None or one of {', '.join(map(repr, METHODS))}, got {method!r}")
@@ -92,17 +96,19 @@ def parallel_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     left, right = window or (None, None)
-    settings = Settings(D**-0.5 if scale is None else float(scale), float(dropout_p), left, 0 if causal else right)
-    share = ring.Share(Nq * ranks, Nk * ranks, ranks, rank, order, settings, spans, q.device)
+    settings = Settings(D**-0.5 if scale is None else float(scale), float(dropout_p), left, 0 if causal else right, softcap=softcap)
+    share = ring.Share(Nq * ranks, Nk * ranks, ranks, rank, order, settings, spans, q.device, alibi)
     has_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     shapes = B, H, Hkv, Nq, Nk, D, Dv
-    terms = Terms(*shapes, q.dtype, causal, left, right, spans is not None, *settings[:2], order, method, has_gradients)
+    of_scores = settings.scale, settings.dropout_p, softcap, digest(alibi)
+    terms = Terms(*shapes, q.dtype, causal, left, right, spans is not None, *of_scores, order, method, has_gradients)
     needs, seed = agree(group, q.device, terms, share.needs, (lambda: interface._seed(q)) if dropout_p else None)
     if method == "ring":
         how = ring.Ring(share, group, ring.trips(needs), backend, observe)
         O, LSE = ring.RingAttention.apply(how, q, k, v, seed)
     else:
-        O, LSE = all_to_all.attention(q, k, v, spans, group, order, causal, window, settings.scale, backend)
+        options = {"causal": causal, "window": window, "scale": settings.scale, "softcap": softcap, "backend": backend}
+        O, LSE = all_to_all.attention(q, k, v, spans, alibi, group, order, **options)
     return (O, LSE) if return_lse else O
 
 

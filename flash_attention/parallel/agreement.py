@@ -8,6 +8,7 @@ The same message carries the seed of dropout, drawn by the group's first rank, a
 """
 
 import struct
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ class Terms(NamedTuple):
     has_spans: bool
     scale: float
     dropout_p: float
+    softcap: float | None
+    alibi: int | None  # its `digest`
     order: str
     method: str
     has_gradients: bool  # else some ranks would wait for the others' backward
@@ -47,6 +50,11 @@ class Terms(NamedTuple):
 NONE = -(2**62)
 WORDS = (*ORDERS, *METHODS)
 DTYPE_NUMBER = {dtype: n for n, dtype in enumerate(DTYPES)}
+
+
+def digest(x: Tensor | None) -> int | None:
+    """A number that tells tensors with different contents apart, but for chance. The host waits for the device."""
+    return None if x is None else zlib.crc32(x.detach().cpu().contiguous().view(torch.uint8).numpy())
 
 
 def _number(value) -> int:
@@ -65,7 +73,7 @@ def _shown(name: str, number: int) -> str:
     if number == NONE:
         return "None"
     hint = Terms.__annotations__[name]
-    if hint is float:
+    if hint in (float, float | None):
         return str(struct.unpack("d", struct.pack("q", number))[0])
     if hint is str:
         return repr(WORDS[number])

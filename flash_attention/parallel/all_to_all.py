@@ -24,18 +24,17 @@ def why_not(ranks: int, H: int, Hkv: int, dropout_p: float) -> str | None:
     return None
 
 
-def attention(
-    q, k, v, spans: Tensor | None, group: ProcessGroup, order: str, causal, window, scale, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """O and LSE of this rank's rows, differentiable."""
+def attention(q, k, v, spans: Tensor | None, alibi: Tensor | None, group: ProcessGroup, order: str, **options) -> tuple[Tensor, Tensor]:
+    """O and LSE of this rank's rows, differentiable. alibi: (B, H). options: `flash_attention()`'s."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    heads = q.shape[1] // ranks
+    own = slice(rank * heads, (rank + 1) * heads)
     if spans is not None:
         spans = unshard(spans, group, order=order)
-        heads = q.shape[1] // ranks
-        spans = spans if spans.shape[1] == 1 else spans[:, rank * heads : (rank + 1) * heads]
+        spans = spans if spans.shape[1] == 1 else spans[:, own]
+    alibi = None if alibi is None else alibi[:, own]
     whole = (ToHeads.apply(x, group, order) for x in (q, k, v))  # (B, H / ranks, N, D)
-    options = {"causal": causal, "window": window, "spans": spans, "scale": scale, "backend": backend}
-    O, LSE = flash_attention(*whole, **options, return_lse=True)
+    O, LSE = flash_attention(*whole, spans=spans, alibi=alibi, **options, return_lse=True)
     return ToPositions.apply(O, group, order), ToPositions.apply(LSE.unsqueeze(-1), group, order).squeeze(-1)
 
 

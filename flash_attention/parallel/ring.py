@@ -55,6 +55,7 @@ class Share:
     settings: Settings
     spans: Tensor | None  # (B or 1, H or 1, this rank's rows, 2): columns of the whole
     device: torch.device
+    alibi: Tensor | None = None  # slopes (B, H)
     held: list[range] = field(init=False)  # this rank's rows
     seen: list[list[list[bool]]] = field(init=False)  # [shard][run of rows][run of columns]: whether some row sees some column
 
@@ -73,6 +74,11 @@ class Share:
         return runs(self.Nk, self.ranks, shard, self.order)
 
     @property
+    def by_position(self) -> bool:
+        """A kernel must know where its rows and columns stand in the whole."""
+        return self.settings.dropout_p > 0 or self.alibi is not None
+
+    @property
     def needs(self) -> list[bool]:
         """Of which shards some row sees some column."""
         return [any(map(any, self.seen[shard])) for shard in range(self.ranks)]
@@ -81,14 +87,14 @@ class Share:
         """The fewest calls that compute what this rank's rows see of a shard's columns.
 
         A shard's runs are in the order of their positions, so what a row sees of it, an interval of the whole, is an interval of the shard
-        too: one call computes any step. The bits of dropout are read from positions that a kernel counts on from one offset: there each
-        pair of runs is a call.
+        too: one call computes any step. The bits of dropout and ALiBi's distances are those of positions that a kernel counts on from one
+        offset: there each pair of runs is a call.
         """
         columns, seen = self.columns_of(shard), self.seen[shard]
         if not any(map(any, seen)):
             return []
         rows_at, columns_at = places(self.held), places(columns)
-        if self.settings.dropout_p:
+        if self.by_position:
             return [
                 Part(rows_at[n], columns_at[m], self._at(self.held[n], columns[m]), self._spans_of(rows_at[n]))
                 for n in range(len(self.held))
@@ -355,7 +361,7 @@ class Ring:
             for _, owner, k_here, v_here in self.at_hand(t, travellers, k, v):
                 for part in self.share.parts(owner):
                     inputs = q[:, :, part.rows], k_here[:, :, part.columns], v_here[:, :, part.columns]
-                    merged.add(part.rows, *compute(part, self.backend, *inputs, seed))
+                    merged.add(part.rows, *compute(part, self.backend, *inputs, seed, self.share.alibi))
                     computed.append((owner, part))
             self._finish(works, Step("forward", t, computed, messages))
             for traveller in travellers:
@@ -367,7 +373,7 @@ class Ring:
         dtype = sum_dtype(q)
         dQ = torch.zeros(q.shape, dtype=dtype, device=q.device)
         dK, dV = torch.zeros(k.shape, dtype=dtype, device=k.device), torch.zeros(v.shape, dtype=dtype, device=v.device)
-        travellers = self.travellers(k, v, dtype if self.share.settings.dropout_p else k.dtype)
+        travellers = self.travellers(k, v, dtype if self.share.by_position else k.dtype)
         steps = max((trip.steps for trip in self.trips), default=-1)
         for t in range(2 + steps):
             messages = [message for traveller in travellers for message in traveller.move(t) + traveller.move_gradients(t)]
@@ -379,7 +385,7 @@ class Ring:
                     rows, columns = part.rows, part.columns
                     of_rows = [None if x is None else x[:, :, rows] for x in (dO, dLSE)], [x[:, :, rows] for x in (O, LSE)]
                     inputs = q[:, :, rows], k_here[:, :, columns], v_here[:, :, columns]
-                    dQ_part, *term = compute_backward(part, self.backend, *of_rows[0], *inputs, *of_rows[1], seed)
+                    dQ_part, *term = compute_backward(part, self.backend, *of_rows[0], *inputs, *of_rows[1], seed, self.share.alibi)
                     dQ[:, :, rows] += dQ_part
                     terms.append((columns, *term))
                     computed.append((owner, part))
@@ -434,23 +440,28 @@ class Merged:
         return self.O.to(self.q.dtype), self.LSE
 
 
-def _call(part: Part, backend: str | None, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Call, Tensor | None]:
-    """The call, with the backend that serves it, and its spans. others: O and dO of a backward."""
+def _call(part: Part, backend: str | None, alibi: Tensor | None, q: Tensor, k: Tensor, v: Tensor, O=None, dO=None) -> tuple:
+    """The call (a backward's with O and dO), with the backend that serves it, and its spans."""
     spans = None if part.spans is None else part.spans.expand(*q.shape[:3], 2)
-    call = Call.of(q, k, v, None, spans, part.settings, *others)
+    call = Call.of(q, k, v, None, spans, part.settings, O, dO, alibi=alibi)
     return call._replace(settings=part.settings._replace(backend=as_chosen(backend, choose(backend, call)))), spans
 
 
-def compute(part: Part, backend: str | None, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """O and LSE of a part."""
-    call, spans = _call(part, backend, q, k, v)
-    return shortcut.plan(FORWARD, call)(q, k, v, None, spans, seed)
+def compute(part: Part, backend: str | None, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, alibi: Tensor | None = None):
+    """O and LSE of a part. alibi: slopes (B, H)."""
+    call, spans = _call(part, backend, alibi, q, k, v)
+    return shortcut.plan(FORWARD, call)(q, k, v, None, spans, seed, *_slopes(alibi))
 
 
-def compute_backward(part: Part, backend: str | None, dO, dLSE, q, k, v, O, LSE, seed) -> tuple[Tensor, Tensor, Tensor]:
+def compute_backward(part: Part, backend: str | None, dO, dLSE, q, k, v, O, LSE, seed, alibi: Tensor | None = None):
     """dQ, dK, dV of a part. O and LSE are those of whole rows: so P, dP and their sums over a row are what they are in the whole."""
-    call, spans = _call(part, backend, q, k, v, O, dO)
-    return shortcut.plan(BACKWARD, call)(dO, dLSE, q, k, v, None, spans, O, LSE, seed)
+    call, spans = _call(part, backend, alibi, q, k, v, O, dO)
+    return shortcut.plan(BACKWARD, call)(dO, dLSE, q, k, v, None, spans, O, LSE, seed, *_slopes(alibi))[:3]
+
+
+def _slopes(alibi: Tensor | None) -> tuple:
+    """As a plan's last arguments: no bias, and the slopes."""
+    return () if alibi is None else (None, alibi)
 
 
 class RingAttention(Function):
