@@ -392,7 +392,7 @@ TABLE = {
         ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), !from", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), !from", HEAD_192),
         ("return FULL_TAKE_NONE && !hides(visit);", "return true;", WIDE_MASKED),
         ("listen(now);", ";", LISTED_WIDE),
-        ("return visit / 4 * BLOCK_K; };", "return work.k_tiles; };", case(mask="heads share", dropout_p=0.25)),
+        ("return visit / 4 * BLOCK_K; };", "return 0; };", case(mask="heads share", dropout_p=0.25)),
     ],
     ("hopper", "keep_bits.cuh"): [
         ("push(r, upper ? from_other : mine[r], p);", "push(r, mine[r], p);", DROPOUT),
