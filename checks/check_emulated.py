@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import FORWARD_ALONE, Case, Problem, Target, against_truth, call_of, run_alone
+from harness import FORWARD_ALONE, Case, Problem, Report, Target, against_truth, call_of, run_alone
 
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS, emulated
@@ -206,6 +206,56 @@ def check_dropout_is_the_reference_s(name):
     torch.manual_seed(5)
     want = flash_attention(q.float(), k.float(), v.float(), dropout_p=p, backend="reference")
     assert torch.equal(P == 0, want == 0)
+
+
+LISTED = [  # D, mask, causal; lengths for which hopper makes lists of tiles
+    (64, "structured", False, (700, 1030)),
+    (64, "structured", True, (1030, 700)),  # rows that see nothing
+    (128, "band", False, (1030, 700)),  # tiles of Q that see nothing
+    (128, "structured", True, (700, 1030)),
+    (192, "structured", False, (500, 600)),
+]
+
+
+@pytest.mark.parametrize(("D", "mask", "causal", "lengths"), LISTED)
+def check_tiles_that_a_mask_hides(D, mask, causal, lengths):
+    """hopper multiplies the tiles in which something may be attended, and no others; right is the result as well. Grouped heads."""
+    Nq, Nk = lengths
+    case = Case(B=1, H=4, Hkv=2, Nq=Nq, Nk=Nk, D=D, dtype=torch.float16, causal=causal, mask=mask)
+    problem = Problem.of(case, target("hopper"))
+    with emulated.counting() as counts:
+        got = problem.answer(target("hopper"))
+    report = Report(f"hopper, {case}")
+    report.expect("emulated", got, problem)
+    report.verdict()
+    mask = problem.mask.expand(1, 4, Nq, Nk)
+    below = torch.ones_like(mask).tril(Nk - Nq) if causal else torch.ones_like(mask)
+    block_q, block_k = (192 if D == 64 else 128), (128 if D <= 128 else 64)
+    forward, backward = (next(each for each in counts if each.file.startswith(which)) for which in ("forward_4", "backward_4"))
+    visits, of_tile = int((tiles_of(mask, block_q, block_k) & tiles_of(below, block_q, block_k)).sum()), 2 * block_q * block_k * D
+    beyond = emulated.SM_COUNT if D <= 128 else 0  # a block multiplies once more, for nobody, when its last O leaves
+    assert forward.total["FLOP by wgmma"] == of_tile * (2 * visits + beyond), f"{visits} tiles may be attended"
+    block_q, block_k = (128 if D == 64 else 64), (128 if D <= 128 else 64)
+    visits, of_tile = int((tiles_of(mask, block_q, block_k) & tiles_of(below, block_q, block_k)).sum()), 2 * block_q * block_k * D
+    assert backward.total["FLOP by wgmma"] == of_tile * 5 * visits, f"{visits} tiles may be attended"
+
+
+def tiles_of(seen: torch.Tensor, block_q: int, block_k: int) -> torch.Tensor:
+    """Which tiles have a True among their elements. seen: bool (B, H, Nq, Nk)."""
+    Nq, Nk = seen.shape[2:]
+    padded = torch.nn.functional.pad(seen, (0, -Nk % block_k, 0, -Nq % block_q))
+    return padded.unflatten(3, (-1, block_k)).any(4).unflatten(2, (-1, block_q)).any(3)
+
+
+def check_a_full_tile_needs_no_mask():
+    """A mask that hides nothing: hopper copies none of its bits."""
+    k, v = torch.randn(2, 1, 4, 1024, 128, dtype=torch.float16).unbind()
+    q = torch.randn(1, 4, 512, 128, dtype=torch.float16)
+    with emulated.counting() as counts:
+        O = flash_attention(q, k, v, backend="emulated:hopper")
+        masked = flash_attention(q, k, v, torch.ones(512, 1024, dtype=torch.bool), backend="emulated:hopper")
+    plain, with_mask = (each.total["global bytes by tensor map, to shared memory"] for each in counts if each.file.startswith("forward"))
+    assert plain == with_mask and torch.equal(O, masked)
 
 
 def check_by_name_only_and_on_the_cpu():

@@ -49,6 +49,18 @@ def check_kinds_in_half_types(target, causal, kind, dtype):
     against_truth(Case(Nq=290, Nk=530, H=4, Hkv=2, D=16, causal=causal, mask=kind, dtype=dtype), target)
 
 
+@pytest.mark.parametrize("kind", ("structured", "band"))
+@pytest.mark.parametrize("D", (64, 128, 256))
+@CAUSAL
+def check_large_structured(target, causal, D, kind):
+    """So many tiles that a kernel may look for those that a mask hides whole, and for those in which it hides nothing."""
+    if target.device != "cuda":
+        pytest.skip("takes too long without a GPU; check_emulated.py has smaller ones")
+    case = Case(B=4, H=8, Hkv=4, Nq=2048, Nk=2000, D=D, causal=causal, mask=kind, dtype=half_served(target))
+    skip_unless_served(target, *case.inputs(target.device))
+    against_truth(case, target)
+
+
 def views(B: int, H: int, Nq: int, Nk: int, device: str) -> dict[str, torch.Tensor]:
     """Masks with unusual strides."""
     side = 2 * max(Nq, Nk) + 5  # odd: whether rows begin at multiples of 16 bytes is for check_aligned_rows

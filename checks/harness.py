@@ -210,6 +210,33 @@ def _transposed(B, H, Nq, Nk, random):
     return (torch.rand(B, H, Nk, Nq, generator=random) < 0.7).mT
 
 
+def _structured(B, H, Nq, Nk, random):
+    """Areas of 128 × 128 elements of which nothing or all may be attended, and others, in which each 64 × 64 are nothing, all, all but one
+    element or one alone, at a corner, or mixed."""
+    rows, columns = -(-Nq // 128), -(-Nk // 128)
+    kinds = torch.randint(7, (B, H, 2 * rows, 2 * columns), generator=random)  # 0 nothing, 1, 2 all, 3, 4 all but one, 5 one, 6 mixed
+    areas = _each(torch.rand(B, H, rows, columns, generator=random), 2)
+    kinds[areas < 0.5], kinds[areas > 0.8] = 0, 1
+    mask = _each((kinds > 0) & (kinds < 5), 64)
+    mask |= _each(kinds == 6, 64) & (torch.rand(mask.shape, generator=random) < 0.5)
+    corners = mask.new_zeros(64, 64)
+    corners[0, 63] = True
+    at_start = (_each(kinds == 3, 64) | _each(kinds == 5, 64)) & corners.repeat(2 * rows, 2 * columns)
+    at_end = _each(kinds == 4, 64) & corners.flip(0, 1).repeat(2 * rows, 2 * columns)
+    return (mask ^ at_start ^ at_end)[:, :, :Nq, :Nk]
+
+
+def _each(tiles, size):
+    """Every element of the last two dimensions as so many, side by side."""
+    return tiles.repeat_interleave(size, 2).repeat_interleave(size, 3)
+
+
+def _band(B, H, Nq, Nk, random):
+    """Each row's own column and the 100 before."""
+    distance = torch.arange(Nq)[:, None] + Nk - Nq - torch.arange(Nk)
+    return (distance >= 0) & (distance <= 100)
+
+
 MASKS = {
     "key": _random("B", "Nk"),
     "key, no batch": _random("Nk"),
@@ -221,6 +248,8 @@ MASKS = {
     "sparse": _random("B", 1, "Nq", "Nk", keep=0.02),
     "transposed": _transposed,
     "dead rows": _dead_rows,
+    "structured": _structured,
+    "band": _band,
     "nothing": _random("B", "Nk", keep=-1.0),
 }
 

@@ -56,8 +56,10 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     const uint32_t dS_smem = P_smem + 2 * Tile_P::BYTES;              // [BLOCK_Q, BLOCK_K]
     const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
     [[maybe_unused]] const uint8_t* mask_smem = smem + MASK_OFFSET;               // STAGES × [BLOCK_K] BitRow
-#if INTERVAL
+#if TOLD
     __shared__ Told told_smem[STAGES];
+#endif
+#if INTERVAL
     const uint2* seen_smem = reinterpret_cast<const uint2*>(smem + SEEN_OFFSET);  // STAGES × [BLOCK_Q]: each row's first column, and how many
 #endif
     const uint32_t KV_full = ptx::smem_address(&barriers.KV_full);
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
     // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
-#if INTERVAL
+#if TOLD
     const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
     const int k_tile = unit % k_tiles, b_kv_h = unit / k_tiles;
 #else
@@ -94,9 +96,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::mbarrier_arrive_expect_tx(KV_full, Tile_K::BYTES + Tile_V::BYTES);
             load_boxes<Tile_K>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             load_boxes<Tile_V>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-#if INTERVAL
+#if TOLD
             Visit at(p, maps, k_tile, b_kv_h);
-            for (; at.more(); at.advance(maps)) {
+            for (; at.more(); at.advance(p, maps)) {
 #else
             for (Visit at(p, j0, b_kv_h); at.more(); at.advance(p)) {
 #endif
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 };
                 const uint32_t Q_full = barrier(barriers.Q_full, stage);
                 ptx::mbarrier_wait(barrier(barriers.Q_empty, stage), slot.parity ^ 1);  // passes at once in the first round
-#if INTERVAL
+#if TOLD
                 told_smem[stage] = at;  // seen by those who have waited for "full"
 #endif
                 load(Tile_Q(), Q_tile, maps.q, rows, workspace.LSE + row, Q_full, MASK_BYTES + SEEN_BYTES);
@@ -125,7 +127,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 ptx::mbarrier_wait(barrier(barriers.dO_empty, stage), slot.parity ^ 1);
                 load(Tile_dO(), Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage), 0);
             }
-#if INTERVAL
+#if TOLD
             ptx::mbarrier_wait(barrier(barriers.Q_empty, at.slot().stage), at.slot().parity ^ 1);
             told_smem[at.slot().stage] = {0, -1, 0};
             ptx::mbarrier_arrive(barrier(barriers.Q_full, at.slot().stage));
@@ -152,9 +154,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         // A tile's first row in the workspace.
         auto first_row_of = [&](const auto& at) { return static_cast<int64_t>(at.bh) * Workspace(p).rows + at.tile * BLOCK_Q; };
         // Whether some key of the block is not seen by all rows of a tile.
-#if INTERVAL
+#if TOLD
         using Visited = ToldVisit;
-        auto cut = [&](const Visited& at) { return at.cut != 0; };
+        auto cut = [&](const Visited& at) { return MASK ? (at.cut & 1) != 0 : at.cut != 0; };
 #else
         using Visited = Visit;
         auto cut = [&](const Visited& at) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? at.tile * BLOCK_Q + offset + 1 : p.Nk); };
@@ -269,7 +271,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         auto add_half = [&](int64_t row, int half) { add_dQ<32>(Workspace(p), row, consumer * 64 + 32 * half, dQ_rmem + 16 * half); };
 
         ptx::mbarrier_wait(KV_full, 0);
-#if INTERVAL
+#if TOLD
         ToldVisit next(told_smem, barriers.Q_full);
 #else
         Visit next(p, j0, b_kv_h);
@@ -284,7 +286,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             make_dS(next);
             meet();
             int64_t row = first_row_of(next);
-#if INTERVAL
+#if TOLD
             int turn = next.turn(p, maps, k_tile);
 #else
             const int& turn = k_tile;
@@ -313,7 +315,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 ptx::mbarrier_arrive(barrier(barriers.dO_empty, n % STAGES));
                 meet();  // P and dS are whole
                 row = first_row_of(next);
-#if INTERVAL
+#if TOLD
                 turn = next.turn(p, maps, k_tile);
 #endif
             }

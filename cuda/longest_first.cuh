@@ -1,5 +1,5 @@
-// The order in which blocks take units of work of very different length, as spans make them: the longest first (Graham, 1969), so that no long one
-// starts when the others end. A unit is a tile of Q in the forward, a tile of keys in the backward, numbered head by head; its length is the number of
+// The order in which blocks take units of work of very different length, as spans and masks make them: the longest first (Graham, 1969), so that no
+// long one starts when the others end. A unit is a tile of Q in the forward, a tile of keys in the backward, numbered head by head; its length is the number of
 // tiles that it visits.
 //
 // Sorted by length alone, units that share keys would lie far apart, and each would read them from memory anew. So lengths are sorted into classes, each
@@ -9,7 +9,7 @@
 
 #include "visible.cuh"
 
-#if INTERVAL
+#if INTERVAL || MASK
 constexpr int ORDER_WARPS = 32;
 constexpr int CLASSES = 8;
 
@@ -18,6 +18,7 @@ struct Order {
     int* queue;  // how many units blocks have taken from it
     int* units;  // [units]
 
+    Order() = default;
     __host__ __device__ Order(float* workspace) : queue(reinterpret_cast<int*>(workspace)), units(queue + 4) {}
     static int64_t floats(int64_t units) { return whole_chunks(units + 4); }
 

@@ -90,6 +90,9 @@ __device__ inline Interval tiles_of_keys(const AttentionParams& p, int j0, int s
     return {rows.start / block_q, (rows.stop + block_q - 1) / block_q};
 }
 
+// A multiple of 16 bytes, at which each part of a workspace begins.
+__host__ __device__ inline int64_t whole_chunks(int64_t floats) { return (floats + 3) / 4 * 4; }
+
 #if INTERVAL
 // ---- summaries, in a workspace: of each tile of rows its bounds, then, in a backward, of each tile of keys the tiles of rows that see it
 
@@ -98,6 +101,7 @@ struct Summaries {
     Interval* of_keys;  // [B·H, k_tiles]
     int q_tiles, k_tiles;
 
+    Summaries() = default;
     __host__ __device__ Summaries(const AttentionParams& p, float* workspace, int block_q, int block_k)
         : of_rows(reinterpret_cast<Bounds*>(workspace)), q_tiles((p.Nq + block_q - 1) / block_q), k_tiles((p.Nk + block_k - 1) / block_k) {
         of_keys = reinterpret_cast<Interval*>(of_rows + static_cast<int64_t>(p.B) * p.H * q_tiles);
@@ -141,9 +145,6 @@ struct Visits {
     // Of the blocks that visit this tile, how many have keys before this block's.
     __device__ int turn(const AttentionParams& p, int h, int tile) const { return k_tile - bounds(p, h, tile).some.start / block_k; }
 };
-
-// A multiple of 16 bytes, at which summaries begin.
-__host__ __device__ inline int64_t whole_chunks(int64_t floats) { return (floats + 3) / 4 * 4; }
 
 constexpr int SUMMARY_WARPS = 4;  // of a block; each makes one summary
 
