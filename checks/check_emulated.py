@@ -235,7 +235,8 @@ def check_tiles_that_a_mask_hides(D, mask, causal, lengths):
     visits, of_tile = int((tiles_of(mask, block_q, block_k) & tiles_of(below, block_q, block_k)).sum()), 2 * block_q * block_k * D
     beyond = emulated.SM_COUNT if D <= 128 else 0  # a block multiplies once more, for nobody, when its last O leaves
     assert forward.total["FLOP by wgmma"] == of_tile * (2 * visits + beyond), f"{visits} tiles may be attended"
-    block_q, block_k = (128 if D == 64 else 64), (128 if D <= 128 else 64)
+    block_q, block_k = (128 if D == 64 else 64), (128 if D <= 128 else 96 if D <= 192 else 64)
+    mask = tiles_of(mask, 64, 64).repeat_interleave(64, 2).repeat_interleave(64, 3)[:, :, :Nq, :Nk]  # a tile is looked at by 64 × 64 elements
     visits, of_tile = int((tiles_of(mask, block_q, block_k) & tiles_of(below, block_q, block_k)).sum()), 2 * block_q * block_k * D
     assert backward.total["FLOP by wgmma"] == of_tile * 5 * visits, f"{visits} tiles may be attended"
 

@@ -156,9 +156,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         // Whether some key of the block is not seen by all rows of a tile.
 #if TOLD
         using Visited = ToldVisit;
-        auto cut = [&](const Visited& at) { return MASK ? (at.cut & 1) != 0 : at.cut != 0; };
 #else
         using Visited = Visit;
+#endif
+#if INTERVAL
+        auto cut = [&](const Visited& at) { return at.cut != 0; };
+#else
         auto cut = [&](const Visited& at) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? at.tile * BLOCK_Q + offset + 1 : p.Nk); };
 #endif
 
@@ -350,6 +353,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         transpose(Tile_K(), K_smem, dK_rmem, p.scale);
         if (consumer < Tile_V::PANELS) transpose(Tile_V(), V_smem, dV_rmem, 1.0f);
         meet();  // both are whole
+#if MASK
+        const int b_kv_h = (maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x) / k_tiles;  // read anew, to save a register meanwhile
+#endif
         const int b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv;
         constexpr int OF_16_ROWS = BLOCK_K / 16;  // warps; as many store dV
         static_assert(2 * OF_16_ROWS == CONSUMERS * GROUP / 32, "each warp stores 16 rows");

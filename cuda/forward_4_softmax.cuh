@@ -112,7 +112,9 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2
         for (int r = 0; r < 2; ++r) slopes.first[r] += lane_first;
         score(std::false_type());
     }
-    if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
+#if !MASK
+    if (rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
+#endif
 }
 #endif
 
