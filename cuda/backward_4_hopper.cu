@@ -170,7 +170,11 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #else
         Visit now(p, j0, b_kv_h);
 #endif
+#if MASK
+        for (; now.more(); now.advance_asked()) {
+#else
         for (; now.more(); now.advance(p)) {
+#endif
             const Slot<STAGES> slot = now.slot();
             const int stage = slot.stage, i0 = now.tile * BLOCK_Q;
             const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, dO_tile = Q_tile + Tile_Q::BYTES;
@@ -361,6 +365,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::wgmma_commit_group();
             add(dK_rmem, dS_rmem, Q_tile);
 
+#if MASK
+            now.ask();  // early, so that the next products do not wait for the answer
+#endif
             ptx::wgmma_wait_group<1>();  // dV and dQ are there
             const Workspace workspace(p);
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;

@@ -65,7 +65,7 @@ struct Told {
 // Whether a visit takes bits of the mask: where something is hidden. With tiles of 128 rows, three groups, or intervals, registers suffice for no
 // branch, and all visits do.
 #ifndef VARIANT_ALL
-#define VARIANT_ALL 0
+#define VARIANT_ALL 1
 #endif
 __device__ inline bool takes_bits(int cut) { return VARIANT_ALL || BLOCK_Q > 64 || CONSUMERS > 2 || INTERVAL || cut != 0; }
 
@@ -146,9 +146,14 @@ struct ToldVisit : Told {
     uint32_t Q_full;   // barriers
     int n = 0;
 
-    __device__ ToldVisit(const Told* told, const uint64_t* Q_full) : told(told), Q_full(ptx::smem_address(Q_full)) { listen(); }
+    Told following;    // what comes next
+
+    __device__ ToldVisit(const Told* told, const uint64_t* Q_full) : told(told), Q_full(ptx::smem_address(Q_full)) { listen(0), now(); }
     __device__ bool more() const { return tile >= 0; }
-    __device__ void advance(const AttentionParams&) { ++n, listen(); }
+    // Waits until the next visit's Q is there, and is told of it.
+    __device__ void ask() { listen(n + 1); }
+    __device__ void advance_asked() { ++n, now(); }
+    __device__ void advance(const AttentionParams&) { ask(), advance_asked(); }
     __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
     // How many blocks before this one add to the tile's dQ.
     __device__ int turn(const AttentionParams& p, const Maps& maps, int k_tile) const {
@@ -160,11 +165,13 @@ struct ToldVisit : Told {
     }
 
 private:
-    __device__ void listen() {
-        ptx::mbarrier_wait(Q_full + slot().stage * sizeof(uint64_t), slot().parity);
-        const Told& now = told[slot().stage];
-        bh = uniform(now.bh), tile = uniform(now.tile), cut = uniform(now.cut);
+    __device__ void listen(int n) {
+        const Slot<STAGES> slot(n);
+        ptx::mbarrier_wait(Q_full + slot.stage * sizeof(uint64_t), slot.parity);
+        const Told& next = told[slot.stage];
+        following.bh = uniform(next.bh), following.tile = uniform(next.tile), following.cut = uniform(next.cut);
     }
+    __device__ void now() { bh = following.bh, tile = following.tile, cut = following.cut; }
 };
 #else
 struct Visit {

@@ -70,7 +70,7 @@ struct Deal {
 // Tiles in which nothing is hidden take no bits. Consumers are told a tile ahead, so that no product waits for that. Where three groups share the
 // registers these suffice for neither: there every tile takes bits, and rows need to know which one it is where the diagonal cuts it.
 #ifndef VARIANT_FTN
-#define VARIANT_FTN (CONSUMERS == 2)
+#define VARIANT_FTN 0
 #endif
 constexpr bool FULL_TAKE_NONE = VARIANT_FTN;
 constexpr bool TOLD_AHEAD = FULL_TAKE_NONE || BIASED;
