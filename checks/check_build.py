@@ -171,7 +171,7 @@ def check_libraries():
             assert error and library.error_name(error), f"{kernel}: a launch without a GPU reported no error"
     library = build.load(Specialisation(cuda.PACK_MASK, "80"), cuda.PACK_PARAMS.size)
     for by_keys, sizes in itertools.product((0, 1), ((2**16, 2**15, 1, 1), (1, 1, 1, 2**31 - 1))):
-        error = library.error_name(library.pack_mask(cuda.PACK_PARAMS.pack(0, 0, 0, 0, 0, 0, 0, *sizes, by_keys, 0, 0)))
+        error = library.error_name(library.pack_mask(cuda.PACK_PARAMS.pack(0, 0, 0, 0, 0, 0, *sizes, by_keys, 0, 0)))
         assert error == b"invalid configuration argument", f"{cuda.PACK_MASK} by_keys={by_keys} {sizes}: {error.decode()}"
 
 

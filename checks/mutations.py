@@ -23,7 +23,6 @@ MASKED = case(mask="heads share", causal=True)
 READ_ONCE = case(mask="full", Nk=304)  # each byte of the mask by one block, so it is not packed
 SHARP = case(sharp=5)  # maxima grow
 WIDE = case(D=128)
-WIDE_MASKED = case(D=128, mask="heads share")
 WIDEST = case(D=256, H=1)
 WIDEST_MASKED = case(D=256, H=1, mask="heads share")
 HEAD_96 = case(D=96, H=1)
@@ -57,13 +56,6 @@ WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
 MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
 LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 MASKED_WINDOW = case(window=(70, 30), mask="heads share")
-# So many tiles that hopper makes lists of those that a mask does not hide.
-LISTED = case(H=4, Nq=700, Nk=1030, mask="structured")
-LISTED_CAUSAL = case(H=4, Nq=700, Nk=1030, mask="structured", causal=True)
-LISTED_WIDE = case(H=4, Hkv=2, Nq=700, Nk=1030, D=128, mask="structured")
-LISTED_WIDE_CAUSAL = case(H=4, Hkv=2, Nq=700, Nk=1030, D=128, mask="structured", causal=True)
-LISTED_BLIND_ROWS = case(H=4, Nq=1030, Nk=700, mask="band")  # the first tiles of Q are in no list
-LISTED_TURNS = case(H=4, Nk=700, window=(200, 0), mask="structured")  # deterministic
 
 CAPPED = case(softcap=1.5, dtype=torch.float32)
 BIASED = case(bias="batches share", Nk=90, dtype=torch.float32)
@@ -320,9 +312,7 @@ TABLE = {
     ],
     ("hopper", "forward_4_schedule.cuh"): [
         ("+ short_tiles - 1 - place / heads;", "+ short_tiles - place / heads;", LONG_WINDOW),
-        ("if (unit >= units) return false;", "if (unit + 1 >= units) return false;", MANY_DOCUMENTS, 2),
-        ("if (unit >= units) return false;", "if (unit + 1 >= units) return false;", LISTED, 1),
-        ("return 4 * tile + MASKED + (", "return 4 * tile + (", WIDE_MASKED),
+        ("if (unit >= units) return false;", "if (unit + 1 >= units) return false;", MANY_DOCUMENTS, 0),
         ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
     ],
     ("hopper", "forward_4_producer.cuh"): [
@@ -330,31 +320,6 @@ TABLE = {
         ("ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);", NO_WAIT, MANY_TILES),
         ("Tile::BYTES + more_bytes);", "Tile::BYTES);", MASKED),
         ("if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);", "if (work.k_tiles == 0) return;", PLAIN),
-        ("with_mask ? schedule.mask_bytes : 0);", "schedule.mask_bytes);", LISTED_WIDE),
-        (
-            "            ptx::mbarrier_wait(barrier(shared.barriers.K_empty, slot.stage), slot.parity ^ 1);\n            shared.visits",
-            "            shared.visits",
-            LISTED_WIDE,
-        ),
-        ("unit += gridDim.x) write(schedule.work_of(p, unit));", "unit += gridDim.x) ;", LISTED_BLIND_ROWS),
-    ],
-    ("hopper", "tile_lists.cuh"): [
-        ("k_tile < (j0 + block_k) / TILE;", "k_tile + 1 < (j0 + block_k) / TILE;", LISTED),  # half a tile is not looked at
-        ("min(q_tiles, first + block_q / TILE);", "min(q_tiles, first + 1);", LISTED),
-        ("found & MaskSummary::HIDDEN ? MASKED : 0)", "0)", LISTED_WIDE),  # all tiles as if nothing were hidden
-        ("(cut ? CUT : 0)", "0", LISTED_CAUSAL),
-        ("__popc(visits & first_bits(lane))", "__popc(visits & first_bits(lane - 1))", LISTED),
-        ("lists.counts[line] = count;", "lists.counts[line] = max(0, count - 1);", LISTED),
-        ("of_head * heads : 0;", "of_head : 0;", case(B=2, H=2, Nq=700, Nk=1030, mask="structured")),
-        ("|| (all && seen);", ";", LISTED_TURNS),
-    ],
-    ("hopper", "pack_mask.cu"): [  # a summary is wrong at a tile's edge
-        ("all_hidden &= hidden, some", "all_hidden = hidden, some", LISTED),
-        ("some_hidden |= hidden;", "some_hidden = hidden;", LISTED_WIDE),
-        ("((1u << LANES) - 1) << threadIdx.x", "((1u << (LANES - 1)) - 1) << threadIdx.x", LISTED),
-        ("const int n = threadIdx.x * TILE / AT_ONCE;", "const int n = 0;", LISTED),
-        ("found_smem[q_tile * OF_WARPS + w][k_tile]", "found_smem[q_tile * OF_WARPS][k_tile]", LISTED_WIDE),
-        ("n % (TILE / 16) == TILE / 16 - 1 && lane == 0", "n % (TILE / 16) == TILE / 16 - 2 && lane == 0", LISTED_WIDE),
     ],
     ("hopper", "longest_first.cuh"): [
         ("order.units[counts[c] + __popc(same & first_bits(lane))] = unit;", "order.units[counts[c]] = unit;", MANY_DOCUMENTS),
@@ -396,10 +361,7 @@ TABLE = {
         ("if (consumer == CONSUMERS - 1) your_turn(0);", ";", PLAIN),
         ("if (consumer == 0) my_turn();  // meets", "//", PLAIN),
         ("O_rmem[i] *= alpha[i >> 1 & 1];", ";", SHARP),
-        ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), !from", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), !from", HEAD_192),
-        ("return FULL_TAKE_NONE && !hides(visit);", "return true;", WIDE_MASKED),
-        ("listen(now);", ";", LISTED_WIDE),
-        ("return visit / 4 * BLOCK_K; };", "return 0; };", case(mask="heads share", dropout_p=0.25)),
+        ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
     ],
     ("hopper", "keep_bits.cuh"): [
         ("push(r, upper ? from_other : mine[r], p);", "push(r, mine[r], p);", DROPOUT),
@@ -436,10 +398,6 @@ TABLE = {
         ("cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);", "cut = !bounds.see_whole(k_tile * BLOCK_K + 1, BLOCK_K - 1);", TILE_START),
         ("cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);", "cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K - 1);", TILE_STOP),
         ("first = tiles.start, tile = tiles.stop - 1;", "first = tiles.start, tile = tiles.stop - 2;", WINDOW),
-        ("maps.lists.of_line(line(p))[left];", "maps.lists.of_line(line(p))[max(0, left - 1)];", LISTED),
-        ("cut = visit % 4;", "cut = visit % 2;", LISTED_WIDE),  # in the backward only, tiles as if the mask hid nothing
-        ("INTERVAL || cut != 0;", "INTERVAL || cut & MASKED;", LISTED_WIDE_CAUSAL),
-        ("/ BLOCK_Q + left, cut = MASKED;", "/ BLOCK_Q + left, cut = 0;", WIDE_MASKED),
         ("return p.deterministic ? k_tile - maps", "return p.deterministic ? k_tile + 0 * maps", WINDOW_TURNS),
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
         ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
@@ -464,7 +422,6 @@ TABLE = {
         ("ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ", NO_BARRIER, WIDEST),
         ("meet();                      // Pᵀ and dSᵀ are whole", "//", WIDEST),
         ("if (MASK) ptx::mbarrier_arrive(mask_empty);", ";", WIDEST_MASKED),
-        ("if (masked) start_S<ROWS>(", "if (false) start_S<ROWS>(", WIDEST_MASKED),
         ("ptx::wgmma_wait_group<2>();  // dV is there: done with dO", "ptx::wgmma_wait_group<3>();", WIDEST),
         ("dS_of(next.n), Q_of(next.n), false);", "dS_of(n), Q_of(next.n), false);", WIDEST),
         ("adds_late) add_half(row_before, 1);\n            start_dQ(n, 0);", "adds_late) ;\n            start_dQ(n, 0);", WIDEST),

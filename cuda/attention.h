@@ -36,7 +36,7 @@ struct Tensor4 {
 // Bits: bit j % 32 of the 32-bit word at data[b·stride_b + h·stride_h + i·stride_i + j / 32], strides in words, written by pack_mask.cu.
 // Key bits: bit i % 32 of the word at data[b·stride_b + h·stride_h + j·stride_j + i / 32]; where stride_i is 0 all queries see the same keys, and
 // a row has the words of 128 only. A true byte means "may attend", a set bit "hidden"; what lies beyond a row's end is set. Broadcast dimensions
-// have stride 0. Behind bits, of which broadcast dimensions are there once, pack_mask.cu has put a summary (tile_lists.cuh).
+// have stride 0.
 struct Mask {
     const void* data;
     int64_t stride_b, stride_h, stride_i, stride_j;

@@ -40,10 +40,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     constexpr int ROWS_OFFSET = BIAS_OFFSET + STAGES * BIAS_BYTES;
     const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
     uint8_t* mask_smem = smem + ROWS_OFFSET + STAGES * 2 * ROWS_BYTES;            // STAGES × [BLOCK_K] BitRow
-#if TOLD
-    __shared__ Told told_smem[STAGES];
-#endif
 #if INTERVAL
+    __shared__ Told told_smem[STAGES];
     constexpr int SEEN_OFFSET = ROWS_OFFSET + STAGES * (2 * ROWS_BYTES + MASK_BYTES);
     const uint2* seen_smem = reinterpret_cast<const uint2*>(smem + SEEN_OFFSET);  // STAGES × [BLOCK_Q]: each row's first column, and how many
 #endif
@@ -52,7 +50,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
     // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
-#if TOLD
+#if INTERVAL
     const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
     const int k_tile = unit % k_tiles, b_kv_h = unit / k_tiles;
 #else
@@ -80,9 +78,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::mbarrier_arrive_expect_tx(KV_full, 2 * Tile_K::BYTES);
             load_boxes<Tile_K, RowOrder>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             load_boxes<Tile_K, RowOrder>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-#if TOLD
+#if INTERVAL
             Visit at(p, maps, k_tile, b_kv_h);
-            for (; at.more(); at.advance(p, maps)) {
+            for (; at.more(); at.advance(maps)) {
 #else
             for (Visit at(p, j0, b_kv_h); at.more(); at.advance(p)) {
 #endif
@@ -97,33 +95,27 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 };
                 ptx::mbarrier_wait(barrier(barriers.empty, stage), slot.parity ^ 1);  // passes at once in the first round
                 const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES;
-#if TOLD
+#if INTERVAL
                 told_smem[stage] = at;  // seen by those who have waited for "full"
 #endif
-#if MASK
-                const bool with_mask = takes_bits(at.cut);
-#else
-                constexpr bool with_mask = false;
-#endif
-                const int more_bytes = (with_mask ? MASK_BYTES : 0) + SEEN_BYTES;
 #if SCORE & SCORE_BIAS
                 const int bias_bytes = one_bias_row(p) ? Tile_bias::PANELS * ROW_BYTES : BIAS_BYTES;
-                load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), more_bytes + bias_bytes);
+                load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES + SEEN_BYTES + bias_bytes);
                 for (int panel = 0; panel < Tile_bias::PANELS; ++panel)
                     ptx::cp_async_bulk_tensor_4d(K_smem + BIAS_OFFSET + stage * BIAS_BYTES + panel * Tile_bias::PANEL_BYTES, &maps.bias,
                                                  j0 + panel * BIAS_PANEL, one_bias_row(p) ? 0 : i0, at.bh % p.H, at.bh / p.H, barrier(barriers.Q_full, stage));
 #else
-                load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), more_bytes);
+                load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES + SEEN_BYTES);
 #endif
 #if INTERVAL
                 ptx::cp_async_bulk(K_smem + SEEN_OFFSET + stage * SEEN_BYTES, maps.seen + row, SEEN_BYTES, barrier(barriers.Q_full, stage));
 #endif
-                if (with_mask)
+                if (MASK)
                     ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + stage * MASK_BYTES), &maps.mask, one_row(p) ? 0 : i0 / BIT_COLUMNS * 4, j0,
                                                  at.bh % p.H, at.bh / p.H, barrier(barriers.Q_full, stage));
                 load(Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage), 0);
             }
-#if TOLD
+#if INTERVAL
             ptx::mbarrier_wait(barrier(barriers.empty, at.slot().stage), at.slot().parity ^ 1);
             told_smem[at.slot().stage] = {0, -1, 0};
             ptx::mbarrier_arrive(barrier(barriers.Q_full, at.slot().stage));
@@ -165,16 +157,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
         float dK_rmem[HEAD_DIM / 2] = {}, dV_rmem[HEAD_DIM / 2] = {};
         ptx::mbarrier_wait(KV_full, 0);
-#if TOLD
+#if INTERVAL
         ToldVisit now(told_smem, barriers.Q_full);
 #else
         Visit now(p, j0, b_kv_h);
 #endif
-#if MASK
-        for (; now.more(); now.advance_asked()) {
-#else
         for (; now.more(); now.advance(p)) {
-#endif
             const Slot<STAGES> slot = now.slot();
             const int stage = slot.stage, i0 = now.tile * BLOCK_Q;
             const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, dO_tile = Q_tile + Tile_Q::BYTES;
@@ -182,16 +170,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             const float* LSE_smem = rows_smem + stage * 2 * BLOCK_Q + 2 * t;
             const float* Delta_smem = LSE_smem + BLOCK_Q;
 
-            // Whether some key of the tile is not seen by all rows; whether S's sums start from the mask.
-#if MASK
-            const bool cut = now.cut & CUT, masked = takes_bits(now.cut);
-#elif INTERVAL
+            // Whether some key of the tile is not seen by all rows.
+#if INTERVAL
             const bool cut = now.cut;
+            const uint2* seen = seen_smem + stage * BLOCK_Q + 2 * t;
 #else
             const bool cut = j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk);
-#endif
-#if INTERVAL
-            const uint2* seen = seen_smem + stage * BLOCK_Q + 2 * t;
 #endif
 
             // Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, under way
@@ -208,14 +192,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::mbarrier_wait(barrier(barriers.Q_full, stage), slot.parity);
 #if MASK
             // Key j is seen by the rows from j − offset on.
-            if (masked) start_S<BLOCK_Q>(S_rmem, mask_smem + stage * MASK_BYTES, i0 % BIT_COLUMNS, first_row, ROW_STEP, t, [&](int r, int w) {
+            start_S<BLOCK_Q>(S_rmem, mask_smem + stage * MASK_BYTES, i0 % BIT_COLUMNS, first_row, ROW_STEP, t, [&](int r, int w) {
                 const int j = j0 + first_row + ROW_STEP * r;
                 return !cut || INTERVAL ? 0 : j >= p.Nk ? ~0u : CAUSAL ? first_bits(j - offset - i0 - 32 * w) : 0;
             });
-            multiply(S_rmem, K_smem, Q_tile, !masked);
-#else
-            multiply(S_rmem, K_smem, Q_tile, true);
 #endif
+            multiply(S_rmem, K_smem, Q_tile, !MASK);
             ptx::mbarrier_wait(barrier(barriers.dO_full, stage), slot.parity);
             multiply(dP_rmem, V_smem, dO_tile, true);
 
@@ -365,13 +347,10 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::wgmma_commit_group();
             add(dK_rmem, dS_rmem, Q_tile);
 
-#if MASK
-            now.ask();  // early, so that the next products do not wait for the answer
-#endif
             ptx::wgmma_wait_group<1>();  // dV and dQ are there
             const Workspace workspace(p);
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
-#if TOLD
+#if INTERVAL
             const int turn = now.turn(p, maps, k_tile);
 #else
             const int turn = k_tile;
@@ -395,9 +374,6 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 ptx::st_shared(V_smem + to, ptx::cvt_pair<element>(dV_rmem[4 * n + 2 * r] * dV_scale, dV_rmem[4 * n + 2 * r + 1] * dV_scale));
             }
         __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
-#if MASK && INTERVAL
-        const int b_kv_h = (maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x) / k_tiles;  // read anew, to save a register meanwhile
-#endif
         const int b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv, warp_row = consumer * 64 + warp * 16;
         store_16_rows<Tile_K, RowOrder>(head_of(p.dk, b, kv_h), smem, p.dk.stride_n, warp_row, lane, j0, p.Nk, p.D);
         store_16_rows<Tile_K, RowOrder>(head_of(p.dv, b, kv_h), smem + Tile_K::BYTES, p.dv.stride_n, warp_row, lane, j0, p.Nk, p.Dv);

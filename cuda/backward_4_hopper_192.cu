@@ -56,10 +56,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     const uint32_t dS_smem = P_smem + 2 * Tile_P::BYTES;              // [BLOCK_Q, BLOCK_K]
     const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
     [[maybe_unused]] const uint8_t* mask_smem = smem + MASK_OFFSET;               // STAGES × [BLOCK_K] BitRow
-#if TOLD
-    __shared__ Told told_smem[STAGES];
-#endif
 #if INTERVAL
+    __shared__ Told told_smem[STAGES];
     const uint2* seen_smem = reinterpret_cast<const uint2*>(smem + SEEN_OFFSET);  // STAGES × [BLOCK_Q]: each row's first column, and how many
 #endif
     const uint32_t KV_full = ptx::smem_address(&barriers.KV_full);
@@ -67,7 +65,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
     // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
-#if TOLD
+#if INTERVAL
     const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
     const int k_tile = unit % k_tiles, b_kv_h = unit / k_tiles;
 #else
@@ -96,9 +94,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::mbarrier_arrive_expect_tx(KV_full, Tile_K::BYTES + Tile_V::BYTES);
             load_boxes<Tile_K>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             load_boxes<Tile_V>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-#if TOLD
+#if INTERVAL
             Visit at(p, maps, k_tile, b_kv_h);
-            for (; at.more(); at.advance(p, maps)) {
+            for (; at.more(); at.advance(maps)) {
 #else
             for (Visit at(p, j0, b_kv_h); at.more(); at.advance(p)) {
 #endif
@@ -114,7 +112,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 };
                 const uint32_t Q_full = barrier(barriers.Q_full, stage);
                 ptx::mbarrier_wait(barrier(barriers.Q_empty, stage), slot.parity ^ 1);  // passes at once in the first round
-#if TOLD
+#if INTERVAL
                 told_smem[stage] = at;  // seen by those who have waited for "full"
 #endif
                 load(Tile_Q(), Q_tile, maps.q, rows, workspace.LSE + row, Q_full, MASK_BYTES + SEEN_BYTES);
@@ -127,7 +125,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 ptx::mbarrier_wait(barrier(barriers.dO_empty, stage), slot.parity ^ 1);
                 load(Tile_dO(), Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage), 0);
             }
-#if TOLD
+#if INTERVAL
             ptx::mbarrier_wait(barrier(barriers.Q_empty, at.slot().stage), at.slot().parity ^ 1);
             told_smem[at.slot().stage] = {0, -1, 0};
             ptx::mbarrier_arrive(barrier(barriers.Q_full, at.slot().stage));
@@ -154,14 +152,11 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         // A tile's first row in the workspace.
         auto first_row_of = [&](const auto& at) { return static_cast<int64_t>(at.bh) * Workspace(p).rows + at.tile * BLOCK_Q; };
         // Whether some key of the block is not seen by all rows of a tile.
-#if TOLD
-        using Visited = ToldVisit;
-#else
-        using Visited = Visit;
-#endif
 #if INTERVAL
+        using Visited = ToldVisit;
         auto cut = [&](const Visited& at) { return at.cut != 0; };
 #else
+        using Visited = Visit;
         auto cut = [&](const Visited& at) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? at.tile * BLOCK_Q + offset + 1 : p.Nk); };
 #endif
 
@@ -274,7 +269,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         auto add_half = [&](int64_t row, int half) { add_dQ<32>(Workspace(p), row, consumer * 64 + 32 * half, dQ_rmem + 16 * half); };
 
         ptx::mbarrier_wait(KV_full, 0);
-#if TOLD
+#if INTERVAL
         ToldVisit next(told_smem, barriers.Q_full);
 #else
         Visit next(p, j0, b_kv_h);
@@ -289,7 +284,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             make_dS(next);
             meet();
             int64_t row = first_row_of(next);
-#if TOLD
+#if INTERVAL
             int turn = next.turn(p, maps, k_tile);
 #else
             const int& turn = k_tile;
@@ -318,7 +313,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 ptx::mbarrier_arrive(barrier(barriers.dO_empty, n % STAGES));
                 meet();  // P and dS are whole
                 row = first_row_of(next);
-#if TOLD
+#if INTERVAL
                 turn = next.turn(p, maps, k_tile);
 #endif
             }
@@ -353,9 +348,6 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         transpose(Tile_K(), K_smem, dK_rmem, p.scale);
         if (consumer < Tile_V::PANELS) transpose(Tile_V(), V_smem, dV_rmem, 1.0f);
         meet();  // both are whole
-#if MASK
-        const int b_kv_h = (maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x) / k_tiles;  // read anew, to save a register meanwhile
-#endif
         const int b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv;
         constexpr int OF_16_ROWS = BLOCK_K / 16;  // warps; as many store dV
         static_assert(2 * OF_16_ROWS == CONSUMERS * GROUP / 32, "each warp stores 16 rows");

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     constexpr int ROWS_OFFSET = Tile_K::BYTES + Tile_V::BYTES + STAGES * QDO_BYTES + 2 * 2 * Tile_S::BYTES;
     const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
     uint8_t* mask_smem = smem + ROWS_OFFSET + STAGES * 2 * ROWS_BYTES;            // [BLOCK_K] BitRow
-#if TOLD
+#if INTERVAL
     __shared__ Told told_smem[STAGES];
 #endif
     const uint32_t KV_full = ptx::smem_address(&barriers.KV_full), mask_empty = ptx::smem_address(&barriers.mask_empty);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
     // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
-#if TOLD
+#if INTERVAL
     const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
     const int k_tile = unit % k_tiles, b_kv_h = unit / k_tiles;
 #else
@@ -104,9 +104,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             ptx::mbarrier_arrive_expect_tx(KV_full, Tile_K::BYTES + Tile_V::BYTES);
             load_boxes<Tile_K, RowOrder, COLUMNS>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             load_boxes<Tile_V, RowOrder, V_COLUMNS>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-#if TOLD
+#if INTERVAL
             Visit at(p, maps, k_tile, b_kv_h);
-            for (; at.more(); at.advance(p, maps)) {
+            for (; at.more(); at.advance(maps)) {
 #else
             for (Visit at(p, j0, b_kv_h); at.more(); at.advance(p)) {
 #endif
@@ -122,24 +122,20 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                     load_boxes<Tile, InOrder, decltype(half)::value>(tile, map, i0, at.bh % p.H, at.bh / p.H, full);
                     ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
                 };
-#if TOLD
+#if INTERVAL
                 ptx::mbarrier_wait(barrier(barriers.Q_empty, stage), slot.parity ^ 1);
                 told_smem[stage] = at;  // seen by those who have waited for "full"
 #endif
-#if MASK
-                const bool with_mask = takes_bits(at.cut);
-#else
-                constexpr bool with_mask = false;
-#endif
-                load(Tile_Q(), std::integral_constant<int, COLUMNS>(), Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), barrier(barriers.Q_empty, stage), with_mask ? MASK_BYTES : 0);
-                if (MASK) ptx::mbarrier_wait(mask_empty, (at.n & 1) ^ 1);
-                if (with_mask)
+                load(Tile_Q(), std::integral_constant<int, COLUMNS>(), Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), barrier(barriers.Q_empty, stage), MASK_BYTES);
+                if (MASK) {
+                    ptx::mbarrier_wait(mask_empty, (at.n & 1) ^ 1);
                     ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem), &maps.mask, one_row(p) ? 0 : i0 / BIT_COLUMNS * 4, j0, at.bh % p.H,
                                                  at.bh / p.H, barrier(barriers.Q_full, stage));
+                }
                 load(Tile_dO(), std::integral_constant<int, V_COLUMNS>(), Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage),
                      barrier(barriers.dO_empty, stage), 0);
             }
-#if TOLD
+#if INTERVAL
             ptx::mbarrier_wait(barrier(barriers.Q_empty, at.slot().stage), at.slot().parity ^ 1);
             told_smem[at.slot().stage] = {0, -1, 0};
             ptx::mbarrier_arrive(barrier(barriers.Q_full, at.slot().stage));
@@ -169,9 +165,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         // A tile's first row in the workspace.
         auto first_row_of = [&](const auto& at) { return static_cast<int64_t>(at.bh) * Workspace(p).rows + at.tile * BLOCK_Q; };
         // Whether some key of the block is not seen by all rows of a tile.
-#if TOLD
+#if INTERVAL
         using Visited = ToldVisit;
-        auto cut = [&](const Visited& at) { return MASK ? (at.cut & 1) != 0 : at.cut != 0; };
+        auto cut = [&](const Visited& at) { return at.cut != 0; };
 #else
         using Visited = Visit;
         auto cut = [&](const Visited& at) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? at.tile * BLOCK_Q + offset + 1 : p.Nk); };
@@ -195,15 +191,12 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #if MASK
             // Key j is seen by the rows from j − offset on.
             const int i0 = at.tile * BLOCK_Q + consumer * ROWS;
-            const bool masked = takes_bits(at.cut);
-            if (masked) start_S<ROWS>(S_rmem, mask_smem, i0 % BIT_COLUMNS, first_row, ROW_STEP, t, [&](int r, int) {
+            start_S<ROWS>(S_rmem, mask_smem, i0 % BIT_COLUMNS, first_row, ROW_STEP, t, [&](int r, int) {
                 const int j = j0 + first_row + ROW_STEP * r;
                 return INTERVAL ? 0u : first_bits(j >= p.Nk ? ROWS : CAUSAL ? j - offset - i0 : 0);
             });
-#else
-            constexpr bool masked = false;
 #endif
-            multiply(std::integral_constant<int, COLUMNS>(), S_rmem, K_smem, Q_of(at.n), !masked);
+            multiply(std::integral_constant<int, COLUMNS>(), S_rmem, K_smem, Q_of(at.n), !MASK);
             if (MASK) ptx::mbarrier_arrive(mask_empty);
         };
         auto start_dP = [&](const Visited& at) {
@@ -339,7 +332,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         };
 
         ptx::mbarrier_wait(KV_full, 0);
-#if TOLD
+#if INTERVAL
         ToldVisit next(told_smem, barriers.Q_full);
 #else
         Visit next(p, j0, b_kv_h);
@@ -356,7 +349,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             meet();
             add(dK_rmem, dS_of(0), Q_of(0), true);
             int64_t row = first_row_of(next), row_before = 0;
-#if TOLD
+#if INTERVAL
             int turn = next.turn(p, maps, k_tile);
 #else
             const int& turn = k_tile;
@@ -398,7 +391,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 add(dK_rmem, dS_of(next.n), Q_of(next.n), false);
                 row_before = row;
                 row = first_row_of(next);
-#if TOLD
+#if INTERVAL
                 turn = next.turn(p, maps, k_tile);
 #endif
             }

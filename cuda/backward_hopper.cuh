@@ -14,7 +14,6 @@ constexpr int PADDED_TO = BLOCK_Q;
 #include "ptx_hopper.cuh"
 #include "score_tile.cuh"
 #include "tensor_map.cuh"
-#include "tile_lists.cuh"
 
 #if DTYPE == FLOAT32 || (MASK && MASK != MASK_OF_KEY_BITS)
 #error "this rung computes in 16-bit types, under masks of bits by keys"
@@ -32,21 +31,12 @@ using Tile_S = SwizzledTile<BLOCK_K, BLOCK_Q>;  // transposed: rows are keys
 constexpr int ROWS_BYTES = BLOCK_Q * 4;         // of LSE, and as many of Delta
 constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0;
 
-// Which tiles of Q a block visits takes several dependent reads to find out, where rows see intervals or under a mask. So the producer alone does, ahead
-// of the others, and tells them.
-#define TOLD (INTERVAL || MASK)
-
 struct Maps {
     CUtensorMap q, k, v, d_o, mask;
 #if INTERVAL
     Summaries summaries;
     const uint2* seen;  // Workspace::seen
-#endif
-#if MASK
-    TileLists lists;
-#endif
-#if TOLD
-    const int* order;  // of blocks, each a tile of keys; NULL: as they are numbered
+    const int* order;   // of blocks, each a tile of keys; NULL: as they are numbered
 #endif
 #if SCORE & SCORE_BIAS
     CUtensorMap bias;
@@ -55,56 +45,13 @@ struct Maps {
 
 // The tiles of Q that see some of a block's keys, of every query head that shares them: head bh = b·H + h, tile, and its index among them. Causal:
 // from the last tile down, so that the blocks of a head are at the same tile at about the same time; taking turns, they must be.
-#if TOLD
+#if INTERVAL
+// Which tiles these are takes several dependent reads to find out, so the producer alone does, ahead of the others, and tells them.
 struct Told {
     int bh, tile;  // a tile of −1: there is no more
-    int cut;       // whether some row does not see all of the block's keys; under a mask CUT and MASKED (tile_lists.cuh)
+    int cut;       // whether some row does not see all of the block's keys
 };
 
-#if MASK
-// Whether a visit takes bits of the mask: where something is hidden. With tiles of 128 rows, three groups, or intervals, registers suffice for no
-// branch, and all visits do.
-#ifndef VARIANT_ALL
-#define VARIANT_ALL 1
-#endif
-__device__ inline bool takes_bits(int cut) { return VARIANT_ALL || BLOCK_Q > 64 || CONSUMERS > 2 || INTERVAL || cut != 0; }
-
-struct Visit : Told {
-    int left, end_bh, n = 0;  // so many are left of the head's list
-    const int j0;             // of the block
-
-    __device__ Visit(const AttentionParams& p, const Maps& maps, int k_tile, int b_kv_h) : j0(k_tile * BLOCK_K) {
-        const int group = p.H / p.Hkv;
-        bh = b_kv_h * group, end_bh = bh + group;
-        enter(p, maps), settle(p, maps);
-    }
-    __device__ bool more() const { return bh < end_bh; }
-    __device__ void advance(const AttentionParams& p, const Maps& maps) { ++n, settle(p, maps); }
-    __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
-
-private:
-    __device__ void enter(const AttentionParams& p, const Maps& maps) {
-        // Without lists all tiles, from that of the first row that sees the block's first key.
-        left = maps.lists.made() ? maps.lists.counts[line(p)] : max(0, (p.Nq + BLOCK_Q - 1) / BLOCK_Q - first_row_of(p, j0) / BLOCK_Q);
-    }
-    __device__ int64_t line(const AttentionParams& p) const { return static_cast<int64_t>(bh) * ((p.Nk + BLOCK_K - 1) / BLOCK_K) + j0 / BLOCK_K; }
-    // The next visit, of this head or of those that follow.
-    __device__ void settle(const AttentionParams& p, const Maps& maps) {
-        while (left == 0) {
-            if (++bh == end_bh) return;
-            enter(p, maps);
-        }
-        --left;
-        if (maps.lists.made()) {
-            const int visit = maps.lists.of_line(line(p))[left];
-            tile = visit / 4, cut = visit % 4;
-        } else {
-            tile = first_row_of(p, j0) / BLOCK_Q + left, cut = MASKED;
-            if (j0 + BLOCK_K > min(p.Nk, CAUSAL ? tile * BLOCK_Q + diagonal(p) + 1 : p.Nk)) cut |= CUT;
-        }
-    }
-};
-#else
 struct Visit : Told {
     int first, end_bh, n = 0;  // the head's first tile
     const int k_tile;
@@ -116,7 +63,7 @@ struct Visit : Told {
         else bh = end_bh;
     }
     __device__ bool more() const { return bh < end_bh; }
-    __device__ void advance(const AttentionParams&, const Maps& maps) { --tile, ++n, settle(maps); }
+    __device__ void advance(const Maps& maps) { --tile, ++n, settle(maps); }
     __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
 
 private:
@@ -138,7 +85,6 @@ private:
         }
     }
 };
-#endif
 
 // The same visits as the consumers are told of them, each with its tile of Q.
 struct ToldVisit : Told {
@@ -146,32 +92,21 @@ struct ToldVisit : Told {
     uint32_t Q_full;   // barriers
     int n = 0;
 
-    Told following;    // what comes next
-
-    __device__ ToldVisit(const Told* told, const uint64_t* Q_full) : told(told), Q_full(ptx::smem_address(Q_full)) { listen(0), now(); }
+    __device__ ToldVisit(const Told* told, const uint64_t* Q_full) : told(told), Q_full(ptx::smem_address(Q_full)) { listen(); }
     __device__ bool more() const { return tile >= 0; }
-    // Waits until the next visit's Q is there, and is told of it.
-    __device__ void ask() { listen(n + 1); }
-    __device__ void advance_asked() { ++n, now(); }
-    __device__ void advance(const AttentionParams&) { ask(), advance_asked(); }
+    __device__ void advance(const AttentionParams&) { ++n, listen(); }
     __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
     // How many blocks before this one add to the tile's dQ.
     __device__ int turn(const AttentionParams& p, const Maps& maps, int k_tile) const {
-#if !INTERVAL
-        return k_tile;
-#else
         return p.deterministic ? k_tile - maps.summaries.of_rows[bh * maps.summaries.q_tiles + tile].some.start / BLOCK_K : 0;
-#endif
     }
 
 private:
-    __device__ void listen(int n) {
-        const Slot<STAGES> slot(n);
-        ptx::mbarrier_wait(Q_full + slot.stage * sizeof(uint64_t), slot.parity);
-        const Told& next = told[slot.stage];
-        following.bh = uniform(next.bh), following.tile = uniform(next.tile), following.cut = uniform(next.cut);
+    __device__ void listen() {
+        ptx::mbarrier_wait(Q_full + slot().stage * sizeof(uint64_t), slot().parity);
+        const Told& now = told[slot().stage];
+        bh = uniform(now.bh), tile = uniform(now.tile), cut = uniform(now.cut);
     }
-    __device__ void now() { bh = following.bh, tile = following.tile, cut = following.cut; }
 };
 #else
 struct Visit {
@@ -242,20 +177,7 @@ __device__ inline void add_dQ(const Workspace& workspace, int64_t row, int colum
             ptx::red_add_4(dQ_gmem + fragment_offset(0, 8 * n, 0), dQ_rmem[4 * n], dQ_rmem[4 * n + 1], dQ_rmem[4 * n + 2], dQ_rmem[4 * n + 3]);
 }
 
-#if MASK
-// A tile of keys visits so many tiles of Q.
-struct KeyTileLength {
-    const int* counts;
-    int k_tiles;
-
-    __device__ int operator()(const AttentionParams& p, int unit) const {
-        const int group = p.H / p.Hkv;
-        int length = 0;
-        for (int bh = unit / k_tiles * group, end = bh + group; bh < end; ++bh) length += counts[static_cast<int64_t>(bh) * k_tiles + unit % k_tiles];
-        return length;
-    }
-};
-#elif INTERVAL
+#if INTERVAL
 // A tile of keys visits so many tiles of Q.
 struct KeyTileLength {
     Summaries summaries;
@@ -271,31 +193,14 @@ struct KeyTileLength {
     }
 };
 
-#endif
-
-#if TOLD
-// Where the lists begin, behind the rest, and behind them the order.
-inline float* workspace_for_lists(const AttentionParams& p) { return p.workspace + whole_chunks(Workspace::floats(p)); }
 inline float* workspace_for_order(const AttentionParams& p) {
-    float* lists = workspace_for_lists(p);
-#if MASK
-    lists += TileLists::floats(tiles_of(p.Nk, BLOCK_K) * p.H * p.B, static_cast<int>(tiles_of(p.Nq, BLOCK_Q)));
-#endif
-    return lists;
+    return Workspace(p).summaries(p) + whole_chunks(Summaries::floats(p, BLOCK_Q, BLOCK_K, true));
 }
-#endif
-#if MASK
-// Whether lists are made. Where gradients must repeat, blocks of a mask alone visit all tiles: they take turns by the numbers of their keys.
-inline bool has_lists(const AttentionParams& p) { return INTERVAL || (!p.deterministic && lists_pay(p, BLOCK_Q, BLOCK_K)); }
 #endif
 
 // Of workspace.
 inline int64_t backward_floats(const AttentionParams& p) {
-#if MASK
-    // Whether gradients must repeat may change after memory has been planned for, and is not asked.
-    if (!lists_pay(p, BLOCK_Q, BLOCK_K)) return Workspace::floats(p);
-#endif
-#if TOLD
+#if INTERVAL
     return workspace_for_order(p) - p.workspace + Order::floats(tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B);
 #else
     return Workspace::floats(p);
@@ -315,28 +220,12 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
     if (k_blocks > 0) {
         // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+#if INTERVAL
+        Maps maps = {{}, {}, {}, {}, {}, Summaries(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K), Workspace(p).seen(p),
+                     p.deterministic || p.seen.spans == nullptr ? nullptr : Order(workspace_for_order(p)).units};
+        if (maps.order != nullptr) error = put_longest_first(p, KeyTileLength{maps.summaries}, Order(workspace_for_order(p)), k_blocks, p.sm_count);
+#else
         Maps maps = {};
-#if INTERVAL
-        maps.summaries = Summaries(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K), maps.seen = Workspace(p).seen(p);
-#endif
-#if MASK
-        const int64_t k_tiles = tiles_of(p.Nk, BLOCK_K);
-        const Bounds* bounds = nullptr;
-#if INTERVAL
-        bounds = maps.summaries.of_rows;
-#endif
-        if (has_lists(p)) {
-            maps.lists = TileLists(workspace_for_lists(p), k_tiles * p.H * p.B, static_cast<int>(tiles_of(p.Nq, BLOCK_Q)));
-            if (error == cudaSuccess) error = list_tiles<true>(p, maps.lists, bounds, BLOCK_Q, BLOCK_K, p.deterministic);
-            if (!p.deterministic) maps.order = Order(workspace_for_order(p)).units;
-        }
-        const KeyTileLength length = {maps.lists.counts, static_cast<int>(k_tiles)};
-#elif INTERVAL
-        if (!p.deterministic && p.seen.spans != nullptr) maps.order = Order(workspace_for_order(p)).units;
-        const KeyTileLength length = {maps.summaries};
-#endif
-#if TOLD
-        if (error == cudaSuccess && maps.order != nullptr) error = put_longest_first(p, length, Order(workspace_for_order(p)), k_blocks, p.sm_count);
 #endif
         if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BOX_ROWS<Tile_K, RowOrder>);
         if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BOX_ROWS<Tile_V, RowOrder>);

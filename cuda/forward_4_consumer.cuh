@@ -8,8 +8,8 @@
 // A group skips tiles of keys that only rows of other groups see. Two groups have next to none, and under a mask registers do not suffice.
 constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL && !BIASED;
 
-// S = Q Kᵀ, under way: this consumer's 64 rows of Q. Not from_zero: it is added to what S_rmem holds.
-__device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& shared, int consumer, const Slot_Q& slot_Q, const Slot_KV& slot, bool from_zero) {
+// S = Q Kᵀ, under way: this consumer's 64 rows of Q.
+__device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& shared, int consumer, const Slot_Q& slot_Q, const Slot_KV& slot) {
     // Uniform, because a descriptor belongs in registers that the warp shares.
     const uint64_t Q_rows = ptx::descriptor(uniform(shared.Q + slot_Q.stage * Tile_Q::BYTES + consumer * 64 * ROW_BYTES));
     const uint64_t K_tile = ptx::descriptor(uniform(shared.K + slot.stage * Tile_K::BYTES));
@@ -17,7 +17,7 @@ __device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& s
 #pragma unroll
     for (int d = 0; d < HEAD_DIM / 16; ++d)
         ptx::wgmma_ss<element, BLOCK_K>(S_rmem, ptx::advance(Q_rows, d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
-                                        ptx::advance(K_tile, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), !from_zero || d > 0);
+                                        ptx::advance(K_tile, d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK || d > 0);
     ptx::wgmma_commit_group();
 }
 
@@ -57,44 +57,23 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     auto your_turn = [&](int next) { ptx::bar_arrive(1 + next, 2 * GROUP); };
 
     // ---- what it waits for
-    [[maybe_unused]] int visit = 0, following = 0;  // under a mask: which tile of keys has come (tile_lists.cuh), and which comes next
     // The next work, once its Q is there.
     auto take = [&] {
         const Slot_Q slot(q);
         ptx::mbarrier_wait(barrier(barriers.Q_full, slot.stage), slot.parity);
         const Work& work = shared.works[slot.stage];
-#if MASK
-        if (TOLD_AHEAD) following = uniform(shared.visits[STAGES + slot.stage]);
-        return Work{uniform(work.i0), uniform(work.h), uniform(work.b), uniform(work.k_tiles), nullptr};
-#elif INTERVAL
+#if INTERVAL
         return Work{uniform(work.i0),      uniform(work.h),          uniform(work.b),
                     uniform(work.k_tiles), uniform(work.first_tile), {uniform(work.all.start), uniform(work.all.stop)}};
 #else
         return Work{uniform(work.i0), uniform(work.h), uniform(work.b), uniform(work.k_tiles)};
 #endif
     };
-    // K, and the mask, from which S's sums start where it hides something.
-    auto await_K = [&](const Slot_KV& slot, [[maybe_unused]] const Work& work) {
+    // K, and the mask, from which S's sums start.
+    auto await_K = [&](const Slot_KV& slot, const Work& work, int j0) {
         ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
 #if MASK
-        if (TOLD_AHEAD) visit = following;
-        else if (NEEDS_PLACE) visit = uniform(shared.visits[slot.stage]);
-        if (!FULL_TAKE_NONE || hides(visit)) rows.start(S_rmem, shared.mask + slot.stage * MASK_BYTES, work, visit);
-#endif
-    };
-#if MASK
-    auto j0_of = [&](const Work&, int) { return visit / 4 * BLOCK_K; };  // of the tile that has come
-    [[maybe_unused]] auto next_j0 = [&](const Work&, int) { return following / 4 * BLOCK_K; };
-    auto from_zero = [&] { return FULL_TAKE_NONE && !hides(visit); };
-#else
-    auto j0_of = [&](const Work& work, int tile) { return work.j0(tile); };
-    [[maybe_unused]] auto next_j0 = j0_of;
-    auto from_zero = [&] { return true; };
-#endif
-    // Which tile comes after one that has come. Lane 0 alone reads it, as it says for all that they are done with the place.
-    auto listen = [&]([[maybe_unused]] const Slot_KV& slot) {
-#if MASK
-        if (TOLD_AHEAD) following = uniform(lane == 0 ? shared.visits[slot.stage] : 0);
+        rows.start(S_rmem, shared.mask + slot.stage * MASK_BYTES, work, j0);
 #endif
     };
     auto await_V = [&](const Slot_KV& slot) { ptx::mbarrier_wait(barrier(barriers.V_full, slot.stage), slot.parity); };
@@ -150,25 +129,23 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     // A work's first S, under way.
     auto multiply_first = [&] {
         my_turn();
-        multiply_QK(S_rmem, shared, consumer, Slot_Q(q), Slot_KV(n), from_zero());
+        multiply_QK(S_rmem, shared, consumer, Slot_Q(q), Slot_KV(n));
         your_turn((consumer + 1) % CONSUMERS);
     };
     // S becomes what P is rounded from; alpha is what O must be multiplied by.
-    auto exponentials = [&]([[maybe_unused]] const Work& work, [[maybe_unused]] int tile) {
-#if SCORE || !MASK
-        const int j0 = j0_of(work, tile);
-#endif
+    auto exponentials = [&](const Work& work, int tile) {
+        const int j0 = work.j0(tile);
 #if SCORE
         float shift[2];
 #endif
 #if SCORE & SCORE_BIAS
         ptx::mbarrier_wait(bias_full, n & 1);
         score_rows(S_rmem, shift, rows, work, j0, slope, bias_lane);
-        if (tile + 1 < work.k_tiles) ask_bias(work, next_j0(work, tile + 1));
+        if (tile + 1 < work.k_tiles) ask_bias(work, work.j0(tile + 1));
 #elif SCORE
         score_rows(S_rmem, shift, rows, work, j0, slope, 0);
-#elif !MASK
-        if (rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
+#else
+        if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
 #endif
 #if SCORE
         softmax(S_rmem, m_rmem, l_rmem, alpha, unit_log2(p), shift);
@@ -186,15 +163,14 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         enter(work);
 #endif
 #if SCORE & SCORE_BIAS
-        ask_bias(work, next_j0(work, tile));
+        ask_bias(work, work.j0(tile));
 #endif
-        await_K(Slot_KV(n), work);
+        await_K(Slot_KV(n), work, work.j0(tile));
         multiply_first();
         while (true) {
             const Slot_Q slot_Q(q);
             // The first tile has no predecessor whose product could run under its softmax.
-            draw(keep, p, work, j0_of(work, tile));
-            listen(Slot_KV(n));
+            draw(keep, p, work, work.j0(tile));
             ptx::wgmma_wait_group<0>();
 #pragma unroll
             for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] = 0;
@@ -206,14 +182,13 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             ++tile, ++n;
             for (; tile < work.k_tiles; ++tile, ++n) {
                 const Slot_KV now(n), before(n - 1);
-                await_K(now, work);
+                await_K(now, work, work.j0(tile));
                 my_turn();
-                multiply_QK(S_rmem, shared, consumer, slot_Q, now, from_zero());
+                multiply_QK(S_rmem, shared, consumer, slot_Q, now);
                 await_V(before);
                 multiply_PV(O_rmem, P_rmem, shared, before);
                 your_turn((consumer + 1) % CONSUMERS);
-                draw(keep, p, work, j0_of(work, tile));
-                listen(now);
+                draw(keep, p, work, work.j0(tile));
                 ptx::wgmma_wait_group<1>();  // S is there
                 release(barriers.K_empty, now.stage);
                 if (tile + 1 == work.k_tiles) release_Q(slot_Q);
@@ -240,9 +215,9 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             if (AHEAD) {
                 next = take();
                 tile = skipped(next);
-                if (tile == 0 && next.k_tiles > 0) await_K(Slot_KV(n), next);
+                if (tile == 0 && next.k_tiles > 0) await_K(Slot_KV(n), next, next.j0(0));
 #if SCORE & SCORE_BIAS
-                if (next.k_tiles > 0) ask_bias(next, next_j0(next, 0));
+                if (next.k_tiles > 0) ask_bias(next, next.j0(0));
 #endif
             }
             await_V(last);
@@ -252,7 +227,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                     ptx::wgmma_wait_group<0>();
                     release(barriers.V_empty, last.stage);
                     skip(tile);
-                    await_K(Slot_KV(n), next);
+                    await_K(Slot_KV(n), next, next.j0(tile));
                 }
                 multiply_first();
             }
@@ -265,9 +240,9 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             if (!AHEAD) {
                 tile = 0;
 #if SCORE & SCORE_BIAS
-                ask_bias(next, next_j0(next, 0));
+                ask_bias(next, next.j0(0));
 #endif
-                await_K(Slot_KV(n), next);
+                await_K(Slot_KV(n), next, next.j0(0));
                 multiply_first();
             }
             work = next;

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, const __grid_constant__ Schedule schedule) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
-    __shared__ Work works[Q_STAGES + (MASK ? 1 : 0)];  // what each Q is for; under a mask, the producer's next one
+    __shared__ Work works[Q_STAGES];  // what each Q is for
     const Shared shared(smem, barriers, works);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < Q_STAGES; ++stage) {
@@ -57,9 +57,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-#if MASK
-extern "C" int64_t workspace_floats(const AttentionParams* params) { return ForwardWorkspace::floats(*params); }
-#elif INTERVAL
+#if INTERVAL
 extern "C" int64_t workspace_floats(const AttentionParams* params) {
     const AttentionParams& p = *params;
     return p.seen.spans == nullptr ? 0 : order_of(p).units - reinterpret_cast<int*>(p.workspace) + tiles_of(p.Nq, BLOCK_Q) * p.H * p.B;
@@ -91,19 +89,14 @@ extern "C" int attention(const AttentionParams* params) {
     if (error == cudaSuccess && p.Nk > 0) error = make_bias_map(&maps.bias, p, BOX_ROWS<Tile_bias, RowOrder>);
 #endif
     const int mask_bytes = !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES;
-#if INTERVAL || MASK
+#if INTERVAL
     const Schedule schedule = schedule_of(p, mask_bytes);
     if (error == cudaSuccess) error = prepare_schedule(schedule, p);
 #else
     const Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), mask_bytes};
 #endif
     if (error != cudaSuccess) return error;
-#if MASK
-    const int64_t works = schedule.lists.counts ? schedule.units : units;
-#else
-    const int64_t works = units;
-#endif
-    const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(works, p.sm_count));
+    const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));
     launch_kernel(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
     return cudaGetLastError();
 }

@@ -17,9 +17,6 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
         const uint32_t full = barrier(shared.barriers.Q_full, slot.stage);
         ptx::mbarrier_wait(barrier(shared.barriers.Q_empty, slot.stage), slot.parity ^ 1);
         shared.works[slot.stage] = work;  // seen by those who have waited for "full"
-#if MASK
-        if (TOLD_AHEAD && work.k_tiles > 0) shared.visits[STAGES + slot.stage] = schedule.visit(p, work, 0);
-#endif
         if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);
         ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES);
         load_boxes<Tile_Q, RowOrder>(shared.Q + slot.stage * Tile_Q::BYTES, maps.q, work.i0, work.h, work.b, full);
@@ -46,29 +43,12 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
     while (work.k_tiles > 0) {
         // Known early, as it takes a while to find out; at D 256 an interval's limits leave no registers to keep it in.
         constexpr bool EARLY = AHEAD || !INTERVAL;
-#if MASK
-        // Lists take the registers that it would need.
-        Work& next = shared.works[Q_STAGES];
-        if (EARLY) next = next_with_keys();
-        int following = TOLD_AHEAD ? schedule.visit(p, work, 0) : 0;
-#else
         const Work next = EARLY ? next_with_keys() : Work{};
-#endif
         for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
             const Slot_KV slot(n);
-#if MASK
-            const int visit = TOLD_AHEAD ? following : schedule.visit(p, work, tile);
-            if (TOLD_AHEAD) following = tile + 1 < work.k_tiles ? schedule.visit(p, work, tile + 1) : 0;
-            const bool with_mask = !FULL_TAKE_NONE || hides(visit);
-            before = keys, keys = {visit / 4 * BLOCK_K, kv_head(p, work.h), work.b};
-            ptx::mbarrier_wait(barrier(shared.barriers.K_empty, slot.stage), slot.parity ^ 1);
-            shared.visits[slot.stage] = TOLD_AHEAD ? following : visit;  // seen by those who have waited for "full"
-#else
-            constexpr bool with_mask = false;
             before = keys, keys = {work.j0(tile), kv_head(p, work.h), work.b};
-#endif
-            load(Tile_K(), slot, shared.K, maps.k, shared.barriers.K_full, shared.barriers.K_empty, keys, with_mask ? schedule.mask_bytes : 0);
-            if (with_mask)
+            load(Tile_K(), slot, shared.K, maps.k, shared.barriers.K_full, shared.barriers.K_empty, keys, MASK ? schedule.mask_bytes : 0);
+            if (MASK)
                 ptx::cp_async_bulk_tensor_4d(ptx::smem_address(shared.mask + slot.stage * MASK_BYTES), &maps.mask, keys.j0 / BIT_COLUMNS * 4, work.i0,
                                              work.h, work.b, barrier(shared.barriers.K_full, slot.stage));
             if (n > 0) load_V();
@@ -84,25 +64,17 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
 
 // Another warp, otherwise idle: works without keys, whose O is 0.
 __device__ inline void write_rows_without_keys(const AttentionParams& p, const Schedule& schedule) {
-    auto write = [&](const Work& work) {
+#if INTERVAL
+    for (int unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) {
+        const Work work = schedule.work_of(p, unit);
+#else
+    Work work;
+    for (int m = 0; schedule.deal(p, m, work); ++m) {
+#endif
         for (int i = work.i0; work.k_tiles == 0 && i < min(p.Nq, work.i0 + BLOCK_Q); ++i) {
             element* O = head_of(p.o, work.b, work.h) + i * p.o.stride_n;
             for (int d = threadIdx.x % 32; d < p.Dv; d += 32) O[d] = element(0.0f);
             if (p.lse && threadIdx.x % 32 == 0) LSE_of(p, work, i) = -CUDART_INF_F;
         }
-    };
-#if !INTERVAL
-    [[maybe_unused]] Work work;
-#endif
-#if MASK && !INTERVAL
-    if (!schedule.lists.made()) {
-        for (int m = 0; schedule.unlisted.deal(p, m, work); ++m) write(work);
-        return;
     }
-#endif
-#if MASK || INTERVAL
-    for (int unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) write(schedule.work_of(p, unit));
-#else
-    for (int m = 0; schedule.deal(p, m, work); ++m) write(work);
-#endif
 }

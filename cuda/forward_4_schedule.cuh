@@ -4,15 +4,12 @@
 
 #include "forward_4_tiles.cuh"
 #include "longest_first.cuh"
-#include "tile_lists.cuh"
 
 // A tile of Q, against the tiles of keys that it sees, from the last to the first, since those that are cut come last.
 struct Work {
     int i0, h, b;  // first row, query head, batch
     int k_tiles;
-#if MASK
-    const int* visits;  // the tiles that it visits (tile_lists.cuh); NULL: all of them
-#elif INTERVAL
+#if INTERVAL
     int first_tile;
     Interval all;  // that every row sees
 
@@ -34,125 +31,7 @@ __device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
     return (columns + BLOCK_K - 1) / BLOCK_K;
 }
 
-#if !INTERVAL
-// How the tiles of Q are dealt out to blocks: units, head by head, so that at any time few heads' K and V are read. A unit is a tile, or causal a pair,
-// one from the end of the sequence and its mirror image from the start: nearly all pairs are equally long.
-struct Deal {
-    int units;
-    int q_tiles, of_head;  // of one head: tiles, units
-    int mask_bytes;        // that come with a tile of K; the producer has no registers left to find it out
-
-    // The block's m-th work. False if there are not so many.
-    __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
-        const int blocks = gridDim.x, unit = (CAUSAL ? m / 2 : m) * blocks + blockIdx.x;
-        if (unit >= units) return false;
-#if SCORE & SCORE_BIAS
-        // Batches that share a bias read the same rows of it at about the same time, so that it comes from memory once.
-        const int together = p.scoring.bias_b == 1 ? p.B : 1;
-        const int bh = unit % together * (together > 1 ? p.H : 0) + unit / together / of_head;
-        const int place = unit / together % of_head;
-#else
-        const int bh = unit / of_head, first = bh * of_head;
-        // Turned by one place a round: where a head has 2, 3 or 4, a block would otherwise have the same one of every head, and some are shorter.
-        const int place = (unit + first / blocks) % of_head;
-#endif
-        const bool from_end = CAUSAL && m % 2 == 0;
-        // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
-        const bool again = CAUSAL && m % 2 && 2 * place + 1 == q_tiles;
-        const int i0 = again ? p.Nq : (from_end ? q_tiles - 1 - place : place) * BLOCK_Q;
-        work = {i0, bh % p.H, bh / p.H, tiles_seen(p, i0, BLOCK_Q)};
-        return true;
-    }
-};
-#endif
-
-#if MASK
-// Tiles in which nothing is hidden take no bits. Consumers are told a tile ahead, so that no product waits for that. Where three groups share the
-// registers these suffice for neither: there every tile takes bits, and rows need to know which one it is where the diagonal cuts it.
-#ifndef VARIANT_FTN
-#define VARIANT_FTN 0
-#endif
-constexpr bool FULL_TAKE_NONE = VARIANT_FTN;
-constexpr bool TOLD_AHEAD = FULL_TAKE_NONE || BIASED;
-constexpr bool NEEDS_PLACE = CAUSAL || INTERVAL || DROPOUT || SLOPED || BLOCK_K < BIT_COLUMNS;
-
-// Under a mask of which lists have been made: from a queue, the longest first.
-struct Schedule {
-#if !INTERVAL
-    Deal unlisted;  // how tiles are dealt out without lists
-#endif
-    int units, q_tiles, mask_bytes;
-    TileLists lists;
-    Order order;
-
-    __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
-#if !INTERVAL
-        if (!lists.made()) return unlisted.deal(p, m, work);
-#endif
-        const int unit = order.take(units);
-        if (unit >= units) return false;
-        work = work_of(p, unit);
-        return true;
-    }
-    __device__ Work work_of(const AttentionParams& p, int unit) const {
-        const int bh = unit / q_tiles;
-        return {unit % q_tiles * BLOCK_Q, bh % p.H, bh / p.H, lists.counts[unit], lists.of_line(unit)};
-    }
-    // The work's n-th visit, of tile_lists.cuh.
-    __device__ int visit(const AttentionParams& p, const Work& work, int n) const {
-        const int tile = work.k_tiles - 1 - n;
-        if (lists.made()) return work.visits[tile];
-        return 4 * tile + MASKED + ((tile + 1) * BLOCK_K > min(p.Nk, CAUSAL ? work.i0 + diagonal(p) + 1 : p.Nk) ? CUT : 0);
-    }
-};
-
-// A tile of Q visits so many tiles of keys.
-struct QueryTileLength {
-    const int* counts;
-    __device__ int operator()(const AttentionParams&, int unit) const { return counts[unit]; }
-};
-
-// A workspace has the summaries of spans, the lists, the order.
-struct ForwardWorkspace {
-    int64_t units, lists, order, end;  // floats before each
-
-    explicit ForwardWorkspace(const AttentionParams& p) : units(tiles_of(p.Nq, BLOCK_Q) * p.H * p.B), lists(0) {
 #if INTERVAL
-        lists = whole_chunks(Summaries::floats(p, BLOCK_Q, 1, false));
-#endif
-        order = lists + TileLists::floats(units, static_cast<int>(tiles_of(p.Nk, BLOCK_K))), end = order + Order::floats(units);
-    }
-    static int64_t floats(const AttentionParams& p) { return lists_pay(p, BLOCK_Q, BLOCK_K) ? ForwardWorkspace(p).end : 0; }
-};
-
-inline Schedule schedule_of(const AttentionParams& p, int mask_bytes) {
-    const ForwardWorkspace workspace(p);
-    const int q_tiles = static_cast<int>(tiles_of(p.Nq, BLOCK_Q)), units = static_cast<int>(workspace.units);
-    Schedule schedule = {};
-    schedule.units = units, schedule.q_tiles = q_tiles, schedule.mask_bytes = mask_bytes;
-    if (lists_pay(p, BLOCK_Q, BLOCK_K)) {
-        schedule.lists = TileLists(p.workspace + workspace.lists, units, static_cast<int>(tiles_of(p.Nk, BLOCK_K)));
-        schedule.order = Order(p.workspace + workspace.order);
-    }
-#if !INTERVAL
-    const int of_head = CAUSAL ? (q_tiles + 1) / 2 : q_tiles;
-    schedule.unlisted = {of_head * p.H * p.B, q_tiles, of_head, mask_bytes};
-#endif
-    return schedule;
-}
-
-// What the schedule reads, put on the stream.
-inline cudaError_t prepare_schedule(const Schedule& schedule, const AttentionParams& p) {
-    if (!lists_pay(p, BLOCK_Q, BLOCK_K)) return cudaSuccess;
-    cudaError_t error = cudaSuccess;
-#if INTERVAL
-    error = summarise(p, p.workspace, BLOCK_Q, 0);
-#endif
-    if (error == cudaSuccess) error = list_tiles<false>(p, schedule.lists, reinterpret_cast<const Bounds*>(p.workspace), BLOCK_Q, BLOCK_K, false);
-    if (error == cudaSuccess) error = put_longest_first(p, QueryTileLength{schedule.lists.counts}, schedule.order, schedule.units, p.sm_count);
-    return error;
-}
-#elif INTERVAL
 // How the tiles of Q are dealt out to blocks. With spans, from a queue, the longest first (longest_first.cuh). With a window alone most are equally long,
 // and only a head's first ones are shorter: those of all heads come last, and fill what the others leave.
 struct Schedule {
@@ -212,7 +91,35 @@ inline cudaError_t prepare_schedule(const Schedule& schedule, const AttentionPar
     return error;
 }
 #else
-using Schedule = Deal;
+// How the tiles of Q are dealt out to blocks: units, head by head, so that at any time few heads' K and V are read. A unit is a tile, or causal a pair,
+// one from the end of the sequence and its mirror image from the start: nearly all pairs are equally long.
+struct Schedule {
+    int units;
+    int q_tiles, of_head;  // of one head: tiles, units
+    int mask_bytes;        // that come with a tile of K; the producer has no registers left to find it out
+
+    // The block's m-th work. False if there are not so many.
+    __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
+        const int blocks = gridDim.x, unit = (CAUSAL ? m / 2 : m) * blocks + blockIdx.x;
+        if (unit >= units) return false;
+#if SCORE & SCORE_BIAS
+        // Batches that share a bias read the same rows of it at about the same time, so that it comes from memory once.
+        const int together = p.scoring.bias_b == 1 ? p.B : 1;
+        const int bh = unit % together * (together > 1 ? p.H : 0) + unit / together / of_head;
+        const int place = unit / together % of_head;
+#else
+        const int bh = unit / of_head, first = bh * of_head;
+        // Turned by one place a round: where a head has 2, 3 or 4, a block would otherwise have the same one of every head, and some are shorter.
+        const int place = (unit + first / blocks) % of_head;
+#endif
+        const bool from_end = CAUSAL && m % 2 == 0;
+        // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
+        const bool again = CAUSAL && m % 2 && 2 * place + 1 == q_tiles;
+        const int i0 = again ? p.Nq : (from_end ? q_tiles - 1 - place : place) * BLOCK_Q;
+        work = {i0, bh % p.H, bh / p.H, tiles_seen(p, i0, BLOCK_Q)};
+        return true;
+    }
+};
 #endif
 
 // What the threads of a block share: their tiles, the barriers, and what each Q is for. A work without keys says that there is no more.
@@ -223,7 +130,6 @@ struct Shared {
     uint32_t O;     // [BLOCK_Q, 64 · O_PANELS]
     uint32_t bias;  // 4 · CONSUMERS × [16, BLOCK_K]
     uint8_t* mask;  // STAGES × [BLOCK_Q] BitRow
-    int* visits;    // [STAGES + Q_STAGES]: under a mask, which tile of keys this is, or which comes next (tile_lists.cuh); each Q's first
     Barriers& barriers;
     Work* works;    // [Q_STAGES]
 
@@ -233,8 +139,7 @@ struct Shared {
           V(K + STAGES * Tile_K::BYTES),
           O(V + STAGES * Tile_V::BYTES),
           bias(O + Tile_O::BYTES),
-          mask(smem + SMEM_BYTES - VISIT_BYTES - STAGES * MASK_BYTES),
-          visits(reinterpret_cast<int*>(smem + SMEM_BYTES - VISIT_BYTES)),
+          mask(smem + SMEM_BYTES - STAGES * MASK_BYTES),
           barriers(barriers),
           works(works) {}
 };

@@ -18,10 +18,8 @@ struct Rows {
     // How many of the tile's columns, from its first, a row sees.
     __device__ int visible(int i0, int j0, int r) const { return (CAUSAL ? min(p.Nk, i0 + first + ROW_STEP * r + offset + 1) : p.Nk) - j0; }
 #if INTERVAL
-#if !MASK
     // Whether some row does not see the whole tile.
     __device__ bool cut(const Work& work, int j0) const { return j0 < work.all.start || j0 + BLOCK_K > work.all.stop; }
-#endif
     // Columns of the tile, from its first, of which row r sees those from the start on, before the stop.
     __device__ Interval interval(const Work& work, int j0, int r) const {
         const Interval keys = keys_of_row(p, work.b, work.h, work.i0 + first + ROW_STEP * r);
@@ -29,16 +27,14 @@ struct Rows {
     }
     // How many of a lane's columns, 0, 1, 8, 9, 16 … from its first, lie before this one.
     __device__ static int of_lane(int column) { return column <= 0 ? 0 : column / 8 * 2 + min(column % 8, 2); }
-#elif !MASK
+#else
     __device__ bool cut(const Work& work, int j0) const { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? work.i0 + offset + 1 : p.Nk); }
 #endif
 
 #if MASK
-    // Under a mask S's sums start from its bits, so that nothing has to be hidden later. mask: [BLOCK_Q] BitRow, or one for all rows. visit: which tile
-    // (tile_lists.cuh).
-    __device__ void start(float (&S_rmem)[BLOCK_K / 2], const uint8_t* mask, const Work& work, int visit) const {
-        const int j0 = visit / 4 * BLOCK_K;
-        const bool edge = LIMITED && visit & CUT;
+    // Under a mask S's sums start from its bits, so that nothing has to be hidden later. mask: [BLOCK_Q] BitRow, or one for all rows.
+    __device__ void start(float (&S_rmem)[BLOCK_K / 2], const uint8_t* mask, const Work& work, int j0) const {
+        const bool edge = LIMITED && cut(work, j0);
         const bool shared = one_row(p);
         start_S<BLOCK_K>(S_rmem, mask, j0 % BIT_COLUMNS, shared ? 0 : first, shared ? 0 : ROW_STEP, t,
 #if INTERVAL
@@ -112,9 +108,7 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2
         for (int r = 0; r < 2; ++r) slopes.first[r] += lane_first;
         score(std::false_type());
     }
-#if !MASK
-    if (rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
-#endif
+    if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
 }
 #endif
 

@@ -43,10 +43,7 @@ constexpr int O_ROWS = std::min(16, BOX_ROWS<Tile_O, RowOrder>);  // of a box of
 constexpr int MASK_BYTES = MASK ? BLOCK_Q * static_cast<int>(sizeof(BitRow)) : 0;
 using Tile_bias = SwizzledTile<16, BLOCK_K>;  // of a warp, which asks for it itself
 constexpr int BIAS_BYTES = BIASED ? 4 * CONSUMERS * Tile_bias::BYTES : 0;
-constexpr int VISIT_BYTES = MASK ? 16 : 0;  // what the producer tells with each tile of keys, and of Q
-static_assert((STAGES + Q_STAGES) * sizeof(int) <= 16, "each has a place");
-constexpr int SMEM_BYTES =
-    Q_STAGES * Tile_Q::BYTES + STAGES * (Tile_K::BYTES + Tile_V::BYTES + MASK_BYTES) + Tile_O::BYTES + BIAS_BYTES + VISIT_BYTES;
+constexpr int SMEM_BYTES = Q_STAGES * Tile_Q::BYTES + STAGES * (Tile_K::BYTES + Tile_V::BYTES + MASK_BYTES) + Tile_O::BYTES + BIAS_BYTES;
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 struct Maps {

@@ -37,11 +37,8 @@ from flash_attention.reference.tiles import LOG2_E, hide_dead
 
 PACK_MASK = "pack_mask.cu"
 
-PACK_PARAMS = struct.Struct("@q 4q 2q 4i 2i q")
+PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# Whether None chooses kernels for calls with softcap, bias or ALiBi. `hopper` has been timed with them, but compared with normal attention
-# on the emulator alone; `simple` has passed its checks on a GPU, but not been timed. By name they are taken.
-SCORES_TIMED = False
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
 # Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
 # summed from −2¹²⁷, lies below it.
@@ -211,6 +208,8 @@ class Rung:
         """Whether this rung is faster than those below it for the call's forward or backward."""
         if self.packs_heads:
             return which == FORWARD and _worth_packing(call)
+        if call.score:
+            return True  # below the rungs that change scores is `simple`
         if self.min_scores:
             B, H, Nq, _ = call.q.shape
             return B * H * Nq * call.k.shape[2] > next((scores for up_to, scores in self.min_scores if call.head_dim <= up_to), 0)
@@ -280,8 +279,7 @@ class Forward(NamedTuple):
         O_is_like_q = allocate.is_like(q, q.shape[2], v.shape[3])
         launch = rung.launch(FORWARD, call, (*inputs, Form.of(allocate.output(q, v))), scale)
         has_spans = call.spans is not None
-        needs_workspace = has_spans or call.mask is not None or rung.forward_workspace
-        workspace = launch.workspace_floats(has_spans) if needs_workspace else 0
+        workspace = launch.workspace_floats(has_spans) if has_spans or rung.forward_workspace else 0
         return cls(rung, call, launch, rung._mask_form(FORWARD, call), factor, copied, O_is_like_q, workspace)
 
     @property
@@ -676,36 +674,35 @@ def _is_read_once(mask: Form) -> bool:
     return once and j == 1 and not (b | h | i) % 16
 
 
+def adds_quickly(q: Tensor, head_dim: int) -> bool:
+    """Whether a bias of q's dtype is added by a kernel on tensor cores. PyTorch's own are faster than `simple`, which adds all others."""
+    if not q.is_cuda:
+        return True
+    device = torch.cuda.get_device_properties(q.device)
+    serves = DTYPE_NAMES.get(q.dtype) in HOPPER.dtypes and HOPPER.bias_up_to is not None and head_dim <= HOPPER.bias_up_to
+    return serves and HOPPER.runs_on(10 * device.major + device.minor)
+
+
 def pack_mask(mask: Tensor, by_keys: bool = False, launch=None) -> Tensor:
     """bool (B, H, Nq, Nk), any strides → int32 (B or 1, H or 1, Nq or 1, words): what is broadcast is packed once.
 
     Bit c % 32 of word c / 32 is set if column c is hidden; rows are padded with ones to a multiple of 128 columns. With by_keys, the rows
     of the result are keys and its bits queries, (B or 1, H or 1, Nk, words); a mask that is the same for all queries gives words for 128.
-    Behind the bits, in the same memory, lies a summary (cuda/tile_lists.cuh), a byte for each 64 × 64 elements.
     """
     B, H, Nq = (1 if stride == 0 else n for n, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True))
     Nk = mask.shape[3]
     if by_keys and mask.stride(2) == 0:
         Nq = 128
     rows, columns = (Nk, Nq) if by_keys else (Nq, Nk)
-    shape = B, H, rows, (columns + 127) // 128 * 4
-    n = math.prod(shape)
-    memory = torch.empty(n + (summary_bytes(B, H, Nq, Nk) + 3) // 4, dtype=torch.int32, device=mask.device)
-    bits = memory[:n].view(shape)
-    if n:
+    bits = torch.empty((B, H, rows, (columns + 127) // 128 * 4), dtype=torch.int32, device=mask.device)
+    if bits.numel():
         (launch or _launch_pack_mask)(mask, bits, B, H, Nq, Nk, by_keys)
     return bits
-
-
-def summary_bytes(B: int, H: int, Nq: int, Nk: int) -> int:
-    """Of the summary of a mask's bits."""
-    return B * H * ((Nq + 63) // 64) * ((Nk + 127) // 128 * 2)
 
 
 def _launch_pack_mask(mask: Tensor, bits: Tensor, *settings: int) -> None:
     device = mask.device.index
     library = _pack_mask_library(device)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    addresses = bits.data_ptr(), bits.data_ptr() + 4 * bits.numel()
-    params = PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), *addresses, *settings, device, stream)
+    params = PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), *settings, device, stream)
     raise_on(library.pack_mask(params), library, mask)

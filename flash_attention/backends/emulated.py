@@ -130,7 +130,7 @@ class EmulatedLaunch(Launch):
         backward = len(tensors) > 4
         memories = self._tensors(tensors, q.element_size(), others.keys) + self._others(others, backward)
         if self.mask_form:
-            memories += self._mask(others.mask)
+            memories.append(self._mask(others.mask))
         memories += self._keys(others.keys)
         if self.scoring is not None:
             memories += self._scoring(others)
@@ -192,17 +192,14 @@ class EmulatedLaunch(Launch):
             Memory("d_bias", others.d_bias, math.prod(own) * element_size if others.d_bias else 0, True, False),
         ]
 
-    def _mask(self, mask: bytes) -> list[Memory]:
+    def _mask(self, mask: bytes) -> Memory:
         B, H, _, Nq, Nk, *_ = SETTINGS.unpack(self.settings)
         address, *strides = MASK.unpack(mask)
         if self.mask_form == "bytes":
-            return [Memory("the mask", address, extent((B, H, Nq, Nk), strides))]
+            return Memory("the mask", address, extent((B, H, Nq, Nk), strides))
         b, h, i, j = strides
         rows, columns, stride = (Nq, Nk, i) if self.mask_form == "bits" else (Nk, Nq if i else 128, j)
-        size = 4 * extent((B, H, rows, (columns + 127) // 128 * 4), (b, h, stride, 1))
-        of_queries = Nq if i else 1 if self.mask_form == "bits" else 128
-        summary = cuda.summary_bytes(B if b else 1, H if h else 1, of_queries, Nk)
-        return [Memory("the mask's bits", address, size), Memory("the mask's summary", address + size, summary)]
+        return Memory("the mask's bits", address, 4 * extent((B, H, rows, (columns + 127) // 128 * 4), (b, h, stride, 1)))
 
 
 def extent(shape, strides) -> int:
@@ -295,8 +292,6 @@ def _launch_pack_mask(mask: Tensor, bits: Tensor, *settings: int) -> None:
     memories = [
         Memory("the mask", mask.data_ptr(), extent(mask.shape, mask.stride())),
         Memory("the mask's bits", bits.data_ptr(), 4 * bits.numel(), True, False),
-        Memory("the mask's summary", bits.data_ptr() + 4 * bits.numel(), cuda.summary_bytes(*settings[:4]), True, False),
     ]
-    addresses = bits.data_ptr(), bits.data_ptr() + 4 * bits.numel()
-    params = cuda.PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), *addresses, *settings, 0, 0)
+    params = cuda.PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), *settings, 0, 0)
     run(library, library.pack_mask, params, memories)
