@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
     // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
-#if INTERVAL
+#if INTERVAL || LISTED
     const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
     const int k_tile = unit % k_tiles, b_kv_h = unit / k_tiles;
 #else
@@ -97,6 +97,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #if INTERVAL
             Visit at(p, maps, k_tile, b_kv_h);
             for (; at.more(); at.advance(maps)) {
+#elif LISTED
+            for (Visit at(p, maps, k_tile, b_kv_h); at.more(); at.advance(p)) {
 #else
             for (Visit at(p, j0, b_kv_h); at.more(); at.advance(p)) {
 #endif
@@ -271,6 +273,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         ptx::mbarrier_wait(KV_full, 0);
 #if INTERVAL
         ToldVisit next(told_smem, barriers.Q_full);
+#elif LISTED
+        Visit next(p, maps, k_tile, b_kv_h);
 #else
         Visit next(p, j0, b_kv_h);
 #endif
@@ -348,6 +352,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         transpose(Tile_K(), K_smem, dK_rmem, p.scale);
         if (consumer < Tile_V::PANELS) transpose(Tile_V(), V_smem, dV_rmem, 1.0f);
         meet();  // both are whole
+#if LISTED
+        const int b_kv_h = (maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x) / k_tiles;  // read anew, to save a register meanwhile
+#endif
         const int b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv;
         constexpr int OF_16_ROWS = BLOCK_K / 16;  // warps; as many store dV
         static_assert(2 * OF_16_ROWS == CONSUMERS * GROUP / 32, "each warp stores 16 rows");

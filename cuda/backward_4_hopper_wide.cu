@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 
     // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
-#if INTERVAL
+#if INTERVAL || LISTED
     const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
     const int k_tile = unit % k_tiles, b_kv_h = unit / k_tiles;
 #else
@@ -107,6 +107,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #if INTERVAL
             Visit at(p, maps, k_tile, b_kv_h);
             for (; at.more(); at.advance(maps)) {
+#elif LISTED
+            for (Visit at(p, maps, k_tile, b_kv_h); at.more(); at.advance(p)) {
 #else
             for (Visit at(p, j0, b_kv_h); at.more(); at.advance(p)) {
 #endif
@@ -334,6 +336,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         ptx::mbarrier_wait(KV_full, 0);
 #if INTERVAL
         ToldVisit next(told_smem, barriers.Q_full);
+#elif LISTED
+        Visit next(p, maps, k_tile, b_kv_h);
 #else
         Visit next(p, j0, b_kv_h);
 #endif

@@ -12,6 +12,7 @@ constexpr int PADDED_TO = BLOCK_Q;
 #include "longest_first.cuh"
 #include "mask_start.cuh"
 #include "ptx_hopper.cuh"
+#include "seen_tiles.cuh"
 #include "score_tile.cuh"
 #include "tensor_map.cuh"
 
@@ -36,7 +37,11 @@ struct Maps {
 #if INTERVAL
     Summaries summaries;
     const uint2* seen;  // Workspace::seen
-    const int* order;   // of blocks, each a tile of keys; NULL: as they are numbered
+#elif LISTED
+    SeenTiles seen_tiles;
+#endif
+#if INTERVAL || LISTED
+    const int* order;  // of blocks, each a tile of keys; NULL: as they are numbered
 #endif
 #if SCORE & SCORE_BIAS
     CUtensorMap bias;
@@ -106,6 +111,46 @@ private:
         ptx::mbarrier_wait(Q_full + slot().stage * sizeof(uint64_t), slot().parity);
         const Told& now = told[slot().stage];
         bh = uniform(now.bh), tile = uniform(now.tile), cut = uniform(now.cut);
+    }
+};
+#elif LISTED
+struct Visit {
+    const SeenTiles& seen;
+    const int k_tile, first, end_bh;  // first: the first tile whose rows the diagonal lets see some of the block's keys
+    int bh, tile, n = 0;
+    uint32_t word = 0;  // of the tile's chunk of 32: those that are left
+
+    __device__ Visit(const AttentionParams& p, const Maps& maps, int k_tile, int b_kv_h)
+        : seen(maps.seen_tiles), k_tile(k_tile), first(first_row_of(p, k_tile * BLOCK_K) / BLOCK_Q), end_bh((b_kv_h + 1) * (p.H / p.Hkv)) {
+        bh = b_kv_h * (p.H / p.Hkv), tile = tiles(p);
+        settle(p);
+    }
+    __device__ bool more() const { return bh < end_bh; }
+    __device__ void advance(const AttentionParams& p) {
+        ++n;
+        if (word == 0) tile = tile / 32 * 32;
+        settle(p);
+    }
+    __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
+    __device__ int turn(const AttentionParams&, int k_tile) const { return k_tile; }
+
+private:
+    __device__ static int tiles(const AttentionParams& p) { return (p.Nq + BLOCK_Q - 1) / BLOCK_Q; }
+    // From the tiles before this one to the next that is visited, through the heads that follow.
+    __device__ void settle(const AttentionParams& p) {
+        while (word == 0) {
+            if (tile <= first) {
+                if (++bh == end_bh) return;
+                tile = tiles(p);
+                continue;
+            }
+            const int base = (tile - 1) / 32 * 32;
+            word = seen.word(p, bh / p.H, bh % p.H, k_tile, base / 32) & first_bits(tile - base) & ~first_bits(first - base);
+            tile = base;
+        }
+        const int bit = 31 - __clz(word);
+        word ^= 1u << bit;
+        tile = tile / 32 * 32 + bit;
     }
 };
 #else
@@ -196,11 +241,33 @@ struct KeyTileLength {
 inline float* workspace_for_order(const AttentionParams& p) {
     return Workspace(p).summaries(p) + whole_chunks(Summaries::floats(p, BLOCK_Q, BLOCK_K, true));
 }
+#elif LISTED
+// A tile of keys visits so many tiles of Q.
+struct KeyTileLength {
+    SeenTiles seen;
+
+    __device__ int operator()(const AttentionParams& p, int unit) const {
+        const int k_tile = unit % seen.tiles, group = p.H / p.Hkv;
+        int length = 0;
+        for (int bh = unit / seen.tiles * group, end = bh + group; bh < end; ++bh)
+            length += seen.count(p, bh / p.H, bh % p.H, k_tile, first_row_of(p, k_tile * BLOCK_K) / BLOCK_Q, (p.Nq + BLOCK_Q - 1) / BLOCK_Q);
+        return length;
+    }
+};
+
+inline float* workspace_for_seen(const AttentionParams& p) { return p.workspace + whole_chunks(Workspace::floats(p)); }
+inline float* workspace_for_order(const AttentionParams& p) {
+    return workspace_for_seen(p) + SeenTiles::floats(p, tiles_of(p.Nk, BLOCK_K), tiles_of(p.Nq, BLOCK_Q));
+}
 #endif
 
 // Of workspace.
 inline int64_t backward_floats(const AttentionParams& p) {
-#if INTERVAL
+#if LISTED
+    // Whether gradients must repeat may change after memory has been planned for, and is not asked.
+    if (!worth_looking(p, BLOCK_Q, BLOCK_K)) return Workspace::floats(p);
+#endif
+#if INTERVAL || LISTED
     return workspace_for_order(p) - p.workspace + Order::floats(tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B);
 #else
     return Workspace::floats(p);
@@ -226,6 +293,16 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         if (maps.order != nullptr) error = put_longest_first(p, KeyTileLength{maps.summaries}, Order(workspace_for_order(p)), k_blocks, p.sm_count);
 #else
         Maps maps = {};
+#endif
+#if LISTED
+        // Where gradients must repeat, blocks take turns by the numbers of their keys, and visit every tile.
+        if (!p.deterministic && p.Nq > 0 && worth_looking(p, BLOCK_Q, BLOCK_K)) {
+            const int64_t k_tiles = tiles_of(p.Nk, BLOCK_K);
+            maps.seen_tiles = {reinterpret_cast<uint32_t*>(workspace_for_seen(p)), static_cast<int>(k_tiles), static_cast<int>(tiles_of(tiles_of(p.Nq, BLOCK_Q), 32))};
+            maps.order = Order(workspace_for_order(p)).units;
+            if (error == cudaSuccess) error = look<BLOCK_K, BLOCK_Q>(p, maps.seen_tiles);
+            if (error == cudaSuccess) error = put_longest_first(p, KeyTileLength{maps.seen_tiles}, Order(workspace_for_order(p)), k_blocks, p.sm_count);
+        }
 #endif
         if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BOX_ROWS<Tile_K, RowOrder>);
         if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BOX_ROWS<Tile_V, RowOrder>);

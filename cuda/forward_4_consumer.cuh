@@ -69,11 +69,21 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         return Work{uniform(work.i0), uniform(work.h), uniform(work.b), uniform(work.k_tiles)};
 #endif
     };
+    // First key of a work's n-th tile; under a mask, of the tile that has come last.
+#if LISTED
+    int j0_told = 0;
+    auto j0_of = [&](const Work&, int) { return j0_told; };
+#else
+    auto j0_of = [&](const Work& work, int n) { return work.j0(n); };
+#endif
     // K, and the mask, from which S's sums start.
-    auto await_K = [&](const Slot_KV& slot, const Work& work, int j0) {
+    auto await_K = [&](const Slot_KV& slot, [[maybe_unused]] const Work& work, [[maybe_unused]] int tile) {
         ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
+#if LISTED
+        if (TELLS) j0_told = uniform(shared.j0[slot.stage]);
+#endif
 #if MASK
-        rows.start(S_rmem, shared.mask + slot.stage * MASK_BYTES, work, j0);
+        rows.start(S_rmem, shared.mask + slot.stage * MASK_BYTES, work, j0_of(work, tile));
 #endif
     };
     auto await_V = [&](const Slot_KV& slot) { ptx::mbarrier_wait(barrier(barriers.V_full, slot.stage), slot.parity); };
@@ -134,14 +144,14 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     };
     // S becomes what P is rounded from; alpha is what O must be multiplied by.
     auto exponentials = [&](const Work& work, int tile) {
-        const int j0 = work.j0(tile);
+        const int j0 = j0_of(work, tile);
 #if SCORE
         float shift[2];
 #endif
 #if SCORE & SCORE_BIAS
         ptx::mbarrier_wait(bias_full, n & 1);
         score_rows(S_rmem, shift, rows, work, j0, slope, bias_lane);
-        if (tile + 1 < work.k_tiles) ask_bias(work, work.j0(tile + 1));
+        if (tile + 1 < work.k_tiles) ask_bias(work, j0_of(work, tile + 1));
 #elif SCORE
         score_rows(S_rmem, shift, rows, work, j0, slope, 0);
 #else
@@ -163,14 +173,14 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         enter(work);
 #endif
 #if SCORE & SCORE_BIAS
-        ask_bias(work, work.j0(tile));
+        ask_bias(work, j0_of(work, tile));
 #endif
-        await_K(Slot_KV(n), work, work.j0(tile));
+        await_K(Slot_KV(n), work, tile);
         multiply_first();
         while (true) {
             const Slot_Q slot_Q(q);
             // The first tile has no predecessor whose product could run under its softmax.
-            draw(keep, p, work, work.j0(tile));
+            draw(keep, p, work, j0_of(work, tile));
             ptx::wgmma_wait_group<0>();
 #pragma unroll
             for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] = 0;
@@ -182,13 +192,13 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             ++tile, ++n;
             for (; tile < work.k_tiles; ++tile, ++n) {
                 const Slot_KV now(n), before(n - 1);
-                await_K(now, work, work.j0(tile));
+                await_K(now, work, tile);
                 my_turn();
                 multiply_QK(S_rmem, shared, consumer, slot_Q, now);
                 await_V(before);
                 multiply_PV(O_rmem, P_rmem, shared, before);
                 your_turn((consumer + 1) % CONSUMERS);
-                draw(keep, p, work, work.j0(tile));
+                draw(keep, p, work, j0_of(work, tile));
                 ptx::wgmma_wait_group<1>();  // S is there
                 release(barriers.K_empty, now.stage);
                 if (tile + 1 == work.k_tiles) release_Q(slot_Q);
@@ -215,9 +225,9 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             if (AHEAD) {
                 next = take();
                 tile = skipped(next);
-                if (tile == 0 && next.k_tiles > 0) await_K(Slot_KV(n), next, next.j0(0));
+                if (tile == 0 && next.k_tiles > 0) await_K(Slot_KV(n), next, 0);
 #if SCORE & SCORE_BIAS
-                if (next.k_tiles > 0) ask_bias(next, next.j0(0));
+                if (next.k_tiles > 0) ask_bias(next, j0_of(next, 0));
 #endif
             }
             await_V(last);
@@ -227,7 +237,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                     ptx::wgmma_wait_group<0>();
                     release(barriers.V_empty, last.stage);
                     skip(tile);
-                    await_K(Slot_KV(n), next, next.j0(tile));
+                    await_K(Slot_KV(n), next, tile);
                 }
                 multiply_first();
             }
@@ -240,9 +250,9 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             if (!AHEAD) {
                 tile = 0;
 #if SCORE & SCORE_BIAS
-                ask_bias(next, next.j0(0));
+                ask_bias(next, j0_of(next, 0));
 #endif
-                await_K(Slot_KV(n), next, next.j0(0));
+                await_K(Slot_KV(n), next, 0);
                 multiply_first();
             }
             work = next;

@@ -24,8 +24,14 @@ __global__ void __launch_bounds__(THREADS, 1)
     forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, const __grid_constant__ Schedule schedule) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
+#if LISTED
+    __shared__ Work works[Q_STAGES + 2];  // what each Q is for; the producer's present and next one
+    __shared__ int j0[STAGES];
+#else
     __shared__ Work works[Q_STAGES];  // what each Q is for
-    const Shared shared(smem, barriers, works);
+    int* const j0 = nullptr;
+#endif
+    const Shared shared(smem, barriers, works, j0);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < Q_STAGES; ++stage) {
             ptx::mbarrier_init(barrier(barriers.Q_full, stage), 1);
@@ -67,6 +73,8 @@ extern "C" int schedule_units(const AttentionParams* params) {
     DeviceGuard guard(params->device);
     return prepare_schedule(schedule_of(*params, 0), *params);
 }
+#elif LISTED
+extern "C" int64_t workspace_floats(const AttentionParams* params) { return floats_of_schedule(*params); }
 #else
 extern "C" int64_t workspace_floats(const AttentionParams*) { return 0; }
 #endif
@@ -91,6 +99,9 @@ extern "C" int attention(const AttentionParams* params) {
     const int mask_bytes = !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES;
 #if INTERVAL
     const Schedule schedule = schedule_of(p, mask_bytes);
+    if (error == cudaSuccess) error = prepare_schedule(schedule, p);
+#elif LISTED
+    Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), mask_bytes, {}, {}, nullptr};
     if (error == cudaSuccess) error = prepare_schedule(schedule, p);
 #else
     const Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), mask_bytes};

@@ -38,20 +38,40 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
     Keys keys{}, before;  // V is asked for a tile later than K: it is needed later, and its place is in use for longer
     auto load_V = [&] { load(Tile_V(), Slot_KV(n - 1), shared.V, maps.v, shared.barriers.V_full, shared.barriers.V_empty, before, 0); };
 
+#if LISTED
+    Work &work = shared.works[Q_STAGES], &next = shared.works[Q_STAGES + 1];  // where they take no registers
+    work = next_with_keys();
+#else
     Work work = next_with_keys();
+#endif
     if (AHEAD) hand_out(work);
     while (work.k_tiles > 0) {
         // Known early, as it takes a while to find out; at D 256 an interval's limits leave no registers to keep it in.
         constexpr bool EARLY = AHEAD || !INTERVAL;
+#if LISTED
+        Walk walk(p, schedule.seen, work);
+#else
         const Work next = EARLY ? next_with_keys() : Work{};
+#endif
         for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
             const Slot_KV slot(n);
+#if LISTED
+            before = keys, keys = {walk.next(p, schedule.seen, work) * BLOCK_K, kv_head(p, work.h), work.b};
+            if (TELLS) {
+                ptx::mbarrier_wait(barrier(shared.barriers.K_empty, slot.stage), slot.parity ^ 1);
+                shared.j0[slot.stage] = keys.j0;  // seen by those who have waited for "full"
+            }
+#else
             before = keys, keys = {work.j0(tile), kv_head(p, work.h), work.b};
+#endif
             load(Tile_K(), slot, shared.K, maps.k, shared.barriers.K_full, shared.barriers.K_empty, keys, MASK ? schedule.mask_bytes : 0);
             if (MASK)
                 ptx::cp_async_bulk_tensor_4d(ptx::smem_address(shared.mask + slot.stage * MASK_BYTES), &maps.mask, keys.j0 / BIT_COLUMNS * 4, work.i0,
                                              work.h, work.b, barrier(shared.barriers.K_full, slot.stage));
             if (n > 0) load_V();
+#if LISTED
+            if (tile == min(1, work.k_tiles - 1)) next = next_with_keys();  // takes a while: the first tiles are on their way
+#endif
             if (AHEAD && tile + 1 == work.k_tiles) hand_out(next);
             if (!AHEAD && tile == 0) hand_out(work);
         }
@@ -64,17 +84,23 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
 
 // Another warp, otherwise idle: works without keys, whose O is 0.
 __device__ inline void write_rows_without_keys(const AttentionParams& p, const Schedule& schedule) {
-#if INTERVAL
-    for (int unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) {
-        const Work work = schedule.work_of(p, unit);
-#else
-    Work work;
-    for (int m = 0; schedule.deal(p, m, work); ++m) {
-#endif
+    auto write = [&](const Work& work) {
         for (int i = work.i0; work.k_tiles == 0 && i < min(p.Nq, work.i0 + BLOCK_Q); ++i) {
             element* O = head_of(p.o, work.b, work.h) + i * p.o.stride_n;
             for (int d = threadIdx.x % 32; d < p.Dv; d += 32) O[d] = element(0.0f);
             if (p.lse && threadIdx.x % 32 == 0) LSE_of(p, work, i) = -CUDART_INF_F;
         }
+    };
+#if INTERVAL
+    for (int unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) write(schedule.work_of(p, unit));
+#else
+#if LISTED
+    if (schedule.seen.words != nullptr) {
+        for (int tile = blockIdx.x; tile < p.B * p.H * schedule.q_tiles; tile += gridDim.x) write(schedule.work_of(p, tile));
+        return;
     }
+#endif
+    Work work;
+    for (int m = 0; schedule.deal(p, m, work); ++m) write(work);
+#endif
 }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "forward_4_tiles.cuh"
-#include "longest_first.cuh"
 
 // A tile of Q, against the tiles of keys that it sees, from the last to the first, since those that are cut come last.
 struct Work {
@@ -14,7 +13,7 @@ struct Work {
     Interval all;  // that every row sees
 
     __device__ int j0(int n) const { return (first_tile + k_tiles - 1 - n) * BLOCK_K; }
-#else
+#elif !LISTED
     // First key of the n-th tile.
     __device__ int j0(int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
 #endif
@@ -97,9 +96,23 @@ struct Schedule {
     int units;
     int q_tiles, of_head;  // of one head: tiles, units
     int mask_bytes;        // that come with a tile of K; the producer has no registers left to find it out
+#if LISTED
+    // Where a mask has been looked through, tiles come from a queue, the longest first.
+    SeenTiles seen;
+    Order order;
+    int* counts;  // of tiles of keys that each visits
+#endif
 
     // The block's m-th work. False if there are not so many.
     __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
+#if LISTED
+        if (seen.words != nullptr) {
+            const int tile = order.take(p.B * p.H * q_tiles);
+            if (tile >= p.B * p.H * q_tiles) return false;
+            work = work_of(p, tile);
+            return true;
+        }
+#endif
         const int blocks = gridDim.x, unit = (CAUSAL ? m / 2 : m) * blocks + blockIdx.x;
         if (unit >= units) return false;
 #if SCORE & SCORE_BIAS
@@ -119,7 +132,66 @@ struct Schedule {
         work = {i0, bh % p.H, bh / p.H, tiles_seen(p, i0, BLOCK_Q)};
         return true;
     }
+#if LISTED
+    // That of a tile of Q: of all heads one after another.
+    __device__ Work work_of(const AttentionParams& p, int tile) const {
+        const int bh = tile / q_tiles, i0 = tile % q_tiles * BLOCK_Q;
+        return {i0, bh % p.H, bh / p.H, counts[tile]};
+    }
+#endif
 };
+
+#if LISTED
+// A work's tiles of keys, from the last to the first.
+struct Walk {
+    int tile;       // those before this one are left
+    uint32_t word;  // of them, those of its chunk that are visited
+
+    __device__ Walk(const AttentionParams& p, const SeenTiles& seen, const Work& work) : tile(tiles_seen(p, work.i0, BLOCK_Q)), word(0) {}
+    // The next one. There is one.
+    __device__ int next(const AttentionParams& p, const SeenTiles& seen, const Work& work) {
+        while (word == 0) {
+            const int chunk = (tile - 1) / 32;
+            word = seen.word(p, work.b, work.h, work.i0 / BLOCK_Q, chunk) & first_bits(tile - 32 * chunk);
+            tile = 32 * chunk;
+        }
+        const int bit = 31 - __clz(word);
+        word ^= 1u << bit;
+        return tile + bit;
+    }
+};
+
+// A tile of Q visits so many tiles of keys, which is noted on the way.
+struct QueryTileLength {
+    SeenTiles seen;
+    int* counts;
+    __device__ int operator()(const AttentionParams& p, int unit) const {
+        const int bh = unit / seen.tiles, tile = unit % seen.tiles;
+        return counts[unit] = seen.count(p, bh / p.H, bh % p.H, tile, 0, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q));
+    }
+};
+
+inline int64_t floats_of_schedule(const AttentionParams& p) {
+    const int64_t q_tiles = tiles_of(p.Nq, BLOCK_Q);
+    if (!worth_looking(p, BLOCK_Q, BLOCK_K)) return 0;
+    return SeenTiles::floats(p, q_tiles, tiles_of(p.Nk, BLOCK_K)) + Order::floats(q_tiles * p.H * p.B) + q_tiles * p.H * p.B;
+}
+
+// Puts on the stream what the schedule reads.
+inline cudaError_t prepare_schedule(Schedule& schedule, const AttentionParams& p) {
+    if (!worth_looking(p, BLOCK_Q, BLOCK_K)) return cudaSuccess;
+    const int64_t k_tiles = tiles_of(p.Nk, BLOCK_K);
+    const int units = p.B * p.H * schedule.q_tiles;
+    schedule.seen = {reinterpret_cast<uint32_t*>(p.workspace), schedule.q_tiles, static_cast<int>(tiles_of(k_tiles, 32))};
+    schedule.order = Order(p.workspace + SeenTiles::floats(p, schedule.q_tiles, k_tiles));
+    schedule.counts = schedule.order.units + Order::floats(units) - 4;
+    const cudaError_t error = look<BLOCK_Q, BLOCK_K>(p, schedule.seen);
+    return error != cudaSuccess ? error : put_longest_first(p, QueryTileLength{schedule.seen, schedule.counts}, schedule.order, units, p.sm_count);
+}
+
+// Whether consumers need to know which tile of keys has come: the producer then tells them.
+constexpr bool TELLS = CAUSAL || DROPOUT || SLOPED || BLOCK_K < BIT_COLUMNS;
+#endif
 #endif
 
 // What the threads of a block share: their tiles, the barriers, and what each Q is for. A work without keys says that there is no more.
@@ -132,8 +204,9 @@ struct Shared {
     uint8_t* mask;  // STAGES × [BLOCK_Q] BitRow
     Barriers& barriers;
     Work* works;    // [Q_STAGES]
+    int* j0;        // [STAGES]: under a mask, the first key of each tile
 
-    __device__ Shared(uint8_t* smem, Barriers& barriers, Work* works)
+    __device__ Shared(uint8_t* smem, Barriers& barriers, Work* works, int* j0)
         : Q(ptx::smem_address(smem)),
           K(Q + Q_STAGES * Tile_Q::BYTES),
           V(K + STAGES * Tile_K::BYTES),
@@ -141,5 +214,6 @@ struct Shared {
           bias(O + Tile_O::BYTES),
           mask(smem + SMEM_BYTES - STAGES * MASK_BYTES),
           barriers(barriers),
-          works(works) {}
+          works(works),
+          j0(j0) {}
 };

@@ -7,6 +7,7 @@
 #include "mask_start.cuh"
 #include "ptx_hopper.cuh"
 #include "score_tile.cuh"
+#include "seen_tiles.cuh"
 #include "swizzle.cuh"
 #include "tensor_core.cuh"
 #include "tensor_map.cuh"

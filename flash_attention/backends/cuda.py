@@ -279,7 +279,8 @@ class Forward(NamedTuple):
         O_is_like_q = allocate.is_like(q, q.shape[2], v.shape[3])
         launch = rung.launch(FORWARD, call, (*inputs, Form.of(allocate.output(q, v))), scale)
         has_spans = call.spans is not None
-        workspace = launch.workspace_floats(has_spans) if has_spans or rung.forward_workspace else 0
+        needs_workspace = has_spans or call.mask is not None or rung.forward_workspace
+        workspace = launch.workspace_floats(has_spans) if needs_workspace else 0
         return cls(rung, call, launch, rung._mask_form(FORWARD, call), factor, copied, O_is_like_q, workspace)
 
     @property

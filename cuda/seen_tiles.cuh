@@ -1,0 +1,93 @@
+// Which tiles a mask leaves to visit, in the hopper kernels: a tile in which nothing may be attended is neither copied nor computed. A small kernel looks
+// through the mask's bits, a tile at a time, and stops at the first that may be attended; so a mask without structure costs next to nothing.
+//
+// What it leaves is a bit for each tile: of a tile of Q (forward) or of keys (backward) a line of bits, one for each tile of the other. Those who copy and
+// those who compute walk through them from the last tile to the first, each for itself: the next set bit costs no read. Where a call is so small that the
+// kernel would not pay, there are no lines, and every tile is visited.
+//
+// Not with intervals, which say themselves what is visited, nor in a forward with a bias, which must know a tile ahead where to copy it from.
+#pragma once
+
+#include "longest_first.cuh"
+#include "mask_start.cuh"
+
+#define LISTED (MASK && !INTERVAL && !(MASK == MASK_OF_BITS && (SCORE & SCORE_BIAS)))
+
+#if LISTED
+struct SeenTiles {
+    uint32_t* words;  // [B or 1, H or 1, tiles, of_line]; NULL: every tile is visited
+    int tiles;        // of Q or, in a backward, of keys
+    int of_line;      // words
+
+    static int64_t lines(const AttentionParams& p, int64_t tiles) { return tiles * (p.mask.stride_b ? p.B : 1) * (p.mask.stride_h ? p.H : 1); }
+    static int64_t floats(const AttentionParams& p, int64_t tiles, int64_t others) { return whole_chunks(lines(p, tiles) * tiles_of(others, 32)); }
+
+    // Which of 32 tiles, from 32 · chunk on, a tile visits, the diagonal aside.
+    __device__ uint32_t word(const AttentionParams& p, int b, int h, int tile, int chunk) const {
+        if (words == nullptr) return ~0u;
+        const int head = (p.mask.stride_b ? b * (p.mask.stride_h ? p.H : 1) : 0) + (p.mask.stride_h ? h : 0);
+        return words[static_cast<uint32_t>((head * tiles + tile) * of_line + chunk)];  // fewer than 2³¹, as look() has seen
+    }
+    // How many tiles from `begin` on, before `end`, it visits.
+    __device__ int count(const AttentionParams& p, int b, int h, int tile, int begin, int end) const {
+        if (words == nullptr) return max(0, end - begin);
+        int count = 0;
+#pragma unroll 1
+        for (int chunk = begin / 32; 32 * chunk < end; ++chunk)
+            count += __popc(word(p, b, h, tile, chunk) & first_bits(end - 32 * chunk) & ~first_bits(begin - 32 * chunk));
+        return count;
+    }
+};
+
+// Whether a launch looks: where a multiprocessor visits so many tiles that the time of two small kernels is less than a fiftieth.
+inline bool worth_looking(const AttentionParams& p, int block_q, int block_k) {
+    return tiles_of(p.Nq, block_q) * tiles_of(p.Nk, block_k) * p.H * p.B >= int64_t{256} * p.sm_count;
+}
+
+constexpr int LOOK_WARPS = 4;  // of a block, which finds one word: a lane's tile is COLUMNS bits of each of ROWS rows, of which a warp has every fourth
+
+template <int ROWS, int COLUMNS>
+__global__ void __launch_bounds__(32 * LOOK_WARPS) look_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ SeenTiles seen) {
+    constexpr bool BY_KEYS = MASK == MASK_OF_KEY_BITS;
+    constexpr int AT_ONCE = 4;  // rows of a warp that are on their way together
+    using Bits = std::conditional_t<COLUMNS == 64, uint2, uint4>;
+    static_assert(sizeof(Bits) * 8 == COLUMNS, "a lane reads a row of its tile at once");
+    __shared__ uint32_t found_smem[LOOK_WARPS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int chunk = blockIdx.x % seen.of_line, line = blockIdx.x / seen.of_line, heads = p.mask.stride_h ? p.H : 1;
+    const int head = line / seen.tiles, tile = line % seen.tiles, other = 32 * chunk + lane;
+    const bool there = other < ((BY_KEYS ? p.Nq : p.Nk) + COLUMNS - 1) / COLUMNS;
+    const int rows = BY_KEYS ? p.Nk : one_row(p) ? 1 : p.Nq, begin = !BY_KEYS && one_row(p) ? 0 : tile * ROWS, end = min(rows, begin + ROWS);
+    const int64_t stride = BY_KEYS ? p.mask.stride_j : p.mask.stride_i;
+    const uint32_t* bits = static_cast<const uint32_t*>(p.mask.data) + head / heads * p.mask.stride_b + head % heads * p.mask.stride_h +
+                           (BY_KEYS && one_row(p) ? 0 : other * (COLUMNS / 32));
+    bool found = !there;
+    for (int row = begin + warp; row < end && !__all_sync(0xffffffff, found); row += AT_ONCE * LOOK_WARPS) {
+        if (found) continue;
+        Bits hidden[AT_ONCE];
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; ++n) hidden[n] = *reinterpret_cast<const Bits*>(bits + min(row + n * LOOK_WARPS, end - 1) * stride);
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; ++n) {
+            found |= (hidden[n].x & hidden[n].y) != ~0u;
+            if constexpr (COLUMNS == 128) found |= (hidden[n].z & hidden[n].w) != ~0u;
+        }
+    }
+    const uint32_t word = __ballot_sync(0xffffffff, found && there);
+    if (lane == 0) found_smem[warp] = word;
+    __syncthreads();  // every warp has said what it found
+    if (threadIdx.x > 0) return;
+    uint32_t all = 0;
+    for (int w = 0; w < LOOK_WARPS; ++w) all |= found_smem[w];
+    seen.words[blockIdx.x] = all;
+}
+
+// What kernels that follow on the stream find in `seen`.
+template <int ROWS, int COLUMNS>
+inline cudaError_t look(const AttentionParams& p, const SeenTiles& seen) {
+    const int64_t blocks = SeenTiles::lines(p, seen.tiles) * seen.of_line;
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    if (blocks > 0) launch_kernel(look_kernel<ROWS, COLUMNS>, static_cast<unsigned>(blocks), 32 * LOOK_WARPS, 0, p.stream, p, seen);
+    return cudaGetLastError();
+}
+#endif
