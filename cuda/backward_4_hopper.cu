@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
 #if INTERVAL || LISTED
-    const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
+    const int unit = unit_of_block(maps);
     const int k_tile = unit % k_tiles, b_kv_h = unit / k_tiles;
 #else
     const int k_tile = blockIdx.x % k_tiles, b_kv_h = blockIdx.x / k_tiles;  // b_kv_h = b·Hkv + kv_h

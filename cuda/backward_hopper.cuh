@@ -37,16 +37,26 @@ struct Maps {
 #if INTERVAL
     Summaries summaries;
     const uint2* seen;  // Workspace::seen
+    const int* order;   // of blocks, each a tile of keys; NULL: as they are numbered
 #elif LISTED
     SeenTiles seen_tiles;
-#endif
-#if INTERVAL || LISTED
-    const int* order;  // of blocks, each a tile of keys; NULL: as they are numbered
+    Order order;  // of blocks, if there are seen_tiles
 #endif
 #if SCORE & SCORE_BIAS
     CUtensorMap bias;
 #endif
 };
+
+#if INTERVAL || LISTED
+// A block's tile of keys, of all heads one after another.
+__device__ inline int unit_of_block(const Maps& maps) {
+#if LISTED
+    return maps.seen_tiles.words == nullptr || maps.order.none() ? blockIdx.x : maps.order.units[blockIdx.x];
+#else
+    return maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
+#endif
+}
+#endif
 
 // The tiles of Q that see some of a block's keys, of every query head that shares them: head bh = b·H + h, tile, and its index among them. Causal:
 // from the last tile down, so that the blocks of a head are at the same tile at about the same time; taking turns, they must be.
@@ -225,6 +235,7 @@ __device__ inline void add_dQ(const Workspace& workspace, int64_t row, int colum
 #if INTERVAL
 // A tile of keys visits so many tiles of Q.
 struct KeyTileLength {
+    static constexpr bool SAYS_MOST = false;
     Summaries summaries;
 
     __device__ int operator()(const AttentionParams& p, int unit) const {
@@ -244,7 +255,12 @@ inline float* workspace_for_order(const AttentionParams& p) {
 #elif LISTED
 // A tile of keys visits so many tiles of Q.
 struct KeyTileLength {
+    static constexpr bool SAYS_MOST = true;
     SeenTiles seen;
+
+    __device__ int most(const AttentionParams& p, int unit) const {
+        return p.H / p.Hkv * max(0, (p.Nq + BLOCK_Q - 1) / BLOCK_Q - first_row_of(p, unit % seen.tiles * BLOCK_K) / BLOCK_Q);
+    }
 
     __device__ int operator()(const AttentionParams& p, int unit) const {
         const int k_tile = unit % seen.tiles, group = p.H / p.Hkv;
@@ -299,9 +315,9 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         if (!p.deterministic && p.Nq > 0 && worth_looking(p, BLOCK_Q, BLOCK_K)) {
             const int64_t k_tiles = tiles_of(p.Nk, BLOCK_K);
             maps.seen_tiles = {reinterpret_cast<uint32_t*>(workspace_for_seen(p)), static_cast<int>(k_tiles), static_cast<int>(tiles_of(tiles_of(p.Nq, BLOCK_Q), 32))};
-            maps.order = Order(workspace_for_order(p)).units;
+            maps.order = Order(workspace_for_order(p));
             if (error == cudaSuccess) error = look<BLOCK_K, BLOCK_Q>(p, maps.seen_tiles);
-            if (error == cudaSuccess) error = put_longest_first(p, KeyTileLength{maps.seen_tiles}, Order(workspace_for_order(p)), k_blocks, p.sm_count);
+            if (error == cudaSuccess) error = put_longest_first(p, KeyTileLength{maps.seen_tiles}, maps.order, k_blocks, p.sm_count);
         }
 #endif
         if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BOX_ROWS<Tile_K, RowOrder>);

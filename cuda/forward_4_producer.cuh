@@ -5,9 +5,18 @@
 
 __device__ inline void produce(const AttentionParams& p, const Maps& maps, const Schedule& schedule, const Shared& shared) {
     int m = 0, q = 0, n = 0;  // of all works, tiles of Q, tiles of keys
+#if LISTED
+    const bool leaves_out = schedule.leaves_out();
+#elif !INTERVAL
+    constexpr bool leaves_out = false;
+#endif
     auto next_with_keys = [&] {
         Work work;
+#if INTERVAL
         while (schedule.deal(p, m++, work))
+#else
+        while (schedule.deal(p, m++, work, leaves_out))
+#endif
             if (work.k_tiles > 0) return work;
         return Work{};
     };
@@ -49,14 +58,14 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
         // Known early, as it takes a while to find out; at D 256 an interval's limits leave no registers to keep it in.
         constexpr bool EARLY = AHEAD || !INTERVAL;
 #if LISTED
-        Walk walk(p, schedule.seen, work);
+        Walk walk(p, work);
 #else
         const Work next = EARLY ? next_with_keys() : Work{};
 #endif
         for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
             const Slot_KV slot(n);
 #if LISTED
-            before = keys, keys = {walk.next(p, schedule.seen, work) * BLOCK_K, kv_head(p, work.h), work.b};
+            before = keys, keys = {walk.next(p, schedule.seen, work, leaves_out) * BLOCK_K, kv_head(p, work.h), work.b};
             if (TELLS) {
                 ptx::mbarrier_wait(barrier(shared.barriers.K_empty, slot.stage), slot.parity ^ 1);
                 shared.j0[slot.stage] = keys.j0;  // seen by those who have waited for "full"
@@ -95,7 +104,7 @@ __device__ inline void write_rows_without_keys(const AttentionParams& p, const S
     for (int unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) write(schedule.work_of(p, unit));
 #else
 #if LISTED
-    if (schedule.seen.words != nullptr) {
+    if (schedule.leaves_out()) {
         for (int tile = blockIdx.x; tile < p.B * p.H * schedule.q_tiles; tile += gridDim.x) write(schedule.work_of(p, tile));
         return;
     }

@@ -67,6 +67,7 @@ private:
 
 // A tile of Q visits so many tiles of keys.
 struct QueryTileLength {
+    static constexpr bool SAYS_MOST = false;
     __device__ int operator()(const AttentionParams& p, int unit) const {
         const Interval some = reinterpret_cast<const Bounds*>(p.workspace)[unit].some;
         return (some.stop + BLOCK_K - 1) / BLOCK_K - some.start / BLOCK_K;
@@ -97,16 +98,19 @@ struct Schedule {
     int q_tiles, of_head;  // of one head: tiles, units
     int mask_bytes;        // that come with a tile of K; the producer has no registers left to find it out
 #if LISTED
-    // Where a mask has been looked through, tiles come from a queue, the longest first.
+    // Where a mask has been looked through and leaves out some tile, tiles come from a queue, the longest first.
     SeenTiles seen;
     Order order;
     int* counts;  // of tiles of keys that each visits
 #endif
 
-    // The block's m-th work. False if there are not so many.
-    __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
 #if LISTED
-        if (seen.words != nullptr) {
+    __device__ bool leaves_out() const { return seen.words != nullptr && !order.none(); }
+#endif
+    // The block's m-th work. False if there are not so many. leaves_out: as above.
+    __device__ bool deal(const AttentionParams& p, int m, Work& work, [[maybe_unused]] bool leaves_out = false) const {
+#if LISTED
+        if (leaves_out) {
             const int tile = order.take(p.B * p.H * q_tiles);
             if (tile >= p.B * p.H * q_tiles) return false;
             work = work_of(p, tile);
@@ -147,12 +151,12 @@ struct Walk {
     int tile;       // those before this one are left
     uint32_t word;  // of them, those of its chunk that are visited
 
-    __device__ Walk(const AttentionParams& p, const SeenTiles& seen, const Work& work) : tile(tiles_seen(p, work.i0, BLOCK_Q)), word(0) {}
+    __device__ Walk(const AttentionParams& p, const Work& work) : tile(tiles_seen(p, work.i0, BLOCK_Q)), word(0) {}
     // The next one. There is one.
-    __device__ int next(const AttentionParams& p, const SeenTiles& seen, const Work& work) {
+    __device__ int next(const AttentionParams& p, const SeenTiles& seen, const Work& work, bool leaves_out) {
         while (word == 0) {
             const int chunk = (tile - 1) / 32;
-            word = seen.word(p, work.b, work.h, work.i0 / BLOCK_Q, chunk) & first_bits(tile - 32 * chunk);
+            word = (leaves_out ? seen.word(p, work.b, work.h, work.i0 / BLOCK_Q, chunk) : ~0u) & first_bits(tile - 32 * chunk);
             tile = 32 * chunk;
         }
         const int bit = 31 - __clz(word);
@@ -163,8 +167,10 @@ struct Walk {
 
 // A tile of Q visits so many tiles of keys, which is noted on the way.
 struct QueryTileLength {
+    static constexpr bool SAYS_MOST = true;
     SeenTiles seen;
     int* counts;
+    __device__ int most(const AttentionParams& p, int unit) const { return tiles_seen(p, unit % seen.tiles * BLOCK_Q, BLOCK_Q); }
     __device__ int operator()(const AttentionParams& p, int unit) const {
         const int bh = unit / seen.tiles, tile = unit % seen.tiles;
         return counts[unit] = seen.count(p, bh / p.H, bh % p.H, tile, 0, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q));

@@ -14,14 +14,15 @@ constexpr int ORDER_WARPS = 32;
 constexpr int CLASSES = 8;
 
 // In a workspace.
-struct Order {
-    int* queue;  // how many units blocks have taken from it
+struct alignas(16) Order {
+    int* queue;  // how many units blocks have taken from it; whether each is as long as it may be (Length::most), so that there is no order
     int* units;  // [units]
 
     Order() = default;
     __host__ __device__ Order(float* workspace) : queue(reinterpret_cast<int*>(workspace)), units(queue + 4) {}
     static int64_t floats(int64_t units) { return whole_chunks(units + 4); }
 
+    __device__ bool none() const { return queue[1] != 0; }
     // The next unit, for any thread of any block; `units` or more if there is none.
     __device__ int take(int count) const {
         const int place = atomicAdd(queue, 1);
@@ -29,24 +30,34 @@ struct Order {
     }
 };
 
-// length(p, unit) is a unit's length. `blocks` take them. A warp sorts a stretch of units, 32 at a time.
+// length(p, unit) is a unit's length; length.most(p, unit), if it says so, how long it may be. `blocks` take them. A warp sorts a stretch of units, 32 at a time.
 template <class Length>
 __global__ void __launch_bounds__(32 * ORDER_WARPS)
     order_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Length length, const __grid_constant__ Order order, int units, int blocks) {
     __shared__ float sums_smem[ORDER_WARPS];
+    __shared__ bool shorter_smem[ORDER_WARPS];
     __shared__ int counts_smem[CLASSES][ORDER_WARPS];  // of the class: each warp's units, then all before these
     __shared__ int totals_smem[CLASSES];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int stretch = (units + 32 * ORDER_WARPS - 1) / (32 * ORDER_WARPS) * 32, begin = warp * stretch + lane, end = min(units, (warp + 1) * stretch);
 
     float sum = 0;
-    for (int unit = begin; unit < end; unit += 32) sum += length(p, unit);
+    bool shorter = !Length::SAYS_MOST;
+    for (int unit = begin; unit < end; unit += 32) {
+        const int its = length(p, unit);
+        sum += its;
+        if constexpr (Length::SAYS_MOST) shorter |= its < length.most(p, unit);
+    }
+    shorter = __any_sync(0xffffffff, shorter);
+    if (lane == 0) shorter_smem[warp] = shorter;
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
     if (lane == 0) sums_smem[warp] = sum;
     if (threadIdx.x == 0) *order.queue = 0;
     __syncthreads();  // every warp's sum is there
     sum = 0;
-    for (int w = 0; w < ORDER_WARPS; ++w) sum += sums_smem[w];
+    for (int w = 0; w < ORDER_WARPS; ++w) sum += sums_smem[w], shorter |= shorter_smem[w];
+    if (threadIdx.x == 0) order.queue[1] = !shorter;
+    if (!shorter) return;
     const float shortest = sum / (16.0f * blocks);
     auto class_of = [&](int unit) {  // beyond the last unit: none
         if (unit >= end) return CLASSES;

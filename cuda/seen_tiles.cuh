@@ -14,13 +14,14 @@
 #define LISTED (MASK && !INTERVAL && !(MASK == MASK_OF_BITS && (SCORE & SCORE_BIAS)))
 
 #if LISTED
-struct SeenTiles {
+struct alignas(16) SeenTiles {
     uint32_t* words;  // [B or 1, H or 1, tiles, of_line]; NULL: every tile is visited
     int tiles;        // of Q or, in a backward, of keys
     int of_line;      // words
 
     static int64_t lines(const AttentionParams& p, int64_t tiles) { return tiles * (p.mask.stride_b ? p.B : 1) * (p.mask.stride_h ? p.H : 1); }
-    static int64_t floats(const AttentionParams& p, int64_t tiles, int64_t others) { return whole_chunks(lines(p, tiles) * tiles_of(others, 32)); }
+    // When memory is planned for, it is not known yet which dimensions of the mask are broadcast.
+    static int64_t floats(const AttentionParams& p, int64_t tiles, int64_t others) { return whole_chunks(tiles * p.H * p.B * tiles_of(others, 32)); }
 
     // Which of 32 tiles, from 32 · chunk on, a tile visits, the diagonal aside.
     __device__ uint32_t word(const AttentionParams& p, int b, int h, int tile, int chunk) const {

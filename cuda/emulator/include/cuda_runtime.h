@@ -88,6 +88,7 @@ inline void __syncwarp(uint32_t mask = 0xffffffff) { emulator::warp_sync(mask); 
 inline void __threadfence() {}  // the emulator's memory is one; order between blocks comes from acquire and release
 inline uint32_t __ballot_sync(uint32_t mask, bool x) { return emulator::ballot(mask, x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline bool __any_sync(uint32_t mask, bool x) { return emulator::ballot(mask, x) != 0; }
 inline bool __all_sync(uint32_t mask, bool x) { return emulator::ballot(mask, x) == mask; }
 
