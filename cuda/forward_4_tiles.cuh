@@ -17,8 +17,8 @@
 
 // ---- sizes. A warpgroup owns 64 rows of Q, and has as many registers as the block leaves it.
 constexpr int GROUP = 128;  // threads
-// Dropout, two words at a time, takes the registers that three leave; so does the hook for scores, unless it adds a bias or slopes alone.
-constexpr int CONSUMERS = HEAD_DIM <= 64 && !DROPOUT && !INTERVAL && (SCORE == 0 || (!MASK && (SCORE == SCORE_BIAS || SCORE == SCORE_ALIBI))) ? 3 : 2;
+// Dropout, two words at a time, takes the registers that three leave; so does the hook for scores, unless it has one thing to do alone.
+constexpr int CONSUMERS = HEAD_DIM <= 64 && !DROPOUT && !INTERVAL && (SCORE == 0 || (!MASK && (SCORE == SCORE_SOFTCAP || SCORE == SCORE_BIAS || SCORE == SCORE_ALIBI))) ? 3 : 2;
 constexpr int THREADS = GROUP * (1 + CONSUMERS);
 // Registers of a thread: as many for all at the start; then the producer's group gives back what the others take.
 constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
