@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from flash_attention.backends import cuda
+from flash_attention.backends import cuda, rotary
 from flash_attention.backends.emulated_trace import Trace
 from flash_attention.backends.launch import INTERVAL, KEYS, MASK, SETTINGS, STRIDES, Addresses, Launch
 from flash_attention.build import Specialisation, emulated
@@ -295,3 +295,22 @@ def _launch_pack_mask(mask: Tensor, bits: Tensor, *settings: int) -> None:
     ]
     params = cuda.PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), *settings, 0, 0)
     run(library, library.pack_mask, params, memories)
+
+
+@functools.cache
+def _rotary_library(sources: Path | None) -> ctypes.CDLL:
+    library = _declared(emulated.load(Specialisation(rotary.ROTARY, emulated.ARCH), rotary.PARAMS.size, sources))
+    library.rotary.argtypes = [ctypes.c_char_p]
+    return library
+
+
+def run_rotary(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, params: tuple) -> None:
+    """What `backends.rotary.launch` calls its kernel by, for tensors on the CPU."""
+    library = _rotary_library(options.sources)
+    memories = [
+        Memory("x", x.data_ptr(), extent(x.shape, x.stride()) * x.element_size()),
+        Memory("out", out.data_ptr(), extent(out.shape, out.stride()) * out.element_size(), True, False),
+        Memory("cos", cos.data_ptr(), 4 * cos.numel()),
+        Memory("sin", sin.data_ptr(), 4 * sin.numel()),
+    ]
+    run(library, library.rotary, rotary.PARAMS.pack(*params, 0, 0), memories)
