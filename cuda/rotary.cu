@@ -94,8 +94,6 @@ __global__ void __launch_bounds__(THREADS) rotary_kernel(const __grid_constant__
 template <class T>
 static cudaError_t launch_rotary(const RotaryParams& p) {
     const int rotating = p.interleaved ? rotating_threads<T, true>(p) : rotating_threads<T, false>(p), chunks = rotating + (p.D - p.R) / CHUNK<T>;
-    // A thread's number, through the last block, is 32 bits; a grid has 65535 blocks at most along its second and third dimension.
-    if (static_cast<int64_t>(p.N) * chunks > INT32_MAX - THREADS || p.H > 65535 * HEADS || p.B > 65535) return cudaErrorInvalidConfiguration;
     if (p.interleaved) launch_kernel(rotary_kernel<T, true>, grid(p, chunks), THREADS, 0, p.stream, p);
     else launch_kernel(rotary_kernel<T, false>, grid(p, chunks), THREADS, 0, p.stream, p);
     return cudaGetLastError();
@@ -103,6 +101,8 @@ static cudaError_t launch_rotary(const RotaryParams& p) {
 
 extern "C" int rotary(const RotaryParams* params) {
     const RotaryParams& p = *params;
+    // A thread's number, through the last block, is 32 bits; a grid has 65535 blocks at most along its second and third dimension.
+    if (static_cast<int64_t>(p.N) * (p.D / CHUNK<float>) > INT32_MAX - THREADS || p.H > 65535 * HEADS || p.B > 65535) return cudaErrorInvalidConfiguration;
     if (p.B == 0 || p.H == 0 || p.N == 0 || p.D == 0) return cudaSuccess;
     int before;
     cudaError_t error = cudaGetDevice(&before);

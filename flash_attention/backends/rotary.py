@@ -44,7 +44,7 @@ def reads(x: Tensor, half: int) -> bool:
     chunk = 16 // x.element_size()
     (B, H, N, D), (*outer, last) = x.shape, x.stride()
     aligned = x.data_ptr() % 16 == 0 and not any(stride % chunk for stride in outer)
-    fits = N * D < 2**31 and H < 2**18 and B < 2**16
+    fits = N * D < 2**32 and H < 2**17 and B < 2**16
     return last == 1 and aligned and fits and D % chunk == 0 and half % chunk == 0
 
 
