@@ -542,7 +542,7 @@ SCORED = {
         ("largest * p.scoring.scale_in_cap <= 1", "largest * p.scoring.scale_in_cap <= 4", case(softcap=1.5, alibi=True)),
         ("in_cap <= LARGEST_1 && has", "in_cap <= 4 && has", case(Nk=460, softcap=1.5)),
         ("all(in_cap <= 1)", "all(in_cap <= 4)", HALF_CAPPED),
-        ("const bool near_m = fminf(", "const bool near_m = true || fminf(", case(softcap=20.0)),
+        ("const bool near_m = fminf(", "const bool near_m = true || fminf(", case(Nk=256, softcap=20.0)),  # no tile is cut
         ("largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));", ";", case(Nk=460, softcap=20.0, sharp=5)),
         ("l_rmem[r] = NEW_MAXIMUM ? l_rmem[r] * alpha[r] + sum :", "l_rmem[r] =", case(Nk=460, softcap=20.0, sharp=5)),
         ("if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return", "if (!ONLY_CAPPED || MASK) return", HALF_CAPPED),
