@@ -585,7 +585,6 @@ SCORED = {
         ("            release(barrier(barriers.empty, of_dP.stage));", ";", HALF_KEY_BIAS),
         ("__syncwarp();  // every lane has read what was there", NO_BARRIER, HALF_KEY_BIAS),
         ("ptx::mbarrier_wait(bias_empty, parity ^ 1);", NO_WAIT, HALF_BIASED),
-        ("ptx::fence_proxy_async();  // what was read", NO_BARRIER, HALF_BIASED),
         ("ptx::bar_sync(1 + consumer, GROUP);  // the group's panel is written", NO_BARRIER, HALF_BIASED),
         ("multiply(dP_rmem, of_dP, first);", "multiply(dP_rmem, of_dP, 0);", HALF_BIASED),
         ("sum[0] = fmaf(S[e], dP_rmem[e] - Delta.x, sum[0]);", "sum[0] = S[e] * (dP_rmem[e] - Delta.x);", HALF_BIASED),
