@@ -16,9 +16,10 @@ static_assert(HEAD_DIM <= 128 && HEAD_DIM % 16 == 0 && V_HEAD_DIM == HEAD_DIM, "
 #include "backward_hopper.cuh"
 
 constexpr int N_TILES = BLOCK_Q / 8;
-using Tile_dS = SwizzledTile<BLOCK_Q, BLOCK_K>;  // rows are queries, so that dQ = dS K reads it as it lies
-// Causal: the first group adds its part of dQ before it asks for dK, the second one after, so that one multiplies while the other adds.
-constexpr bool BY_TURNS = CAUSAL && !FEW_REGISTERS;
+// dS in shared memory: its rows are queries, as dQ = dS K reads them. In wide heads they are keys under a mask, which is 5 % faster there, and where
+// the hook for scores leaves no register for the other way.
+constexpr bool DS_BY_KEYS = HEAD_DIM > 64 && (MASK || SCORE == (SCORE_SOFTCAP | SCORE_BIAS | SCORE_ALIBI));
+using Tile_dS = std::conditional_t<DS_BY_KEYS, SwizzledTile<BLOCK_K, BLOCK_Q>, SwizzledTile<BLOCK_Q, BLOCK_K>>;
 constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // what each row sees
 using Tile_bias = SwizzledTile<BLOCK_Q, BLOCK_K>;
 constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
@@ -37,15 +38,14 @@ struct Barriers {
 struct Unit {
     int k_tile, b_kv_h;
 };
-__device__ inline Unit unit_of_block(const AttentionParams& p, int k_tiles) {
-    const int block = blockIdx.x;
+__device__ inline Unit unit_of_block([[maybe_unused]] const AttentionParams& p, int k_tiles) {
 #if CAUSAL && HEAD_DIM > 64
     // A head's first keys are seen by the most rows, and start first. So do those of the last few heads, two blocks for each multiprocessor: else
     // the longest block of the last head would start when all others are nearly done. Not where so few heads do not fit the cache together.
-    const int heads = p.B * p.Hkv, last = min(heads, 2 * p.sm_count / k_tiles), first = (heads - last) * k_tiles;
-    if (2 * k_tiles <= p.sm_count && block >= first) return {(block - first) / last, heads - last + (block - first) % last};
+    const int heads = p.B * p.Hkv, last = min(heads, 2 * p.sm_count / k_tiles), block = static_cast<int>(blockIdx.x) - (heads - last) * k_tiles;
+    if (2 * k_tiles <= p.sm_count && block >= 0) return {block / last, heads - last + block % last};
 #endif
-    return {block % k_tiles, block / k_tiles};
+    return {static_cast<int>(blockIdx.x % k_tiles), static_cast<int>(blockIdx.x / k_tiles)};
 }
 #endif
 
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     const uint32_t K_smem = ptx::smem_address(smem);                 // [BLOCK_K, HEAD_DIM]
     const uint32_t V_smem = K_smem + Tile_K::BYTES;                  // [BLOCK_K, HEAD_DIM]
     const uint32_t QdO_smem = V_smem + Tile_K::BYTES;                // STAGES × (Q [BLOCK_Q, HEAD_DIM], dO [BLOCK_Q, HEAD_DIM])
-    const uint32_t dS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;  // 2 × dS [BLOCK_Q, BLOCK_K]
+    const uint32_t dS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;  // 2 × dS [BLOCK_Q, BLOCK_K], or transposed
     constexpr int BIAS_OFFSET = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_dS::BYTES;  // STAGES × bias [BLOCK_Q, BLOCK_K]
     constexpr int ROWS_OFFSET = BIAS_OFFSET + STAGES * BIAS_BYTES;
     const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         const int place = consumer * 64 + warp * 16 + lane / 4;  // in the tile of keys; this thread has it and the one 8 further,
         const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
         const uint32_t group_rows = consumer * 64 * ROW_BYTES;       // the group's rows of K and V
-        const uint32_t dS_lane = Tile_dS::offset(lane % 8 + lane / 16 * 8, consumer * 8 + warp * 2 + lane / 8 % 2);  // its row of dS, as stmatrix wants it
+        [[maybe_unused]] const uint32_t dS_lane = Tile_dS::offset(lane % 8 + lane / 16 * 8, consumer * 8 + warp * 2 + lane / 8 % 2);  // for stmatrix
         const float scale_log2 = p.scale * LOG2_E;                   // exp(scale · x) = 2^(scale_log2 · x)
 
 #if SCORE
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                     }
                 }
             };
-            auto round_P = [&](int n) {
+            [[maybe_unused]] auto round_P = [&](int n) {
 #pragma unroll
                 for (int r = 0; r < 2; ++r)
                     P_rmem[n / 2][n % 2 * 2 + r] =
@@ -305,10 +305,11 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 for (int r = 0; r < 2; ++r) {
                     float dP0 = dP_rmem[4 * n + 2 * r], dP1 = dP_rmem[4 * n + 2 * r + 1];
                     if (DROPOUT) dP0 = keep.kept(dP0, r, n, 0), dP1 = keep.kept(dP1, r, n, 1);
-                    dS_rmem[n / 2][n % 2 * 2 + r] =
-                        ptx::cvt_pair<element>(S_rmem[4 * n + 2 * r] * (dP0 - Delta.x), S_rmem[4 * n + 2 * r + 1] * (dP1 - Delta.y));
+                    const uint32_t dS = ptx::cvt_pair<element>(S_rmem[4 * n + 2 * r] * (dP0 - Delta.x), S_rmem[4 * n + 2 * r + 1] * (dP1 - Delta.y));
+                    dS_rmem[n / 2][n % 2 * 2 + r] = dS;
+                    if (DS_BY_KEYS) ptx::st_shared(dS_tile + Tile_dS::offset(place + 8 * r, n) + 4 * t, dS);
                 }
-                if (n % 2) ptx::stmatrix_x4_trans(dS_tile + dS_lane + n / 2 * 16 * ROW_BYTES, dS_rmem[n / 2]);
+                if (!DS_BY_KEYS && n % 2) ptx::stmatrix_x4_trans(dS_tile + dS_lane + n / 2 * 16 * ROW_BYTES, dS_rmem[n / 2]);
             };
             ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();  // Sᵀ is there
 #if !INTERVAL && !MASK && !SCORE
@@ -370,11 +371,15 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             const uint64_t K_part = ptx::descriptor(uniform(K_smem + (BY_ROWS ? 0 : consumer * (COLUMNS == 64 ? Tile_K::PANEL_BYTES : 64))));
             ptx::wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < BLOCK_K / 16; ++k)
-                ptx::wgmma_ss_transposed_b<element, COLUMNS>(dQ_rmem, ptx::advance(dS_part, k / 4 * Tile_dS::PANEL_BYTES + k % 4 * 32),
-                                                             ptx::advance(K_part, k * 16 * ROW_BYTES), k > 0);
+            for (int k = 0; k < BLOCK_K / 16; ++k) {
+                const uint64_t K_k = ptx::advance(K_part, k * 16 * ROW_BYTES);
+                if constexpr (DS_BY_KEYS) ptx::wgmma_ss_transposed<element, COLUMNS>(dQ_rmem, ptx::advance(dS_part, k * 16 * ROW_BYTES), K_k, k > 0);
+                else ptx::wgmma_ss_transposed_b<element, COLUMNS>(dQ_rmem, ptx::advance(dS_part, k / 4 * Tile_dS::PANEL_BYTES + k % 4 * 32), K_k, k > 0);
+            }
             ptx::wgmma_commit_group();
+            add(dK_rmem, dS_rmem, Q_tile);
 
+            ptx::wgmma_wait_group<1>();  // dV and dQ are there
             const Workspace workspace(p);
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
 #if INTERVAL
@@ -382,21 +387,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #else
             const int turn = k_tile;
 #endif
-            auto sum_dQ = [&](int consumer) {
-                take_turn(p, workspace, row, turn);
-                add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? consumer * 64 : 0), BY_ROWS ? 0 : consumer * COLUMNS, dQ_rmem);
-                end_turn(p, workspace, row, turn);
-            };
-            if (BY_TURNS && consumer == 0) {
-                ptx::wgmma_wait_group<0>();  // dV and dQ are there: dK has yet to be asked for
-                sum_dQ(0);
-                ptx::wgmma_fence();
-                add(dK_rmem, dS_rmem, Q_tile);
-            } else {
-                add(dK_rmem, dS_rmem, Q_tile);
-                ptx::wgmma_wait_group<1>();  // dV and dQ are there
-                sum_dQ(BY_TURNS ? 1 : consumer);
-            }
+            take_turn(p, workspace, row, turn);
+            add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? consumer * 64 : 0), BY_ROWS ? 0 : consumer * COLUMNS, dQ_rmem);
+            end_turn(p, workspace, row, turn);
             ptx::wgmma_wait_group<0>();  // dK too: done with Q and dO
             ptx::mbarrier_arrive(barrier(barriers.empty, stage));
         }
