@@ -2,6 +2,7 @@
 # make test   every check, three at a time
 # make bench  the CPU figures of docs/benchmarks.md
 # make notebooks   execute the lessons; write them as HTML to build/notebooks/, and the README's animation
+# make docs   the API pages, from docstrings, in build/api/
 # make release     build sdist and wheel into dist/, install them in an empty environment, say what is left to do
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV_PYTHON := .venv/bin/python
 PIP_FLAGS ?=
 DEMO_SIZE := --q_len 1024 --kv_len 1024
 
-.PHONY: demo test bench notebooks release clean
+.PHONY: demo test bench notebooks docs release clean
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -35,6 +36,9 @@ bench: .venv/installed
 
 notebooks: .venv/installed
 	$(VENV_PYTHON) notebooks/build.py
+
+docs: .venv/installed
+	$(VENV_PYTHON) docs/build_api.py
 
 release: .venv/installed
 	$(VENV_PYTHON) checks/package.py --release
