@@ -390,6 +390,8 @@ TABLE = {
         ("ptx::mbarrier_arrive(barrier(barriers.empty, stage));", ";", case(Nq=700)),
         ("ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();", "ptx::wgmma_wait_group<2>();", PLAIN),
         ("ptx::wgmma_wait_group<1>();  // dV and dQ are there", "ptx::wgmma_wait_group<2>();", PLAIN),
+        ("ptx::wgmma_wait_group<0>();  // both are there", "ptx::wgmma_wait_group<1>();  //", CAUSAL),
+        ("row + (BY_ROWS ? 64 : 0), BY_ROWS ? 0 : COLUMNS", "row, 0", case(D=128, causal=True)),
         ("dS_smem + now.n % 2 * Tile_dS::BYTES;", "dS_smem;", case(Nq=700)),
         ("consumer * 8 + warp * 2 + lane / 8 % 2", "consumer * 8 + warp * 2 + lane / 16", PLAIN),
         ("k / 4 * Tile_dS::PANEL_BYTES + k % 4 * 32", "k * 32", PLAIN),

@@ -20,6 +20,8 @@ constexpr int N_TILES = BLOCK_Q / 8;
 // the hook for scores leaves no register for the other way.
 constexpr bool DS_BY_KEYS = HEAD_DIM > 64 && (MASK || SCORE == (SCORE_SOFTCAP | SCORE_BIAS | SCORE_ALIBI));
 using Tile_dS = std::conditional_t<DS_BY_KEYS, SwizzledTile<BLOCK_K, BLOCK_Q>, SwizzledTile<BLOCK_Q, BLOCK_K>>;
+// Causal, one group adds its part of dQ before it asks for dK, the other one after: one adds while the other multiplies. Not where blocks take turns.
+constexpr bool ALTERNATES = CAUSAL && !MASK && !DROPOUT && !SCORE;
 constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // what each row sees
 using Tile_bias = SwizzledTile<BLOCK_Q, BLOCK_K>;
 constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
@@ -49,6 +51,7 @@ __device__ inline Unit unit_of_block([[maybe_unused]] const AttentionParams& p, 
 }
 #endif
 
+template <bool ALTERNATE>
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
@@ -377,19 +380,34 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                 else ptx::wgmma_ss_transposed_b<element, COLUMNS>(dQ_rmem, ptx::advance(dS_part, k / 4 * Tile_dS::PANEL_BYTES + k % 4 * 32), K_k, k > 0);
             }
             ptx::wgmma_commit_group();
-            add(dK_rmem, dS_rmem, Q_tile);
 
-            ptx::wgmma_wait_group<1>();  // dV and dQ are there
             const Workspace workspace(p);
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
+            if constexpr (ALTERNATE) {
+                if (consumer == 0) {
+                    ptx::wgmma_wait_group<0>();  // both are there: dV and dQ
+                    add_dQ<COLUMNS>(workspace, row, 0, dQ_rmem);
+                    ptx::wgmma_fence();
+                    add(dK_rmem, dS_rmem, Q_tile);
+                    ptx::wgmma_wait_group<0>();
+                } else {
+                    add(dK_rmem, dS_rmem, Q_tile);
+                    ptx::wgmma_wait_group<1>();
+                    add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? 64 : 0), BY_ROWS ? 0 : COLUMNS, dQ_rmem);
+                    ptx::wgmma_wait_group<0>();
+                }
+            } else {
+                add(dK_rmem, dS_rmem, Q_tile);
+                ptx::wgmma_wait_group<1>();  // dV and dQ are there
 #if INTERVAL
-            const int turn = now.turn(p, maps, k_tile);
+                const int turn = now.turn(p, maps, k_tile);
 #else
-            const int turn = k_tile;
+                const int turn = k_tile;
 #endif
-            take_turn(p, workspace, row, turn);
-            add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? consumer * 64 : 0), BY_ROWS ? 0 : consumer * COLUMNS, dQ_rmem);
-            end_turn(p, workspace, row, turn);
+                take_turn(p, workspace, row, turn);
+                add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? consumer * 64 : 0), BY_ROWS ? 0 : consumer * COLUMNS, dQ_rmem);
+                end_turn(p, workspace, row, turn);
+            }
             ptx::wgmma_wait_group<0>();  // dK too: done with Q and dO
             ptx::mbarrier_arrive(barrier(barriers.empty, stage));
         }
@@ -416,7 +434,7 @@ extern "C" int64_t workspace_floats(const AttentionParams* params) { return back
 
 extern "C" int attention(const AttentionParams* params) {
 #if SCORE & SCORE_BIAS
-    if (params->scoring.d_bias != nullptr) return launch_backward(backward_kernel, SMEM_BYTES, *params, launch_dbias);
+    if (params->scoring.d_bias != nullptr) return launch_backward(backward_kernel<false>, SMEM_BYTES, *params, launch_dbias);
 #endif
-    return launch_backward(backward_kernel, SMEM_BYTES, *params);
+    return launch_backward(ALTERNATES && !params->deterministic ? backward_kernel<ALTERNATES> : backward_kernel<false>, SMEM_BYTES, *params);
 }
