@@ -270,7 +270,9 @@ class Forward(NamedTuple):
     factor: float  # of q
     copied: tuple[bool, ...]  # of q, k, v: which the kernel cannot read as they are
     O_is_like_q: bool  # allocate.is_like, not to be worked out again
+    LSE_shape: tuple[int, ...]
     workspace: int  # floats
+    backwards: dict  # strides of a backward's inputs → `Backward`, and whether it is plain: `shortcut.plan_plain_backward`
 
     @classmethod
     def of(cls, rung: Rung, call: Call, copied: tuple[bool, ...] = (False,) * 3) -> "Forward":
@@ -281,7 +283,7 @@ class Forward(NamedTuple):
         launch = rung.launch(FORWARD, call, (*inputs, Form.of(allocate.output(q, v))), scale)
         has_spans = call.spans is not None
         workspace = launch.workspace_floats(has_spans) if has_spans or rung.forward_workspace else 0
-        return cls(rung, call, launch, rung._mask_form(FORWARD, call), factor, copied, O_is_like_q, workspace)
+        return cls(rung, call, launch, rung._mask_form(FORWARD, call), factor, copied, O_is_like_q, tuple(q.shape[:3]), workspace, {})
 
     @property
     def is_plain(self) -> bool:
@@ -292,7 +294,7 @@ class Forward(NamedTuple):
     def repeat(self, q: Tensor, k: Tensor, v: Tensor, lse: bool = True, keys: bytes = NO_KEYS) -> tuple[Tensor, Tensor | None]:
         """O and, if asked for, LSE, of a plain plan for tensors at multiples of 16 bytes. keys: `struct KeySource`."""
         O = torch.empty_like(q) if self.O_is_like_q else allocate.output(q, v)
-        LSE = allocate.lse(q) if lse else None
+        LSE = torch.empty(self.LSE_shape, dtype=torch.float32, device=q.device) if lse else None  # allocate.lse, in a third of the time
         workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device) if self.workspace else None
         others = Addresses(LSE.data_ptr() if lse else 0, 0, _address(workspace), keys=keys)
         self.launch(q, (q.data_ptr(), k.data_ptr(), v.data_ptr(), O.data_ptr()), others)
@@ -336,6 +338,7 @@ class Backward(NamedTuple):
     copied: tuple[bool, ...]  # of q, k, v, O, dO: which the kernel cannot read as they are
     hides_dead: bool  # rows may attend nothing
     workspace: int  # floats
+    outputs_are_like: bool  # allocate.is_like, of dQ, dK and dV
 
     @classmethod
     def of(cls, rung: Rung, call: Call, copied: tuple[bool, ...] = (False,) * 5) -> "Backward":
@@ -347,15 +350,27 @@ class Backward(NamedTuple):
             hidden = hide_dead(torch.empty(dO.shape[:3], dtype=torch.bool, device="meta"), dO.empty())[0]
             dO = dO._replace(stride=hidden.stride())
         inputs, copied = _as_read(rung, (call.q, call.k, call.v, call.O, dO), copied)
-        outputs = map(Form.of, allocate.backward_outputs(*(x.empty() for x in (call.q, call.k, call.v))))
+        qkv = [x.empty() for x in (call.q, call.k, call.v)]
+        outputs = map(Form.of, allocate.backward_outputs(*qkv))
         launch = rung.launch(BACKWARD, call, (*inputs, *outputs), scale)
         workspace = launch.workspace_floats(call.spans is not None)
-        return cls(rung, call, launch, rung._mask_form(BACKWARD, call), factor, copied, hides_dead, workspace)
+        outputs_are_like = all(allocate.is_like(x, *x.shape[2:]) for x in qkv)
+        return cls(rung, call, launch, rung._mask_form(BACKWARD, call), factor, copied, hides_dead, workspace, outputs_are_like)
 
     @property
     def is_plain(self) -> bool:
-        """Shapes, strides and settings are all that it depends on."""
-        return self.mask_form is None and self.call.spans is None and not self.call.score
+        """Nothing but memory is needed before the launch, and nothing after it."""
+        special = self.hides_dead or self.call.spans is not None or self.call.has_dropout or self.call.score
+        return self.factor == 1 and not any(self.copied) and not special
+
+    def repeat(self, q: Tensor, k: Tensor, v: Tensor, LSE: Tensor, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """dQ, dK and dV of a plain plan, if LSE gets no gradient. addresses: of q, k, v, O, dO, multiples of 16 bytes."""
+        like = torch.empty_like
+        dQ, dK, dV = (like(q), like(k), like(v)) if self.outputs_are_like else allocate.backward_outputs(q, k, v)
+        workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device)
+        tensors = *addresses, dQ.data_ptr(), dK.data_ptr(), dV.data_ptr()
+        self.launch(q, tensors, Addresses(LSE.data_ptr(), 0, workspace.data_ptr()))
+        return dQ, dK, dV
 
     def __call__(self, dO, dLSE, q, k, v, mask, spans, O, LSE, seed, bias=None, alibi=None):
         """→ dQ, dK, dV, shaped as q, k, v, and dBias if the call wants it."""
