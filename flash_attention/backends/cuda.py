@@ -71,6 +71,7 @@ class Rung:
     wide_forward: tuple[int, str] | None = None  # above this head size the forward has a file of its own
     wide_backward: tuple[int, str] | None = None  # so has the backward
     plain_backward: tuple[int, str] | None = None  # and up to this size another, without dropout, changed scores or a mask over intervals
+    tall_forward: tuple[tuple[int, ...], str] | None = None  # of plain calls: compiled sizes, and the file whose tiles have more rows
     min_rows: tuple[tuple[int, int, int], ...] = ()  # (max head size, most rows for which the rung below is faster, the same with dropout)
     packs_heads: bool = False  # a tile has all query heads of a key head: the rung for few queries
     min_scores: tuple[tuple[int, int], ...] = ()  # (max head size, most scores of all heads for which the rung below is faster)
@@ -162,11 +163,21 @@ class Rung:
 
     def _libraries(self, which: int, call: Call) -> ctypes.CDLL:
         """The library that the call's forward or backward runs, and before it that which packs its mask."""
-        form, device = self._mask_form(which, call), call.q.device.index
-        if form not in (None, "bytes"):
+        device = call.q.device.index
+        if self._mask_form(which, call) not in (None, "bytes"):
             _pack_mask_library(device)
-        kind = DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout, call.has_float8_keys, call.score
-        return _library(self, which, device, *kind)
+        return _library(self, which, device, *self.kind(which, call))
+
+    def kind(self, which: int, call: Call) -> tuple:
+        """What `specialisation` is told of the call's forward or backward."""
+        sizes, form = self.compiled(call), self._mask_form(which, call)
+        tall = which == FORWARD and self.has_tall(sizes, call.visible, form, call.has_dropout, call.score) and _worth_tall(call)
+        return DTYPE_NAMES[call.q.dtype], sizes, call.visible, form, call.has_dropout, call.has_float8_keys, call.score, tall
+
+    def has_tall(self, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool, score: tuple[str, ...] = ()) -> bool:
+        """Whether `tall_forward` serves such calls."""
+        plain = visible != "interval" and mask is None and not dropout and not score
+        return plain and self.tall_forward is not None and sizes[0] == sizes[1] and sizes[0] in self.tall_forward[0]
 
     def why_no_backward(self) -> str | None:
         """Why no call of this rung may ask for gradients, or None."""
@@ -192,12 +203,15 @@ class Rung:
         dropout: bool,
         float8: bool = False,
         score: tuple[str, ...] = (),
+        tall: bool = False,
     ) -> build.Specialisation:
-        """What its forward or backward for one kind of call is compiled from. sizes: compiled ones, of Q and K and of V."""
+        """What its forward or backward for one kind of call is compiled from. sizes: compiled ones, of Q and K and of V. tall: by
+        `tall_forward`."""
         D, Dv = sizes
         kind = dtype, visible == "causal", mask, dropout, visible == "interval"
         special = dropout or (visible == "interval" and mask is not None) or bool(score)
-        return build.Specialisation(self.file(which, D, special), arch, D, *kind, None if Dv == D else Dv, float8, score)
+        file = self.tall_forward[1] if tall and self.tall_forward else self.file(which, D, special)
+        return build.Specialisation(file, arch, D, *kind, None if Dv == D else Dv, float8, score)
 
     def file(self, which: int, head_dim: int, special: bool = False) -> str:
         """The source of its forward or backward for a compiled head size. special: not served by `plain_backward`."""
@@ -409,6 +423,7 @@ HOPPER = Rung(
     bias_up_to=128,
     wide_backward=(128, "backward_4_hopper_wide.cu"),
     plain_backward=(192, "backward_4_hopper_192.cu"),
+    tall_forward=((80, 96), "forward_4_hopper_tall.cu"),
     min_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
 )
 HOPPER_WIDE = replace(
@@ -421,6 +436,7 @@ HOPPER_WIDE = replace(
     scores=(),
     wide_backward=None,
     plain_backward=None,
+    tall_forward=None,
     min_rows=(),
 )
 HOPPER_FLOAT32 = Rung(
@@ -532,6 +548,24 @@ def _worth_packing(call: Call) -> bool:
     whole_rounds = -(-B * H * -(-Nq // 128) // multiprocessors)
     time = cost * B * Hkv * -(-packed // rows) * (Nk + PACKED_START) / multiprocessors
     return Nq <= MOST_QUERIES and not call.has_dropout and time <= whole_rounds * (Nk + HEAD_START)
+
+
+# Time of a tile of 192 rows relative to one of 128, dense and causal, as timed on an H200: of head sizes 72 and 88, of 80, of 96.
+TALL_TILE = (1.22, 1.35), (1.36, 1.53), (1.41, 1.57)
+
+
+def _worth_tall(call: Call) -> bool:
+    """Whether tiles of 192 rows of Q take less time than tiles of 128: fewer copies, but also fewer tiles, which fill a round less well."""
+    B, H, Nq, D = call.q.shape
+    causal = call.visible == "causal"
+    kind = 0 if D % 16 or call.v.shape[3] % 16 else 1 if call.head_dim <= 80 else 2
+    multiprocessors = _sm_count(call.q.device.index) if call.q.device.type == "cuda" else 132  # an H200's
+
+    def rounds(rows: int) -> float:
+        of_each = B * H * -(-Nq // rows) / multiprocessors
+        return of_each if causal else math.ceil(of_each)  # causal, a block has tiles that are long and short
+
+    return TALL_TILE[kind][causal] * rounds(192) < 0.98 * rounds(128)
 
 
 def _as_read(rung: Rung, tensors: tuple[Form, ...], copied: tuple[bool, ...]) -> tuple[list[Form], tuple[bool, ...]]:
@@ -649,10 +683,11 @@ def _library(
     dropout: bool,
     float8: bool,
     score: tuple[str, ...],
+    tall: bool,
 ) -> ctypes.CDLL:
     """The rung's forward (0) or backward (1) for one kind of call, compiled if it must be."""
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    wanted = rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout, float8, score)
+    wanted = rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout, float8, score, tall)
     return declared(build.load(wanted, params_size(score)))
 
 
