@@ -47,16 +47,11 @@ REGISTERS_TO_SPARE = {cuda.PACK_MASK, "forward_1_simple.cu", *TEACHING}
 
 
 def facts(kernel: Specialisation) -> set:
-    """What a sample must have of each file: each value of each constant (of one with registers to spare, not each architecture), and of
-    tensor_core, which serves most architectures and uses nearly all registers, every combination of causal, mask and dropout, and causal
-    or not on every architecture."""
+    """What a sample must have of each file: each value of each constant, but of one with registers to spare not each architecture."""
     constants = kernel._asdict()
     if kernel.file in REGISTERS_TO_SPARE:
         del constants["arch"]
-    each = {(kernel.file, name, value) for name, value in constants.items()}
-    if "tensor_core" in kernel.file:
-        each |= {(kernel.file, kernel.causal, kernel.mask, kernel.dropout), (kernel.file, kernel.arch, kernel.causal)}
-    return each
+    return {(kernel.file, name, value) for name, value in constants.items()}
 
 
 # Kernels in which registers are scarcest: each of these has spilled.
@@ -133,8 +128,6 @@ LIBRARIES = (
     Specialisation("forward_4_hopper_tall.cu", "90a", 96, "bfloat16", causal=True),
     Specialisation("backward_4_hopper.cu", "90a", 64, "bfloat16", mask="key bits"),
     Specialisation("backward_4_hopper_wide.cu", "90a", 256, "float16"),
-    Specialisation("backward_4_hopper_wide.cu", "90a", 192, "bfloat16", dropout=True, v_head_dim=128),
-    Specialisation("backward_4_hopper_192.cu", "90a", 160, "float16", mask="key bits"),
     Specialisation("backward_4_hopper_192.cu", "90a", 192, "bfloat16", v_head_dim=128),
     Specialisation("forward_5_wide.cu", "90a", 512, "bfloat16", causal=True),
     Specialisation("backward_5_wide.cu", "90a", 384, "float16", mask="key bits"),

@@ -256,20 +256,26 @@ def check_arguments():
 
 
 def check_who_serves(monkeypatch):
-    """A kernel without the hook refuses by name; until those that have it are timed, a plain call on a GPU takes the reference."""
+    """A kernel without the hook refuses by name; a plain call takes `hopper` where it serves, few rows included, and else `simple`."""
     monkeypatch.setattr(cuda, "_sm_count", lambda device: 132)  # where there is no GPU to ask
     x = Form.of(torch.empty(1, 2, 64, 64, dtype=torch.bfloat16))._replace(device=torch.device("cuda", 0))
     plain = Call(x, x, x, None, None, Settings(1.0))
     bias = plain._replace(bias=x._replace(shape=torch.Size((1, 2, 64, 64))))
     capped = plain._replace(settings=Settings(1.0, softcap=3.0))
-    for call, word in ((bias, "bias"), (capped, "softcap"), (plain._replace(alibi=x), "alibi")):
+    slopes = x._replace(shape=torch.Size((1, 2)), stride=(2, 1), dtype=torch.float32)
+    for call, word in ((bias, "bias"), (capped, "softcap"), (plain._replace(alibi=slopes), "alibi")):
         for name, rung in BACKENDS.items():
             if name != "reference" and not getattr(rung, "scores", False):
                 reason = rung.why_not(call._replace(**{n: getattr(call, n)._replace(device=torch.device("cpu")) for n in "qkv"})
                                       if name in EMULATED else call)  # fmt: skip
                 assert reason and word in reason, f"{name}: {reason}"
-        with pytest.warns(UserWarning, match=word):
-            assert choose(None, call) == "reference"
+        for major, serves in ((9, "hopper"), (8, "simple")):
+            with monkeypatch.context() as gpu:
+                gpu.setattr(cuda, "_why_no_kernels", lambda rung, device, arch=10 * major: None if rung.runs_on(arch) else "another GPU")
+                one_row = x._replace(shape=torch.Size((1, 2, 1, 64)))
+                assert choose(None, call) == choose(None, call._replace(q=one_row)) == serves
+                wide = x._replace(shape=torch.Size((1, 2, 64, 160)), stride=(20480, 10240, 160, 1))
+                assert choose(None, call._replace(q=wide, k=wide, v=wide)) == ("simple" if word == "bias" else serves)
 
 
 # ---- kernels, emulated

@@ -42,6 +42,14 @@ def seeded(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture(autouse=True)
+def leaves_no_mode():
+    """A check that leaves a mode behind, or torch's functions without theirs, would make another one fail that runs after it."""
+    yield
+    assert not torch._C._len_torch_function_stack(), "it leaves a TorchFunctionMode active"
+    assert not torch._C._is_torch_function_all_disabled(), "it leaves all TorchFunctionModes without effect"
+
+
 @pytest.fixture
 def full(request) -> bool:
     return request.config.getoption("--full")

@@ -30,9 +30,6 @@ DEFAULT = (*GROUPS["cuda"], "reference")  # what None chooses from
 CHOSEN = {f"{group}/{name}": cuda.RUNGS[name] for group in ("", *GROUPS) for name in GROUPS["cuda"]}
 
 _warned: set[str] = set()
-UNTIMED = (
-    "no kernel with softcap, bias or alibi has been both checked and timed on a GPU yet, and those that have them are taken by name only"
-)
 
 
 def as_chosen(asked_for: str | None, name: str) -> str:
@@ -82,8 +79,7 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
         rung = cuda.RUNGS.get(each) if len(names) > 1 else None
         if rung is not None and not rung.worthwhile(call, which):
             continue
-        timed = name is not None or rung is None or not call.score or cuda.SCORES_TIMED
-        reason = BACKENDS[each].why_not(call) if timed else UNTIMED
+        reason = BACKENDS[each].why_not(call)
         if reason is None and rung is not None and build.failures:
             reason = rung.why_not_built(which, call)
             unbuilt |= reason is not None

@@ -39,9 +39,6 @@ PACK_MASK = "pack_mask.cu"
 
 PACK_PARAMS = struct.Struct("@q 4q q 4i 2i q")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# Whether None chooses kernels for calls with softcap, bias or ALiBi. `hopper` has been timed with them, but compared with normal attention
-# on the emulator alone; `simple` has passed its checks on a GPU, but not been timed. By name they are taken.
-SCORES_TIMED = False
 FORWARD, BACKWARD = 0, 1  # which of a rung's files
 # Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
 # summed from −2¹²⁷, lies below it.
@@ -225,6 +222,8 @@ class Rung:
         """Whether this rung is faster than those below it for the call's forward or backward."""
         if self.packs_heads:
             return which == FORWARD and _worth_packing(call)
+        if call.score:
+            return True  # below the rungs that change scores is `simple`
         if self.min_scores:
             B, H, Nq, _ = call.q.shape
             return B * H * Nq * call.k.shape[2] > next((scores for up_to, scores in self.min_scores if call.head_dim <= up_to), 0)
@@ -723,6 +722,15 @@ def _is_read_once(mask: Form) -> bool:
     b, h, i, j = mask.stride
     once = all(stride or n == 1 for n, stride in zip(mask.shape[:3], (b, h, i), strict=True))
     return once and j == 1 and not (b | h | i) % 16
+
+
+def adds_quickly(q: Tensor, head_dim: int) -> bool:
+    """Whether a bias of q's dtype is added by a kernel on tensor cores. PyTorch's own are faster than `simple`, which adds all others."""
+    if not q.is_cuda:
+        return True
+    device = torch.cuda.get_device_properties(q.device)
+    serves = DTYPE_NAMES.get(q.dtype) in HOPPER.dtypes and HOPPER.bias_up_to is not None and head_dim <= HOPPER.bias_up_to
+    return serves and HOPPER.runs_on(10 * device.major + device.minor)
 
 
 def pack_mask(mask: Tensor, by_keys: bool = False, launch=None) -> Tensor:

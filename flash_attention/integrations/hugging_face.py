@@ -238,7 +238,7 @@ def attention(
     documents begin and the last one ends, unless a mask separates them. Keys and values are not repeated for grouped-query attention.
 
     A float attention_mask and position_bias (T5) are added to the scores, softcap (Gemma 2) caps them, s_aux (H,) are sinks (gpt-oss): each
-    with its gradient. On a GPU, PyTorch's `scaled_dot_product_attention` adds to the scores until this project's kernels do.
+    with its gradient. On a GPU, PyTorch's `scaled_dot_product_attention` serves what is added where `hopper` cannot.
 
     Raises:
         NotImplementedError: a keyword is set that is not in HARMLESS. TypeError: the mask is neither bool nor float. Otherwise as
@@ -256,7 +256,8 @@ def attention(
         pattern = Pattern(None if window is None else window - 1, 0 if causal else None, Nk - Nq)
     if others:
         pattern = _check(module, query, attention_mask, pattern, others)
-    to_torch = softcap is None and s_aux is None and query.is_cuda and not cuda.SCORES_TIMED  # what is added to the scores
+    # What is added to the scores, where PyTorch's own kernels are faster.
+    to_torch = softcap is None and s_aux is None and not cuda.adds_quickly(query, max(query.shape[-1], value.shape[-1]))
     attended = slice(None)
     options: dict[str, Any] = {}
     dense = indices is not None or (position_bias is not None and to_torch)

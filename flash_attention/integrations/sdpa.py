@@ -23,7 +23,7 @@ def use_flash_attention() -> Iterator[None]:
 
     Calls that `flash_attention()` has no counterpart for reach torch's own function as if nothing were patched, and so do wrong ones, which
     get its exceptions: `attn_mask` together with `is_causal`, nested, sparse and empty tensors, other dtypes, dropout_p = 1, key and value
-    with other numbers of heads; and on a GPU, until this project's kernels take one, a float `attn_mask`, which is added to the scores.
+    with other numbers of heads; and on a GPU, a float `attn_mask` that only `simple` could add to the scores: torch's kernels are faster.
 
     Subclasses of Tensor with a `__torch_function__`, TorchFunctionModes, torch.fx and torch.jit.script see torch's own function, as ever;
     below all modes, a call without such tensors runs here. `torch.nn.attention.bias.causal_lower_right` and `causal_upper_left` are served.
@@ -97,7 +97,7 @@ def _serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         if not is_causal and lengths != (Lq, Lk):
             return None
         attn_mask, causal = None, True
-    if attn_mask is not None and (is_causal or not _is_mask(attn_mask, query)):
+    if attn_mask is not None and (is_causal or not _is_mask(attn_mask, query, value)):
         return None
     if is_causal and Lk > Lq:  # no row sees a column from Lq on; without those, top-left and bottom-right are the same
         key, value = key[..., :Lq, :], value[..., :Lq, :]
@@ -158,14 +158,14 @@ def _are_grouped(query, key, value) -> bool:
     return key.shape[-3] == value.shape[-3] and not query.shape[-3] % key.shape[-3]
 
 
-def _is_mask(mask, query: Tensor) -> bool:
+def _is_mask(mask, query: Tensor, value: Tensor) -> bool:
     dense = isinstance(mask, Tensor) and mask.layout == torch.strided and not mask.is_nested
     if not (dense and mask.device == query.device and mask.dim() >= 2):
         return False
     if mask.dtype == torch.bool:
         return True
     added = mask.dtype == query.dtype and mask.dtype in DTYPES and not _autocasts(query.device.type)
-    return added and (cuda.SCORES_TIMED or not query.is_cuda)
+    return added and cuda.adds_quickly(query, max(query.shape[-1], value.shape[-1]))
 
 
 def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
