@@ -127,7 +127,7 @@ def answers(case: Case):
 
 @pytest.mark.parametrize(
     "options",
-    [{"D": 64, "H": 4, "Hkv": 2, "mask": "full", "dropout_p": 0.25}, {"D": 256, "H": 2}, {"D": 256, "Dv": 136, "H": 2, "causal": True}],
+    [{"D": 64, "H": 4, "Hkv": 2, "mask": "full", "dropout_p": 0.25}, {"D": 256, "H": 2}, {"D": 256, "Dv": 136, "H": 2}],
     ids=("everything", "planes in dV", "planes beside dV"),
 )
 def check_heads_in_parts(options, tmp_path, monkeypatch):

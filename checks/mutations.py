@@ -484,7 +484,6 @@ TABLE = {
         ("first.b * p.mask.stride_b + first.h * p.mask.stride_h;", "first.h * p.mask.stride_h;", PARTS_FLOAT32),
         ("if (call.d_lse) call.d_lse += rows;", "", PARTS_FLOAT32),
         ("return {part.b, part.h * (p.H / p.Hkv)};", "return {part.b, 0};", PARTS_FLOAT32),
-        ("total) * (n + 1) / parts)", "total) * (n + 1) / parts - (n > 0))", PARTS_FLOAT32),
     ],
     ("hopper_float32", "forward_5_float32.cu"): [
         ("keep.draw_rows(p, first.b + b, first.h + h,", "keep.draw_rows(p, b, h,", PARTS_FLOAT32),
