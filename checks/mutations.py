@@ -475,7 +475,7 @@ TABLE = {
         ("lo = ptx::cvt_pair<__half>(x0 - held.x, x1 - held.y);", "lo = 0;", FLOAT32),
         ("x0 - held.x, x1 - held.y);", "x0 - held.x, x1 - held.x);", FLOAT32),
         ("static_cast<__half*>(x.planes.data) + plane * x.planes.stride_b", "static_cast<__half*>(x.planes.data)", FLOAT32),
-        ("2 * p.dv.stride_h, 2 * p.dv.stride_n};", "p.dv.stride_h, 2 * p.dv.stride_n};", PARTS_256_FLOAT32),
+        ("2 * p.dv.stride_h, 2 * p.dv.stride_n};", "p.dv.stride_h, 2 * p.dv.stride_n};", case(D=256, Nq=70, Nk=70, dtype=torch.float32)),
         ("scalbnf(p.scale, -exponent_of(range.q) - exponent_of(range.k));", "scalbnf(p.scale, -2 * exponent_of(range.q));", SHARP_FLOAT32),
     ],
     ("hopper_float32", "parts_of_heads.cuh"): [
@@ -487,7 +487,6 @@ TABLE = {
     ],
     ("hopper_float32", "forward_5_float32.cu"): [
         ("keep.draw_rows(p, first.b + b, first.h + h,", "keep.draw_rows(p, b, h,", PARTS_FLOAT32),
-        ("ranges + part.b * p.Hkv + part.h,", "ranges,", PARTS_FLOAT32),
         ("(product == 0) * Tile_Q::BYTES", "(product == 1) * Tile_Q::BYTES", FLOAT32),
         ("P_rmem[product == 0][k]", "P_rmem[0][k]", FLOAT32),
         ("O_tile_rmem[i] = 0;", ";", FLOAT32),
