@@ -51,7 +51,7 @@ HEAD_256_FLOAT32 = case(D=256, H=1, Nq=130, Nk=200, causal=True, dtype=torch.flo
 TURNS_FLOAT32 = case(Nk=700, causal=True, dtype=torch.float32)
 # Computed with SMALL_PARTS: a batch and a key head at a time.
 PARTS_FLOAT32 = case(B=2, H=4, Hkv=2, Nq=70, Nk=70, mask="full", dropout_p=0.25, dtype=torch.float32)
-PARTS_256_FLOAT32 = case(B=2, H=2, Nq=70, Nk=70, D=256, dtype=torch.float32)
+PARTS_256_FLOAT32 = case(B=1, Nq=70, Nk=70, D=256, dropout_p=0.25, dtype=torch.float32)
 IN_PARTS = PARTS_FLOAT32, PARTS_256_FLOAT32
 SMALL_PARTS = ("LARGE_WORKSPACE = 128 << 20", "LARGE_WORKSPACE = 1"), ("LEAST_WORK = 0x1p38", "LEAST_WORK = 1")  # in parts_of_heads.cuh
 WINDOW = case(window=(70, 30))
@@ -507,7 +507,7 @@ TABLE = {
         ("join(l_rmem, [](float x, float y) { return x + y; });", "", HEAD_256_FLOAT32),
     ],
     ("hopper_float32", "backward_5_float32_wide.cu"): [
-        ("LSE = p.workspace + all.floats, Delta", "LSE = p.workspace, Delta", PARTS_256_FLOAT32),
+        ("keep.draw_keys(p, workspace.first.b + b, workspace.first.h + now.h,", "keep.draw_keys(p, b, now.h,", PARTS_256_FLOAT32),
         ("meet();  // both groups are done with the last tile's dS", "//", HEAD_256_FLOAT32),
         ("meet();                    // dS is whole", "//", HEAD_256_FLOAT32),
         ("ptx::fence_proxy_async();  // this thread's part of dS", NO_BARRIER, HEAD_256_FLOAT32),
