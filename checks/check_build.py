@@ -126,6 +126,7 @@ LIBRARIES = (
     Specialisation("forward_3_tensor_core.cu", "86", 64, "bfloat16", mask="bits"),
     Specialisation("backward_3_tensor_core.cu", "120", 64, "float16", dropout=True),
     Specialisation("forward_4_hopper.cu", "90a", 64, "bfloat16", causal=True, mask="bits"),
+    Specialisation("forward_4_hopper_tall.cu", "90a", 96, "bfloat16", causal=True),
     Specialisation("backward_4_hopper.cu", "90a", 64, "bfloat16", mask="key bits"),
     Specialisation("backward_4_hopper_wide.cu", "90a", 256, "float16"),
     Specialisation("backward_4_hopper_192.cu", "90a", 192, "bfloat16", v_head_dim=128),

@@ -251,13 +251,11 @@ class EmulatedRung(cuda.Rung):
         return cuda.pack_mask(mask, by_keys, _launch_pack_mask)
 
     def launch(self, which: int, call: Call, tensors: tuple[Form, ...], scale: float) -> EmulatedLaunch:
-        form = self._mask_form(which, call)
-        kind = cuda.DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout, call.has_float8_keys, call.score
-        wanted = self.specialisation(which, emulated.ARCH, *kind)
+        wanted = self.specialisation(which, emulated.ARCH, *self.kind(which, call))
         sm_count = SM_COUNT if options.traces is None else 1
         fields = *cuda._fields(call, tensors, scale), 0, sm_count
         launch = EmulatedLaunch(_library(wanted, options.sources), *fields, scoring=cuda.scoring(call))
-        launch.mask_form, launch.key_bytes = form, call.k.dtype.itemsize
+        launch.mask_form, launch.key_bytes = self._mask_form(which, call), call.k.dtype.itemsize
         return launch
 
 
