@@ -332,8 +332,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         }
 
         if (ONE_BARRIER) ptx::cp_async_wait_group<0>();  // this thread's part of the next tile
-        // dSᵀ (and Pᵀ) is complete. With one barrier, moreover, the next tile is there, nobody reads the place of the tile after next any
-        // more, and everybody is done with the other dSᵀ, which the next step overwrites.
+        // All warps have written dSᵀ (and Pᵀ). Where a step has this one barrier, it also says that the next tile has arrived, and that all warps
+        // have finished reading two buffers: the stage that the tile after next is loaded into, and the other dSᵀ, which the next step overwrites.
         __syncthreads();
         if (ONE_BARRIER) load_q(2);
 
@@ -386,7 +386,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         if (ONE_BARRIER) dS_stage ^= dS_smem ^ (dS_smem + Tile_S::BYTES);
         if (!ONE_BARRIER) {
             if (STAGES > 1) ptx::cp_async_wait_group<0>();  // this thread's part of the next tile
-            __syncthreads();  // the next tile is there; nobody reads this one, dSᵀ or Pᵀ any more
+            __syncthreads();  // the next tile has arrived; all warps have finished reading this one, dSᵀ and Pᵀ
             load_q(STAGES);
             if (STAGES == 1) {
                 ptx::cp_async_wait_group<0>();

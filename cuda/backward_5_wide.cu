@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
             ptx::mbarrier_arrive_expect_tx(K_full, Tile_K::BYTES);
             load_boxes<Tile_K, RowOrder>(K_smem, maps.k, j0, kv_h, b, K_full);
             Place<RING> place;
-            // dO of the tile before is asked for in the middle of this one's Q: it is needed later, and its place is in use for longer.
+            // The load of the previous tile's dO is issued midway through this tile's Q: it is needed later, and its stage is in use for longer.
             auto load_dO = [&](int i0, int h, int n) {
                 const uint32_t full = barrier(barriers.dO_full);
                 ptx::mbarrier_wait(barrier(barriers.dO_empty), n & 1 ^ 1);  // passes at once in the first round
@@ -499,8 +499,8 @@ __global__ void __launch_bounds__(THREADS, 1) gradient_kernel(const __grid_const
             ptx::wgmma_wait_group<0>();
         }
 
-        // The sum out through the place of the block's own K or Q, so that global stores are 16 bytes wide. Nobody reads that any more: the last product that
-        // did was over before the groups met.
+        // The gradient is stored by way of the shared memory of the block's own K or Q, so that global stores are 16 bytes wide. The last product that
+        // read that memory finished before the groups met.
         const float scale = DROPOUT ? p.scale * p.keep_scale : p.scale;
 #pragma unroll
         for (int r = 0; r < 2; ++r)

@@ -112,7 +112,7 @@ class Rung:
         if call.head_dim > self.bias_up_to:
             return f"it serves a bias beside head sizes up to {self.bias_up_to}, got {call.head_dim}"
         if call.bias.shape[-1:] != call.k.shape[2:3]:
-            return f"it reads a bias of every key's own, got {tuple(call.bias.shape)}"
+            return f"it reads a bias with an element for every key, got {tuple(call.bias.shape)}"
         return None
 
     def _sums_bias(self, call: Call) -> bool:
