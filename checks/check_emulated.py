@@ -162,6 +162,12 @@ def check_wide_heads_do_not_depend_on_order(D, causal):
     same_in_any_order(case, target("hopper"), orders=3)
 
 
+def check_last_heads_start_together(monkeypatch):
+    """A causal backward at D 128 gives its last heads to blocks in another order: every head and tile of keys still has one."""
+    monkeypatch.setattr(emulated, "SM_COUNT", 6)  # three tiles of keys, so four heads of the six
+    against_truth(Case(B=2, H=3, Nq=130, Nk=300, D=128, dtype=torch.float16, causal=True), target("hopper"))
+
+
 @pytest.mark.parametrize("kind", range(2))
 def check_wide_rings_wrap(kind):
     """More tiles than shared memory holds, more works than blocks; forward and gradients do not depend on the order of anything."""

@@ -23,6 +23,7 @@ MASKED = case(mask="heads share", causal=True)
 READ_ONCE = case(mask="full", Nk=304)  # each byte of the mask by one block, so it is not packed
 SHARP = case(sharp=5)  # maxima grow
 WIDE = case(D=128)
+WIDE_MASKED = case(D=128, mask="heads share")
 WIDEST = case(D=256, H=1)
 WIDEST_MASKED = case(D=256, H=1, mask="heads share")
 HEAD_96 = case(D=96, H=1)
@@ -383,14 +384,20 @@ TABLE = {
             "const int unit = blockIdx.x / 2;",
             MANY_DOCUMENTS,
         ),
-        ("ptx::fence_proxy_async();  // this thread's part of dSᵀ", NO_BARRIER, PLAIN),
-        ("meet();                    // dSᵀ is whole", "//", PLAIN),
+        ("ptx::fence_proxy_async();  // this thread's part of dS", NO_BARRIER, PLAIN),
+        ("meet();                    // dS is whole", "//", PLAIN),
         ("ptx::wgmma_wait_group<0>();  // dK too", "ptx::wgmma_wait_group<1>();  //", MANY_TILES),
         ("ptx::mbarrier_arrive(barrier(barriers.empty, stage));", ";", case(Nq=700)),
         ("ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();", "ptx::wgmma_wait_group<2>();", PLAIN),
         ("ptx::wgmma_wait_group<1>();  // dV and dQ are there", "ptx::wgmma_wait_group<2>();", PLAIN),
-        ("dS_smem + now.n % 2 * Tile_S::BYTES;", "dS_smem;", case(Nq=700)),
+        ("ptx::wgmma_wait_group<0>();  // both are there", "ptx::wgmma_wait_group<1>();  //", CAUSAL),
+        ("row + (BY_ROWS ? 64 : 0), BY_ROWS ? 0 : COLUMNS", "row, 0", case(D=128, causal=True)),
+        ("dS_smem + now.n % 2 * Tile_dS::BYTES;", "dS_smem;", case(Nq=700)),
+        ("consumer * 8 + warp * 2 + lane / 8 % 2", "consumer * 8 + warp * 2 + lane / 16", PLAIN),
+        ("k / 4 * Tile_dS::PANEL_BYTES + k % 4 * 32", "k * 32", PLAIN),
+        ("heads - last + block % last", "block % last", case(D=128, H=5, Nq=70, Nk=70, causal=True)),
         ("ptx::advance(K_part, k * 16 * ROW_BYTES)", "ptx::advance(K_part, k * 32)", PLAIN),
+        ("ptx::advance(dS_part, k * 16 * ROW_BYTES)", "ptx::advance(dS_part, k * 32)", WIDE_MASKED),
         ("ptx::mbarrier_wait(KV_full, 0);", NO_WAIT, PLAIN),
         ("Tile_Q::BYTES + ROWS_BYTES + more_bytes);", "Tile_Q::BYTES + more_bytes);", PLAIN),
     ],

@@ -38,6 +38,7 @@ constexpr bool ONE_BY_ONE = !MASK && !INTERVAL && !DROPOUT && !SCORE;  // the gr
 static_assert(HEAD_DIM > 128, "narrower heads: backward_4_hopper.cu");
 static_assert(!BIASED, "shared memory has no room for a tile of a bias");
 static_assert(COLUMNS > 64 && COLUMNS <= 128 && COLUMNS % 16 == 0 && V_COLUMNS <= COLUMNS && V_COLUMNS % 16 == 0, "two products are a group's columns of dQ");
+using Tile_S = SwizzledTile<BLOCK_K, BLOCK_Q>;  // of P and dS, transposed: rows are keys
 constexpr int QDO_BYTES = Tile_Q::BYTES + Tile_dO::BYTES;
 constexpr int SMEM_BYTES = Tile_K::BYTES + Tile_V::BYTES + STAGES * QDO_BYTES + 2 * 2 * Tile_S::BYTES + STAGES * 2 * ROWS_BYTES + MASK_BYTES;
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");

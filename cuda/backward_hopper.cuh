@@ -27,7 +27,6 @@ using Tile_K = SwizzledTile<BLOCK_K, 64 * panels_of(HEAD_DIM)>;
 using Tile_V = SwizzledTile<BLOCK_K, 64 * panels_of(V_HEAD_DIM)>;
 using Tile_Q = SwizzledTile<BLOCK_Q, 64 * panels_of(HEAD_DIM)>;
 using Tile_dO = SwizzledTile<BLOCK_Q, 64 * panels_of(V_HEAD_DIM)>;
-using Tile_S = SwizzledTile<BLOCK_K, BLOCK_Q>;  // transposed: rows are keys
 constexpr int ROWS_BYTES = BLOCK_Q * 4;         // of LSE, and as many of Delta
 constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0;
 

@@ -24,8 +24,6 @@ RUNTIME = ("-std=c++20", "-O2", "-fno-semantic-interposition", "-shared")
 KERNEL = (
     "-std=c++17",  # as nvcc has it; the library's headers for C++20 take half as long again to read
     "-O2",
-    "-x",
-    "c++",
     "-fsanitize=thread",
     "-ffp-contract=fast",
     "-fno-strict-aliasing",
@@ -80,6 +78,17 @@ def runtime(sources: Path) -> Path:
     return _cached(f"emulator-{key}.so", "the emulator", lambda out: [[compiler, *_common(compiler), *RUNTIME, source, "-o", str(out)]])
 
 
+def _precompiled(sources: Path, compiler: str, flags: tuple[str, ...], headers: list[str]) -> list[str]:
+    """What makes g++ read the headers that all kernels include from a file in the cache: a quarter of the time of compiling one.
+    Not from a copy of the sources, which is compiled once or twice."""
+    if _is_clang(compiler) or sources != build.SOURCES:
+        return []
+    key = build._hash(_machine(compiler), *flags, *headers, digits=24)
+    compile_header = [compiler, *flags, "-x", "c++-header", str(sources / FOLDER / "ptx.h"), "-o"]
+    header = _cached(f"headers-{key}.h.gch", "the emulator's headers", lambda out: [[*compile_header, str(out)]])
+    return ["-include", str(header.with_suffix(""))]
+
+
 def build_kernel(kernel: Specialisation, sources: Path | None = None) -> Path:
     """The path of a kernel's library for the emulator: from the cache, or compiled now. `sources` stands in place of cuda/.
 
@@ -89,7 +98,9 @@ def build_kernel(kernel: Specialisation, sources: Path | None = None) -> Path:
     sources = sources or build.SOURCES
     compiler, linked = _compiler(), runtime(sources)
     clang = _is_clang(compiler)
-    flags = (*_common(compiler), *KERNEL, *(CLANG if clang else GCC), *kernel.defines())
+    include = (f"-I{sources / FOLDER / 'include'}", f"-I{sources}")
+    general = (*_common(compiler), *KERNEL, *(CLANG if clang else GCC))
+    flags = (*general, *kernel.defines())
     link = [f"-Wl,--wrap={name}" for name in WRAPPED] if clang else []
     headers = _contents(sources, "*.cuh", "*.h", f"{FOLDER}/*.h", f"{FOLDER}/include/*.h")
     text = (sources / kernel.file).read_text()
@@ -98,9 +109,9 @@ def build_kernel(kernel: Specialisation, sources: Path | None = None) -> Path:
 
     def commands(out: Path) -> list[list[str]]:
         compiled = str(out.with_suffix(".o"))
-        include = [f"-I{sources / FOLDER / 'include'}", f"-I{sources}"]
+        first = _precompiled(sources, compiler, (*general, *include), headers)
         return [
-            [compiler, *flags, *include, "-c", str(sources / kernel.file), "-o", compiled],
+            [compiler, *flags, *include, *first, "-x", "c++", "-c", str(sources / kernel.file), "-o", compiled],
             [compiler, "-shared", *link, compiled, str(linked), "-Wl,-rpath,$ORIGIN", "-o", str(out)],
         ]
 
