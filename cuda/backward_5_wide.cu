@@ -4,6 +4,8 @@
 // own, and S = Q Kᵀ and dP = dO Vᵀ are computed again where they are needed: 8 products for 5. No two blocks add to the same number, so that nothing
 // is added up in global memory, and all gradients repeat bit for bit.
 //
+// All three are in this file because a backward is one file with one launcher.
+//
 //     dV += Pᵀ dO   as in forward_5_wide.cu: a block has 128 keys and half of dV's columns, and Q comes by panels through a ring
 //     dK += dSᵀ Q   a block has 64 keys and all columns: one group computes Sᵀ = K Qᵀ and from it Pᵀ, the other dPᵀ = V dOᵀ and from both dSᵀ;
 //                   then each adds to half of dK's columns

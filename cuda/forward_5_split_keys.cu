@@ -17,6 +17,8 @@
 // On sm_90 the merge's blocks are launched while the last blocks of the forward run. The lengths of the sequences may lie in device memory, and the
 // keys in pages (KeySource in attention.h); with KEYS_FLOAT8 keys and values are e4m3 numbers with a scale for each key head (sm_89).
 //
+// Longer than other files because it holds two kernels: the second merges what the first writes.
+//
 // Measured on an H200: 5 to 7 µs above a kernel that only reads the keys (LOG.md).
 //
 // Limits: float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale. Its backward is rung 3's: that needs O and LSE only.
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     // Waits for the next tile of the ring and returns its address; refills the slot of the previous tile.
     auto next = [&]() {
         ptx::cp_async_wait_group<SLOTS - 2>();
-        __syncwarp();  // the tile is visible to all lanes, and all have finished reading the previous one, whose slot is refilled
+        __syncwarp();  // the tile is there for every lane, and all have finished reading the previous one, whose slot is refilled
         fill();
         const uint32_t tile = ring + slot * Tile_KV::BYTES;
         slot = slot + 1 == SLOTS ? 0 : slot + 1;

@@ -2,6 +2,8 @@
 
 Torch allocates every tensor; a kernel gets addresses, sizes and strides in one struct (cuda/attention.h), on the current stream of q's
 device. Nothing synchronises, nothing is copied that the kernel can read where it is.
+
+One long file, because a rung's description, its plans and the table RUNGS are read together when a rung is added.
 """
 
 import ctypes
