@@ -136,6 +136,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     auto exponentials = [&](const Work& work, int tile) {
         const int j0 = work.j0(tile);
 #if SCORE
+        if (softmax_of_capped(S_rmem, m_rmem, l_rmem, alpha, rows, work, j0)) return;
         float shift[2];
 #endif
 #if SCORE & SCORE_BIAS
@@ -197,8 +198,8 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                 // the condition, which always holds, gives D 256 15 % and D 128 2 %. At D 64 it costs 2 to 4 %.
                 if (HEAD_DIM == 64 || scale_log2 > 0) {
                     ptx::wgmma_wait_group<0>();
-                    // Few tiles raise a maximum.
-                    if (HEAD_DIM == 64 || __any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1)) {
+                    // Few tiles raise a maximum; under a softcap alone, next to none.
+                    if ((HEAD_DIM == 64 && SCORE != SCORE_SOFTCAP) || __any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1)) {
 #pragma unroll
                         for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
                     }

@@ -63,7 +63,7 @@ struct Barriers {
 };
 
 __global__ void __launch_bounds__(THREADS, 1)
-    forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, Range* ranges) {
+    forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, Range* ranges, [[maybe_unused]] First first) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
     const uint32_t Q_smem = ptx::smem_address(smem);       // PLANES × [BLOCK_Q, HEAD_DIM]
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         };
         // Draws what dropout keeps of the tile.
         auto draw = [&](int j0) {
-            if (DROPOUT) keep.draw_rows(p, b, h, i0 + first_row, j0, lane);
+            if (DROPOUT) keep.draw_rows(p, first.b + b, first.h + h, i0 + first_row, j0, lane);
         };
 
         if (k_tiles > 0) {
@@ -295,26 +295,44 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-extern "C" int64_t workspace_floats(const AttentionParams* params) { return Operands(*params, false).floats + Operands::range_floats(*params); }
+// ---- launching
 
-extern "C" int attention(const AttentionParams* params) {
-    const AttentionParams& p = *params;
-    if (p.B == 0 || p.Nq == 0) return cudaSuccess;
-    const Operands all(p, false);
-    const int64_t blocks = tiles_of(p.Nq, BLOCK_Q) * p.H * p.B;
-    if (!numbers_fit(p, {blocks, prepare_blocks(p, all)})) return cudaErrorInvalidConfiguration;
-    DeviceGuard guard(p.device);
-    // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
-    cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+inline int64_t blocks_of(const AttentionParams& p) { return tiles_of(p.Nq, BLOCK_Q) * p.H * p.B; }
+inline int64_t planes_floats(const AttentionParams& p) { return Operands(p, false, nullptr).floats; }
+inline Parts parts_of(const AttentionParams& p) { return Parts(p, planes_floats(p) * 4, {blocks_of(call_of(p, {0, 1, 0, 1}))}); }
+
+extern "C" int64_t workspace_floats(const AttentionParams* params) {
+    return planes_floats(call_of(*params, parts_of(*params).largest())) + Operands::range_floats(*params);
+}
+
+static cudaError_t launch_part(const AttentionParams& p, Range* ranges, First first) {
+    const Operands all(p, false, ranges);
     Maps maps = {};
-    if (error == cudaSuccess) error = make_planes_map(&maps.q, all.of[0], p.B, BOX_ROWS<Tile_Q, RowOrder>);
+    cudaError_t error = make_planes_map(&maps.q, all.of[0], p.B, BOX_ROWS<Tile_Q, RowOrder>);
     if (error == cudaSuccess && p.Nk > 0) error = make_planes_map(&maps.k, all.of[1], p.B, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0) error = make_planes_map(&maps.v, all.of[2], p.B, BLOCK_K);
     if (error == cudaSuccess && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_Q);
     if (error != cudaSuccess) return error;
     launch_planes(p, all);
-    launch_kernel(forward_kernel, static_cast<unsigned>(blocks), THREADS, SMEM_BYTES, p.stream, p, maps, all.ranges);
+    launch_kernel(forward_kernel, static_cast<unsigned>(blocks_of(p)), THREADS, SMEM_BYTES, p.stream, p, maps, ranges, first);
+    return cudaSuccess;
+}
+
+extern "C" int attention(const AttentionParams* params) {
+    const AttentionParams& p = *params;
+    if (p.B == 0 || p.Nq == 0) return cudaSuccess;
+    if (!numbers_fit(p, {blocks_of(p), prepare_blocks(p, Operands(p, false, nullptr))})) return cudaErrorInvalidConfiguration;
+    DeviceGuard guard(p.device);
+    // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
+    cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+    const Parts parts = parts_of(p);
     AttentionParams of_simple = p;
     of_simple.workspace = p.workspace + workspace_floats(params);
-    return exact::exact_attention(&of_simple);
+    Range* ranges = reinterpret_cast<Range*>(of_simple.workspace) - p.B * p.Hkv;
+    if (error == cudaSuccess) launch_clear(p, ranges);
+    for (int n = 0; n < parts.count() && error == cudaSuccess; ++n) {
+        const Part part = parts.part(n);
+        error = launch_part(call_of(p, part), ranges + part.b * p.Hkv + part.h, first_of(p, part));
+    }
+    return error == cudaSuccess ? exact::exact_attention(&of_simple) : error;
 }
