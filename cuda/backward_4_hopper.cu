@@ -30,7 +30,7 @@ constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
 constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_dS::BYTES + STAGES * (BIAS_BYTES + 2 * ROWS_BYTES + MASK_BYTES + SEEN_BYTES);
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
-// "full": the bytes have arrived, with those of Q the mask's. "empty": every computing thread is done with them.
+// "full": the bytes have arrived (Q's barrier counts the mask's too). "empty": every computing thread has finished reading them.
 struct Barriers {
     uint64_t KV_full, Q_full[STAGES], dO_full[STAGES], empty[STAGES];
 };
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             };
 #endif
 #if SCORE
-            // P, and in the place of S what dS has as a factor: P, with softcap times its derivative.
+            // P; S is overwritten with the factor of dS: P, or with softcap P times the cap's derivative.
             const float slope = SLOPED ? slope_of_head(p, now.bh / p.H, now.bh % p.H) : 0;
             auto score_P = [&] {
                 // What is hidden falls below all scores first, as under a mask; a tanh would forget it.

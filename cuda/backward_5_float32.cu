@@ -155,8 +155,8 @@ struct Maps {
     CUtensorMap q, k, v, d_o, mask;
 };
 
-// "full": the bytes have arrived, with those of Q the mask's. "empty": every computing thread is done with them. There is place for one tile of the mask
-// only, read long before those of Q and dO are done with.
+// "full": the bytes have arrived (Q's barrier counts the mask's too). "empty": every computing thread has finished reading them. The mask has a
+// single buffer with its own barrier: its tile is read early in a step, long before Q and dO are released.
 struct Barriers {
     uint64_t KV_full, Q_full[STAGES], dO_full[STAGES], empty[STAGES], mask_empty;
 };

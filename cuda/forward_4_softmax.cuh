@@ -20,7 +20,7 @@ struct Rows {
 #if INTERVAL
     // Whether some row does not see the whole tile.
     __device__ bool cut(const Work& work, int j0) const { return j0 < work.all.start || j0 + BLOCK_K > work.all.stop; }
-    // Columns of the tile, from its first, of which row r sees those from the start on, before the stop.
+    // The interval [start, stop) of the tile's columns that row r sees, counted from the tile's first.
     __device__ Interval interval(const Work& work, int j0, int r) const {
         const Interval keys = keys_of_row(p, work.b, work.h, work.i0 + first + ROW_STEP * r);
         return Interval{keys.start - j0, keys.stop - j0};

@@ -66,7 +66,7 @@ using Slot_Q = Slot<Q_STAGES>;
 using Slot_KV = Slot<STAGES>;
 __device__ inline uint32_t barrier(uint64_t* of, int stage) { return ptx::smem_address(of + stage); }
 
-// ---- barriers. "full": the bytes have arrived, with those of K the mask's. "empty": the computing warps are done with them.
+// ---- barriers. "full": the bytes have arrived (K's barrier counts the mask's too). "empty": the computing warps have finished reading them.
 struct Barriers {
     uint64_t Q_full[Q_STAGES], Q_empty[Q_STAGES], K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
 #if SCORE & SCORE_BIAS

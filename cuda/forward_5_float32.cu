@@ -57,7 +57,7 @@ struct Maps {
     CUtensorMap q, k, v, mask;
 };
 
-// "full": the bytes have arrived, with those of K the mask's. "empty": the computing warps are done with them.
+// "full": the bytes have arrived (K's barrier counts the mask's too). "empty": the computing warps have finished reading them.
 struct Barriers {
     uint64_t Q_full, K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
 };

@@ -37,7 +37,7 @@ struct Range {
 
 __device__ inline int magnitude(float x) { return __float_as_uint(x) & 0x7fffffff; }
 
-// The power of two that brings numbers up to this one to below 2^15, and it to 2^14 at least.
+// The exponent of the power of two that scales `largest`, the largest magnitude, into [2^14, 2^15).
 __device__ inline int exponent_of(int largest) { return largest == 0 ? 0 : 14 + 127 - (largest >> 23); }
 // Whether a head with this largest entry can be scaled so: not if it is ∞, NaN or tiny.
 __device__ inline bool can_scale(int largest) { return largest == 0 || (largest >= __float_as_uint(0x1p-100f) && largest < 0x7f800000); }

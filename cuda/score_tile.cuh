@@ -1,7 +1,7 @@
 // The hook of score.cuh in the hopper kernels, for a tile of scores that lies in the accumulators of wgmma.
 //
-// What becomes of them is kept in units of which each is unit_log2() in base 2: with softcap alone the tanh as it is, so that the cap costs one
-// product and one tanh a score; otherwise natural ones. ALiBi's distance is counted from a lane's first column, by one FFMA a score. A bias comes
+// Scores are kept in a unit that is worth unit_log2() in base 2. With softcap alone they are the bare tanh, so that the cap costs one product and one
+// tanh a score; otherwise they are natural. ALiBi's distance is counted from a lane's first column, by one FFMA a score. A bias comes
 // from memory beside the tile, copied by a tensor map into the 128-byte swizzle that ldmatrix reads, and each lane gets the pairs that its
 // accumulators have: rows of it are queries and columns keys, which a backward, whose rows are keys, reads transposed.
 #pragma once

@@ -2,6 +2,8 @@
 
 Torch allocates every tensor; a kernel gets addresses, sizes and strides in one struct (cuda/attention.h), on the current stream of q's
 device. Nothing synchronises, nothing is copied that the kernel can read where it is.
+
+One long file, because a rung's description, its plans and the table RUNGS are read together when a rung is added.
 """
 
 import ctypes
@@ -113,7 +115,7 @@ class Rung:
         if call.head_dim > self.bias_up_to:
             return f"it serves a bias beside head sizes up to {self.bias_up_to}, got {call.head_dim}"
         if call.bias.shape[-1:] != call.k.shape[2:3]:
-            return f"it reads a bias of every key's own, got {tuple(call.bias.shape)}"
+            return f"it reads a bias with an element for every key, got {tuple(call.bias.shape)}"
         return None
 
     def _sums_bias(self, call: Call) -> bool:
