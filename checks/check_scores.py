@@ -358,7 +358,7 @@ def check_what_hopper_refuses():
     """A bias that its kernels cannot copy as they do, by name and with the reason."""
     for options, words in (
         ({"D": 64, "dtype": torch.bfloat16, "bias": "matrix"}, "dtype"),
-        ({"D": 64, "bias": "rows", **HALF16}, "every key's own"),
+        ({"D": 64, "bias": "rows", **HALF16}, "an element for every key"),
         ({"D": 192, "bias": "matrix", **HALF16}, "up to 128"),
     ):
         with pytest.raises(pytest.skip.Exception, match=words):

@@ -612,7 +612,7 @@ SCORED = {
         ("ptx::bar_sync(1 + consumer, GROUP);  // the group's panel is written", NO_BARRIER, HALF_BIASED),
         ("multiply(dP_rmem, of_dP, first);", "multiply(dP_rmem, of_dP, 0);", HALF_BIASED),
         ("sum[0] = fmaf(S[e], dP_rmem[e] - Delta.x, sum[0]);", "sum[0] = S[e] * (dP_rmem[e] - Delta.x);", HALF_BIASED),
-        ("n % 2 * DBIAS_ROWS_BYTES;", "0;", HALF_KEY_BIAS),
+        ("n % ROW_PLACES * DBIAS_ROWS_BYTES;", "0;", HALF_KEY_BIAS),
         ("if (t == 0 && j0 + place + 8 * r < p.Nk) dBias", "if (t == 0) dBias", HALF_KEY_BIAS),
     ],
 }

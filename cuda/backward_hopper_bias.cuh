@@ -24,12 +24,12 @@ constexpr int PAIRS = HEAD_DIM <= 64 ? 4 : 3;              // in shared memory
 constexpr int DBIAS_PRODUCER_REGISTERS = 56, DBIAS_CONSUMER_REGISTERS = 224;  // the producer counts through batches, heads and tiles
 constexpr int HALF = DBIAS_ROWS / 2;                       // rows of dP that registers have at a time
 constexpr int DBIAS_ROWS_BYTES = 2 * DBIAS_ROWS * 4;       // LSE and Delta of a visit
-constexpr int DBIAS_SMEM_BYTES = PAIRS * PAIR_BYTES + DBiasTile::BYTES + 2 * DBIAS_ROWS_BYTES;
+constexpr int ROW_PLACES = PAIRS - 1;                       // for these: one is written over only after the visit behind its own has begun
+constexpr int DBIAS_SMEM_BYTES = PAIRS * PAIR_BYTES + DBiasTile::BYTES + ROW_PLACES * DBIAS_ROWS_BYTES;
 static_assert(DBIAS_SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 static_assert(DBIAS_ROWS % BLOCK_Q == 0 && PADDED_TO % DBIAS_ROWS == 0, "boxes of Q have BLOCK_Q rows, LSE and Delta whole tiles");
-// LSE and Delta have two places. The second visit after one writes over its own once its V and dO have a place, which is that of a pair at most three
-// before: read, and with it LSE and Delta, before the visit between them is over.
-static_assert(PAIRS <= 4, "LSE and Delta would be overwritten");
+// LSE and Delta of visit n are written over once V and dO of visit n + PAIRS - 1 have room, so after a pair of visit n + 1 was released: by then every
+// warp has used what it read in visit n. With one place fewer its own last release would have to do, which does not wait for loads under way.
 
 // A block's part of the bias.
 struct DBiasPart {
@@ -77,7 +77,7 @@ struct DBiasBarriers {
 
 __global__ void __launch_bounds__(THREADS, 1)
     dbias_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, const __grid_constant__ int parts) {
-    // PAIRS × (K or V [BLOCK_K, HEAD_DIM], Q or dO [DBIAS_ROWS, HEAD_DIM]), bias [DBIAS_ROWS, BLOCK_K], 2 × (LSE, Delta [DBIAS_ROWS])
+    // PAIRS × (K or V [BLOCK_K, HEAD_DIM], Q or dO [DBIAS_ROWS, HEAD_DIM]), bias [DBIAS_ROWS, BLOCK_K], ROW_PLACES × (LSE, Delta [DBIAS_ROWS])
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) DBiasBarriers barriers;
     constexpr int BIAS_AT = PAIRS * PAIR_BYTES, ROWS_AT = BIAS_AT + DBiasTile::BYTES;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 load(2 * n, maps.k, maps.q, 0);
                 const uint32_t full = load(2 * n + 1, maps.v, maps.d_o, DBIAS_ROWS_BYTES);
                 const int64_t row = (static_cast<int64_t>(now.b) * p.H + now.h) * workspace.rows + i0;
-                const uint32_t rows = tiles + ROWS_AT + n % 2 * DBIAS_ROWS_BYTES;
+                const uint32_t rows = tiles + ROWS_AT + n % ROW_PLACES * DBIAS_ROWS_BYTES;
                 ptx::cp_async_bulk(rows, workspace.LSE + row, DBIAS_ROWS_BYTES / 2, full);
                 ptx::cp_async_bulk(rows + DBIAS_ROWS_BYTES / 2, workspace.Delta + row, DBIAS_ROWS_BYTES / 2, full);
             }
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int first = half * HALF, row = i0 + first + 2 * t;
-                const float* LSE_smem = reinterpret_cast<const float*>(smem + ROWS_AT + n % 2 * DBIAS_ROWS_BYTES) + first + 2 * t;
+                const float* LSE_smem = reinterpret_cast<const float*>(smem + ROWS_AT + n % ROW_PLACES * DBIAS_ROWS_BYTES) + first + 2 * t;
                 const float* Delta_smem = LSE_smem + DBIAS_ROWS;
                 float(&S)[HALF / 2] = S_rmem[half];
                 multiply(dP_rmem, of_dP, first);

@@ -42,7 +42,7 @@ def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=
                 continue
             forms = rung.mask_forms(which, dropout) if mask else (None,)
             wanted += [rung.specialisation(which, arch, dtype, size, visible, form, dropout) for form in forms]
-            if which == FORWARD and rung.has_tall(size, visible, forms[0], dropout):
+            if which == FORWARD and not mask and rung.has_tall(size, visible, None, dropout):
                 wanted.append(rung.specialisation(which, arch, dtype, size, visible, None, dropout, tall=True))
     return list(dict.fromkeys(wanted))  # two rungs may share some
 
