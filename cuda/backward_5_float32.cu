@@ -443,15 +443,5 @@ extern "C" int attention(const AttentionParams* params) {
     if (Workspace::all_rows(p) == 0 && k_blocks(p) == 0) return cudaSuccess;
     if (!numbers_fit(p, {Workspace::all_rows(p), k_blocks(p), prepare_blocks(p, Operands(p, true, nullptr))})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
-    const Parts parts = parts_of(p);
-    AttentionParams of_simple = p;
-    of_simple.workspace = p.workspace + workspace_floats(params) - exact::exact_workspace_floats(params);
-    Range* ranges = reinterpret_cast<Range*>(of_simple.workspace) - p.B * p.Hkv;
-    launch_clear(p, ranges);
-    cudaError_t error = cudaSuccess;
-    for (int n = 0; n < parts.count() && error == cudaSuccess; ++n) {
-        const Part part = parts.part(n);
-        error = launch_part(call_of(p, part), ranges + part.b * p.Hkv + part.h, first_of(p, part));
-    }
-    return error == cudaSuccess ? exact::exact_attention(&of_simple) : error;
+    return launch_parts(p, parts_of(p), p.workspace + workspace_floats(params) - exact::exact_workspace_floats(params), launch_part, exact::exact_attention);
 }

@@ -506,14 +506,6 @@ extern "C" int attention(const AttentionParams* params) {
     cudaError_t error = cudaSuccess;
     for (const auto kernel : {gradient_kernel<OF_Q>, gradient_kernel<OF_K>, gradient_kernel<OF_V>})
         if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
-    const Parts parts = parts_of(p);
-    AttentionParams of_simple = p;
-    of_simple.workspace = p.workspace + workspace_floats(params) - exact::exact_workspace_floats(params);
-    Range* ranges = reinterpret_cast<Range*>(of_simple.workspace) - p.B * p.Hkv;
-    if (error == cudaSuccess) launch_clear(p, ranges);
-    for (int n = 0; n < parts.count() && error == cudaSuccess; ++n) {
-        const Part part = parts.part(n);
-        error = launch_part(call_of(p, part), ranges + part.b * p.Hkv + part.h, first_of(p, part));
-    }
-    return error == cudaSuccess ? exact::exact_attention(&of_simple) : error;
+    if (error != cudaSuccess) return error;
+    return launch_parts(p, parts_of(p), p.workspace + workspace_floats(params) - exact::exact_workspace_floats(params), launch_part, exact::exact_attention);
 }

@@ -221,13 +221,29 @@ inline int64_t prepare_blocks(const AttentionParams& p, const Operands& all) {
     for (int n = 0; n < all.count; ++n) blocks = std::max(blocks, tiles_of(all.of[n].N, PREPARE_ROWS) * all.of[n].heads * p.B);
     return blocks;
 }
-// p: the call of a part. `ranges` are cleared beforehand, those of all parts at once.
 inline void launch_clear(const AttentionParams& whole, Range* ranges) {
     const int64_t ints = Operands::range_floats(whole);
     launch_kernel(clear_kernel, static_cast<unsigned>(tiles_of(ints, PREPARE_THREADS)), PREPARE_THREADS, 0, whole.stream, ranges, ints);
 }
+// p: the call of a part. The Ranges of all parts are cleared beforehand, at once.
 inline void launch_planes(const AttentionParams& p, const Operands& all) {
     const dim3 blocks(static_cast<unsigned>(prepare_blocks(p, all)), all.count);
     launch_kernel(range_kernel, blocks, PREPARE_THREADS, 0, p.stream, all, p.B);
     launch_kernel(planes_kernel, blocks, PREPARE_THREADS, 0, p.stream, all, p.B);
+}
+
+// A whole call: the parts one after another, each by launch_part(its call, its Ranges, its first head), then by `exact` the heads that planes cannot hold.
+// simple_workspace: of `exact`, at the end of the call's; the Ranges lie before it.
+inline cudaError_t launch_parts(const AttentionParams& p, const Parts& parts, float* simple_workspace,
+                                cudaError_t (*launch_part)(const AttentionParams&, Range*, First), int (*exact)(const AttentionParams*)) {
+    Range* ranges = reinterpret_cast<Range*>(simple_workspace) - p.B * p.Hkv;
+    launch_clear(p, ranges);
+    for (int n = 0; n < parts.count(); ++n) {
+        const Part part = parts.part(n);
+        const cudaError_t error = launch_part(call_of(p, part), ranges + part.b * p.Hkv + part.h, first_of(p, part));
+        if (error != cudaSuccess) return error;
+    }
+    AttentionParams of_simple = p;
+    of_simple.workspace = simple_workspace;
+    return static_cast<cudaError_t>(exact(&of_simple));
 }

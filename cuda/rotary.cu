@@ -104,15 +104,9 @@ extern "C" int rotary(const RotaryParams* params) {
     // A thread's number, through the last block, is 32 bits; a grid has 65535 blocks at most along its second and third dimension.
     if (static_cast<int64_t>(p.N) * (p.D / CHUNK<float>) > INT32_MAX - THREADS || p.H > 65535 * HEADS || p.B > 65535) return cudaErrorInvalidConfiguration;
     if (p.B == 0 || p.H == 0 || p.N == 0 || p.D == 0) return cudaSuccess;
-    int before;
-    cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess && before != p.device) error = cudaSetDevice(p.device);
-    if (error != cudaSuccess) return error;
-    error = p.type == FLOAT32   ? launch_rotary<float>(p)
-            : p.type == FLOAT16 ? launch_rotary<__half>(p)
-                                : launch_rotary<__nv_bfloat16>(p);
-    if (before != p.device) cudaSetDevice(before);
-    return error;
+    return on_device(p.device, [&] {
+        return p.type == FLOAT32 ? launch_rotary<float>(p) : p.type == FLOAT16 ? launch_rotary<__half>(p) : launch_rotary<__nv_bfloat16>(p);
+    });
 }
 
 extern "C" int64_t params_size(void) { return sizeof(RotaryParams); }

@@ -287,7 +287,7 @@ class Forward(NamedTuple):
     O_is_like_q: bool  # allocate.is_like, not to be worked out again
     LSE_shape: tuple[int, ...]
     workspace: int  # floats
-    backwards: dict  # strides of a backward's inputs → `Backward`, and whether it is plain: `shortcut.plan_plain_backward`
+    backwards: dict  # strides of a backward's inputs → `Backward`, and whether it is plain: `shortcut.plain_backward`
 
     @classmethod
     def of(cls, rung: Rung, call: Call, copied: tuple[bool, ...] = (False,) * 3) -> "Forward":
@@ -727,13 +727,13 @@ def _is_read_once(mask: Form) -> bool:
     return once and j == 1 and not (b | h | i) % 16
 
 
-def adds_quickly(q: Tensor, head_dim: int) -> bool:
+def adds_quickly(q: Tensor, v: Tensor) -> bool:
     """Whether a bias of q's dtype is added by a kernel on tensor cores. PyTorch's own are faster than `simple`, which adds all others."""
     if not q.is_cuda:
         return True
     device = torch.cuda.get_device_properties(q.device)
-    serves = DTYPE_NAMES.get(q.dtype) in HOPPER.dtypes and HOPPER.bias_up_to is not None and head_dim <= HOPPER.bias_up_to
-    return serves and HOPPER.runs_on(10 * device.major + device.minor)
+    narrow = HOPPER.bias_up_to is not None and max(q.shape[-1], v.shape[-1]) <= HOPPER.bias_up_to
+    return narrow and DTYPE_NAMES.get(q.dtype) in HOPPER.dtypes and HOPPER.runs_on(10 * device.major + device.minor)
 
 
 def pack_mask(mask: Tensor, by_keys: bool = False, launch=None) -> Tensor:
