@@ -143,7 +143,7 @@ def grid() -> list[Job]:
         for n in lengths:
             for causal in (False, True):
                 case = Case(16384 // n, 2048 // d, n, n, d, "bfloat16", causal=causal, backward=True)
-                jobs.append(partial(run, Task(case, (FA2, CUDNN), targets, (HOPPER, TENSOR_CORE))))
+                jobs.append(partial(run, Task(case, (FA2, CUDNN, FA3), targets, (HOPPER, TENSOR_CORE))))
     return jobs
 
 
@@ -154,7 +154,7 @@ def grid_means(rows: Sequence[Row], place: Place) -> list[Row]:
         cells = [row for row in rows if row["backend"] == backend and row["part"] == part and row["case"]["d"] <= 128]
         named = {key: cells[0][key] if cells else None for key in ("name", "backend")}
         mean = {"case": None, "label": f"geometric mean of {len(cells)} cases", "part": part, **named}
-        for figure in (f"over {FA2}", f"over {CUDNN}"):
+        for figure in (f"over {FA2}", f"over {CUDNN}", f"over {FA3}"):
             ratios = [row[figure] for row in cells if figure in row]
             if ratios and len(ratios) == len(cells):
                 mean[figure] = geometric_mean(ratios)

@@ -70,7 +70,7 @@ def h200_grid(content: dict[str, Any]) -> str:
         if not cells:
             continue
         kinds = {(row["case"]["d"], row["case"]["causal"]) for row in cells if row["case"]}
-        columns = [("n", f"{name} {part} × FA2 / × cuDNN, N", "")]
+        columns = [("n", f"{name} {part} × FA2 / × cuDNN / × FA3, N", "")]
         columns += [(f"{d} {causal}", f"D {d}{' causal' if causal else ''}", "") for d, causal in sorted(kinds)]
         lines: dict[int, dict[str, str]] = {}
         for row in cells:
@@ -165,8 +165,10 @@ def summary(grid: Rows, targets: Rows, intervals: Rows, decode: Rows, cpu: Rows)
     kinds = [
         ("dense and causal, D 64 and 128, N 512 to 16384", narrow, FA2, "FlashAttention-2"),
         ("", narrow, CUDNN, "cuDNN"),
+        ("", narrow, FA3, "FlashAttention-3"),
         ("dense and causal, D 256, N 1024 to 16384", wide, FA2, "FlashAttention-2"),
         ("", wide, CUDNN, "cuDNN"),
+        ("", wide, FA3, "FlashAttention-3"),
         ("windows and documents, causal, D 128, N 16384", given, FA3, "FlashAttention-3"),
         ("", given, FLEX, "FlexAttention"),
         ("a dense mask, D 64 and 128, N 4096", masked, CUDNN, "cuDNN"),
@@ -203,7 +205,7 @@ def _gpu(environment: dict[str, Any]) -> str:
 
 
 def _ratios(row: dict[str, Any]) -> str:
-    return " / ".join(f"{row[key]:.2f}" if row.get(key) else "–" for key in (f"over {FA2}", f"over {CUDNN}"))
+    return " / ".join(f"{row[key]:.2f}" if row.get(key) else "–" for key in (f"over {FA2}", f"over {CUDNN}", f"over {FA3}"))
 
 
 TABLES = {

@@ -177,7 +177,7 @@ def check_tables_of_an_h200(tmp_path, monkeypatch):
         cell("grid", "forward", **{"over sdpa (flash)": 1.25, "over sdpa (cudnn)": 0.75}),
         cell("grid", "backward", **{"over sdpa (flash)": 1.125}),
         mean,
-        cell("grid", "forward", **{"over sdpa (flash)": 2.5, "name": "flash (second)", "backend": "second"}),
+        cell("grid", "forward", **{"over sdpa (flash)": 2.5, "over fa3": 1.125, "name": "flash (second)", "backend": "second"}),
     ]
     targets = [cell("mask", "forward", ms=2.0, **{"over flex": 3.0})]
     rungs = [
@@ -194,12 +194,12 @@ def check_tables_of_an_h200(tmp_path, monkeypatch):
     for line in (
         "A GPU; torch 2, CUDA 13.0, Python 3, Linux, driver 580.1, ptxas unknown; medians. × is how many times the speed of that one: "
         "above 1 is faster.",
-        "| flash (first) forward × FA2 / × cuDNN, N | D 64 |",
-        "| flash (second) forward × FA2 / × cuDNN, N | D 64 |",
-        "| 512 | 2.50 / – |",
-        "| 512 | 1.25 / 0.75 |",
-        "Geometric mean of 1 cases: 1.50 / –.",
-        "| 512 | 1.12 / – |",
+        "| flash (first) forward × FA2 / × cuDNN / × FA3, N | D 64 |",
+        "| flash (second) forward × FA2 / × cuDNN / × FA3, N | D 64 |",
+        "| 512 | 2.50 / – / 1.12 |",
+        "| 512 | 1.25 / 0.75 / – |",
+        "Geometric mean of 1 cases: 1.50 / – / –.",
+        "| 512 | 1.12 / – / – |",
         "| B 1 | forward | 2.000 | 3.00 |",
         "| first | B 1 | 350 | 50 | 280 | 40 | 0.50 |",
     ):

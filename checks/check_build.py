@@ -25,8 +25,9 @@ import torch
 from harness import run_alone
 
 from flash_attention import build, flash_attention
-from flash_attention.backends import choose, cuda, reference
+from flash_attention.backends import choose, cuda, reference, rotary
 from flash_attention.backends.launch import NO_INTERVAL, NO_KEYS, NO_MASK, NO_TENSOR, SETTINGS
+from flash_attention.backends.rotary import ROTARY
 from flash_attention.build import BuildError, Specialisation
 from flash_attention.build.__main__ import ARCHS, main, specialisations, usual_set
 from flash_attention.call import Call, Form, Settings
@@ -43,7 +44,7 @@ def at_once(function, arguments) -> list:
 
 
 TEACHING = {file for rung in cuda.RUNGS.values() if rung.teaching for file in rung.files}
-REGISTERS_TO_SPARE = {cuda.PACK_MASK, "forward_1_simple.cu", *TEACHING}
+REGISTERS_TO_SPARE = {cuda.PACK_MASK, ROTARY, "forward_1_simple.cu", *TEACHING}
 
 
 def facts(kernel: Specialisation) -> set:
@@ -125,6 +126,7 @@ LIBRARIES = (
     Specialisation("forward_3_tensor_core.cu", "86", 64, "bfloat16", mask="bits"),
     Specialisation("backward_3_tensor_core.cu", "120", 64, "float16", dropout=True),
     Specialisation("forward_4_hopper.cu", "90a", 64, "bfloat16", causal=True, mask="bits"),
+    Specialisation("forward_4_hopper_tall.cu", "90a", 96, "bfloat16", causal=True),
     Specialisation("backward_4_hopper.cu", "90a", 64, "bfloat16", mask="key bits"),
     Specialisation("backward_4_hopper_wide.cu", "90a", 256, "float16"),
     Specialisation("backward_4_hopper_192.cu", "90a", 192, "bfloat16", v_head_dim=128),
@@ -166,6 +168,11 @@ def check_libraries():
     for by_keys, sizes in itertools.product((0, 1), ((2**16, 2**15, 1, 1), (1, 1, 1, 2**31 - 1))):
         error = library.error_name(library.pack_mask(cuda.PACK_PARAMS.pack(0, 0, 0, 0, 0, 0, *sizes, by_keys, 0, 0)))
         assert error == b"invalid configuration argument", f"{cuda.PACK_MASK} by_keys={by_keys} {sizes}: {error.decode()}"
+    library = build.load(Specialisation(ROTARY, "80"), rotary.PARAMS.size)
+    library.rotary.argtypes = [ctypes.c_char_p]
+    for interleaved, sizes in itertools.product((0, 1), ((2**16, 1, 1), (1, 2**18 - 1, 1), (1, 1, 2**29))):
+        error = library.error_name(library.rotary(rotary.PARAMS.pack(*[0] * 11, *sizes, 64, 64, 2, interleaved, 0, 0, 0)))
+        assert error == b"invalid configuration argument", f"{ROTARY} interleaved={interleaved} {sizes}: {error.decode()}"
 
 
 # ---- building. Most of it with a stand-in for nvcc, which notes each run and writes what it is told to.
@@ -428,7 +435,7 @@ def check_wrong_arguments(arguments, monkeypatch, capsys):
 def check_command(place, monkeypatch, capsys):
     """--out fills a folder that a machine without nvcc can use; --check says which kernels spill, and keeps what its file says of other
     architectures."""
-    for name in ("forward_1_simple.cu", "backward_1_simple.cu", cuda.PACK_MASK):
+    for name in ("forward_1_simple.cu", "backward_1_simple.cu", cuda.PACK_MASK, ROTARY):
         (build.SOURCES / name).write_text("// a kernel\n")
 
     def run(*arguments: str) -> int:
@@ -440,7 +447,7 @@ def check_command(place, monkeypatch, capsys):
     level = build.log.level
     assert run("--out", str(out)) == 0
     assert build.log.level == level
-    assert len(list(out.glob("*.so"))) == len(set(usual_set(["75"], [32]))) == 1 + 2 * 3 * 4
+    assert len(list(out.glob("*.so"))) == len(set(usual_set(["75"], [32]))) == 2 + 2 * 3 * 4
     assert not place.cache.exists()
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     monkeypatch.setenv("FLASH_ATTENTION_KERNELS", str(out))
@@ -460,7 +467,7 @@ def check_command(place, monkeypatch, capsys):
     assert "forward_1_simple.cu sm_75 D 32 float16 causal dropout: forward_kernel: 8 bytes stack frame" in capsys.readouterr().out
     results = json.loads(found.read_text())
     assert results["80"] == {"kernels": 1}
-    assert len(results["75"]["complaints"]) == results["75"]["kernels"] == len(specialisations(["75"], [32])) == 1 + 2 * 3 * 12
+    assert len(results["75"]["complaints"]) == results["75"]["kernels"] == len(specialisations(["75"], [32])) == 2 + 2 * 3 * 12
     monkeypatch.setenv("RETURNS", "1")
     assert run("--check") == 1
     assert "could not compile" in capsys.readouterr().out

@@ -11,8 +11,8 @@ import torch
 from harness import FORWARD_ALONE, Case, Problem, Report, Target, against_truth, call_of, run_alone
 
 from flash_attention import flash_attention
-from flash_attention.backends import BACKENDS, emulated
-from flash_attention.call import Settings
+from flash_attention.backends import BACKENDS, cuda, emulated
+from flash_attention.call import Call, Form, Settings
 from flash_attention.reference import Visible
 
 if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
@@ -114,15 +114,49 @@ MORE_SIZES = {
     "hopper_wide": [(512, 512), (384, 264), (296, 320), (512, 72)],
 }
 MORE = [(name, *sizes, n % 2) for name, each in MORE_SIZES.items() for n, sizes in enumerate(each)]  # plain or everything, by turns
+ONLY_FULL = {(112, 112), (184, 40), (256, 256), (136, 512), (296, 320)}
 
 
 @pytest.mark.parametrize(("name", "D", "Dv", "kind"), MORE)
-def check_sizes_between_and_wide(name, D, Dv, kind):
+def check_sizes_between_and_wide(full, name, D, Dv, kind):
     """Tiles cut at the end and by the diagonal; with everything that a call may have."""
+    if not full and (D, Dv) in ONLY_FULL:
+        pytest.skip("one of the sizes of --full, and of a GPU")
     dtypes = (torch.float32,) * 2 if "float32" in name else (torch.bfloat16, torch.float16)
     plain = Case(B=1, H=1, Nq=70, Nk=150, D=D, Dv=Dv, dtype=dtypes[0], causal=True)
     everything = Case(B=1, H=2, Hkv=1, Nq=150, Nk=70, D=D, Dv=Dv, dtype=dtypes[1], mask="dead rows", dropout_p=0.25)
     against_truth((plain, everything)[kind], target(name))
+
+
+@pytest.mark.parametrize(("D", "Nq", "Nk", "causal"), [(72, 300, 230, False), (96, 200, 300, True)])
+def check_tall_tiles(monkeypatch, D, Nq, Nk, causal):
+    """Forwards of 72 to 96 columns by tiles of 192 rows and 96 keys, which calls of many rows take."""
+    monkeypatch.setattr(cuda, "_worth_tall", lambda call: True)
+    with emulated.counting() as counts:
+        against_truth(Case(B=1, H=2, Hkv=1, Nq=Nq, Nk=Nk, D=D, dtype=torch.bfloat16, causal=causal), target("hopper"))
+    assert [each.file for each in counts] == ["forward_4_hopper_tall.cu", "backward_4_hopper.cu"]
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "N", "D", "causal", "tall"),
+    [
+        (4, 16, 4096, 72, False, True),  # 1.28 times as fast as tiles of 128 rows, measured
+        (4, 16, 4096, 72, True, True),  # 1.11
+        (1, 8, 2048, 88, True, False),  # 0.74
+        (4, 16, 4096, 80, False, True),  # 1.09
+        (4, 16, 4096, 80, True, False),  # 0.95
+        (4, 16, 2048, 96, False, False),  # 0.92
+        (2, 12, 3000, 96, False, True),  # 1.17
+        (4, 16, 4096, 64, False, False),  # there are none
+        (4, 16, 4096, 112, False, False),
+    ],
+)
+def check_choice_of_tall_tiles(B, H, N, D, causal, tall):
+    """Tiles of 192 rows are taken where they were faster on an H200."""
+    x = Form(torch.Size((B, H, N, D)), (H * N * D, N * D, D, 1), torch.bfloat16, torch.device("cpu"))
+    call = Call(x, x, x, None, None, Settings(1.0, right=0 if causal else None))
+    wanted = BACKENDS["hopper"].specialisation(cuda.FORWARD, "90a", *BACKENDS["hopper"].kind(cuda.FORWARD, call))
+    assert wanted.file == ("forward_4_hopper_tall.cu" if tall else "forward_4_hopper.cu")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +194,12 @@ def check_wide_heads_do_not_depend_on_order(D, causal):
     """A deterministic backward above 128 columns gives the same bits in whatever order threads run."""
     case = Case(B=1, H=1, Nq=200, Nk=300, D=D, dtype=torch.float16, causal=causal)
     same_in_any_order(case, target("hopper"), orders=3)
+
+
+def check_last_heads_start_together(monkeypatch):
+    """A causal backward at D 128 gives its last heads to blocks in another order: every head and tile of keys still has one."""
+    monkeypatch.setattr(emulated, "SM_COUNT", 6)  # three tiles of keys, so four heads of the six
+    against_truth(Case(B=2, H=3, Nq=130, Nk=300, D=128, dtype=torch.float16, causal=True), target("hopper"))
 
 
 @pytest.mark.parametrize("kind", range(2))

@@ -5,15 +5,18 @@ O, dQ, dK and dV, each measured by its head's largest entry; and what it leaves 
 """
 
 import functools
+import shutil
 
 import pytest
 import torch
-from harness import Target, call_of, run_alone
+from harness import Case, Problem, Target, call_of, run_alone
+from mutations import SMALL_PARTS, replaced
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.float32_planes import inputs
-from flash_attention import flash_attention
-from flash_attention.backends import BACKENDS, emulated
+from flash_attention import build, flash_attention
+from flash_attention.backends import BACKENDS, cuda, emulated
+from flash_attention.call import Call, Form, Settings
 
 PLANES = "hopper_float32"
 ALMOST = 1.25  # times PyTorch's error: the largest of many rounding errors is a matter of luck, too
@@ -110,6 +113,71 @@ def check_infinities_and_nan():
     O, want = (flash_attention(q, k, v, backend=backend) for backend in (f"emulated:{PLANES}", "emulated:simple"))
     assert torch.equal(O.isnan(), want.isnan()) and O.isnan().any()
     assert torch.equal(O.nan_to_num(), want.nan_to_num())
+
+
+def answers(case: Case):
+    """→ O, LSE, dQ, dK and dV of the case on the emulator, gradients in deterministic mode; heads of V differ in size."""
+    where = Target(f"emulated:{PLANES}", "cpu")
+    q, k, v, mask = case.inputs("cpu")
+    v[1] *= 1e-8  # each part has a power of two of its own
+    v[:, 1] *= 1e-8
+    torch.use_deterministic_algorithms(True)
+    try:
+        return Problem.of(case, where, inputs=(q, k, v, mask)).answer(where)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"D": 64, "H": 4, "Hkv": 2, "mask": "full", "dropout_p": 0.25}, {"D": 256, "H": 2}, {"D": 256, "Dv": 136, "H": 2}],
+    ids=("everything", "planes in dV", "planes beside dV"),
+)
+def check_heads_in_parts(options, tmp_path, monkeypatch):
+    """A call whose heads are computed in parts, here as small as can be, has the bits of the undivided one and a part's workspace."""
+    case = Case(**{"B": 2, "Nq": 70, "Nk": 70, "dtype": torch.float32, **options})
+    call = call_of(*case.inputs("cpu")[:3], causal=case.causal)
+    call = call._replace(O=call.q._replace(shape=(*call.q.shape[:3], call.v.shape[3])).contiguous())
+    call = call._replace(dO=call.O)
+
+    def workspaces():
+        return [BACKENDS[f"emulated:{PLANES}"].plan(which, call).workspace for which in (cuda.FORWARD, cuda.BACKWARD)]
+
+    whole, whole_floats = answers(case), workspaces()
+    sources = tmp_path / "cuda"
+    shutil.copytree(build.SOURCES, sources)
+    replaced(sources / "parts_of_heads.cuh", SMALL_PARTS)
+    monkeypatch.setattr(emulated.options, "sources", sources)
+    for first, again in zip(whole, answers(case), strict=True):
+        assert first is again is None or torch.equal(first, again)
+    for floats, of_whole in zip(workspaces(), whole_floats, strict=True):
+        assert floats < of_whole / 2
+
+
+@pytest.mark.parametrize(
+    ("H", "N", "at_once"),
+    [(4, 16384, 2), (8, 8448, 4), (8, 8512, 8), (4, 4096, 4)],
+    ids=("two rounds and two", "whole rounds", "a block more than whole rounds", "small"),
+)
+def check_parts_that_cost_no_time(H, N, at_once):
+    """On 132 multiprocessors: planes of as many heads at once as fit into 128 MB, unless that takes more rounds of blocks. V's planes
+    lie in dV."""
+    x = Form(torch.Size((1, H, N, 256)), (H * N * 256, N * 256, 256, 1), torch.float32, torch.device("cpu"))
+    call = Call(x, x, x, None, None, Settings(1.0, backend=f"emulated:{PLANES}"), x, x)
+    launch = BACKENDS[f"emulated:{PLANES}"].plan(cuda.BACKWARD, call).launch
+    of_head, of_call = N * (3 * 256 + 2), H * (16 + N)  # planes, LSE and Delta; a Range, and the simple rung's Delta
+    assert launch._replace(sm_count=132).workspace_floats(False) == at_once * of_head + of_call
+
+
+def check_transposed_wide_heads():
+    """(B, N, H, D) transposed: heads of several batches are at unequal distances, so that V's planes do not lie in dV."""
+    shape = {"B": 2, "H": 2, "Nq": 40, "Nk": 40, "D": 256, "dtype": torch.float32}
+    q, k, v = Case(**shape).inputs("cpu")[:3]
+    attend = functools.partial(flash_attention, backend=f"emulated:{PLANES}")
+    want = gradients(attend, q, k, v, torch.ones_like(q))
+    got = gradients(attend, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)), torch.ones_like(q))
+    assert got[3].stride() != want[3].stride()
+    assert all(map(torch.equal, got, want))
 
 
 if __name__ == "__main__":

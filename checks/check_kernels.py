@@ -95,6 +95,33 @@ def check_cuda_graph(target):
         assert torch.equal(first, dropped) == (not dropout_p), "two replays dropped the same elements"
 
 
+def check_cuda_graph_of_a_training_step(target):
+    """Forward and gradients, captured together and replayed on new inputs: the same as a plain step's."""
+    if target.device != "cuda" or target.backend == "reference":
+        pytest.skip("as above")
+    case, (q, k, v, _, dO, _) = inputs(Case(Nq=200, Nk=300, D=64), target)
+
+    def step():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        O = flash_attention(*leaves, causal=True, backend=target.backend)
+        return O.detach(), *torch.autograd.grad(O, leaves, dO)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):  # compiles; the second call is the short one
+            step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for seed in range(2):
+            for x, y in zip((q, k, v), replace(case, seed=seed + 5).inputs(target.device)[:3], strict=True):
+                x.copy_(y)
+            graph.replay()
+            assert all(map(torch.equal, captured, step())), f"replay {seed} differs from a plain step"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def check_other_stream(target):
     """Work goes to the current stream: on one of its own it sees what that stream wrote before, and the default stream need not wait."""
     if target.device != "cuda":

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Problem, Report, Target
-from mutations import MUTATIONS, TURNS, TURNS_FLOAT32, WINDOW_TURNS, Mutation
+from mutations import IN_PARTS, MUTATIONS, SMALL_PARTS, TURNS, TURNS_FLOAT32, WINDOW_TURNS, Mutation, replaced
 
 from flash_attention import build
 from flash_attention.backends import BACKENDS, emulated
@@ -36,6 +36,8 @@ def caught_by(mutation: Mutation, folder: Path) -> str | None:
     shutil.copytree(build.SOURCES, copy)
     path = copy / mutation.file
     path.write_text(mutation.apply(path.read_text()))
+    if mutation.case in IN_PARTS:
+        replaced(copy / "parts_of_heads.cuh", SMALL_PARTS)
     target = Target(f"emulated:{mutation.rung}", "cpu")
     problem = Problem.of(mutation.case, target)
     emulated.options.sources = copy

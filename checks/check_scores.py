@@ -298,6 +298,8 @@ HALF16 = {"dtype": torch.float16, "bias_as_q": True}
 HOPPER_CASES = [
     Case(B=1, H=4, Hkv=2, Nq=150, Nk=300, D=64, softcap=1.5, **HALF16),
     Case(B=1, H=2, Nq=150, Nk=300, D=64, softcap=30.0, causal=True, **BF16),  # no score exceeds the cap
+    Case(B=1, H=2, Nq=150, Nk=460, D=64, softcap=30.0, **BF16),  # nor a third of it: tiles whose maximum is not sought
+    Case(B=1, H=1, Nq=150, Nk=384, D=128, softcap=6.0, **HALF16),  # some scores exceed a third of it; no tile is cut
     Case(B=1, H=4, Hkv=1, Nq=300, Nk=460, D=64, alibi=True, causal=True, **HALF16),
     Case(B=1, H=2, Nq=300, Nk=150, D=128, alibi=True, **BF16),
     Case(B=2, H=2, Nq=150, Nk=301, D=64, bias="batches share", **HALF16),  # rows that a tensor map cannot read
@@ -310,7 +312,7 @@ HOPPER_CASES = [
     Case(B=1, H=1, Nq=100, Nk=150, D=256, softcap=2.0, alibi=True, **HALF16),
     Case(B=1, H=1, Nq=100, Nk=150, D=192, alibi=True, window=(70, 30), **BF16),
 ]
-SAMPLE = {0, 2, 5, 7, 10, 11}  # softcap, slopes and a bias alone; all three; beside a mask and spans; above 128 columns
+SAMPLE = {0, 2, 4, 7, 9, 12, 13}  # softcap, slopes and a bias alone; all three; beside a mask and spans; above 128 columns
 
 
 @pytest.fixture
@@ -356,7 +358,7 @@ def check_what_hopper_refuses():
     """A bias that its kernels cannot copy as they do, by name and with the reason."""
     for options, words in (
         ({"D": 64, "dtype": torch.bfloat16, "bias": "matrix"}, "dtype"),
-        ({"D": 64, "bias": "rows", **HALF16}, "every key's own"),
+        ({"D": 64, "bias": "rows", **HALF16}, "an element for every key"),
         ({"D": 192, "bias": "matrix", **HALF16}, "up to 128"),
     ):
         with pytest.raises(pytest.skip.Exception, match=words):

@@ -6,13 +6,17 @@ python checks/check_scores_outside.py
 import copy
 import io
 import pickle
+import shutil
 
 import pytest
 import torch
 from harness import expect_error, run_alone
 from torch.func import jvp, vmap
 
-from flash_attention import FlashAttention, flash_attention
+from flash_attention import FlashAttention, build, flash_attention
+from flash_attention.backends import BACKENDS, emulated
+from flash_attention.backends import rotary as kernel
+from flash_attention.backends.emulated import EmulatorError
 from flash_attention.reference import Visible, normal_attention
 from flash_attention.scores import alibi_slopes, relative_position_buckets, rotary, rotary_angles, with_sinks
 
@@ -97,6 +101,117 @@ def check_rotary(interleaved):
     for wrong in ((cos[:9], sin[:9]), (cos, sin[:, :2]), (torch.zeros(10, 7), torch.zeros(10, 7))):
         expect_error(lambda wrong=wrong: rotary(x, *wrong), ValueError, ["cos", str(tuple(wrong[0].shape))])
     expect_error(lambda: rotary_angles(torch.arange(3), 7), ValueError, ["even", "7"])
+
+
+# What the kernel is asked for: B, N, H, D, R, in memory as (B, N, H, D) or (B, H, N, D), angles of each batch, dtype.
+TURNED = [
+    (2, 11, 6, 48, 32, "BNHD", False, torch.bfloat16),
+    (1, 300, 2, 128, 128, "BHND", False, torch.float16),  # no feature stays, more than one block
+    (3, 7, 5, 64, 16, "a part", True, torch.float16),
+    (2, 9, 3, 24, 16, "BNHD", True, torch.float32),
+]
+
+
+def _to_turn(B, N, H, D, R, memory, per_batch, dtype):
+    """x, cos and sin."""
+    torch.manual_seed(0)
+    x = torch.randn(B, N, H, 2 * D if memory == "a part" else D)[..., :D].to(dtype).transpose(1, 2)
+    x = x.contiguous() if memory == "BHND" else x
+    positions = torch.arange(N) + (1000 * torch.arange(B)[:, None] if per_batch else 0)
+    return x, *rotary_angles(positions, R)
+
+
+def _formula(x, cos, sin, interleaved):
+    """The same rotation in float64, rounded once."""
+    return rotary(x.double(), cos, sin, interleaved=interleaved).to(x.dtype)
+
+
+def _expect_turned(got, want):
+    assert got.dtype == want.dtype and got.shape == want.shape
+    # One unit in the last place of what is stored, and float32's rounding of two products that may nearly cancel.
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=torch.finfo(want.dtype).eps)
+
+
+@pytest.fixture
+def emulator():
+    if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
+        pytest.skip(reason)
+
+
+def _turned_by_emulator(case, interleaved, back=False):
+    x, cos, sin = _to_turn(*case)
+    assert kernel.reads(x, cos.shape[-1])
+    got = kernel.launch(x, cos, sin, interleaved, back, emulated.run_rotary)
+    assert got.stride() == torch.empty_like(x).stride()
+    _expect_turned(got, _formula(x, cos, -sin if back else sin, interleaved))
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("case", TURNED, ids=str)
+def check_rotary_kernel(emulator, case, interleaved):
+    """The kernel, emulated, and back by the opposite angles."""
+    for back in (False, True):
+        _turned_by_emulator(case, interleaved, back)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "interleaved"),
+    [
+        ("a * cos - b * sin", "a * cos + b * sin", False),
+        ("of_first[2 * k], of_first[2 * k + 1], c, s", "of_first[2 * k + 1], of_first[2 * k], c, s", True),
+        ("p.R + (chunk - rotating) * FEATURES, second", "p.R + chunk * FEATURES, second", False),
+        ("b * p.angle_stride_b", "0", True),
+        ("if (p.back) sin[k]", "if (false) sin[k]", True),
+        ("if (first_head + h >= p.H) continue;\n        x[h][0]", "x[h][0]", False),
+        ("if (n >= p.N) return;", "", False),
+        ("INTERLEAVED ? first / 2 : first);", "first);", True),
+    ],
+)
+def check_rotary_kernel_mistakes(emulator, tmp_path, before, after, interleaved):
+    """The check above sees each of these mistakes: as a wrong number or as memory that is not the call's."""
+    copy_of_sources = tmp_path / "cuda"
+    shutil.copytree(build.SOURCES, copy_of_sources)
+    source = copy_of_sources / kernel.ROTARY
+    text = source.read_text()
+    assert text.count(before) == 1
+    source.write_text(text.replace(before, after))
+    emulated.options.sources = copy_of_sources
+    try:
+        with pytest.raises((AssertionError, EmulatorError)):
+            for case in TURNED[::2]:
+                _turned_by_emulator(case, interleaved, back=True)
+    finally:
+        emulated.options.sources = None
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+def check_rotary_on_cuda(interleaved):
+    """On a GPU eager calls run the kernel, with gradients of any order; calls that it does not serve run the formula."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU on this machine")
+    for case in TURNED:
+        x, cos, sin = (y.cuda() for y in _to_turn(*case))
+        x = torch.empty_like(x).copy_(x).requires_grad_()
+        assert kernel.serves(x, cos, sin)
+        got = rotary(x, cos, sin, interleaved=interleaved)
+        assert type(got.grad_fn).__name__ == "RotaryBackward"
+        _expect_turned(got, _formula(x, cos, sin, interleaved))
+        gradient = torch.randn_like(x).requires_grad_()
+        back = torch.autograd.grad(got, x, gradient, create_graph=True)[0]
+        _expect_turned(back, _formula(gradient, cos, -sin, interleaved))
+        _expect_turned(torch.autograd.grad(back, gradient, x)[0], got)
+    x = x.detach()
+    in_parts = x.new_empty(2, 9, 3, 25)[..., 1:].transpose(1, 2).copy_(x)  # rows that do not begin at multiples of 16 bytes
+    assert not kernel.serves(in_parts, cos, sin)
+    _expect_turned(rotary(in_parts, cos, sin, interleaved=interleaved), rotary(x, cos, sin, interleaved=interleaved))
+    leaf = cos.clone().requires_grad_()
+    assert not kernel.serves(x, leaf, sin) and torch.autograd.grad(rotary(x, leaf, sin, interleaved=interleaved).sum(), leaf)[0].any()
+    _, tangent = jvp(lambda x: rotary(x, cos, sin, interleaved=interleaved), (x,), (x,))
+    _expect_turned(tangent, rotary(x, cos, sin, interleaved=interleaved))
+    mapped = vmap(lambda x: rotary(x, cos[0], sin[0], interleaved=interleaved))(x[None])
+    _expect_turned(mapped[0, :1], rotary(x[:1], cos[0], sin[0], interleaved=interleaved))
+    compiled = torch.compile(lambda x: rotary(x, cos, sin, interleaved=interleaved), fullgraph=True, backend="aot_eager")
+    _expect_turned(compiled(x), rotary(x, cos, sin, interleaved=interleaved))
 
 
 def check_angles_far_away():

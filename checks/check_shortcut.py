@@ -7,9 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Case, dtype_served, half_served, run_alone, skip_unless_masks
+from harness import Case, call_of, dtype_served, half_served, run_alone, skip_unless_masks
 
-from flash_attention import flash_attention, interface, shortcut
+from flash_attention import autograd, flash_attention, interface, shortcut
+from flash_attention.backends import BACKENDS, cuda
 
 
 @pytest.fixture
@@ -115,6 +116,63 @@ def check_masks_and_dropout(target, slow_calls):
     for wrong, error in ((full.float(), TypeError), (full[..., :-1], ValueError), (full.cpu(), ValueError)):
         with pytest.raises(error):
             call(wrong, 0.0)
+
+
+def gradients_by(attend, inputs, dO, hooks=None):
+    """O, dQ, dK, dV of leaves like the inputs. hooks: of torch.autograd.graph.saved_tensors_hooks."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.autograd.graph.saved_tensors_hooks(*(hooks or (lambda x: x,) * 2)):
+        O = attend(*leaves)
+    return O.detach(), *torch.autograd.grad(O, leaves, dO(O))
+
+
+TO_BE_DIFFERENTIATED = [  # dO of O, what saves tensors
+    (torch.ones_like, None),
+    (lambda O: torch.ones_like(O).mT.contiguous().mT, None),  # rows are not contiguous
+    (lambda O: O.new_ones(()).expand_as(O), None),  # as of O.sum()
+    (lambda O: torch.ones(O.numel() + 1, dtype=O.dtype, device=O.device)[1:].view(O.shape), None),  # beside a multiple of 16 bytes
+    (torch.ones_like, (lambda x: x, lambda x: x.contiguous().clone())),  # other strides come back
+    (torch.ones_like, (lambda x: x, lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]])),
+]
+
+
+def check_plain_training(target, slow_calls):
+    """A call with gradients, repeated: as the first one, whatever dO is like and whatever hooks make of what is saved."""
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(target))
+    attend = partial(flash_attention, backend=target.backend)
+    first = gradients_by(attend, (q, k, v), torch.ones_like)
+    for dO, hooks in 2 * TO_BE_DIFFERENTIATED:
+        slow_calls.clear()
+        again = gradients_by(attend, (q, k, v), dO, hooks)
+        assert not slow_calls
+        for x, y in zip(first, again, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-2, rtol=1e-2)  # gradients are summed in any order
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    O = attend(*leaves)
+    many = torch.autograd.grad(O, leaves, torch.ones_like(O).expand(3, *O.shape), is_grads_batched=True, retain_graph=True)
+    for x, y in zip(first[1:], many, strict=True):
+        torch.testing.assert_close(x, y[2], atol=1e-2, rtol=1e-2)
+    with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
+        x = torch.autograd.grad(O, leaves, torch.ones_like(O), create_graph=True)[0]
+        torch.autograd.grad(x, leaves, torch.ones_like(x))
+
+
+@pytest.mark.parametrize(("name", "causal"), [("simple", False), ("simple", True), ("tensor_core", False)])
+def check_plain_training_emulated(name, causal):
+    """The same Function with emulated kernels, bit by bit against that of other calls; where rows see nothing, backwards are not plain."""
+    case = Case(B=2, H=2, Nq=40, Nk=24, D=16, dtype=torch.float32 if name == "simple" else torch.float16)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.inputs("cpu")[:3])
+    call = call_of(q, k, v, causal=causal, backend=f"emulated:{name}")
+    if reason := BACKENDS[f"emulated:{name}"].why_not(call):
+        pytest.skip(reason)
+    plan = BACKENDS[f"emulated:{name}"].plan(cuda.FORWARD, call)
+    assert plan.is_plain
+    want = gradients_by(partial(flash_attention, causal=causal, scale=1.0, backend=f"emulated:{name}"), (q, k, v), torch.ones_like)
+    for dO, hooks in 2 * TO_BE_DIFFERENTIATED:
+        got = gradients_by(partial(autograd.plain_attention, plan), (q, k, v), dO, hooks)
+        assert all(map(torch.equal, got, want))
+    kept = {is_plain for _, is_plain in plan.backwards.values()}  # a gradient that must be copied is not plain
+    assert len(plan.backwards) <= shortcut.FEW and kept == ({False} if causal else {True, False})
 
 
 def check_what_is_not_plain_takes_the_long_way(target, slow_calls):

@@ -1,9 +1,11 @@
 """Mistakes that a kernel's author could make, as data: a place in cuda/, what stands there, what instead, and the case that must show it.
 
-check_mutations.py applies each to a copy and expects the emulator to report it, or the result to be wrong.
+check_mutations.py applies each to a copy and expects the emulator to report it, or the result to be wrong. It is long because it is a list.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from harness import Case
@@ -23,6 +25,7 @@ MASKED = case(mask="heads share", causal=True)
 READ_ONCE = case(mask="full", Nk=304)  # each byte of the mask by one block, so it is not packed
 SHARP = case(sharp=5)  # maxima grow
 WIDE = case(D=128)
+WIDE_MASKED = case(D=128, mask="heads share")
 WIDEST = case(D=256, H=1)
 WIDEST_MASKED = case(D=256, H=1, mask="heads share")
 HEAD_96 = case(D=96, H=1)
@@ -47,6 +50,11 @@ SHARP_FLOAT32 = case(sharp=5, dtype=torch.float32)
 WIDE_FLOAT32 = case(D=128, dtype=torch.float32)
 HEAD_256_FLOAT32 = case(D=256, H=1, Nq=130, Nk=200, causal=True, dtype=torch.float32)
 TURNS_FLOAT32 = case(Nk=700, causal=True, dtype=torch.float32)
+# Computed with SMALL_PARTS: a batch and a key head at a time.
+PARTS_FLOAT32 = case(B=2, H=4, Hkv=2, Nq=70, Nk=70, mask="full", dropout_p=0.25, dtype=torch.float32)
+PARTS_256_FLOAT32 = case(B=1, Nq=70, Nk=70, D=256, dropout_p=0.25, dtype=torch.float32)
+IN_PARTS = PARTS_FLOAT32, PARTS_256_FLOAT32
+SMALL_PARTS = ("LARGE_WORKSPACE = 128 << 20", "LARGE_WORKSPACE = 1"), ("LEAST_WORK = 0x1p38", "LEAST_WORK = 1")  # in parts_of_heads.cuh
 WINDOW = case(window=(70, 30))
 TILE_START = case(Nk=150, window=(62, None))
 TILE_STOP = case(Nk=150, window=(None, 62))
@@ -383,14 +391,20 @@ TABLE = {
             "const int unit = blockIdx.x / 2;",
             MANY_DOCUMENTS,
         ),
-        ("ptx::fence_proxy_async();  // this thread's part of dSᵀ", NO_BARRIER, PLAIN),
-        ("meet();                    // dSᵀ is whole", "//", PLAIN),
+        ("ptx::fence_proxy_async();  // this thread's part of dS", NO_BARRIER, PLAIN),
+        ("meet();                    // dS is whole", "//", PLAIN),
         ("ptx::wgmma_wait_group<0>();  // dK too", "ptx::wgmma_wait_group<1>();  //", MANY_TILES),
         ("ptx::mbarrier_arrive(barrier(barriers.empty, stage));", ";", case(Nq=700)),
         ("ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();", "ptx::wgmma_wait_group<2>();", PLAIN),
         ("ptx::wgmma_wait_group<1>();  // dV and dQ are there", "ptx::wgmma_wait_group<2>();", PLAIN),
-        ("dS_smem + now.n % 2 * Tile_S::BYTES;", "dS_smem;", case(Nq=700)),
+        ("ptx::wgmma_wait_group<0>();  // both are there", "ptx::wgmma_wait_group<1>();  //", CAUSAL),
+        ("row + (BY_ROWS ? 64 : 0), BY_ROWS ? 0 : COLUMNS", "row, 0", case(D=128, causal=True)),
+        ("dS_smem + now.n % 2 * Tile_dS::BYTES;", "dS_smem;", case(Nq=700)),
+        ("consumer * 8 + warp * 2 + lane / 8 % 2", "consumer * 8 + warp * 2 + lane / 16", PLAIN),
+        ("k / 4 * Tile_dS::PANEL_BYTES + k % 4 * 32", "k * 32", PLAIN),
+        ("heads - last + block % last", "block % last", case(D=128, H=5, Nq=70, Nk=70, causal=True)),
         ("ptx::advance(K_part, k * 16 * ROW_BYTES)", "ptx::advance(K_part, k * 32)", PLAIN),
+        ("ptx::advance(dS_part, k * 16 * ROW_BYTES)", "ptx::advance(dS_part, k * 32)", WIDE_MASKED),
         ("ptx::mbarrier_wait(KV_full, 0);", NO_WAIT, PLAIN),
         ("Tile_Q::BYTES + ROWS_BYTES + more_bytes);", "Tile_Q::BYTES + more_bytes);", PLAIN),
     ],
@@ -467,10 +481,19 @@ TABLE = {
     ("hopper_float32", "planes.cuh"): [
         ("lo = ptx::cvt_pair<__half>(x0 - held.x, x1 - held.y);", "lo = 0;", FLOAT32),
         ("x0 - held.x, x1 - held.y);", "x0 - held.x, x1 - held.x);", FLOAT32),
-        ("(plane * x.rows(B) + row) * (HEAD_DIM / 2)", "row * (HEAD_DIM / 2)", FLOAT32),
+        ("static_cast<__half*>(x.planes.data) + plane * x.planes.stride_b", "static_cast<__half*>(x.planes.data)", FLOAT32),
+        ("2 * p.dv.stride_h, 2 * p.dv.stride_n};", "p.dv.stride_h, 2 * p.dv.stride_n};", case(D=256, Nq=70, Nk=70, dtype=torch.float32)),
         ("scalbnf(p.scale, -exponent_of(range.q) - exponent_of(range.k));", "scalbnf(p.scale, -2 * exponent_of(range.q));", SHARP_FLOAT32),
     ],
+    ("hopper_float32", "parts_of_heads.cuh"): [
+        ("begin_at(*x, first.h);", "begin_at(*x, part.h);", PARTS_FLOAT32),
+        ("first.b * x.stride_b + h * x.stride_h;", "h * x.stride_h;", PARTS_FLOAT32),
+        ("first.b * p.mask.stride_b + first.h * p.mask.stride_h;", "first.h * p.mask.stride_h;", PARTS_FLOAT32),
+        ("if (call.d_lse) call.d_lse += rows;", "", PARTS_FLOAT32),
+        ("return {part.b, part.h * (p.H / p.Hkv)};", "return {part.b, 0};", PARTS_FLOAT32),
+    ],
     ("hopper_float32", "forward_5_float32.cu"): [
+        ("keep.draw_rows(p, first.b + b, first.h + h,", "keep.draw_rows(p, b, h,", PARTS_FLOAT32),
         ("(product == 0) * Tile_Q::BYTES", "(product == 1) * Tile_Q::BYTES", FLOAT32),
         ("P_rmem[product == 0][k]", "P_rmem[0][k]", FLOAT32),
         ("O_tile_rmem[i] = 0;", ";", FLOAT32),
@@ -491,6 +514,7 @@ TABLE = {
         ("join(l_rmem, [](float x, float y) { return x + y; });", "", HEAD_256_FLOAT32),
     ],
     ("hopper_float32", "backward_5_float32_wide.cu"): [
+        ("keep.draw_keys(p, workspace.first.b + b, workspace.first.h + now.h,", "keep.draw_keys(p, b, now.h,", PARTS_256_FLOAT32),
         ("meet();  // both groups are done with the last tile's dS", "//", HEAD_256_FLOAT32),
         ("meet();                    // dS is whole", "//", HEAD_256_FLOAT32),
         ("ptx::fence_proxy_async();  // this thread's part of dS", NO_BARRIER, HEAD_256_FLOAT32),
@@ -534,10 +558,18 @@ SCORED = {
         ("CAUSAL || greatest > 0 ? -slope : slope;", "-slope;", case(Nq=300, Nk=150, alibi=True)),
         ("return dead ? 0 : fabsf(m)", "return fabsf(m)", case(Nk=150, bias="hiding", bias_as_q=True)),
         ("further = c ? floats_of(pairs[n % 2 * 2 + r]).y", "further = c ? floats_of(pairs[n % 2 * 2 + r]).x", HALF_BIASED),
-        ("return y * fmaf(", "return fmaf(", case(softcap=20.0)),
+        ("return y * tanh_over(y);", "return tanh_over(y);", case(softcap=20.0, alibi=True)),
+        ("0.11889755f * factor", "-0.11889755f * factor", case(Nk=460, softcap=6.0)),
+        ("fmaf(s * s, -0.32075847f", "fmaf(s * s, 0.32075847f", case(Nk=460, softcap=20.0)),
     ],
     ("hopper", "forward_4_softmax.cuh"): [
-        ("largest * p.scoring.scale_in_cap <= 1", "largest * p.scoring.scale_in_cap <= 4", HALF_CAPPED),
+        ("largest * p.scoring.scale_in_cap <= 1", "largest * p.scoring.scale_in_cap <= 4", case(softcap=1.5, alibi=True)),
+        ("in_cap <= LARGEST_1 && has", "in_cap <= 4 && has", case(Nk=460, softcap=1.5)),
+        ("all(in_cap <= 1)", "all(in_cap <= 4)", HALF_CAPPED),
+        ("const bool near_m = fminf(", "const bool near_m = true || fminf(", case(Nk=256, softcap=20.0)),  # no tile is cut
+        ("largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));", ";", case(Nk=460, softcap=20.0, sharp=5)),
+        ("l_rmem[r] = NEW_MAXIMUM ? l_rmem[r] * alpha[r] + sum :", "l_rmem[r] =", case(Nk=460, softcap=20.0, sharp=5)),
+        ("if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return", "if (!ONLY_CAPPED || MASK) return", HALF_CAPPED),
         ("shift[r] = slopes.first[r] * LOG2_E;", "shift[r] = 0;", case(alibi=True, causal=True)),
         ("S = MASK && S < p.lowest ? -CUDART_INF_F : x[c];", "S = x[c];", case(softcap=1.5, mask="heads share")),
         ("fmaf(m_new, scale_log2, SLOPED ? shift[r] : 0)", "m_new * scale_log2", case(alibi=True, causal=True)),
@@ -569,18 +601,30 @@ SCORED = {
     ],
     ("hopper", "backward_hopper_bias.cuh"): [
         (
-            "first_row_of(p, j0) / BLOCK_Q)",
-            "(first_row_of(p, j0) + BLOCK_Q) / BLOCK_Q)",
+            "first_row_of(p, part.j0) / DBIAS_ROWS)",
+            "(first_row_of(p, part.j0) + DBIAS_ROWS) / DBIAS_ROWS)",
             case(Nk=150, bias="keys", bias_as_q=True, causal=True),
         ),
-        ("p.scoring.bias_b == 1 ? p.B : own_b + 1", "own_b + 1", HALF_BIASED),
-        ("if (now.n > 0) ptx::mbarrier_arrive(", "if (false) ptx::mbarrier_arrive(", HALF_KEY_BIAS),
-        ("ptx::bar_sync(1 + consumer, GROUP);  // the group is done with it", NO_BARRIER, HALF_BIASED),
-        ("ptx::bar_sync(1 + consumer, GROUP);  // the panel is written", NO_BARRIER, HALF_BIASED),
-        ("fmaf(S_rmem[e], dP_rmem[e] - Delta.x, sum_rmem[e]);", "S_rmem[e] * (dP_rmem[e] - Delta.x);", HALF_BIASED),
+        ("p.scoring.bias_b == 1 ? p.B : part.b + 1", "part.b + 1", HALF_BIASED),
+        ("            release(barrier(barriers.empty, of_dP.stage));", ";", HALF_KEY_BIAS),
+        ("__syncwarp();  // every lane has read what was there", NO_BARRIER, HALF_KEY_BIAS),
+        ("ptx::mbarrier_wait(bias_empty, parity ^ 1);", NO_WAIT, HALF_BIASED),
+        ("ptx::bar_sync(1 + consumer, GROUP);  // the group's panel is written", NO_BARRIER, HALF_BIASED),
+        ("multiply(dP_rmem, of_dP, first);", "multiply(dP_rmem, of_dP, 0);", HALF_BIASED),
+        ("sum[0] = fmaf(S[e], dP_rmem[e] - Delta.x, sum[0]);", "sum[0] = S[e] * (dP_rmem[e] - Delta.x);", HALF_BIASED),
+        ("n % ROW_PLACES * DBIAS_ROWS_BYTES;", "0;", HALF_KEY_BIAS),
         ("if (t == 0 && j0 + place + 8 * r < p.Nk) dBias", "if (t == 0) dBias", HALF_KEY_BIAS),
     ],
 }
+
+
+def replaced(path: Path, places: Iterable[tuple[str, str]]) -> None:
+    """Writes into the file what is to stand in each of these places."""
+    text = path.read_text()
+    for before, after in places:
+        assert text.count(before) == 1, f"{path.name} has {before!r} {text.count(before)} times, not once"
+        text = text.replace(before, after)
+    path.write_text(text)
 
 
 @dataclass(frozen=True)

@@ -15,42 +15,19 @@
 #include "tensor_core.cuh"
 
 // ---- tile sizes. Two blocks of four warps share a multiprocessor up to head size 128: one computes while the other waits at a barrier.
-#ifndef SMEM_KB
-#define SMEM_KB 227  // shared memory a block may have: 227 on sm_90, 163 on sm_80, 99 on sm_86 and sm_89
-#endif
-#ifndef BLOCK_Q
+// SMEM_KB, the shared memory a block may have, comes from the build: 227 on sm_90, 163 on sm_80, 99 on sm_86 and sm_89.
 #define BLOCK_Q (HEAD_DIM <= 64 || SMEM_KB >= 163 ? 64 : 32)
-#endif
-#ifndef BLOCK_K
 #define BLOCK_K (HEAD_DIM <= 64 || (HEAD_DIM <= 128 && SMEM_KB >= 163) ? 128 : HEAD_DIM <= 128 || SMEM_KB >= 163 ? 64 : 32)
-#endif
-#ifndef WARPS
 #define WARPS (HEAD_DIM <= 64 || SMEM_KB < 163 ? 4 : 8)
-#endif
-#ifndef WARPS_K
 #define WARPS_K (BLOCK_K >= 64 ? BLOCK_K / 32 : 2)  // warps along the rows of Sᵀ
-#endif
-#ifndef S_STAGES
 #define S_STAGES (HEAD_DIM <= 192 && SMEM_KB >= 227 ? 2 : 1)  // tiles of dS and P in shared memory: with two, a step has one barrier
-#endif
-#ifndef PASS_COLUMNS
 // Columns of Sᵀ at a time, as far as registers suffice.
 #define PASS_COLUMNS (ARCH >= 90 && ARCH < 120 && !INTERVAL && !(CAUSAL && MASK && (HEAD_DIM == 64 || (DROPOUT && ARCH > 90))) ? 32 : 16)
-#endif
-#ifndef STAGES
 #define STAGES (HEAD_DIM <= 64 ? 2 : S_STAGES == 2 ? 3 : HEAD_DIM <= 192 || SMEM_KB >= 227 ? 2 : 1)  // tiles of Q and dO
-#endif
-#ifndef DQ_WARPS_Q
 #define DQ_WARPS_Q (HEAD_DIM == 96 && WARPS == 8 ? 4 : 2)  // warps along the rows of dQ, the others along the head size
-#endif
-#ifndef BLOCKS_PER_SM
 #define BLOCKS_PER_SM (WARPS == 4 ? 2 : 1)
-#endif
-#ifndef UNROLL
-#define UNROLL 1
-#endif
 
-constexpr int PASS_UNROLL = UNROLL;
+constexpr int PASS_UNROLL = 1;
 constexpr int THREADS = 32 * WARPS;
 constexpr int WARPS_Q = WARPS / WARPS_K;             // warps along the columns of Sᵀ, and along the head size of dK and dV
 constexpr bool P_IN_REGISTERS = WARPS_Q == 1;
@@ -332,8 +309,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         }
 
         if (ONE_BARRIER) ptx::cp_async_wait_group<0>();  // this thread's part of the next tile
-        // dSᵀ (and Pᵀ) is complete. With one barrier, moreover, the next tile is there, nobody reads the place of the tile after next any
-        // more, and everybody is done with the other dSᵀ, which the next step overwrites.
+        // All warps have written dSᵀ (and Pᵀ). Where a step has this one barrier, it also says that the next tile has arrived, and that all warps
+        // have finished reading two buffers: the stage that the tile after next is loaded into, and the other dSᵀ, which the next step overwrites.
         __syncthreads();
         if (ONE_BARRIER) load_q(2);
 
@@ -386,7 +363,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         if (ONE_BARRIER) dS_stage ^= dS_smem ^ (dS_smem + Tile_S::BYTES);
         if (!ONE_BARRIER) {
             if (STAGES > 1) ptx::cp_async_wait_group<0>();  // this thread's part of the next tile
-            __syncthreads();  // the next tile is there; nobody reads this one, dSᵀ or Pᵀ any more
+            __syncthreads();  // the next tile has arrived; all warps have finished reading this one, dSᵀ and Pᵀ
             load_q(STAGES);
             if (STAGES == 1) {
                 ptx::cp_async_wait_group<0>();

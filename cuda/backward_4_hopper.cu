@@ -1,7 +1,7 @@
 // Backward with Hopper's own instructions: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), Algorithm 3.  sm_90a.
 //
 // The idea: as in forward_4_hopper.cu, one thread copies tiles of Q and dO while two warpgroups compute. A warpgroup owns 64 keys: Sᵀ = K Qᵀ and
-// dPᵀ = V dOᵀ leave it with 64 rows of Pᵀ and dSᵀ, which in registers are already the A operands of dV += Pᵀ dO and dK += dSᵀ Q. Only dSᵀ goes
+// dPᵀ = V dOᵀ leave it with 64 rows of Pᵀ and dSᵀ, which in registers are already the A operands of dV += Pᵀ dO and dK += dSᵀ Q. Only dS goes
 // through shared memory, for dQ = dS K, which sums over the keys of both groups. dQ is added up in global memory, as in backward_3_tensor_core.cu.
 //
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 128 that are multiples of 8.
@@ -16,27 +16,50 @@ static_assert(HEAD_DIM <= 128 && HEAD_DIM % 16 == 0 && V_HEAD_DIM == HEAD_DIM, "
 #include "backward_hopper.cuh"
 
 constexpr int N_TILES = BLOCK_Q / 8;
+// dS in shared memory: its rows are queries, as dQ = dS K reads them. In wide heads they are keys under a mask, which is 5 % faster there, and where
+// the hook for scores leaves no register for the other way.
+constexpr bool DS_BY_KEYS = HEAD_DIM > 64 && (MASK || SCORE == (SCORE_SOFTCAP | SCORE_BIAS | SCORE_ALIBI));
+using Tile_dS = std::conditional_t<DS_BY_KEYS, SwizzledTile<BLOCK_K, BLOCK_Q>, SwizzledTile<BLOCK_Q, BLOCK_K>>;
+// Causal, one group adds its part of dQ before it asks for dK, the other one after: one adds while the other multiplies. Not where blocks take turns.
+constexpr bool ALTERNATES = CAUSAL && !MASK && !DROPOUT && !SCORE;
 constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // what each row sees
 using Tile_bias = SwizzledTile<BLOCK_Q, BLOCK_K>;
 constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
 #include "backward_hopper_bias.cuh"
 
-constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES + STAGES * (BIAS_BYTES + 2 * ROWS_BYTES + MASK_BYTES + SEEN_BYTES);
+constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_dS::BYTES + STAGES * (BIAS_BYTES + 2 * ROWS_BYTES + MASK_BYTES + SEEN_BYTES);
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
-// "full": the bytes have arrived, with those of Q the mask's. "empty": every computing thread is done with them.
+// "full": the bytes have arrived (Q's barrier counts the mask's too). "empty": every computing thread has finished reading them.
 struct Barriers {
     uint64_t KV_full, Q_full[STAGES], dO_full[STAGES], empty[STAGES];
 };
 
+#if !INTERVAL
+// A block's tile of keys and its head, b·Hkv + kv_h: head after head, whose Q, dO and dQ then stay in the L2 cache.
+struct Unit {
+    int k_tile, b_kv_h;
+};
+__device__ inline Unit unit_of_block([[maybe_unused]] const AttentionParams& p, int k_tiles) {
+#if CAUSAL && HEAD_DIM > 64
+    // A head's first keys are seen by the most rows, and start first. So do those of the last few heads, two blocks for each multiprocessor: else
+    // the longest block of the last head would start when all others are nearly done. Not where so few heads do not fit the cache together.
+    const int heads = p.B * p.Hkv, last = min(heads, 2 * p.sm_count / k_tiles), block = static_cast<int>(blockIdx.x) - (heads - last) * k_tiles;
+    if (2 * k_tiles <= p.sm_count && block >= 0) return {block / last, heads - last + block % last};
+#endif
+    return {static_cast<int>(blockIdx.x % k_tiles), static_cast<int>(blockIdx.x / k_tiles)};
+}
+#endif
+
+template <bool ALTERNATE>
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
     const uint32_t K_smem = ptx::smem_address(smem);                 // [BLOCK_K, HEAD_DIM]
     const uint32_t V_smem = K_smem + Tile_K::BYTES;                  // [BLOCK_K, HEAD_DIM]
     const uint32_t QdO_smem = V_smem + Tile_K::BYTES;                // STAGES × (Q [BLOCK_Q, HEAD_DIM], dO [BLOCK_Q, HEAD_DIM])
-    const uint32_t dS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;  // 2 × dSᵀ [BLOCK_K, BLOCK_Q]
-    constexpr int BIAS_OFFSET = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_S::BYTES;  // STAGES × bias [BLOCK_Q, BLOCK_K]
+    const uint32_t dS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;  // 2 × dS [BLOCK_Q, BLOCK_K], or transposed
+    constexpr int BIAS_OFFSET = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_dS::BYTES;  // STAGES × bias [BLOCK_Q, BLOCK_K]
     constexpr int ROWS_OFFSET = BIAS_OFFSET + STAGES * BIAS_BYTES;
     const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
     uint8_t* mask_smem = smem + ROWS_OFFSET + STAGES * 2 * ROWS_BYTES;            // STAGES × [BLOCK_K] BitRow
@@ -54,7 +77,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     const int unit = unit_of_block(maps);
     const int k_tile = unit % k_tiles, b_kv_h = unit / k_tiles;
 #else
-    const int k_tile = blockIdx.x % k_tiles, b_kv_h = blockIdx.x / k_tiles;  // b_kv_h = b·Hkv + kv_h
+    const auto [k_tile, b_kv_h] = unit_of_block(p, k_tiles);  // b_kv_h = b·Hkv + kv_h
 #endif
     const int j0 = k_tile * BLOCK_K, offset = diagonal(p);                   // causal: row i sees columns j ≤ i + offset
 
@@ -129,7 +152,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         const int consumer = group - 1, warp = threadIdx.x % GROUP / 32, lane = threadIdx.x % 32, t = lane % 4;
         const int place = consumer * 64 + warp * 16 + lane / 4;  // in the tile of keys; this thread has it and the one 8 further,
         const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
-        const uint32_t group_rows = consumer * 64 * ROW_BYTES;       // the group's rows of K, V and dSᵀ
+        const uint32_t group_rows = consumer * 64 * ROW_BYTES;       // the group's rows of K and V
+        [[maybe_unused]] const uint32_t dS_lane = Tile_dS::offset(lane % 8 + lane / 16 * 8, consumer * 8 + warp * 2 + lane / 8 % 2);  // for stmatrix
         const float scale_log2 = p.scale * LOG2_E;                   // exp(scale · x) = 2^(scale_log2 · x)
 
 #if SCORE
@@ -170,7 +194,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             const Slot<STAGES> slot = now.slot();
             const int stage = slot.stage, i0 = now.tile * BLOCK_Q;
             const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, dO_tile = Q_tile + Tile_Q::BYTES;
-            const uint32_t dS_tile = dS_smem + now.n % 2 * Tile_S::BYTES;
+            const uint32_t dS_tile = dS_smem + now.n % 2 * Tile_dS::BYTES;
             const float* LSE_smem = rows_smem + stage * 2 * BLOCK_Q + 2 * t;
             const float* Delta_smem = LSE_smem + BLOCK_Q;
 
@@ -213,7 +237,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             }
 
             uint32_t P_rmem[BLOCK_Q / 16][4], dS_rmem[BLOCK_Q / 16][4];  // A operands of the products over 16 rows of Q at a time
-            // P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys. Beyond the end of the rows LSE is ∞.
+            // P = exp(scale · S − LSE). Beyond the end of the rows LSE is ∞.
             [[maybe_unused]] auto make_P = [&](int n) {
                 const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + 8 * n);
 #pragma unroll
@@ -222,11 +246,6 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                     P0 = ptx::ex2(fmaf(P0, scale_log2, -LSE.x));
                     P1 = ptx::ex2(fmaf(P1, scale_log2, -LSE.y));
 #if !INTERVAL
-                    if (!MASK && cut) {
-                        const int j = j0 + first_row + ROW_STEP * r, i = i0 + 8 * n + 2 * t;
-                        if (j >= p.Nk || (CAUSAL && j > i + offset)) P0 = 0;
-                        if (j >= p.Nk || (CAUSAL && j > i + 1 + offset)) P1 = 0;
-                    }
                     P_rmem[n / 2][n % 2 * 2 + r] = ptx::cvt_pair<element>(P0, P1) & (DROPOUT ? keep.pair(r, n) : ~0u);
 #endif
                 }
@@ -248,7 +267,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                     }
                 }
             };
-            auto round_P = [&](int n) {
+            [[maybe_unused]] auto round_P = [&](int n) {
 #pragma unroll
                 for (int r = 0; r < 2; ++r)
                     P_rmem[n / 2][n % 2 * 2 + r] =
@@ -256,7 +275,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             };
 #endif
 #if SCORE
-            // P, and in the place of S what dS has as a factor: P, with softcap times its derivative.
+            // P; S is overwritten with the factor of dS: P, or with softcap P times the cap's derivative.
             const float slope = SLOPED ? slope_of_head(p, now.bh / p.H, now.bh % p.H) : 0;
             auto score_P = [&] {
                 // What is hidden falls below all scores first, as under a mask; a tanh would forget it.
@@ -295,10 +314,23 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
                     if (DROPOUT) dP0 = keep.kept(dP0, r, n, 0), dP1 = keep.kept(dP1, r, n, 1);
                     const uint32_t dS = ptx::cvt_pair<element>(S_rmem[4 * n + 2 * r] * (dP0 - Delta.x), S_rmem[4 * n + 2 * r + 1] * (dP1 - Delta.y));
                     dS_rmem[n / 2][n % 2 * 2 + r] = dS;
-                    ptx::st_shared(dS_tile + Tile_S::offset(place + 8 * r, n) + 4 * t, dS);
+                    if (DS_BY_KEYS) ptx::st_shared(dS_tile + Tile_dS::offset(place + 8 * r, n) + 4 * t, dS);
                 }
+                if (!DS_BY_KEYS && n % 2) ptx::stmatrix_x4_trans(dS_tile + dS_lane + n / 2 * 16 * ROW_BYTES, dS_rmem[n / 2]);
             };
             ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();  // Sᵀ is there
+#if !INTERVAL && !MASK && !SCORE
+            // What is hidden has P = 2^−∞ = 0: one branch a tile, before the exponentials, which then run on without any.
+            if (cut) {
+#pragma unroll
+                for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const int j = j0 + first_row + ROW_STEP * (e / 2), i = i0 + 8 * n + 2 * t + e % 2;
+                        if (j >= p.Nk || (CAUSAL && j > i + offset)) S_rmem[4 * n + e] = -CUDART_INF_F;
+                    }
+            }
+#endif
 #if SCORE
             score_P();
 #else
@@ -336,32 +368,50 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             };
             ptx::wgmma_fence();
             add(dV_rmem, P_rmem, dO_tile);
-            ptx::fence_proxy_async();  // this thread's part of dSᵀ
-            meet();                    // dSᵀ is whole, and both groups are done with the other one
+            ptx::fence_proxy_async();  // this thread's part of dS
+            meet();                    // dS is whole, and both groups are done with the other one
             // dQ = dS K: a group computes 64 rows, or, where there are no more, half of the columns; beyond the head's last they are 0
             constexpr bool BY_ROWS = BLOCK_Q == 128;
             constexpr int COLUMNS = BY_ROWS || HEAD_DIM > 64 ? 64 : 32;
             float dQ_rmem[COLUMNS / 2];
-            const uint64_t dS_part = ptx::descriptor(uniform(dS_tile + (BY_ROWS ? consumer * Tile_S::PANEL_BYTES : 0)));
+            const uint64_t dS_part = ptx::descriptor(uniform(dS_tile + (BY_ROWS ? consumer * 64 * ROW_BYTES : 0)));
             const uint64_t K_part = ptx::descriptor(uniform(K_smem + (BY_ROWS ? 0 : consumer * (COLUMNS == 64 ? Tile_K::PANEL_BYTES : 64))));
             ptx::wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < BLOCK_K / 16; ++k)
-                ptx::wgmma_ss_transposed<element, COLUMNS>(dQ_rmem, ptx::advance(dS_part, k * 16 * ROW_BYTES), ptx::advance(K_part, k * 16 * ROW_BYTES), k > 0);
+            for (int k = 0; k < BLOCK_K / 16; ++k) {
+                const uint64_t K_k = ptx::advance(K_part, k * 16 * ROW_BYTES);
+                if constexpr (DS_BY_KEYS) ptx::wgmma_ss_transposed<element, COLUMNS>(dQ_rmem, ptx::advance(dS_part, k * 16 * ROW_BYTES), K_k, k > 0);
+                else ptx::wgmma_ss_transposed_b<element, COLUMNS>(dQ_rmem, ptx::advance(dS_part, k / 4 * Tile_dS::PANEL_BYTES + k % 4 * 32), K_k, k > 0);
+            }
             ptx::wgmma_commit_group();
-            add(dK_rmem, dS_rmem, Q_tile);
 
-            ptx::wgmma_wait_group<1>();  // dV and dQ are there
             const Workspace workspace(p);
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
+            if constexpr (ALTERNATE) {
+                if (consumer == 0) {
+                    ptx::wgmma_wait_group<0>();  // both are there: dV and dQ
+                    add_dQ<COLUMNS>(workspace, row, 0, dQ_rmem);
+                    ptx::wgmma_fence();
+                    add(dK_rmem, dS_rmem, Q_tile);
+                    ptx::wgmma_wait_group<0>();
+                } else {
+                    add(dK_rmem, dS_rmem, Q_tile);
+                    ptx::wgmma_wait_group<1>();
+                    add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? 64 : 0), BY_ROWS ? 0 : COLUMNS, dQ_rmem);
+                    ptx::wgmma_wait_group<0>();
+                }
+            } else {
+                add(dK_rmem, dS_rmem, Q_tile);
+                ptx::wgmma_wait_group<1>();  // dV and dQ are there
 #if INTERVAL
-            const int turn = now.turn(p, maps, k_tile);
+                const int turn = now.turn(p, maps, k_tile);
 #else
-            const int turn = k_tile;
+                const int turn = k_tile;
 #endif
-            take_turn(p, workspace, row, turn);
-            add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? consumer * 64 : 0), BY_ROWS ? 0 : consumer * COLUMNS, dQ_rmem);
-            end_turn(p, workspace, row, turn);
+                take_turn(p, workspace, row, turn);
+                add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? consumer * 64 : 0), BY_ROWS ? 0 : consumer * COLUMNS, dQ_rmem);
+                end_turn(p, workspace, row, turn);
+            }
             ptx::wgmma_wait_group<0>();  // dK too: done with Q and dO
             ptx::mbarrier_arrive(barrier(barriers.empty, stage));
         }
@@ -388,7 +438,7 @@ extern "C" int64_t workspace_floats(const AttentionParams* params) { return back
 
 extern "C" int attention(const AttentionParams* params) {
 #if SCORE & SCORE_BIAS
-    if (params->scoring.d_bias != nullptr) return launch_backward(backward_kernel, SMEM_BYTES, *params, launch_dbias);
+    if (params->scoring.d_bias != nullptr) return launch_backward(backward_kernel<false>, SMEM_BYTES, *params, launch_dbias);
 #endif
-    return launch_backward(backward_kernel, SMEM_BYTES, *params);
+    return launch_backward(ALTERNATES && !params->deterministic ? backward_kernel<ALTERNATES> : backward_kernel<false>, SMEM_BYTES, *params);
 }

@@ -41,7 +41,7 @@ constexpr int MASK_OFFSET = ROWS_OFFSET + STAGES * 2 * ROWS_BYTES, SEEN_OFFSET =
 constexpr int SMEM_BYTES = SEEN_OFFSET + STAGES * SEEN_BYTES;
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
-// "full": the bytes have arrived, with those of Q the mask's. "empty": every computing thread is done with them.
+// "full": the bytes have arrived (Q's barrier counts the mask's too). "empty": every computing thread has finished reading them.
 struct Barriers {
     uint64_t KV_full, Q_full[STAGES], Q_empty[STAGES], dO_full[STAGES], dO_empty[STAGES];
 };

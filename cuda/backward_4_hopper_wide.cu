@@ -38,18 +38,19 @@ constexpr bool ONE_BY_ONE = !MASK && !INTERVAL && !DROPOUT && !SCORE;  // the gr
 static_assert(HEAD_DIM > 128, "narrower heads: backward_4_hopper.cu");
 static_assert(!BIASED, "shared memory has no room for a tile of a bias");
 static_assert(COLUMNS > 64 && COLUMNS <= 128 && COLUMNS % 16 == 0 && V_COLUMNS <= COLUMNS && V_COLUMNS % 16 == 0, "two products are a group's columns of dQ");
+using Tile_S = SwizzledTile<BLOCK_K, BLOCK_Q>;  // of P and dS, transposed: rows are keys
 constexpr int QDO_BYTES = Tile_Q::BYTES + Tile_dO::BYTES;
 constexpr int SMEM_BYTES = Tile_K::BYTES + Tile_V::BYTES + STAGES * QDO_BYTES + 2 * 2 * Tile_S::BYTES + STAGES * 2 * ROWS_BYTES + MASK_BYTES;
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
-// "full": the bytes have arrived, with those of Q the mask's. "empty": every computing thread is done with them. There is place for one tile of the
-// mask only, read long before those of Q and dO are done with.
+// "full": the bytes have arrived (Q's barrier counts the mask's too). "empty": every computing thread has finished reading them. The mask has a
+// single buffer with its own barrier: its tile is read early in a step, long before Q and dO are released.
 struct Barriers {
     uint64_t KV_full, Q_full[STAGES], Q_empty[STAGES], dO_full[STAGES], dO_empty[STAGES], mask_empty;
 };
 
-// Registers that take turns: the first array in place of the second, if it is as long. (A product into a part of an array that another one fills as a
-// whole is serialised.)
+// Reuses the first array's registers for the second where both are equally long. (The compiler serialises a product that writes part of an array
+// which another product writes as a whole.)
 template <int N, int M>
 __device__ inline auto& shared_if_equal(float (&first)[N], float (&second)[M]) {
     if constexpr (N == M) return first;
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
             }
         };
 #if SCORE
-        // The same through the hook. In the place of S stays what dS has as a factor: P, with softcap times its derivative.
+        // The same through the hook. S is overwritten with the factor of dS: P, or with softcap P times the cap's derivative.
         const float unit = unit_log2(p);
         auto score_P = [&](const Visited& at) {
             const float* LSE_smem = rows_smem + at.slot().stage * 2 * BLOCK_Q + consumer * ROWS + 2 * t;

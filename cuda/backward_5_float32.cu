@@ -58,20 +58,21 @@ static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 constexpr int P_EXPONENT = 15;  // P, at most 1, is multiplied by 2^15, to fill float16's range
 
-// ---- workspace: planes; dQ in fragment order, LSE and Delta of every row, a counter for every tile of Q; the Ranges; the simple rung's
-// own. Rows are padded to whole tiles.
+// ---- workspace: of a part of the heads, planes, dQ in fragment order, LSE and Delta of every row, a counter for every tile of Q; the Ranges; the
+// simple rung's own. Rows are padded to whole tiles.
 struct Workspace {
     float *dQ, *LSE, *Delta;  // [B·H·rows, HEAD_DIM], [B·H·rows], [B·H·rows]
     int* turns;               // [B·H·rows / BLOCK_Q]: how many key blocks have added to the tile, used if deterministic
     Range* ranges;            // [B, Hkv]
+    First first;              // head of the part
     int rows;                 // of one head
 
     static int64_t all_rows(const AttentionParams& p) { return tiles_of(p.Nq, BLOCK_Q) * BLOCK_Q * p.H * p.B; }
     static int64_t floats(const AttentionParams& p) { return all_rows(p) * (HEAD_DIM + 2) + all_rows(p) / BLOCK_Q; }
-    Workspace(const AttentionParams& p, Operands& all) : rows(static_cast<int>(tiles_of(p.Nq, BLOCK_Q) * BLOCK_Q)) {
+    Workspace(const AttentionParams& p, const Operands& all, First first)
+        : ranges(all.ranges), first(first), rows(static_cast<int>(tiles_of(p.Nq, BLOCK_Q) * BLOCK_Q)) {
         dQ = p.workspace + all.floats, LSE = dQ + all_rows(p) * HEAD_DIM, Delta = LSE + all_rows(p);
         turns = reinterpret_cast<int*>(Delta + all_rows(p));
-        all.ranges = ranges = reinterpret_cast<Range*>(dQ + floats(p));
     }
 };
 
@@ -154,8 +155,8 @@ struct Maps {
     CUtensorMap q, k, v, d_o, mask;
 };
 
-// "full": the bytes have arrived, with those of Q the mask's. "empty": every computing thread is done with them. There is place for one tile of the mask
-// only, read long before those of Q and dO are done with.
+// "full": the bytes have arrived (Q's barrier counts the mask's too). "empty": every computing thread has finished reading them. The mask has a
+// single buffer with its own barrier: its tile is read early in a step, long before Q and dO are released.
 struct Barriers {
     uint64_t KV_full, Q_full[STAGES], dO_full[STAGES], empty[STAGES], mask_empty;
 };
@@ -304,7 +305,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
             // Dropout, while they are: what it keeps of the tile.
             [[maybe_unused]] KeepBits<ROWS> keep;
-            if (DROPOUT) keep.draw_keys(p, now.bh / p.H, now.bh % p.H, j0 + first_row, i0 + consumer * ROWS, lane);
+            if (DROPOUT) keep.draw_keys(p, workspace.first.b + now.bh / p.H, workspace.first.h + now.bh % p.H, j0 + first_row, i0 + consumer * ROWS, lane);
 
             ptx::wgmma_wait_group<0>();
             meet();  // both groups are done with the last tile's Pᵀ and dSᵀ
@@ -405,21 +406,24 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
+// ---- launching
+
+inline int64_t k_blocks(const AttentionParams& p) { return tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B; }
+inline int64_t part_floats(const AttentionParams& p) { return Operands(p, true, nullptr).floats + Workspace::floats(p); }
+inline Parts parts_of(const AttentionParams& p) { return Parts(p, part_floats(p) * 4, {k_blocks(call_of(p, {0, 1, 0, 1}))}); }
+
 extern "C" int64_t workspace_floats(const AttentionParams* params) {
-    return Operands(*params, true).floats + Workspace::floats(*params) + Operands::range_floats(*params) + exact::exact_workspace_floats(params);
+    const AttentionParams& p = *params;
+    return part_floats(call_of(p, parts_of(p).largest())) + Operands::range_floats(p) + exact::exact_workspace_floats(params);
 }
 
-extern "C" int attention(const AttentionParams* params) {
-    const AttentionParams& p = *params;
-    Operands all(p, true);
-    const Workspace workspace(p, all);
-    const int64_t all_rows = Workspace::all_rows(p), k_blocks = tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B;
-    if (all_rows == 0 && k_blocks == 0) return cudaSuccess;
-    if (!numbers_fit(p, {all_rows / ROWS_AT_ONCE, k_blocks, prepare_blocks(p, all)})) return cudaErrorInvalidConfiguration;
-    DeviceGuard guard(p.device);
+static cudaError_t launch_part(const AttentionParams& p, Range* ranges, First first) {
+    const Operands all(p, true, ranges);
+    const Workspace workspace(p, all, first);
+    const unsigned rows = static_cast<unsigned>(Workspace::all_rows(p)), of_k = static_cast<unsigned>(k_blocks(p));
     launch_planes(p, all);
-    if (all_rows > 0) launch_kernel(delta_kernel, static_cast<unsigned>(all_rows / ROWS_AT_ONCE), PREPARE_THREADS, 0, p.stream, p, workspace);
-    if (k_blocks > 0) {
+    if (rows > 0) launch_kernel(delta_kernel, rows / ROWS_AT_ONCE, PREPARE_THREADS, 0, p.stream, p, workspace);
+    if (of_k > 0) {
         cudaError_t error = cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
         Maps maps = {};
         if (error == cudaSuccess && p.Nq > 0) error = make_planes_map(&maps.q, all.of[0], p.B, BLOCK_Q);
@@ -428,10 +432,16 @@ extern "C" int attention(const AttentionParams* params) {
         if (error == cudaSuccess && p.Nq > 0) error = make_planes_map(&maps.d_o, all.of[3], p.B, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);
         if (error != cudaSuccess) return error;
-        launch_kernel(backward_kernel, static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream, p, maps, workspace);
+        launch_kernel(backward_kernel, of_k, THREADS, SMEM_BYTES, p.stream, p, maps, workspace);
     }
-    if (all_rows > 0) launch_kernel(finish_dq_kernel, static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p, workspace);
-    AttentionParams of_simple = p;
-    of_simple.workspace = reinterpret_cast<float*>(workspace.ranges) + Operands::range_floats(p);
-    return exact::exact_attention(&of_simple);
+    if (rows > 0) launch_kernel(finish_dq_kernel, rows / (16 * FINISH_WARPS), 32 * FINISH_WARPS, 0, p.stream, p, workspace);
+    return cudaSuccess;
+}
+
+extern "C" int attention(const AttentionParams* params) {
+    const AttentionParams& p = *params;
+    if (Workspace::all_rows(p) == 0 && k_blocks(p) == 0) return cudaSuccess;
+    if (!numbers_fit(p, {Workspace::all_rows(p), k_blocks(p), prepare_blocks(p, Operands(p, true, nullptr))})) return cudaErrorInvalidConfiguration;
+    DeviceGuard guard(p.device);
+    return launch_parts(p, parts_of(p), p.workspace + workspace_floats(params) - exact::exact_workspace_floats(params), launch_part, exact::exact_attention);
 }

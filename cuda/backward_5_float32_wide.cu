@@ -61,19 +61,22 @@ constexpr int P_EXPONENT = 15;  // P, at most 1, is multiplied by 2^15, to fill 
 
 enum Gradient { OF_Q, OF_K, OF_V };
 
-// ---- workspace: planes; LSE and Delta of every row, padded to whole tiles; the Ranges; the simple rung's own
+// ---- workspace: planes, and LSE and Delta of every row, padded to whole tiles, of a part of the heads; the Ranges; the simple rung's own
 struct Workspace {
     float *LSE, *Delta;  // [B·H·rows]
     Range* ranges;       // [B, Hkv]
+    First first;         // head of the part
     int rows;            // of one head
 
     static int64_t all_rows(const AttentionParams& p) { return tiles_of(p.Nq, BLOCK) * BLOCK * p.H * p.B; }
     static int64_t floats(const AttentionParams& p) { return 2 * all_rows(p); }
-    Workspace(const AttentionParams& p, Operands& all) : rows(static_cast<int>(tiles_of(p.Nq, BLOCK) * BLOCK)) {
+    Workspace(const AttentionParams& p, const Operands& all, First first) : ranges(all.ranges), first(first), rows(static_cast<int>(tiles_of(p.Nq, BLOCK) * BLOCK)) {
         LSE = p.workspace + all.floats, Delta = LSE + all_rows(p);
-        all.ranges = ranges = reinterpret_cast<Range*>(Delta + all_rows(p));
     }
 };
+
+// dV comes last, and needs no V: until then its memory has V's planes.
+inline Operands operands_of(const AttentionParams& p, Range* ranges) { return Operands(p, true, ranges, true); }
 
 // ---- before: Delta = rowsum(dO∘O) − dLSE (line 4), in the scale of dP; LSE
 
@@ -347,8 +350,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 add(S_rmem, part_rmem[(panel - 1) % 2]);
             }
             [[maybe_unused]] KeepBits<PART> keep;
-            if (DROPOUT && BY_ROWS) keep.draw_rows(p, b, now.h, i0 + first_row, j0 + other0, lane);
-            if (DROPOUT && !BY_ROWS) keep.draw_keys(p, b, now.h, j0 + first_row, i0 + other0, lane);
+            if (DROPOUT && BY_ROWS) keep.draw_rows(p, workspace.first.b + b, workspace.first.h + now.h, i0 + first_row, j0 + other0, lane);
+            if (DROPOUT && !BY_ROWS) keep.draw_keys(p, workspace.first.b + b, workspace.first.h + now.h, j0 + first_row, i0 + other0, lane);
             ptx::wgmma_wait_group<0>();
             release(1);
             add(S_rmem, part_rmem[(PANELS - 1) % 2]);
@@ -457,22 +460,26 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-extern "C" int64_t workspace_floats(const AttentionParams* params) {
-    return Operands(*params, true).floats + Workspace::floats(*params) + Operands::range_floats(*params) + exact::exact_workspace_floats(params);
+// ---- launching
+
+inline int64_t q_blocks(const AttentionParams& p) { return tiles_of(p.Nq, BLOCK) * p.H * p.B; }
+inline int64_t k_blocks(const AttentionParams& p) { return tiles_of(p.Nk, BLOCK) * p.Hkv * p.B; }
+inline int64_t part_floats(const AttentionParams& p) { return operands_of(p, nullptr).floats + Workspace::floats(p); }
+inline Parts parts_of(const AttentionParams& p) {
+    const AttentionParams one = call_of(p, {0, 1, 0, 1});
+    return Parts(p, part_floats(p) * 4, {q_blocks(one), k_blocks(one), k_blocks(one)});
 }
 
-extern "C" int attention(const AttentionParams* params) {
+extern "C" int64_t workspace_floats(const AttentionParams* params) {
     const AttentionParams& p = *params;
-    Operands all(p, true);
-    const Workspace workspace(p, all);
-    const int64_t all_rows = Workspace::all_rows(p), q_blocks = tiles_of(p.Nq, BLOCK) * p.H * p.B, k_blocks = tiles_of(p.Nk, BLOCK) * p.Hkv * p.B;
-    if (q_blocks == 0 && k_blocks == 0) return cudaSuccess;
-    if (!numbers_fit(p, {all_rows / ROWS_AT_ONCE, k_blocks, prepare_blocks(p, all)})) return cudaErrorInvalidConfiguration;
-    DeviceGuard guard(p.device);
-    cudaError_t error = cudaSuccess;
-    for (const auto kernel : {gradient_kernel<OF_Q>, gradient_kernel<OF_K>, gradient_kernel<OF_V>})
-        if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+    return part_floats(call_of(p, parts_of(p).largest())) + Operands::range_floats(p) + exact::exact_workspace_floats(params);
+}
+
+static cudaError_t launch_part(const AttentionParams& p, Range* ranges, First first) {
+    const Operands all = operands_of(p, ranges);
+    const Workspace workspace(p, all, first);
     Maps maps = {};
+    cudaError_t error = cudaSuccess;
     for (int n = 0; n < all.count; ++n) {
         if (all.of[n].N == 0) continue;
         if (error == cudaSuccess) error = make_planes_map(&maps.own[n], all.of[n], p.B, BOX_ROWS<Piece_A, RowOrder>);
@@ -481,13 +488,24 @@ extern "C" int attention(const AttentionParams* params) {
     if (error == cudaSuccess && p.Nq > 0 && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK);
     if (error != cudaSuccess) return error;
     launch_planes(p, all);
-    if (all_rows > 0) launch_kernel(delta_kernel, static_cast<unsigned>(all_rows / ROWS_AT_ONCE), PREPARE_THREADS, 0, p.stream, p, workspace);
-    if (q_blocks > 0) launch_kernel(gradient_kernel<OF_Q>, static_cast<unsigned>(q_blocks), THREADS, SMEM_BYTES, p.stream, p, maps, workspace);
-    if (k_blocks > 0) {
-        launch_kernel(gradient_kernel<OF_K>, static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream, p, maps, workspace);
-        launch_kernel(gradient_kernel<OF_V>, static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream, p, maps, workspace);
+    const unsigned rows = static_cast<unsigned>(Workspace::all_rows(p)), of_q = static_cast<unsigned>(q_blocks(p)), of_k = static_cast<unsigned>(k_blocks(p));
+    if (rows > 0) launch_kernel(delta_kernel, rows / ROWS_AT_ONCE, PREPARE_THREADS, 0, p.stream, p, workspace);
+    if (of_q > 0) launch_kernel(gradient_kernel<OF_Q>, of_q, THREADS, SMEM_BYTES, p.stream, p, maps, workspace);
+    if (of_k > 0) {
+        launch_kernel(gradient_kernel<OF_K>, of_k, THREADS, SMEM_BYTES, p.stream, p, maps, workspace);
+        launch_kernel(gradient_kernel<OF_V>, of_k, THREADS, SMEM_BYTES, p.stream, p, maps, workspace);  // last: V's planes may lie in dV
     }
-    AttentionParams of_simple = p;
-    of_simple.workspace = reinterpret_cast<float*>(workspace.ranges) + Operands::range_floats(p);
-    return exact::exact_attention(&of_simple);
+    return cudaSuccess;
+}
+
+extern "C" int attention(const AttentionParams* params) {
+    const AttentionParams& p = *params;
+    if (q_blocks(p) == 0 && k_blocks(p) == 0) return cudaSuccess;
+    if (!numbers_fit(p, {Workspace::all_rows(p), k_blocks(p), prepare_blocks(p, operands_of(p, nullptr))})) return cudaErrorInvalidConfiguration;
+    DeviceGuard guard(p.device);
+    cudaError_t error = cudaSuccess;
+    for (const auto kernel : {gradient_kernel<OF_Q>, gradient_kernel<OF_K>, gradient_kernel<OF_V>})
+        if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+    if (error != cudaSuccess) return error;
+    return launch_parts(p, parts_of(p), p.workspace + workspace_floats(params) - exact::exact_workspace_floats(params), launch_part, exact::exact_attention);
 }

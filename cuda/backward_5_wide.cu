@@ -4,6 +4,8 @@
 // own, and S = Q Kᵀ and dP = dO Vᵀ are computed again where they are needed: 8 products for 5. No two blocks add to the same number, so that nothing
 // is added up in global memory, and all gradients repeat bit for bit.
 //
+// All three are in this file because a backward is one file with one launcher.
+//
 //     dV += Pᵀ dO   as in forward_5_wide.cu: a block has 128 keys and half of dV's columns, and Q comes by panels through a ring
 //     dK += dSᵀ Q   a block has 64 keys and all columns: one group computes Sᵀ = K Qᵀ and from it Pᵀ, the other dPᵀ = V dOᵀ and from both dSᵀ;
 //                   then each adds to half of dK's columns
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
             ptx::mbarrier_arrive_expect_tx(K_full, Tile_K::BYTES);
             load_boxes<Tile_K, RowOrder>(K_smem, maps.k, j0, kv_h, b, K_full);
             Place<RING> place;
-            // dO of the tile before is asked for in the middle of this one's Q: it is needed later, and its place is in use for longer.
+            // The load of the previous tile's dO is issued midway through this tile's Q: it is needed later, and its stage is in use for longer.
             auto load_dO = [&](int i0, int h, int n) {
                 const uint32_t full = barrier(barriers.dO_full);
                 ptx::mbarrier_wait(barrier(barriers.dO_empty), n & 1 ^ 1);  // passes at once in the first round
@@ -499,8 +501,8 @@ __global__ void __launch_bounds__(THREADS, 1) gradient_kernel(const __grid_const
             ptx::wgmma_wait_group<0>();
         }
 
-        // The sum out through the place of the block's own K or Q, so that global stores are 16 bytes wide. Nobody reads that any more: the last product that
-        // did was over before the groups met.
+        // The gradient is stored by way of the shared memory of the block's own K or Q, so that global stores are 16 bytes wide. The last product that
+        // read that memory finished before the groups met.
         const float scale = DROPOUT ? p.scale * p.keep_scale : p.scale;
 #pragma unroll
         for (int r = 0; r < 2; ++r)

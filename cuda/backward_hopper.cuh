@@ -6,7 +6,8 @@
 
 constexpr int GROUP = 128;  // threads of a warpgroup
 constexpr int THREADS = GROUP * (1 + CONSUMERS);
-constexpr int PADDED_TO = BLOCK_Q;
+constexpr int DBIAS_ROWS = 128;  // of a tile of a bias' gradient
+constexpr int PADDED_TO = SCORE & SCORE_BIAS ? DBIAS_ROWS : BLOCK_Q;
 #include "backward_workspace.cuh"
 #include "keep_bits.cuh"
 #include "longest_first.cuh"
@@ -28,7 +29,6 @@ using Tile_K = SwizzledTile<BLOCK_K, 64 * panels_of(HEAD_DIM)>;
 using Tile_V = SwizzledTile<BLOCK_K, 64 * panels_of(V_HEAD_DIM)>;
 using Tile_Q = SwizzledTile<BLOCK_Q, 64 * panels_of(HEAD_DIM)>;
 using Tile_dO = SwizzledTile<BLOCK_Q, 64 * panels_of(V_HEAD_DIM)>;
-using Tile_S = SwizzledTile<BLOCK_K, BLOCK_Q>;  // transposed: rows are keys
 constexpr int ROWS_BYTES = BLOCK_Q * 4;         // of LSE, and as many of Delta
 constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0;
 
@@ -193,7 +193,7 @@ template <int COLUMNS, class Bias, class Done>
 __device__ inline void score_keys(const float (&S_rmem)[COLUMNS / 2], const AttentionParams& p, float slope, int i0, int row, int j0, int key, Bias bias,
                                   Done done) {
     const int distance = row + diagonal(p) - key, of_tile = i0 + diagonal(p) - j0;
-    const Slopes slopes(slope, {distance, distance - ROW_STEP}, 1, of_tile - (BLOCK_K - 1), of_tile + BLOCK_Q - 1);
+    const Slopes slopes(slope, {distance, distance - ROW_STEP}, 1, of_tile - (BLOCK_K - 1), of_tile + COLUMNS - 1);
     score_tile<COLUMNS, false, false>(S_rmem, p, slopes, bias, done);
 }
 #endif

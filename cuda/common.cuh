@@ -86,8 +86,8 @@ __device__ inline void keep_pairs(uint32_t (&keep)[4], uint32_t first, uint32_t 
 // What a score's sum starts from under a mask: about −2¹²⁷ if byte n of `signs` has its sign set, else 0. The sign, repeated, is a float's high byte.
 __device__ inline float start_of_sum(uint32_t signs, int n) { return __uint_as_float(ptx::prmt(signs, 0, (8 + n) << 12 | 0x444)); }
 
-// The same for the 32 columns of a word of bits, of which lane t of a row's four has 8n + 2t and 8n + 2t + 1: place(n, c) is where the sum of
-// column 8n + 2t + c starts.
+// The same for the 32 columns of a word of bits. Of the four lanes that share a row, lane t holds columns 8n + 2t and 8n + 2t + 1: place(n, c) is the
+// accumulator of column 8n + 2t + c.
 template <class Place>
 __device__ inline void start_sums(uint32_t hidden, int t, Place place) {
 #pragma unroll

@@ -8,8 +8,8 @@
 // arithmetic is different.
 //
 // Prediction, before any measurement: a tile of 64 × 64 scores at D 64 takes 144 ldmatrix.x4, which are 4608 cycles of shared memory in plain
-// rows: 51 TFLOP/s on an H200 at 1.7 GHz, and forward_2_mma.cu reaches 48.6. Swizzled, they are 576 cycles, and shared memory is no longer what
-// limits: the wait for each pair of tiles is, which nothing hides but the other blocks of the multiprocessor. About 190 TFLOP/s.
+// rows: 51 TFLOP/s on an H200 at 1.7 GHz, and forward_2_mma.cu reaches 48.6. Swizzled, they are 576 cycles, and the limit is
+// no longer shared memory but the wait for each pair of tiles, which only the multiprocessor's other blocks hide. About 190 TFLOP/s.
 //
 // Measured (H200, bfloat16, B 4 H 16 N 4096, dense): 205 TFLOP/s at D 64, 208 at D 128; forward_2_mma.cu reaches 49 at both. Loads meet 26 thousand
 // bank conflicts instead of 1057 million, and a warp waits 1.2 cycles an instruction for shared memory instead of 20.

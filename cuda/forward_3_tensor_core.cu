@@ -11,21 +11,13 @@
 
 // ---- tile sizes. A warp owns ROWS_PER_WARP rows of Q, so softmax needs no other warp. Two or three blocks share a multiprocessor: one
 // block's softmax runs under another's matrix products.
-#ifndef ROWS_PER_WARP
 #define ROWS_PER_WARP (HEAD_DIM <= 128 ? 32 : 16)
-#endif
 // As many columns as leave the registers room for S, O and what masks or drops. The assembler fits more for sm_90, and nearly as much for sm_100.
 #define ROOMY (ARCH == 90 || (ARCH >= 100 && ARCH < 120 && !(CAUSAL && (MASK || HEAD_DIM <= 64))))
-#ifndef BLOCK_K
 #define WIDE (HEAD_DIM <= 64 && ROOMY && !INTERVAL && !(MASK && (CAUSAL || DROPOUT)))
 #define BLOCK_K (WIDE ? 128 : HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && ROOMY) ? 64 : 32)
-#endif
-#ifndef BLOCKS_PER_SM
 #define BLOCKS_PER_SM 2
-#endif
-#ifndef STAGES  // how many pairs of K and V tiles shared memory holds
-#define STAGES (HEAD_DIM <= 128 ? 2 : 1)
-#endif
+#define STAGES (HEAD_DIM <= 128 ? 2 : 1)  // how many pairs of K and V tiles shared memory holds
 
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;

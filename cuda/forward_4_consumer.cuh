@@ -89,7 +89,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     auto await_V = [&](const Slot_KV& slot) { ptx::mbarrier_wait(barrier(barriers.V_full, slot.stage), slot.parity); };
 
     // ---- tiles of keys that none of its rows sees
-    // How many it skips. One at least it computes, so that every work goes the same way.
+    // How many it skips. It computes at least one, so that all work takes the same path.
     auto skipped = [&](const Work& work) {
         return SKIPS ? max(0, min(work.k_tiles - 1, work.k_tiles - tiles_seen(p, work.i0 + consumer * 64, 64))) : 0;
     };
@@ -115,7 +115,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     };
 #endif
 #if SCORE & SCORE_BIAS
-    // The warp's rows of the bias: one place, asked for anew as soon as every lane has read what was there.
+    // The warp's rows of the bias: one buffer; the next load is issued as soon as all lanes have read the last one.
     const int warp = uniform(threadIdx.x / 32) - 4;
     const uint32_t bias_tile = shared.bias + warp * Tile_bias::BYTES, bias_full = barrier(barriers.bias_full, warp);
     const bool one_row = one_bias_row(p);
@@ -146,6 +146,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     auto exponentials = [&](const Work& work, int tile) {
         const int j0 = j0_of(work, tile);
 #if SCORE
+        if (softmax_of_capped(S_rmem, m_rmem, l_rmem, alpha, rows, work, j0)) return;
         float shift[2];
 #endif
 #if SCORE & SCORE_BIAS
@@ -207,8 +208,8 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                 // the condition, which always holds, gives D 256 15 % and D 128 2 %. At D 64 it costs 2 to 4 %.
                 if (HEAD_DIM == 64 || scale_log2 > 0) {
                     ptx::wgmma_wait_group<0>();
-                    // Few tiles raise a maximum.
-                    if (HEAD_DIM == 64 || __any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1)) {
+                    // Few tiles raise a maximum; under a softcap alone, next to none.
+                    if ((HEAD_DIM == 64 && SCORE != SCORE_SOFTCAP) || __any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1)) {
 #pragma unroll
                         for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
                     }
@@ -217,8 +218,8 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                 release(barriers.V_empty, before.stage);
                 round_P(P_rmem, S_rmem, keep);
             }
-            // The last product, and behind it the next work's first, which runs while O leaves. If there is no more work, it multiplies what lies
-            // there, for nobody: the compiler would not let a product be under way on one of two branches.
+            // The last product, then the first of the next work, which runs while O is stored. If there is no next work, it multiplies stale data and
+            // the result is ignored: the compiler does not keep a product in flight across a branch.
             ++q;
             const Slot_KV last(n - 1);
             Work next;

@@ -1,10 +1,10 @@
 // Forward with Hopper's own instructions: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), Algorithms 1 and 2.  sm_90a.
 //
-// The idea: three things that wait for each other least. One warp does nothing but copy: it asks for whole tiles of K and V, which arrive in
-// shared memory without passing through a register. Groups of four warps ("warpgroups") compute; their matrix products (wgmma) read tiles
-// straight from shared memory and run on while the group's other instructions do. So a group has three kinds of work under way: S of this tile,
-// O of the tile before, and, while those run, its softmax; and while one group is at its exponentials, another has the tensor cores. A block takes
-// one tile of Q after another, and the next one's S is under way while the last one's O leaves, which the copy engine does too.
+// The idea: three activities, copies, matrix products and softmax, overlapped so that each waits as little as possible. One warp only copies: it
+// issues loads of whole tiles of K and V, which arrive in shared memory without passing through a register. Groups of four warps ("warpgroups")
+// compute; their matrix products (wgmma) read tiles straight from shared memory and run asynchronously. So a group overlaps S of this tile, O of the
+// previous tile and its softmax, and while one group computes exponentials, another uses the tensor cores. A block processes one tile of Q after
+// another: S of the next one is computed while the copy engine stores O of the last one.
 //
 // Change from forward_3e_ping_pong.cu: a block stays and takes one tile of Q after another; S and O of one group are under way together, under its
 // softmax; O leaves by the copy engine; masks and dropout. Serves everything in the interface for float16 and bfloat16, head sizes up to 256 that are
@@ -13,7 +13,7 @@
 // In parts, to be read in this order:
 //   forward_4_tiles.cuh     sizes, shared memory, barriers
 //   forward_4_schedule.cuh  which block computes what, and when
-//   forward_4_producer.cuh  the thread that hands out works and asks for their tiles
+//   forward_4_producer.cuh  the thread that schedules the work and issues the loads of its tiles
 //   forward_4_softmax.cuh   from S to P, in registers
 //   forward_4_epilogue.cuh  from O's sums to global memory
 //   forward_4_consumer.cuh  the groups that compute: what they wait for, and the loop that puts the parts above together

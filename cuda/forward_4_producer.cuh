@@ -44,7 +44,7 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
             ptx::cp_async_bulk_tensor_4d(tiles + slot.stage * Tile::BYTES + panel * Tile::PANEL_BYTES, &map, panel * 64, keys.j0, keys.kv_h, keys.b,
                                          barrier(full, slot.stage));
     };
-    Keys keys{}, before;  // V is asked for a tile later than K: it is needed later, and its place is in use for longer
+    Keys keys{}, before;  // V is loaded a tile later than K: it is needed later, and its stage is in use for longer
     auto load_V = [&] { load(Tile_V(), Slot_KV(n - 1), shared.V, maps.v, shared.barriers.V_full, shared.barriers.V_empty, before, 0); };
 
 #if LISTED

@@ -20,7 +20,7 @@ struct Rows {
 #if INTERVAL
     // Whether some row does not see the whole tile.
     __device__ bool cut(const Work& work, int j0) const { return j0 < work.all.start || j0 + BLOCK_K > work.all.stop; }
-    // Columns of the tile, from its first, of which row r sees those from the start on, before the stop.
+    // The interval [start, stop) of the tile's columns that row r sees, counted from the tile's first.
     __device__ Interval interval(const Work& work, int j0, int r) const {
         const Interval keys = keys_of_row(p, work.b, work.h, work.i0 + first + ROW_STEP * r);
         return Interval{keys.start - j0, keys.stop - j0};
@@ -90,12 +90,13 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2
                 }
             });
     };
+    constexpr bool MAY_BE_SMALL = CAPPED && (!ONLY_CAPPED || MASK);  // after a softcap alone only in a tile that is cut
     [[maybe_unused]] float largest = 0;
-    if (CAPPED)
+    if (MAY_BE_SMALL)
 #pragma unroll
         for (int i = 0; i < BLOCK_K / 2; ++i) largest = fmaxf(largest, fabsf(S_rmem[i]));
     auto score = [&](auto rows_share) {
-        if (CAPPED && __all_sync(0xffffffff, largest * p.scoring.scale_in_cap <= 1)) apply(std::true_type(), rows_share);
+        if (MAY_BE_SMALL && __all_sync(0xffffffff, largest * p.scoring.scale_in_cap <= 1)) apply(std::true_type(), rows_share);
         else apply(std::false_type(), rows_share);
     };
     const float lane_first = static_cast<float>(2 * rows.t) * slopes.step;
@@ -139,6 +140,73 @@ __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2],
         l_rmem[r] = l_rmem[r] * alpha[r] + sum;
     }
 }
+
+#if SCORE
+// softmax() of scores that softcap alone changes, in one pass. ORDER: the degree in y² of the polynomial that tanh y is y times of, so that S becomes
+// 2^(factor(S²) · S − m) by a product, ORDER FMAs and softmax's own; 0: tanh as the unit has it. NEW_MAXIMUM: m is brought up to date; a tanh grows with
+// its argument, so the largest S of a row gives its m.
+template <int ORDER, bool NEW_MAXIMUM>
+__device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p) {
+    const float scale_log2 = p.scale * LOG2_E, in_cap = p.scoring.scale_in_cap;
+    auto capped = [&](float s, float minus_m) {
+        if (ORDER == 0) return fmaf(ptx::tanh(s * in_cap), p.scoring.cap_log2, minus_m);
+        return fmaf(s, ORDER == 1 ? tanh_over_1(s, in_cap, scale_log2) : tanh_over(s * in_cap, scale_log2), minus_m);
+    };
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        alpha[r] = 1;
+        if (NEW_MAXIMUM) {
+            float largest = -CUDART_INF_F;
+#pragma unroll
+            for (int i = 0; i < BLOCK_K / 8; ++i) largest = fmaxf(largest, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));  // the four lanes of a row
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+            const float m_new = fmaxf(m_rmem[r], capped(largest, 0));
+            alpha[r] = ptx::ex2(m_rmem[r] - m_new);
+            m_rmem[r] = m_new;
+        }
+        float sum = 0;
+        // The condition, which always holds, keeps the compiler from taking a tanh far ahead of its exponential: too many registers.
+        if (ORDER > 0 || p.scale > 0) {
+#pragma unroll
+            for (int i = 0; i < BLOCK_K / 8; ++i)
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    float& x = S_rmem[4 * i + 2 * r + c];
+                    x = ptx::ex2(capped(x, -m_rmem[r]));
+                    sum += x;
+                }
+        }
+        l_rmem[r] = NEW_MAXIMUM ? l_rmem[r] * alpha[r] + sum : l_rmem[r] + sum;
+    }
+}
+
+// So far, in base 2, scores may lie above the m of their row before it is brought up to date: P and l are larger by as much, O = P V / l is the same.
+constexpr float ABOVE_M = DTYPE == FLOAT16 ? 8 : 24;
+
+// capped_softmax() if softcap is all there is, and the warp's rows see the whole tile. Whether it was.
+__device__ inline bool softmax_of_capped(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const Rows& rows,
+                                         const Work& work, int j0) {
+    if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return false;
+    const AttentionParams& p = rows.p;
+    float size = 0;
+#pragma unroll
+    for (int i = 0; i < BLOCK_K / 2; ++i) size = fmaxf(size, fabsf(S_rmem[i]));
+    const float in_cap = size * p.scoring.scale_in_cap;
+    // A capped score exceeds neither the score nor the cap.
+    const bool near_m = fminf(size * (p.scale * LOG2_E), p.scoring.cap_log2) <= fminf(m_rmem[0], m_rmem[1]) + ABOVE_M;
+    auto all = [](bool of_lane) { return __all_sync(0xffffffff, of_lane); };
+    if (all(near_m && in_cap <= LARGEST_1 && has_tanh_over_1(p))) capped_softmax<1, false>(S_rmem, m_rmem, l_rmem, alpha, p);
+    else if (all(in_cap <= 1)) {
+        if (all(near_m)) capped_softmax<3, false>(S_rmem, m_rmem, l_rmem, alpha, p);
+        else capped_softmax<3, true>(S_rmem, m_rmem, l_rmem, alpha, p);
+    } else {
+        if (all(near_m)) capped_softmax<0, false>(S_rmem, m_rmem, l_rmem, alpha, p);
+        else capped_softmax<0, true>(S_rmem, m_rmem, l_rmem, alpha, p);
+    }
+    return true;
+}
+#endif
 
 // The accumulators of S, in pairs, are the A operand of O += P V as they lie: P_rmem[k] is that of 16 keys. `keep`: what dropout keeps of them.
 __device__ inline void round_P(uint32_t (&P_rmem)[BLOCK_K / 16][4], const float (&S_rmem)[BLOCK_K / 2], const KeepBits<BLOCK_K>& keep) {

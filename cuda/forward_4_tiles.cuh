@@ -16,10 +16,18 @@
 #error "this rung computes in 16-bit types, under masks of bits"
 #endif
 
+#ifndef TALL
+#define TALL 0  // whether a tile has 192 rows of Q beside 96 keys (forward_4_hopper_tall.cu)
+#endif
+#if TALL && (HEAD_DIM > 96 || MASK || DROPOUT || INTERVAL || SCORE)
+#error "registers for three groups are left in plain calls of up to 96 columns"
+#endif
+
 // ---- sizes. A warpgroup owns 64 rows of Q, and has as many registers as the block leaves it.
 constexpr int GROUP = 128;  // threads
-// Dropout, two words at a time, takes the registers that three leave; so does the hook for scores, unless it adds a bias or slopes alone.
-constexpr int CONSUMERS = HEAD_DIM <= 64 && !DROPOUT && !INTERVAL && (SCORE == 0 || (!MASK && (SCORE == SCORE_BIAS || SCORE == SCORE_ALIBI))) ? 3 : 2;
+// Dropout, two words at a time, takes the registers that three leave; so does the hook for scores, unless it has one thing to do alone.
+constexpr bool THREE = HEAD_DIM <= 64 && !DROPOUT && !INTERVAL && (SCORE == 0 || (!MASK && (SCORE == SCORE_SOFTCAP || SCORE == SCORE_BIAS || SCORE == SCORE_ALIBI)));
+constexpr int CONSUMERS = TALL || THREE ? 3 : 2;
 constexpr int THREADS = GROUP * (1 + CONSUMERS);
 // Registers of a thread: as many for all at the start; then the producer's group gives back what the others take.
 constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
@@ -28,12 +36,12 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 static_assert(CONSUMERS * (CONSUMER_REGISTERS - REGISTERS) <= REGISTERS - PRODUCER_REGISTERS, "a group would wait for registers for ever");
 constexpr int BLOCK_Q = 64 * CONSUMERS;
 // As many keys as the registers beside O allow; above 128, as shared memory allows. A masked tile's bits lie in one BitRow, so there it divides 128.
-constexpr int BLOCK_K = HEAD_DIM <= 128 ? 128 : HEAD_DIM > 192 || MASK || BIASED ? 64 : V_HEAD_DIM <= 128 ? 128 : 96;
+constexpr int BLOCK_K = TALL ? 96 : HEAD_DIM <= 128 ? 128 : HEAD_DIM > 192 || MASK || BIASED ? 64 : V_HEAD_DIM <= 128 ? 128 : 96;
 constexpr int STAGES = 2;                                                         // pairs of K and V tiles in shared memory
 constexpr int Q_STAGES = HEAD_DIM <= 64 || (HEAD_DIM <= 128 && !BIASED) ? 2 : 1;  // tiles of Q
 constexpr bool AHEAD = Q_STAGES > 1;              // the next Q arrives while this one is still in use
 constexpr int V_PANELS = (V_HEAD_DIM + 63) / 64;  // of 64 columns of V and O; the last may be filled up with zeros
-constexpr int O_PANELS = V_PANELS % 2 == 0 && HEAD_DIM == V_HEAD_DIM && !MASK && !(BIASED && HEAD_DIM > 128) ? 2 : 1;  // that leave together
+constexpr int O_PANELS = V_PANELS % 2 == 0 && HEAD_DIM == V_HEAD_DIM && !MASK && !TALL && !(BIASED && HEAD_DIM > 128) ? 2 : 1;  // that leave together
 static_assert(HEAD_DIM % 16 == 0 && V_HEAD_DIM % 16 == 0, "a product takes 16 columns of Q and K at a time, a store 16 of O");
 
 using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
@@ -59,7 +67,7 @@ using Slot_Q = Slot<Q_STAGES>;
 using Slot_KV = Slot<STAGES>;
 __device__ inline uint32_t barrier(uint64_t* of, int stage) { return ptx::smem_address(of + stage); }
 
-// ---- barriers. "full": the bytes have arrived, with those of K the mask's. "empty": the computing warps are done with them.
+// ---- barriers. "full": the bytes have arrived (K's barrier counts the mask's too). "empty": the computing warps have finished reading them.
 struct Barriers {
     uint64_t Q_full[Q_STAGES], Q_empty[Q_STAGES], K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
 #if SCORE & SCORE_BIAS

@@ -57,13 +57,13 @@ struct Maps {
     CUtensorMap q, k, v, mask;
 };
 
-// "full": the bytes have arrived, with those of K the mask's. "empty": the computing warps are done with them.
+// "full": the bytes have arrived (K's barrier counts the mask's too). "empty": the computing warps have finished reading them.
 struct Barriers {
     uint64_t Q_full, K_full[STAGES], K_empty[STAGES], V_full[STAGES], V_empty[STAGES];
 };
 
 __global__ void __launch_bounds__(THREADS, 1)
-    forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, Range* ranges) {
+    forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, Range* ranges, [[maybe_unused]] First first) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
     const uint32_t Q_smem = ptx::smem_address(smem);       // PLANES × [BLOCK_Q, HEAD_DIM]
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         };
         // Draws what dropout keeps of the tile.
         auto draw = [&](int j0) {
-            if (DROPOUT) keep.draw_rows(p, b, h, i0 + first_row, j0, lane);
+            if (DROPOUT) keep.draw_rows(p, first.b + b, first.h + h, i0 + first_row, j0, lane);
         };
 
         if (k_tiles > 0) {
@@ -295,26 +295,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-extern "C" int64_t workspace_floats(const AttentionParams* params) { return Operands(*params, false).floats + Operands::range_floats(*params); }
+// ---- launching
 
-extern "C" int attention(const AttentionParams* params) {
-    const AttentionParams& p = *params;
-    if (p.B == 0 || p.Nq == 0) return cudaSuccess;
-    const Operands all(p, false);
-    const int64_t blocks = tiles_of(p.Nq, BLOCK_Q) * p.H * p.B;
-    if (!numbers_fit(p, {blocks, prepare_blocks(p, all)})) return cudaErrorInvalidConfiguration;
-    DeviceGuard guard(p.device);
-    // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
-    cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
-    Maps maps = {};
-    if (error == cudaSuccess) error = make_planes_map(&maps.q, all.of[0], p.B, BOX_ROWS<Tile_Q, RowOrder>);
-    if (error == cudaSuccess && p.Nk > 0) error = make_planes_map(&maps.k, all.of[1], p.B, BLOCK_K);
-    if (error == cudaSuccess && p.Nk > 0) error = make_planes_map(&maps.v, all.of[2], p.B, BLOCK_K);
-    if (error == cudaSuccess && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_Q);
-    if (error != cudaSuccess) return error;
-    launch_planes(p, all);
-    launch_kernel(forward_kernel, static_cast<unsigned>(blocks), THREADS, SMEM_BYTES, p.stream, p, maps, all.ranges);
-    AttentionParams of_simple = p;
-    of_simple.workspace = p.workspace + workspace_floats(params);
-    return exact::exact_attention(&of_simple);
-}
+constexpr int K_BOX_ROWS = BLOCK_K, V_BOX_ROWS = BLOCK_K;
+#include "forward_5_float32_launch.cuh"

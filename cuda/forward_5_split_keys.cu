@@ -17,6 +17,8 @@
 // On sm_90 the merge's blocks are launched while the last blocks of the forward run. The lengths of the sequences may lie in device memory, and the
 // keys in pages (KeySource in attention.h); with KEYS_FLOAT8 keys and values are e4m3 numbers with a scale for each key head (sm_89).
 //
+// Longer than other files because it holds two kernels: the second merges what the first writes.
+//
 // Measured on an H200: 5 to 7 µs above a kernel that only reads the keys (LOG.md).
 //
 // Limits: float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale. Its backward is rung 3's: that needs O and LSE only.
@@ -49,7 +51,7 @@ constexpr int FITTING = (ROOM - Tile_Q<MOST_M_TILES>::BYTES) / (WARPS * Tile_KV:
 constexpr int SLOTS = FITTING < 6 ? FITTING : 6;
 static_assert(SLOTS >= 2, "one tile to compute with, one on its way");
 
-// What the warps leave to each other at the end, in place of Q and the rings, 16 rows at a time.
+// The warps' partial results, exchanged at the end 16 rows at a time; they overwrite Q and the rings.
 constexpr int PADDED = HEAD_DIM + 4;  // so that rows g of the accumulators begin in different banks
 struct Merge {
     float O[WARPS][16][PADDED];
@@ -218,17 +220,17 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                      static_cast<const uint4*>(X.data) + from[r / 16] + (row + r % 16) * stride + panel * 8 + chunk,
                      j0 + row + r < limit && j0 + row + r >= keys.start && panel * 8 * UNIT + chunk * UNIT < D);
     };
-    int filled = 0, to_fill = 0;  // tiles asked for, and the slot that the next one gets
+    int filled = 0, to_fill = 0;  // tiles whose loads have been issued, and the slot of the next one
     auto fill = [&]() {           // commits even where nothing is left, so that tile n is group n + 1
         if (filled < 2 * count) load(filled, ring + to_fill * Tile_KV::BYTES);
         ptx::cp_async_commit_group();
         ++filled, to_fill = to_fill + 1 == SLOTS ? 0 : to_fill + 1;
     };
     int slot = 0;
-    // The next tile of the ring, once it is there. The slot before it is free now, and filled again.
+    // Waits for the next tile of the ring and returns its address; refills the slot of the previous tile.
     auto next = [&]() {
         ptx::cp_async_wait_group<SLOTS - 2>();
-        __syncwarp();  // the tile is there for every lane, and every lane is done with the one before it
+        __syncwarp();  // the tile is there for every lane, and all have finished reading the previous one, whose slot is refilled
         fill();
         const uint32_t tile = ring + slot * Tile_KV::BYTES;
         slot = slot + 1 == SLOTS ? 0 : slot + 1;

@@ -227,8 +227,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         // Whether some row does not see the whole tile.
         auto cut = [&](int i0, int j0) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk); };
 
-        // S = Q Kᵀ, under way, but for the last panel's place, which finish_QK releases. Panels are released one behind: while one is multiplied, the next is
-        // asked for.
+        // Issues S = Q Kᵀ. Each panel's stage is released one panel later, so that the next panel is being loaded while this one is multiplied;
+        // finish_QK releases the last.
         auto multiply_QK = [&](int i0, int j0) {
             const uint64_t Q_rows = ptx::descriptor(uniform(Q_smem + consumer * 64 * ROW_BYTES));
 #pragma unroll

@@ -29,3 +29,15 @@ inline void launch_early(void (*kernel)(P...), dim3 blocks, int threads, cudaStr
     launch_kernel(kernel, blocks, threads, 0, stream, arguments...);
 #endif
 }
+
+// What `launch` returns, called while `device` is the current one; then the one before is current again.
+template <class Launch>
+inline cudaError_t on_device(int device, Launch launch) {
+    int before;
+    cudaError_t error = cudaGetDevice(&before);
+    if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+    if (error != cudaSuccess) return error;
+    error = launch();
+    if (before != device) cudaSetDevice(before);
+    return error;
+}

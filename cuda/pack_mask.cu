@@ -118,21 +118,17 @@ extern "C" int pack_mask(const PackParams* params) {
     // Numbers of rows, and of columns up to the end of the last block, are ints.
     if (rows > INT32_MAX || p.Nk > INT32_MAX - (1 << 20)) return cudaErrorInvalidConfiguration;
     if (rows == 0 || p.Nk == 0) return cudaSuccess;
-    int before;
-    cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess && before != p.device) error = cudaSetDevice(p.device);
-    if (error != cudaSuccess) return error;
     const bool aligned = p.stride_j == 1 && (reinterpret_cast<int64_t>(p.mask) | p.stride_b | p.stride_h | p.stride_i) % 16 == 0;
-    if (p.by_keys) {
-        const dim3 blocks = grid((p.Nq + QUERIES - 1) / QUERIES * p.B * p.H, (p.Nk + KEYS - 1) / KEYS);
-        launch_kernel(pack_by_keys_kernel, blocks, 32 * WARPS, 0, p.stream, p, aligned);
-    } else {
-        const dim3 blocks = grid((rows + WARPS - 1) / WARPS, (p.Nk + COLUMNS - 1) / COLUMNS);
-        launch_kernel(pack_mask_kernel, blocks, 32 * WARPS, 0, p.stream, p, aligned);
-    }
-    error = cudaGetLastError();
-    if (before != p.device) cudaSetDevice(before);
-    return error;
+    return on_device(p.device, [&] {
+        if (p.by_keys) {
+            const dim3 blocks = grid((p.Nq + QUERIES - 1) / QUERIES * p.B * p.H, (p.Nk + KEYS - 1) / KEYS);
+            launch_kernel(pack_by_keys_kernel, blocks, 32 * WARPS, 0, p.stream, p, aligned);
+        } else {
+            const dim3 blocks = grid((rows + WARPS - 1) / WARPS, (p.Nk + COLUMNS - 1) / COLUMNS);
+            launch_kernel(pack_mask_kernel, blocks, 32 * WARPS, 0, p.stream, p, aligned);
+        }
+        return cudaGetLastError();
+    });
 }
 
 extern "C" int64_t params_size(void) { return sizeof(PackParams); }

@@ -15,9 +15,7 @@
 // The workspace, and the kernels that come before attention: range_kernel finds each head's largest entry, planes_kernel writes its planes.
 #pragma once
 
-#include <algorithm>
-
-#include "common.cuh"
+#include "parts_of_heads.cuh"
 #include "tensor_map.cuh"
 
 #if DTYPE != FLOAT32
@@ -39,7 +37,7 @@ struct Range {
 
 __device__ inline int magnitude(float x) { return __float_as_uint(x) & 0x7fffffff; }
 
-// The power of two that brings numbers up to this one to below 2^15, and it to 2^14 at least.
+// The exponent of the power of two that scales `largest`, the largest magnitude, into [2^14, 2^15).
 __device__ inline int exponent_of(int largest) { return largest == 0 ? 0 : 14 + 127 - (largest >> 23); }
 // Whether a head with this largest entry can be scaled so: not if it is ∞, NaN or tiny.
 __device__ inline bool can_scale(int largest) { return largest == 0 || (largest >= __float_as_uint(0x1p-100f) && largest < 0x7f800000); }
@@ -83,14 +81,15 @@ __device__ inline bool gradients_fit(const AttentionParams& p, const Range& rang
     return dS_fits && (range.d_o == 0 || sum_fits(range.dv, rows));
 }
 
-// ---- workspace: planes of every operand, then a Range for each head of K. What else a kernel needs lies between.
+// ---- workspace: planes of every operand of a part of the heads (parts_of_heads.cuh), what else its kernels need, then a Range for each head of K of
+// the whole call, then what the simple rung needs.
 
-// A tensor and its planes: [PLANES, B·heads, N, HEAD_DIM] float16, columns from D on 0.
+// A tensor and its planes.
 struct Operand {
     Tensor4 tensor;  // [B, heads, N, D] float32
     int heads, N, D;
     int share;         // heads that have a Range in common
-    uint32_t* planes;  // pairs of float16
+    Tensor4 planes;    // [PLANES, B·heads, N, HEAD_DIM] float16, columns from D on 0
     int Range::*largest;
     int Range::*norm;  // or null
 
@@ -99,26 +98,36 @@ struct Operand {
 struct Operands {
     Operand of[4];  // q, k, v and, of a backward, dO
     int count;
-    Range* ranges;  // [B, Hkv], behind all planes
-    int64_t floats;  // of planes
+    Range* ranges;  // [B, Hkv]
+    int64_t floats;  // of planes in the workspace
 
-    Operands(const AttentionParams& p, bool backward)
-        : of{{p.q, p.H, p.Nq, p.D, p.H / p.Hkv, nullptr, &Range::q, nullptr},
-             {p.k, p.Hkv, p.Nk, p.D, 1, nullptr, &Range::k, nullptr},
-             {p.v, p.Hkv, p.Nk, p.Dv, 1, nullptr, &Range::v, &Range::v_norm},
-             {p.d_o, p.H, p.Nq, p.Dv, p.H / p.Hkv, nullptr, &Range::d_o, &Range::d_o_norm}},
+    // p: the call of a part of the heads. until_dV: V's planes may lie in dV's memory, since nothing reads them once dV is being written.
+    Operands(const AttentionParams& p, bool backward, Range* ranges, bool until_dV = false)
+        : of{{p.q, p.H, p.Nq, p.D, p.H / p.Hkv, {}, &Range::q, nullptr},
+             {p.k, p.Hkv, p.Nk, p.D, 1, {}, &Range::k, nullptr},
+             {p.v, p.Hkv, p.Nk, p.Dv, 1, {}, &Range::v, &Range::v_norm},
+             {p.d_o, p.H, p.Nq, p.Dv, p.H / p.Hkv, {}, &Range::d_o, &Range::d_o_norm}},
           count(backward ? 4 : 3),
+          ranges(ranges),
           floats(0) {
-        for (int n = 0; n < count; floats += of[n++].rows(p.B) * HEAD_DIM) of[n].planes = reinterpret_cast<uint32_t*>(p.workspace + floats);
-        ranges = reinterpret_cast<Range*>(p.workspace + floats);
+        for (int n = 0; n < count; ++n) {
+            Operand& x = of[n];
+            if (&x == &of[2] && until_dV && planes_fit_in(p.dv, p)) {  // a row of dV holds hi of V's row, then lo
+                x.planes = {p.dv.data, HEAD_DIM, 2 * p.dv.stride_h, 2 * p.dv.stride_n};
+                continue;
+            }
+            x.planes = {p.workspace + floats, x.rows(p.B) * HEAD_DIM, static_cast<int64_t>(x.N) * HEAD_DIM, HEAD_DIM};
+            floats += x.rows(p.B) * HEAD_DIM;
+        }
     }
+    // Whether a row has as many columns as its planes, and the heads of all batches are at equal distances.
+    static bool planes_fit_in(const Tensor4& dV, const AttentionParams& p) { return p.Dv == HEAD_DIM && (p.B == 1 || dV.stride_b == p.Hkv * dV.stride_h); }
     static int64_t range_floats(const AttentionParams& p) { return static_cast<int64_t>(p.B) * p.Hkv * (sizeof(Range) / 4); }
 };
 
 // The tensor map of an operand's planes: its box is `rows` rows and 64 columns; (column, row, head, plane) says where.
 inline cudaError_t make_planes_map(CUtensorMap* map, const Operand& x, int B, int rows) {
-    const Tensor4 planes = {x.planes, x.rows(B) * HEAD_DIM, static_cast<int64_t>(x.N) * HEAD_DIM, HEAD_DIM};
-    return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_SWIZZLE_128B, planes, PLANES, B * x.heads, x.N, HEAD_DIM, rows, 64);
+    return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_SWIZZLE_128B, x.planes, PLANES, B * x.heads, x.N, HEAD_DIM, rows, 64);
 }
 
 // ---- before attention
@@ -136,13 +145,13 @@ __device__ inline void join_maximum(int* to, int x) {
     if (threadIdx.x % 32 == 0) ptx::red_max(to, x);
 }
 
-__global__ void __launch_bounds__(PREPARE_THREADS) clear_kernel(const __grid_constant__ Operands all, int64_t ints) {
+__global__ void __launch_bounds__(PREPARE_THREADS) clear_kernel(Range* ranges, int64_t ints) {
     const int64_t n = static_cast<int64_t>(blockIdx.x) * PREPARE_THREADS + threadIdx.x;
-    if (n < ints) reinterpret_cast<int*>(all.ranges)[n] = 0;
+    if (n < ints) reinterpret_cast<int*>(ranges)[n] = 0;
 }
 
-// A block of these kernels has PREPARE_ROWS rows of one head of operand blockIdx.y. For each row, this lane's 8 numbers of each part: visit(x, range, row,
-// numbers), where `row` counts those of all heads, or is −1 beyond the end.
+// A block of these kernels has PREPARE_ROWS rows of one head of operand blockIdx.y. For each row, this lane's 8 numbers of each part: visit(x, range, bh, i,
+// numbers), row i of head bh of all batches; beyond the end, from x.N on, the numbers are 0.
 template <class Visit>
 __device__ inline void visit_rows(const Operands& all, int B, Visit visit) {
     const Operand& x = all.of[blockIdx.y];
@@ -160,12 +169,12 @@ __device__ inline void visit_rows(const Operands& all, int B, Visit visit) {
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 if (i < x.N && column + part * ROW_LANES * 8 + 4 * half < x.D) numbers[part][half] = reinterpret_cast<const float4*>(source + part * ROW_LANES * 8)[half];
-        visit(x, range, i < x.N ? static_cast<int64_t>(bh) * x.N + i : -1, reinterpret_cast<const float(&)[ROW_PARTS][8]>(numbers));
+        visit(x, range, bh, i, reinterpret_cast<const float(&)[ROW_PARTS][8]>(numbers));
     }
 }
 
 __global__ void __launch_bounds__(PREPARE_THREADS) range_kernel(const __grid_constant__ Operands all, int B) {
-    visit_rows(all, B, [](const Operand& x, Range& range, int64_t, const float(&numbers)[ROW_PARTS][8]) {
+    visit_rows(all, B, [](const Operand& x, Range& range, int, int, const float(&numbers)[ROW_PARTS][8]) {
         int largest = 0;
 #pragma unroll
         for (int e = 0; e < 8 * ROW_PARTS; ++e) largest = max(largest, magnitude(numbers[e / 8][e % 8]));
@@ -181,7 +190,7 @@ __device__ inline void split(float x0, float x1, uint32_t& hi, uint32_t& lo) {
 }
 
 __global__ void __launch_bounds__(PREPARE_THREADS) planes_kernel(const __grid_constant__ Operands all, int B) {
-    visit_rows(all, B, [&](const Operand& x, Range& range, int64_t row, const float(&numbers)[ROW_PARTS][8]) {
+    visit_rows(all, B, [&](const Operand& x, Range& range, int bh, int i, const float(&numbers)[ROW_PARTS][8]) {
         const float factor = scalbnf(1, exponent_of(range.*x.largest));
         float squares = 0;
 #pragma unroll
@@ -195,8 +204,8 @@ __global__ void __launch_bounds__(PREPARE_THREADS) planes_kernel(const __grid_co
             }
 #pragma unroll
             for (int plane = 0; plane < PLANES; ++plane) {
-                uint4* to = reinterpret_cast<uint4*>(x.planes + (plane * x.rows(B) + row) * (HEAD_DIM / 2)) + part * ROW_LANES + threadIdx.x % ROW_LANES;
-                if (row >= 0) *to = make_uint4(pairs[plane][0], pairs[plane][1], pairs[plane][2], pairs[plane][3]);
+                __half* row = static_cast<__half*>(x.planes.data) + plane * x.planes.stride_b + bh * x.planes.stride_h + i * x.planes.stride_n;
+                if (i < x.N) reinterpret_cast<uint4*>(row)[part * ROW_LANES + threadIdx.x % ROW_LANES] = make_uint4(pairs[plane][0], pairs[plane][1], pairs[plane][2], pairs[plane][3]);
             }
         }
         if (x.norm == nullptr) return;
@@ -206,16 +215,35 @@ __global__ void __launch_bounds__(PREPARE_THREADS) planes_kernel(const __grid_co
     });
 }
 
-// Whether all these launches' blocks can be numbered.
+// The blocks of each of these launches.
 inline int64_t prepare_blocks(const AttentionParams& p, const Operands& all) {
     int64_t blocks = 0;
     for (int n = 0; n < all.count; ++n) blocks = std::max(blocks, tiles_of(all.of[n].N, PREPARE_ROWS) * all.of[n].heads * p.B);
     return blocks;
 }
+inline void launch_clear(const AttentionParams& whole, Range* ranges) {
+    const int64_t ints = Operands::range_floats(whole);
+    launch_kernel(clear_kernel, static_cast<unsigned>(tiles_of(ints, PREPARE_THREADS)), PREPARE_THREADS, 0, whole.stream, ranges, ints);
+}
+// p: the call of a part. The Ranges of all parts are cleared beforehand, at once.
 inline void launch_planes(const AttentionParams& p, const Operands& all) {
-    const int64_t ints = Operands::range_floats(p);
     const dim3 blocks(static_cast<unsigned>(prepare_blocks(p, all)), all.count);
-    launch_kernel(clear_kernel, static_cast<unsigned>(tiles_of(ints, PREPARE_THREADS)), PREPARE_THREADS, 0, p.stream, all, ints);
     launch_kernel(range_kernel, blocks, PREPARE_THREADS, 0, p.stream, all, p.B);
     launch_kernel(planes_kernel, blocks, PREPARE_THREADS, 0, p.stream, all, p.B);
+}
+
+// A whole call: the parts one after another, each by launch_part(its call, its Ranges, its first head), then by `exact` the heads that planes cannot hold.
+// simple_workspace: of `exact`, at the end of the call's; the Ranges lie before it.
+inline cudaError_t launch_parts(const AttentionParams& p, const Parts& parts, float* simple_workspace,
+                                cudaError_t (*launch_part)(const AttentionParams&, Range*, First), int (*exact)(const AttentionParams*)) {
+    Range* ranges = reinterpret_cast<Range*>(simple_workspace) - p.B * p.Hkv;
+    launch_clear(p, ranges);
+    for (int n = 0; n < parts.count(); ++n) {
+        const Part part = parts.part(n);
+        const cudaError_t error = launch_part(call_of(p, part), ranges + part.b * p.Hkv + part.h, first_of(p, part));
+        if (error != cudaSuccess) return error;
+    }
+    AttentionParams of_simple = p;
+    of_simple.workspace = simple_workspace;
+    return static_cast<cudaError_t>(exact(&of_simple));
 }

@@ -186,6 +186,7 @@ __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
     WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 160, 80, "%80", "%81", "%82")       \
     WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 192, 96, "%96", "%97", "%98")       \
     WGMMA_SS(wgmma_ss_transposed, "1, 1", T, TYPE, 256, 128, "%128", "%129", "%130")   \
+    WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 32, 16, "%16", "%17", "%18")      \
     WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 64, 32, "%32", "%33", "%34")      \
     WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 80, 40, "%40", "%41", "%42")      \
     WGMMA_SS(wgmma_ss_transposed_b, "0, 1", T, TYPE, 96, 48, "%48", "%49", "%50")      \

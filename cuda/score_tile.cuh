@@ -1,7 +1,7 @@
 // The hook of score.cuh in the hopper kernels, for a tile of scores that lies in the accumulators of wgmma.
 //
-// What becomes of them is kept in units of which each is unit_log2() in base 2: with softcap alone the tanh as it is, so that the cap costs one
-// product and one tanh a score; otherwise natural ones. ALiBi's distance is counted from a lane's first column, by one FFMA a score. A bias comes
+// Scores are kept in a unit that is worth unit_log2() in base 2. With softcap alone they are the bare tanh, so that the cap costs one product and one
+// tanh a score; otherwise they are natural. ALiBi's distance is counted from a lane's first column, by one FFMA a score. A bias comes
 // from memory beside the tile, copied by a tensor map into the 128-byte swizzle that ldmatrix reads, and each lane gets the pairs that its
 // accumulators have: rows of it are queries and columns keys, which a backward, whose rows are keys, reads transposed.
 #pragma once
@@ -30,11 +30,23 @@ __device__ inline float factor_of_scored_row(const AttentionParams& p, float m, 
 
 // ---- softcap
 
-// tanh y for |y| ≤ 1, to 13 bits, without the unit that has the exponentials to compute: y times a polynomial in y². The unit's own tanh takes twice as
-// long there as an exponential.
-__device__ inline float small_tanh(float y) {
+// factor · tanh(y) / y for |y| ≤ 1, to 13 bits, without the unit that has the exponentials to compute: a polynomial in y². The unit's own tanh takes twice as long
+// there as an exponential.
+__device__ inline float tanh_over(float y, float factor = 1) {
     const float u = y * y;
-    return y * fmaf(fmaf(fmaf(-0.02662968f, u, 0.11889755f), u, -0.33065430f), u, 0.99991856f);
+    return fmaf(fmaf(fmaf(-0.02662968f * factor, u, 0.11889755f * factor), u, -0.33065430f * factor), u, 0.99991856f * factor);
+}
+__device__ inline float small_tanh(float y) { return y * tanh_over(y); }
+
+// factor · tanh(s · in_cap) / (s · in_cap), to 12 bits, where |s · in_cap| ≤ LARGEST_1, as an attention's scores are under most caps: a polynomial in s².
+constexpr float LARGEST_1 = 0.3125f;
+__device__ inline float tanh_over_1(float s, float in_cap, float factor) {
+    return fmaf(s * s, -0.32075847f * factor * in_cap * in_cap, 0.99984765f * factor);
+}
+// Whether its coefficients, and s², are numbers that float32 has.
+__device__ inline bool has_tanh_over_1(const AttentionParams& p) {
+    const float in_cap = p.scoring.scale_in_cap;
+    return p.scale > 0x1p-40f && p.scale < 0x1p40f && in_cap > 0x1p-40f && in_cap < 0x1p40f;
 }
 
 // ---- ALiBi

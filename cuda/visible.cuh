@@ -65,7 +65,7 @@ __device__ inline int first_row_of(const AttentionParams& p, int j0) { return CA
 
 // ---- tiles of intervals
 
-// What a tile of rows sees: some of them the columns of `some`, from the least start to the greatest stop, and every one those of `all`.
+// What a tile of rows sees. Every row sees the columns of `all`; outside `some`, the least start to the greatest stop, no row sees any.
 struct Bounds {
     Interval some, all;
 

@@ -26,7 +26,7 @@ from torch.autograd import Function, forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from flash_attention import allocate, backends, shortcut
-from flash_attention.backends import BACKENDS, no_gradients, reference
+from flash_attention.backends import BACKENDS, cuda, no_gradients, reference
 from flash_attention.backends.cuda import BACKWARD, FORWARD
 from flash_attention.call import SCHEMA, Call, Settings
 from flash_attention.shortcut import is_eager_call
@@ -114,6 +114,33 @@ class Attention(Function):
             q, k, v, mask, spans, seed, bias, alibi, O, LSE = _primals(ctx)
             known = mask, spans, O, LSE, seed
             return ops.jvp(*_filled(tangents[:3], (q, k, v)), q, k, v, *known, *ctx.settings, tangents[-2], bias, alibi)
+
+
+class PlainAttention(Function):
+    """(q, k, v) → O: `Attention` for a plan that needs nothing but memory (`cuda.Forward.is_plain`), where nobody asks for LSE. A small
+    call waits for the host, and each argument, output and saved tensor of a Function takes it a microsecond."""
+
+    @staticmethod
+    def forward(ctx, plan, q, k, v):
+        O, LSE = plan.repeat(q, k, v)
+        ctx.plan = plan
+        ctx.save_for_backward(q, k, v, O, LSE)
+        return O
+
+    @staticmethod
+    def backward(ctx, dO):
+        q, k, v, O, LSE = ctx.saved_tensors
+        through_op = torch.is_grad_enabled() or not is_eager_call(q, k, v) or forward_ad._current_level >= 0
+        if through_op or type(dO) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(dO):
+            dQ, dK, dV, _ = ops.backward(dO, None, q, k, v, None, None, O, LSE, None, *ctx.plan.call.settings)
+            return None, dQ, dK, dV
+        return None, *shortcut.plain_backward(ctx.plan, dO, q, k, v, O, LSE)
+
+
+def plain_attention(plan: cuda.Forward, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """O, differentiable, of an eager call by a plain plan."""
+    # Without Function.apply, which looks for transforms and what is left of them: `is_eager_call` has done so, and that has no address.
+    return super(Function, PlainAttention).apply(plan, q, k, v)
 
 
 def _batched(*gradients: Tensor | None) -> bool:

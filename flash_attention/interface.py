@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from flash_attention import shortcut
-from flash_attention.autograd import attention
+from flash_attention.autograd import attention, plain_attention
 from flash_attention.backends import as_chosen, check_name, choose
 from flash_attention.backends.cuda import FORWARD
 from flash_attention.call import Call, Settings
@@ -93,6 +93,8 @@ def flash_attention(
         result = _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, scored, backend, block_size, key)
     elif kept.needs_nothing and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         result = kept.plan.repeat(q, k, v, return_lse)
+    elif kept.needs_nothing and kept.has_backward and not return_lse:
+        return plain_attention(kept.plan, q, k, v)
     else:
         mask = broadcast_mask(mask, *q.shape[:3], k.shape[2])
         result = attention(kept.plan, q, k, v, mask, None, _seed(q) if dropout_p else None, kept.settings)  # type: ignore[arg-type]

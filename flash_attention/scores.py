@@ -5,7 +5,7 @@
     rotary, rotary_angles         rotary position embedding of q and k
     relative_position_buckets     T5's: bias=table[relative_position_buckets(Nq, Nk)].permute(2, 0, 1)
 
-Plain PyTorch: any device, any order of derivatives, torch.compile and torch.func.
+Plain PyTorch: any device, any order of derivatives, torch.compile and torch.func. Of eager calls on CUDA tensors, `rotary` is a kernel.
 """
 
 import math
@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from flash_attention.backends import rotary as kernel
 from flash_attention.reference.tiles import lowest, sum_dtype
 
 
@@ -88,7 +89,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         cos, sin: (N, R / 2) or (B, N, R / 2), R ≤ D: the first R features are rotated, the others stay.
         interleaved: the pairs are features (0, 1), (2, 3), …, as in the paper; otherwise (0, R/2), (1, R/2 + 1), …, as Llama has them.
 
-    Computed in float32 (float64 for float64) and rounded once.
+    Computed in float32 (float64 for float64) and rounded once. On a GPU an eager call in float32, float16 or bfloat16 is one kernel
+    (cuda/rotary.cu), and so is its backward, if rows of x begin at multiples of 16 bytes, and D and R / 2 are multiples of 16 bytes too;
+    in any other call, or where angles get a gradient, it is this formula.
 
     Raises:
         ValueError: shapes do not fit.
@@ -100,7 +103,16 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     if cos.shape != sin.shape or cos.shape not in ((N, half), (B, N, half)) or 2 * half > D:
         wanted = f"(N, R / 2) or (B, N, R / 2) with N = {N}, B = {B}, R ≤ {D}"
         raise ValueError(f"cos and sin must be {wanted}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    return _turn(x, cos, sin, interleaved)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool = False) -> Tensor:
+    """`rotary` of checked arguments. back: by the opposite angles."""
+    if kernel.serves(x, cos, sin):
+        return kernel.Rotary.apply(x, cos, sin, interleaved, back, _turn)
+    half = cos.shape[-1]
     dtype = sum_dtype(x)
+    sin = -sin if back else sin
     cos, sin = (y.to(dtype) if y.dim() == 2 else y[:, None].to(dtype) for y in (cos, sin))  # (N, R/2) or (B, 1, N, R/2)
     rotated, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
     a, b = rotated.unflatten(-1, (half, 2)).unbind(-1) if interleaved else rotated.chunk(2, -1)

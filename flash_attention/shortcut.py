@@ -17,12 +17,14 @@ from flash_attention.backends import cuda
 from flash_attention.call import Call, Settings
 
 CAPACITY = 1024  # of kept plans: when it is reached, the table is cleared
+FEW = 16  # the same of the backwards that a forward's plan keeps
 
 
 class Kept(NamedTuple):
     plan: cuda.Forward
     settings: Settings
     needs_nothing: bool  # but memory: no mask, no dropout, no copy
+    has_backward: bool
 
 
 _kept: dict[Hashable, Any] = {}  # Kept by what `signature` gives, and plans
@@ -84,7 +86,7 @@ def kept(key: Hashable, q: Tensor, k: Tensor, v: Tensor) -> Kept | None:
 def keep(key: Hashable, plan: Callable, settings: Settings) -> None:
     """Keeps the plan of a call that has been checked."""
     if isinstance(plan, cuda.Forward):
-        _keep(key, Kept(plan, settings, plan.is_plain))
+        _keep(key, Kept(plan, settings, plan.is_plain, backends.no_gradients(backends.BACKENDS.get(settings.backend)) is None))
 
 
 def plan(which: int, call: Call) -> Callable:
@@ -102,6 +104,26 @@ def plan_backward(arguments: tuple[Tensor | None, ...], settings: tuple, bias=No
     """What computes the backward of these arguments of the op."""
     dO, _, q, k, v, mask, spans, O, _, _ = arguments
     return plan(cuda.BACKWARD, Call.of(q, k, v, mask, spans, Settings(*settings), O, dO, bias, alibi, to_bias))
+
+
+def plain_backward(forward: cuda.Forward, dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, LSE: Tensor) -> tuple[Tensor, ...]:
+    """dQ, dK and dV after a plain forward plan. It keeps the plans of its backwards: from one to the next only strides may differ, those of
+    dO, and of what hooks have saved (torch.autograd.graph.saved_tensors_hooks).
+    """
+    key = dO.stride(), q.stride(), k.stride(), v.stride(), O.stride()
+    if (found := forward.backwards.get(key)) is None:
+        settings = forward.call.settings
+        made = plan(cuda.BACKWARD, Call.of(q, k, v, None, None, settings, O, dO))
+        found = made, isinstance(made, cuda.Backward) and made.is_plain
+        if len(forward.backwards) >= FEW:
+            forward.backwards.clear()
+        forward.backwards[key] = found
+    backward, is_plain = found
+    if is_plain and LSE.is_contiguous():
+        addresses = a, b, c, d, e = q.data_ptr(), k.data_ptr(), v.data_ptr(), O.data_ptr(), dO.data_ptr()
+        if not (a | b | c | d | e) % 16:
+            return backward.repeat(q, k, v, LSE, addresses)
+    return backward(dO, None, q, k, v, None, None, O, LSE, None)
 
 
 def _keep(key: Hashable, plan) -> None:

@@ -7,6 +7,7 @@ record: nothing here computes attention.
 import base64
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -604,15 +605,17 @@ def animate(
 ) -> Player:
     """One picture for each frame: `draw(figure, frame)` is called with an empty figure. In a notebook: with buttons to step and play.
 
-    figsize: inches (`draw` may set its own, the same for every frame). seconds: how long a frame lasts when played.
+    figsize: inches (`draw` may set its own, the same for every frame). seconds: how long a frame lasts when played. Drawing takes longer
+    than all else in some lessons; a check that only wants to see them run sets LESSON_FRAMES, the most frames that are drawn.
     """
+    frames = list(frames)[: int(os.environ.get("LESSON_FRAMES", "0")) or None]
     figure = Figure(figsize=figsize, dpi=dpi)
 
     def redraw(frame: Any) -> None:
         figure.clear()
         draw(figure, frame)
 
-    return Player(figure, redraw, frames=list(frames), init_func=lambda: None, interval=1000 * seconds, repeat=True)
+    return Player(figure, redraw, frames=frames, init_func=lambda: None, interval=1000 * seconds, repeat=True)
 
 
 def save_gif(animation: FuncAnimation, file: str | Path, seconds: float = 1.0) -> None:

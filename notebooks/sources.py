@@ -67,7 +67,7 @@ def _python(expression: str) -> str:
 def constants(*files: str, **given: int) -> dict[str, int]:
     """The constants of some files, in order: `constexpr int NAME = …;`, or bool. Those that are given keep their value; one whose
     expression cannot be computed from the others is left out. What says a kernel's kind is that of a plain one unless it is given."""
-    values = {"CAUSAL": 0, "INTERVAL": 0, "MASK": 0, "DROPOUT": 0, "SCORE": 0, "BIASED": 0, **given}
+    values = {"CAUSAL": 0, "INTERVAL": 0, "MASK": 0, "DROPOUT": 0, "SCORE": 0, "BIASED": 0, "TALL": 0, **given}
     if "HEAD_DIM" in given:
         values.setdefault("V_HEAD_DIM", given["HEAD_DIM"])
     for file in files:

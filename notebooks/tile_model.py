@@ -21,8 +21,8 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 GROUP_ROWS = 64  # of Q, in the forward, that a group of four warps computes
 FITTED = {
     "LATENCY": 65.0,  # cycles of a forward step that nothing below accounts for: to D 128
-    "EXPOSED": 1.39,  # × the backward's instructions that no product hides: to D 128
-    "REDUCED": 10.6,  # bytes of dQ a cycle that a multiprocessor adds up in global memory, while all do: to D 256
+    "EXPOSED": 1.24,  # × the backward's instructions that no product hides: to D 128
+    "REDUCED": 13.3,  # bytes of dQ a cycle that a multiprocessor adds up in global memory, while all do: to D 256
 }
 BETWEEN = 1060  # cycles from one tile of Q to the next beside its steps (LOG.md: 11 800 for four steps of 2 684)
 GHZ = 1.73  # while such kernels run, as power allows: 1.55 to 1.9 were seen

@@ -1,4 +1,4 @@
-"""What becomes of a score before the softmax. Said here once; naive attention, the tiled algorithms and their derivatives ask.
+"""What becomes of a score before the softmax. Defined here once, for naive attention, the tiled algorithms and their derivatives.
 
     s = scale · q·k        x = softcap · tanh(s / softcap) + bias[b, h, i, j] − alibi[b, h] · |p − j|
 
@@ -60,7 +60,7 @@ class Score:
 
     def apply_(self, S: Tensor, i: slice, j: slice, derivative: Tensor | None = None) -> Tensor | None:
         """S (B, H, rows, columns) times log2 e becomes x times log2 e, −∞ where the bias hides. Returns ∂x/∂s, written to the start of
-        `derivative`, or None where it is 1 or not asked for."""
+        `derivative`, or None where it is 1 or `derivative` is None."""
         if self.softcap is not None:
             cap = self.softcap * LOG2_E
             S.div_(cap).tanh_()

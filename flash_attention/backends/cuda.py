@@ -2,6 +2,8 @@
 
 Torch allocates every tensor; a kernel gets addresses, sizes and strides in one struct (cuda/attention.h), on the current stream of q's
 device. Nothing synchronises, nothing is copied that the kernel can read where it is.
+
+One long file, because a rung's description, its plans and the table RUNGS are read together when a rung is added.
 """
 
 import ctypes
@@ -68,6 +70,7 @@ class Rung:
     wide_forward: tuple[int, str] | None = None  # above this head size the forward has a file of its own
     wide_backward: tuple[int, str] | None = None  # so has the backward
     plain_backward: tuple[int, str] | None = None  # and up to this size another, without dropout, changed scores or a mask over intervals
+    tall_forward: tuple[tuple[int, ...], str] | None = None  # of plain calls: compiled sizes, and the file whose tiles have more rows
     min_rows: tuple[tuple[int, int, int], ...] = ()  # (max head size, most rows for which the rung below is faster, the same with dropout)
     packs_heads: bool = False  # a tile has all query heads of a key head: the rung for few queries
     min_scores: tuple[tuple[int, int], ...] = ()  # (max head size, most scores of all heads for which the rung below is faster)
@@ -112,7 +115,7 @@ class Rung:
         if call.head_dim > self.bias_up_to:
             return f"it serves a bias beside head sizes up to {self.bias_up_to}, got {call.head_dim}"
         if call.bias.shape[-1:] != call.k.shape[2:3]:
-            return f"it reads a bias of every key's own, got {tuple(call.bias.shape)}"
+            return f"it reads a bias with an element for every key, got {tuple(call.bias.shape)}"
         return None
 
     def _sums_bias(self, call: Call) -> bool:
@@ -159,11 +162,21 @@ class Rung:
 
     def _libraries(self, which: int, call: Call) -> ctypes.CDLL:
         """The library that the call's forward or backward runs, and before it that which packs its mask."""
-        form, device = self._mask_form(which, call), call.q.device.index
-        if form not in (None, "bytes"):
+        device = call.q.device.index
+        if self._mask_form(which, call) not in (None, "bytes"):
             _pack_mask_library(device)
-        kind = DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout, call.has_float8_keys, call.score
-        return _library(self, which, device, *kind)
+        return _library(self, which, device, *self.kind(which, call))
+
+    def kind(self, which: int, call: Call) -> tuple:
+        """What `specialisation` is told of the call's forward or backward."""
+        sizes, form = self.compiled(call), self._mask_form(which, call)
+        tall = which == FORWARD and self.has_tall(sizes, call.visible, form, call.has_dropout, call.score) and _worth_tall(call)
+        return DTYPE_NAMES[call.q.dtype], sizes, call.visible, form, call.has_dropout, call.has_float8_keys, call.score, tall
+
+    def has_tall(self, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool, score: tuple[str, ...] = ()) -> bool:
+        """Whether `tall_forward` serves such calls."""
+        plain = visible != "interval" and mask is None and not dropout and not score
+        return plain and self.tall_forward is not None and sizes[0] == sizes[1] and sizes[0] in self.tall_forward[0]
 
     def why_no_backward(self) -> str | None:
         """Why no call of this rung may ask for gradients, or None."""
@@ -189,12 +202,15 @@ class Rung:
         dropout: bool,
         float8: bool = False,
         score: tuple[str, ...] = (),
+        tall: bool = False,
     ) -> build.Specialisation:
-        """What its forward or backward for one kind of call is compiled from. sizes: compiled ones, of Q and K and of V."""
+        """What its forward or backward for one kind of call is compiled from. sizes: compiled ones, of Q and K and of V. tall: by
+        `tall_forward`."""
         D, Dv = sizes
         kind = dtype, visible == "causal", mask, dropout, visible == "interval"
         special = dropout or (visible == "interval" and mask is not None) or bool(score)
-        return build.Specialisation(self.file(which, D, special), arch, D, *kind, None if Dv == D else Dv, float8, score)
+        file = self.tall_forward[1] if tall and self.tall_forward else self.file(which, D, special)
+        return build.Specialisation(file, arch, D, *kind, None if Dv == D else Dv, float8, score)
 
     def file(self, which: int, head_dim: int, special: bool = False) -> str:
         """The source of its forward or backward for a compiled head size. special: not served by `plain_backward`."""
@@ -269,7 +285,9 @@ class Forward(NamedTuple):
     factor: float  # of q
     copied: tuple[bool, ...]  # of q, k, v: which the kernel cannot read as they are
     O_is_like_q: bool  # allocate.is_like, not to be worked out again
+    LSE_shape: tuple[int, ...]
     workspace: int  # floats
+    backwards: dict  # strides of a backward's inputs → `Backward`, and whether it is plain: `shortcut.plain_backward`
 
     @classmethod
     def of(cls, rung: Rung, call: Call, copied: tuple[bool, ...] = (False,) * 3) -> "Forward":
@@ -281,7 +299,7 @@ class Forward(NamedTuple):
         has_spans = call.spans is not None
         needs_workspace = has_spans or call.mask is not None or rung.forward_workspace
         workspace = launch.workspace_floats(has_spans) if needs_workspace else 0
-        return cls(rung, call, launch, rung._mask_form(FORWARD, call), factor, copied, O_is_like_q, workspace)
+        return cls(rung, call, launch, rung._mask_form(FORWARD, call), factor, copied, O_is_like_q, tuple(q.shape[:3]), workspace, {})
 
     @property
     def is_plain(self) -> bool:
@@ -292,7 +310,7 @@ class Forward(NamedTuple):
     def repeat(self, q: Tensor, k: Tensor, v: Tensor, lse: bool = True, keys: bytes = NO_KEYS) -> tuple[Tensor, Tensor | None]:
         """O and, if asked for, LSE, of a plain plan for tensors at multiples of 16 bytes. keys: `struct KeySource`."""
         O = torch.empty_like(q) if self.O_is_like_q else allocate.output(q, v)
-        LSE = allocate.lse(q) if lse else None
+        LSE = torch.empty(self.LSE_shape, dtype=torch.float32, device=q.device) if lse else None  # allocate.lse, in a third of the time
         workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device) if self.workspace else None
         others = Addresses(LSE.data_ptr() if lse else 0, 0, _address(workspace), keys=keys)
         self.launch(q, (q.data_ptr(), k.data_ptr(), v.data_ptr(), O.data_ptr()), others)
@@ -336,6 +354,7 @@ class Backward(NamedTuple):
     copied: tuple[bool, ...]  # of q, k, v, O, dO: which the kernel cannot read as they are
     hides_dead: bool  # rows may attend nothing
     workspace: int  # floats
+    outputs_are_like: bool  # allocate.is_like, of dQ, dK and dV
 
     @classmethod
     def of(cls, rung: Rung, call: Call, copied: tuple[bool, ...] = (False,) * 5) -> "Backward":
@@ -347,15 +366,27 @@ class Backward(NamedTuple):
             hidden = hide_dead(torch.empty(dO.shape[:3], dtype=torch.bool, device="meta"), dO.empty())[0]
             dO = dO._replace(stride=hidden.stride())
         inputs, copied = _as_read(rung, (call.q, call.k, call.v, call.O, dO), copied)
-        outputs = map(Form.of, allocate.backward_outputs(*(x.empty() for x in (call.q, call.k, call.v))))
+        qkv = [x.empty() for x in (call.q, call.k, call.v)]
+        outputs = map(Form.of, allocate.backward_outputs(*qkv))
         launch = rung.launch(BACKWARD, call, (*inputs, *outputs), scale)
         workspace = launch.workspace_floats(call.spans is not None)
-        return cls(rung, call, launch, rung._mask_form(BACKWARD, call), factor, copied, hides_dead, workspace)
+        outputs_are_like = all(allocate.is_like(x, *x.shape[2:]) for x in qkv)
+        return cls(rung, call, launch, rung._mask_form(BACKWARD, call), factor, copied, hides_dead, workspace, outputs_are_like)
 
     @property
     def is_plain(self) -> bool:
-        """Shapes, strides and settings are all that it depends on."""
-        return self.mask_form is None and self.call.spans is None and not self.call.score
+        """Nothing but memory is needed before the launch, and nothing after it."""
+        special = self.hides_dead or self.call.spans is not None or self.call.has_dropout or self.call.score
+        return self.factor == 1 and not any(self.copied) and not special
+
+    def repeat(self, q: Tensor, k: Tensor, v: Tensor, LSE: Tensor, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """dQ, dK and dV of a plain plan, if LSE gets no gradient. addresses: of q, k, v, O, dO, multiples of 16 bytes."""
+        like = torch.empty_like
+        dQ, dK, dV = (like(q), like(k), like(v)) if self.outputs_are_like else allocate.backward_outputs(q, k, v)
+        workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device)
+        tensors = *addresses, dQ.data_ptr(), dK.data_ptr(), dV.data_ptr()
+        self.launch(q, tensors, Addresses(LSE.data_ptr(), 0, workspace.data_ptr()))
+        return dQ, dK, dV
 
     def __call__(self, dO, dLSE, q, k, v, mask, spans, O, LSE, seed, bias=None, alibi=None):
         """→ dQ, dK, dV, shaped as q, k, v, and dBias if the call wants it."""
@@ -394,6 +425,7 @@ HOPPER = Rung(
     bias_up_to=128,
     wide_backward=(128, "backward_4_hopper_wide.cu"),
     plain_backward=(192, "backward_4_hopper_192.cu"),
+    tall_forward=((80, 96), "forward_4_hopper_tall.cu"),
     min_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
 )
 HOPPER_WIDE = replace(
@@ -406,6 +438,7 @@ HOPPER_WIDE = replace(
     scores=(),
     wide_backward=None,
     plain_backward=None,
+    tall_forward=None,
     min_rows=(),
 )
 HOPPER_FLOAT32 = Rung(
@@ -517,6 +550,25 @@ def _worth_packing(call: Call) -> bool:
     whole_rounds = -(-B * H * -(-Nq // 128) // multiprocessors)
     time = cost * B * Hkv * -(-packed // rows) * (Nk + PACKED_START) / multiprocessors
     return Nq <= MOST_QUERIES and not call.has_dropout and time <= whole_rounds * (Nk + HEAD_START)
+
+
+# Time of a tile of 192 rows relative to one of 128, dense and causal, as timed on an H200: of head sizes 72 and 88, of 80, of 96.
+TALL_TILE = (1.22, 1.20), (1.36, 1.39), (1.41, 1.43)
+
+
+def _worth_tall(call: Call) -> bool:
+    """Whether tiles of 192 rows of Q take less time than tiles of 128: fewer copies, but also fewer tiles, which fill a round less well."""
+    B, H, Nq, D = call.q.shape
+    causal = call.visible == "causal"
+    kind = 0 if D % 16 or call.v.shape[3] % 16 else 1 if call.head_dim <= 80 else 2
+    multiprocessors = _sm_count(call.q.device.index) if call.q.device.type == "cuda" else 132  # an H200's
+
+    def rounds(rows: int) -> int:
+        tiles = -(-Nq // rows)
+        units = B * H * ((tiles + 1) // 2 if causal else tiles)  # causal, a block takes a long tile and a short one together
+        return -(-units // multiprocessors)
+
+    return TALL_TILE[kind][causal] * rounds(192) < 0.98 * rounds(128)
 
 
 def _as_read(rung: Rung, tensors: tuple[Form, ...], copied: tuple[bool, ...]) -> tuple[list[Form], tuple[bool, ...]]:
@@ -634,10 +686,11 @@ def _library(
     dropout: bool,
     float8: bool,
     score: tuple[str, ...],
+    tall: bool,
 ) -> ctypes.CDLL:
     """The rung's forward (0) or backward (1) for one kind of call, compiled if it must be."""
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    wanted = rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout, float8, score)
+    wanted = rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout, float8, score, tall)
     return declared(build.load(wanted, params_size(score)))
 
 
@@ -675,13 +728,13 @@ def _is_read_once(mask: Form) -> bool:
     return once and j == 1 and not (b | h | i) % 16
 
 
-def adds_quickly(q: Tensor, head_dim: int) -> bool:
+def adds_quickly(q: Tensor, v: Tensor) -> bool:
     """Whether a bias of q's dtype is added by a kernel on tensor cores. PyTorch's own are faster than `simple`, which adds all others."""
     if not q.is_cuda:
         return True
     device = torch.cuda.get_device_properties(q.device)
-    serves = DTYPE_NAMES.get(q.dtype) in HOPPER.dtypes and HOPPER.bias_up_to is not None and head_dim <= HOPPER.bias_up_to
-    return serves and HOPPER.runs_on(10 * device.major + device.minor)
+    narrow = HOPPER.bias_up_to is not None and max(q.shape[-1], v.shape[-1]) <= HOPPER.bias_up_to
+    return narrow and DTYPE_NAMES.get(q.dtype) in HOPPER.dtypes and HOPPER.runs_on(10 * device.major + device.minor)
 
 
 def pack_mask(mask: Tensor, by_keys: bool = False, launch=None) -> Tensor:

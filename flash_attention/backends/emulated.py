@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from flash_attention.backends import cuda
+from flash_attention.backends import cuda, rotary
 from flash_attention.backends.emulated_trace import Trace
 from flash_attention.backends.launch import INTERVAL, KEYS, MASK, SETTINGS, STRIDES, Addresses, Launch
 from flash_attention.build import Specialisation, emulated
@@ -251,13 +251,11 @@ class EmulatedRung(cuda.Rung):
         return cuda.pack_mask(mask, by_keys, _launch_pack_mask)
 
     def launch(self, which: int, call: Call, tensors: tuple[Form, ...], scale: float) -> EmulatedLaunch:
-        form = self._mask_form(which, call)
-        kind = cuda.DTYPE_NAMES[call.q.dtype], self.compiled(call), call.visible, form, call.has_dropout, call.has_float8_keys, call.score
-        wanted = self.specialisation(which, emulated.ARCH, *kind)
+        wanted = self.specialisation(which, emulated.ARCH, *self.kind(which, call))
         sm_count = SM_COUNT if options.traces is None else 1
         fields = *cuda._fields(call, tensors, scale), 0, sm_count
         launch = EmulatedLaunch(_library(wanted, options.sources), *fields, scoring=cuda.scoring(call))
-        launch.mask_form, launch.key_bytes = form, call.k.dtype.itemsize
+        launch.mask_form, launch.key_bytes = self._mask_form(which, call), call.k.dtype.itemsize
         return launch
 
 
@@ -295,3 +293,22 @@ def _launch_pack_mask(mask: Tensor, bits: Tensor, *settings: int) -> None:
     ]
     params = cuda.PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), *settings, 0, 0)
     run(library, library.pack_mask, params, memories)
+
+
+@functools.cache
+def _rotary_library(sources: Path | None) -> ctypes.CDLL:
+    library = _declared(emulated.load(Specialisation(rotary.ROTARY, emulated.ARCH), rotary.PARAMS.size, sources))
+    library.rotary.argtypes = [ctypes.c_char_p]
+    return library
+
+
+def run_rotary(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, params: tuple) -> None:
+    """What `backends.rotary.launch` calls its kernel by, for tensors on the CPU."""
+    library = _rotary_library(options.sources)
+    memories = [
+        Memory("x", x.data_ptr(), extent(x.shape, x.stride()) * x.element_size()),
+        Memory("out", out.data_ptr(), extent(out.shape, out.stride()) * out.element_size(), True, False),
+        Memory("cos", cos.data_ptr(), 4 * cos.numel()),
+        Memory("sin", sin.data_ptr(), 4 * sin.numel()),
+    ]
+    run(library, library.rotary, rotary.PARAMS.pack(*params, 0, 0), memories)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from flash_attention import build
 from flash_attention.backends.cuda import BACKWARD, FORWARD, PACK_MASK, RUNGS
+from flash_attention.backends.rotary import ROTARY
 from flash_attention.build import BuildError, Specialisation
 
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")  # that every release is checked for
@@ -26,7 +27,7 @@ USUAL = (("all", False, False), ("causal", False, False), ("all", True, False), 
 
 def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=KINDS) -> list[Specialisation]:
     """All that each rung may be asked for, in every form in which it reads a mask."""
-    wanted = [Specialisation(PACK_MASK, arch) for arch in archs]
+    wanted = [Specialisation(file, arch) for arch in archs for file in (PACK_MASK, ROTARY)]
     for arch, rung in product(archs, RUNGS.values()):
         if not rung.runs_on(build.arch_number(arch)):
             continue
@@ -41,6 +42,8 @@ def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=
                 continue
             forms = rung.mask_forms(which, dropout) if mask else (None,)
             wanted += [rung.specialisation(which, arch, dtype, size, visible, form, dropout) for form in forms]
+            if which == FORWARD and not mask and rung.has_tall(size, visible, None, dropout):
+                wanted.append(rung.specialisation(which, arch, dtype, size, visible, None, dropout, tall=True))
     return list(dict.fromkeys(wanted))  # two rungs may share some
 
 

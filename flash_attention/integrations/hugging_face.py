@@ -257,7 +257,7 @@ def attention(
     if others:
         pattern = _check(module, query, attention_mask, pattern, others)
     # What is added to the scores, where PyTorch's own kernels are faster.
-    to_torch = softcap is None and s_aux is None and not cuda.adds_quickly(query, max(query.shape[-1], value.shape[-1]))
+    to_torch = softcap is None and s_aux is None and not cuda.adds_quickly(query, value)
     attended = slice(None)
     options: dict[str, Any] = {}
     dense = indices is not None or (position_bias is not None and to_torch)
