@@ -35,24 +35,9 @@ struct Barriers {
     uint64_t KV_full, Q_full[STAGES], dO_full[STAGES], empty[STAGES];
 };
 
-#if !INTERVAL
-// A block's tile of keys and its head, b·Hkv + kv_h: head after head, whose Q, dO and dQ then stay in the L2 cache.
-struct Unit {
-    int k_tile, b_kv_h;
-};
-__device__ inline Unit unit_of_block([[maybe_unused]] const AttentionParams& p, int k_tiles) {
-#if CAUSAL && HEAD_DIM > 64
-    // A head's first keys are seen by the most rows, and start first. So do those of the last few heads, two blocks for each multiprocessor: else
-    // the longest block of the last head would start when all others are nearly done. Not where so few heads do not fit the cache together.
-    const int heads = p.B * p.Hkv, last = min(heads, 2 * p.sm_count / k_tiles), block = static_cast<int>(blockIdx.x) - (heads - last) * k_tiles;
-    if (2 * k_tiles <= p.sm_count && block >= 0) return {block / last, heads - last + block % last};
-#endif
-    return {static_cast<int>(blockIdx.x % k_tiles), static_cast<int>(blockIdx.x / k_tiles)};
-}
-#endif
-
-template <bool ALTERNATE>
-__global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
+// LEAVES_OUT: whether a mask leaves out tiles. The code without it is as fast as if nobody had looked.
+template <bool ALTERNATE, bool LEAVES_OUT>
+__device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
     const uint32_t K_smem = ptx::smem_address(smem);                 // [BLOCK_K, HEAD_DIM]
@@ -71,14 +56,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     const uint32_t KV_full = ptx::smem_address(&barriers.KV_full);
     auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
 
-    // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
+    // One block computes dK and dV of BLOCK_K keys.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
-#if INTERVAL || LISTED
-    const int unit = unit_of_block(maps);
-    const int k_tile = unit % k_tiles, b_kv_h = unit / k_tiles;
-#else
-    const auto [k_tile, b_kv_h] = unit_of_block(p, k_tiles);  // b_kv_h = b·Hkv + kv_h
-#endif
+    const auto [k_tile, b_kv_h] = unit_of_block<LEAVES_OUT>(p, maps, k_tiles);
     const int j0 = k_tile * BLOCK_K, offset = diagonal(p);                   // causal: row i sees columns j ≤ i + offset
 
     if (threadIdx.x == 0) {
@@ -104,10 +84,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #if INTERVAL
             Visit at(p, maps, k_tile, b_kv_h);
             for (; at.more(); at.advance(maps)) {
-#elif LISTED
-            for (Visit at(p, maps, k_tile, b_kv_h); at.more(); at.advance(p)) {
 #else
-            for (Visit at(p, j0, b_kv_h); at.more(); at.advance(p)) {
+            for (VisitOf<LEAVES_OUT> at(p, maps, k_tile, b_kv_h); at.more(); at.advance(p)) {
 #endif
                 const Slot<STAGES> slot = at.slot();
                 const int stage = slot.stage, i0 = at.tile * BLOCK_Q;
@@ -185,10 +163,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         ptx::mbarrier_wait(KV_full, 0);
 #if INTERVAL
         ToldVisit now(told_smem, barriers.Q_full);
-#elif LISTED
-        Visit now(p, maps, k_tile, b_kv_h);
 #else
-        Visit now(p, j0, b_kv_h);
+        VisitOf<LEAVES_OUT> now(p, maps, k_tile, b_kv_h);
 #endif
         for (; now.more(); now.advance(p)) {
             const Slot<STAGES> slot = now.slot();
@@ -432,6 +408,14 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         store_16_rows<Tile_K, RowOrder>(head_of(p.dk, b, kv_h), smem, p.dk.stride_n, warp_row, lane, j0, p.Nk, p.D);
         store_16_rows<Tile_K, RowOrder>(head_of(p.dv, b, kv_h), smem + Tile_K::BYTES, p.dv.stride_n, warp_row, lane, j0, p.Nk, p.Dv);
     }
+}
+
+template <bool ALTERNATE>
+__global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
+#if LISTED
+    if (leaves_out(maps)) return backward<false, true>(p, maps);
+#endif
+    backward<ALTERNATE, false>(p, maps);
 }
 
 extern "C" int64_t workspace_floats(const AttentionParams* params) { return backward_floats(*params); }

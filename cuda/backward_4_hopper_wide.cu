@@ -57,7 +57,9 @@ __device__ inline auto& shared_if_equal(float (&first)[N], float (&second)[M]) {
     else return second;
 }
 
-__global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
+// LEAVES_OUT: whether a mask leaves out tiles. The code without it is as fast as if nobody had looked.
+template <bool LEAVES_OUT>
+__device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
     const uint32_t K_smem = ptx::smem_address(smem);                  // [BLOCK_K, HEAD_DIM]
@@ -73,14 +75,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
     const uint32_t KV_full = ptx::smem_address(&barriers.KV_full), mask_empty = ptx::smem_address(&barriers.mask_empty);
     auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
 
-    // One block computes dK and dV of BLOCK_K keys. Causal: the first keys are seen by the most rows, and start first.
+    // One block computes dK and dV of BLOCK_K keys.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
-#if INTERVAL || LISTED
-    const int unit = unit_of_block(maps);
-    const int k_tile = unit % k_tiles, b_kv_h = unit / k_tiles;
-#else
-    const int k_tile = blockIdx.x % k_tiles, b_kv_h = blockIdx.x / k_tiles;  // b_kv_h = b·Hkv + kv_h
-#endif
+    const auto [k_tile, b_kv_h] = unit_of_block<LEAVES_OUT>(p, maps, k_tiles);
     const int j0 = k_tile * BLOCK_K, offset = diagonal(p);                   // causal: row i sees columns j ≤ i + offset
 
     if (threadIdx.x == 0) {
@@ -108,10 +105,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
 #if INTERVAL
             Visit at(p, maps, k_tile, b_kv_h);
             for (; at.more(); at.advance(maps)) {
-#elif LISTED
-            for (Visit at(p, maps, k_tile, b_kv_h); at.more(); at.advance(p)) {
 #else
-            for (Visit at(p, j0, b_kv_h); at.more(); at.advance(p)) {
+            for (VisitOf<LEAVES_OUT> at(p, maps, k_tile, b_kv_h); at.more(); at.advance(p)) {
 #endif
                 const Slot<STAGES> slot = at.slot();
                 const int stage = slot.stage, i0 = at.tile * BLOCK_Q;
@@ -172,7 +167,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         using Visited = ToldVisit;
         auto cut = [&](const Visited& at) { return at.cut != 0; };
 #else
-        using Visited = Visit;
+        using Visited = VisitOf<LEAVES_OUT>;
         auto cut = [&](const Visited& at) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? at.tile * BLOCK_Q + offset + 1 : p.Nk); };
 #endif
 
@@ -337,10 +332,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         ptx::mbarrier_wait(KV_full, 0);
 #if INTERVAL
         ToldVisit next(told_smem, barriers.Q_full);
-#elif LISTED
-        Visit next(p, maps, k_tile, b_kv_h);
 #else
-        Visit next(p, j0, b_kv_h);
+        VisitOf<LEAVES_OUT> next(p, maps, k_tile, b_kv_h);
 #endif
         if (next.more()) {
             // The first tile has no predecessor whose products could run under its exponentials.
@@ -436,6 +429,13 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_const
         store_16_rows<Tile_V, RowOrder, V_COLUMNS>(head_of(p.dv, b, kv_h), smem + Tile_K::BYTES, p.dv.stride_n, warp * 16, lane, j0, p.Nk, p.Dv,
                                                    consumer * V_COLUMNS, consumer * (V_CHUNKS - V_COLUMNS / 8));
     }
+}
+
+__global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
+#if LISTED
+    if (leaves_out(maps)) return backward<true>(p, maps);
+#endif
+    backward<false>(p, maps);
 }
 
 extern "C" int64_t workspace_floats(const AttentionParams* params) { return backward_floats(*params); }

@@ -8,12 +8,12 @@ constexpr int GROUP = 128;  // threads of a warpgroup
 constexpr int THREADS = GROUP * (1 + CONSUMERS);
 constexpr int DBIAS_ROWS = 128;  // of a tile of a bias' gradient
 constexpr int PADDED_TO = SCORE & SCORE_BIAS ? DBIAS_ROWS : BLOCK_Q;
+#include "seen_tiles.cuh"
 #include "backward_workspace.cuh"
 #include "keep_bits.cuh"
 #include "longest_first.cuh"
 #include "mask_start.cuh"
 #include "ptx_hopper.cuh"
-#include "seen_tiles.cuh"
 #include "score_tile.cuh"
 #include "tensor_map.cuh"
 
@@ -47,16 +47,29 @@ struct Maps {
 #endif
 };
 
-#if INTERVAL || LISTED
-// A block's tile of keys, of all heads one after another.
-__device__ inline int unit_of_block(const Maps& maps) {
-#if LISTED
-    return maps.seen_tiles.words == nullptr || maps.order.none() ? blockIdx.x : maps.order.units[blockIdx.x];
+// A block's tile of keys and its head, b·Hkv + kv_h: head after head, whose Q, dO and dQ then stay in the L2 cache. Causal: a head's first keys are
+// seen by the most rows, and start first. LEAVES_OUT: whether a mask leaves out tiles.
+struct Unit {
+    int k_tile, b_kv_h;
+};
+template <bool LEAVES_OUT>
+__device__ inline Unit unit_of_block([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] const Maps& maps, int k_tiles) {
+#if INTERVAL
+    const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
 #else
-    return maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
+    unsigned unit = blockIdx.x;
 #endif
+#if LISTED
+    if (LEAVES_OUT) unit = maps.order.units[unit];
+#endif
+#if CAUSAL && !INTERVAL && HEAD_DIM > 64 && HEAD_DIM <= 128
+    // So do those of the last few heads, two blocks for each multiprocessor: else the longest block of the last head would start when all others are
+    // nearly done. Not where so few heads do not fit the cache together.
+    const int heads = p.B * p.Hkv, last = min(heads, 2 * p.sm_count / k_tiles), block = static_cast<int>(unit) - (heads - last) * k_tiles;
+    if (!LEAVES_OUT && 2 * k_tiles <= p.sm_count && block >= 0) return {block / last, heads - last + block % last};
+#endif
+    return {static_cast<int>(unit % k_tiles), static_cast<int>(unit / k_tiles)};
 }
-#endif
 
 // The tiles of Q that see some of a block's keys, of every query head that shares them: head bh = b·H + h, tile, and its index among them. Causal:
 // from the last tile down, so that the blocks of a head are at the same tile at about the same time; taking turns, they must be.
@@ -123,14 +136,16 @@ private:
         bh = uniform(now.bh), tile = uniform(now.tile), cut = uniform(now.cut);
     }
 };
-#elif LISTED
-struct Visit {
+#else
+#if LISTED
+// Where a mask leaves out tiles: from the last one down.
+struct ListedVisit {
     const SeenTiles& seen;
     const int k_tile, first, end_bh;  // first: the first tile whose rows the diagonal lets see some of the block's keys
     int bh, tile, n = 0;
     uint32_t word = 0;  // of the tile's chunk of 32: those that are left
 
-    __device__ Visit(const AttentionParams& p, const Maps& maps, int k_tile, int b_kv_h)
+    __device__ ListedVisit(const AttentionParams& p, const Maps& maps, int k_tile, int b_kv_h)
         : seen(maps.seen_tiles), k_tile(k_tile), first(first_row_of(p, k_tile * BLOCK_K) / BLOCK_Q), end_bh((b_kv_h + 1) * (p.H / p.Hkv)) {
         bh = b_kv_h * (p.H / p.Hkv), tile = tiles(p);
         settle(p);
@@ -142,7 +157,6 @@ struct Visit {
         settle(p);
     }
     __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
-    __device__ int turn(const AttentionParams&, int k_tile) const { return k_tile; }
 
 private:
     __device__ static int tiles(const AttentionParams& p) { return (p.Nq + BLOCK_Q - 1) / BLOCK_Q; }
@@ -163,15 +177,16 @@ private:
         tile = tile / 32 * 32 + bit;
     }
 };
-#else
+#endif
+
 struct Visit {
     int begin, end, end_bh;
     int bh, tile, n = 0;
 
-    __device__ Visit(const AttentionParams& p, int j0, int b_kv_h) {
+    __device__ Visit(const AttentionParams& p, const Maps&, int k_tile, int b_kv_h) {
         const int tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, group = p.H / p.Hkv;
         begin = CAUSAL ? tiles - 1 : 0;
-        end = CAUSAL ? max(0, j0 - diagonal(p)) / BLOCK_Q - 1 : tiles;
+        end = CAUSAL ? max(0, k_tile * BLOCK_K - diagonal(p)) / BLOCK_Q - 1 : tiles;
         end_bh = (b_kv_h + 1) * group;
         bh = begin == end || (CAUSAL && begin < end) ? end_bh : b_kv_h * group;
         tile = begin;
@@ -185,6 +200,15 @@ struct Visit {
     __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
     __device__ int turn(const AttentionParams&, int k_tile) const { return k_tile; }
 };
+#endif
+
+#if LISTED
+__device__ inline bool leaves_out(const Maps& maps) { return maps.seen_tiles.words != nullptr && !maps.order.none(); }
+template <bool LEAVES_OUT>
+using VisitOf = std::conditional_t<LEAVES_OUT, ListedVisit, Visit>;
+#else
+template <bool>
+using VisitOf = Visit;
 #endif
 
 #if SCORE
@@ -299,6 +323,17 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
 #if INTERVAL
     if (const cudaError_t error = summarise(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K); error != cudaSuccess) return error;
 #endif
+#if LISTED
+    // Where gradients must repeat, blocks take turns by the numbers of their keys, and visit every tile.
+    SeenTiles seen_tiles{};
+    const Order order(workspace_for_order(p));
+    if (!p.deterministic && p.Nq > 0 && k_blocks > 0 && worth_looking(p, BLOCK_Q, BLOCK_K)) {
+        const int64_t k_tiles = tiles_of(p.Nk, BLOCK_K);
+        seen_tiles = {reinterpret_cast<uint32_t*>(workspace_for_seen(p)), static_cast<int>(k_tiles), static_cast<int>(tiles_of(tiles_of(p.Nq, BLOCK_Q), 32))};
+        if (const cudaError_t error = look<BLOCK_K, BLOCK_Q>(p, seen_tiles, KeyTileLength{seen_tiles}, order, k_blocks); error != cudaSuccess) return error;
+        launch_early(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);  // runs beside these
+    } else
+#endif
     if (all_rows > 0) launch_kernel(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);
     if (k_blocks > 0) {
         // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
@@ -311,14 +346,7 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         Maps maps = {};
 #endif
 #if LISTED
-        // Where gradients must repeat, blocks take turns by the numbers of their keys, and visit every tile.
-        if (!p.deterministic && p.Nq > 0 && worth_looking(p, BLOCK_Q, BLOCK_K)) {
-            const int64_t k_tiles = tiles_of(p.Nk, BLOCK_K);
-            maps.seen_tiles = {reinterpret_cast<uint32_t*>(workspace_for_seen(p)), static_cast<int>(k_tiles), static_cast<int>(tiles_of(tiles_of(p.Nq, BLOCK_Q), 32))};
-            maps.order = Order(workspace_for_order(p));
-            if (error == cudaSuccess) error = look<BLOCK_K, BLOCK_Q>(p, maps.seen_tiles);
-            if (error == cudaSuccess) error = put_longest_first(p, KeyTileLength{maps.seen_tiles}, maps.order, k_blocks, p.sm_count);
-        }
+        maps.seen_tiles = seen_tiles, maps.order = order;
 #endif
         if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BOX_ROWS<Tile_K, RowOrder>);
         if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BOX_ROWS<Tile_V, RowOrder>);

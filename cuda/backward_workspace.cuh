@@ -87,6 +87,10 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_c
     float4* dQ = reinterpret_cast<float4*>(workspace.dQ + static_cast<int64_t>(blockIdx.x) * PREPARE_ROWS * HEAD_DIM);
 #pragma unroll
     for (int e = threadIdx.x; e < PREPARE_ROWS * HEAD_DIM / 4; e += PREPARE_THREADS) dQ[e] = make_float4(0, 0, 0, 0);
+#if LISTED
+    // Launched early, it runs beside the kernels that look through the mask. One block waits for them, and with it what comes next.
+    if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();
+#endif
 }
 
 // ---- after: dQ out of fragment order, scaled and rounded. One warp takes 16 rows, through shared memory so that it writes 16 bytes a lane.

@@ -31,7 +31,8 @@ __device__ inline void multiply_PV(float (&O_rmem)[V_HEAD_DIM / 2], const uint32
     ptx::wgmma_commit_group();
 }
 
-// Consumer 0, 1, …: 64 rows of each tile of Q.
+// Consumer 0, 1, …: 64 rows of each tile of Q. TOLD: which tile of keys has come, it is told.
+template <bool TOLD>
 __device__ inline void consume(const AttentionParams& p, const Maps& maps, const Shared& shared, int consumer) {
     Barriers& barriers = shared.barriers;
     const int lane = threadIdx.x % 32;
@@ -69,19 +70,13 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         return Work{uniform(work.i0), uniform(work.h), uniform(work.b), uniform(work.k_tiles)};
 #endif
     };
-    // First key of a work's n-th tile; under a mask, of the tile that has come last.
-#if LISTED
-    int j0_told = 0;
-    auto j0_of = [&](const Work&, int) { return j0_told; };
-#else
-    auto j0_of = [&](const Work& work, int n) { return work.j0(n); };
-#endif
+    // First key of a work's n-th tile; told, of the tile that has come last.
+    [[maybe_unused]] int j0_told = 0;
+    auto j0_of = [&](const Work& work, int n) { return TOLD ? j0_told : work.j0(n); };
     // K, and the mask, from which S's sums start.
     auto await_K = [&](const Slot_KV& slot, [[maybe_unused]] const Work& work, [[maybe_unused]] int tile) {
         ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
-#if LISTED
-        if (TELLS) j0_told = uniform(shared.j0[slot.stage]);
-#endif
+        if (TOLD) j0_told = uniform(shared.j0[slot.stage]);
 #if MASK
         rows.start(S_rmem, shared.mask + slot.stage * MASK_BYTES, work, j0_of(work, tile));
 #endif

@@ -32,6 +32,10 @@ __global__ void __launch_bounds__(THREADS, 1)
     int* const j0 = nullptr;
 #endif
     const Shared shared(smem, barriers, works, j0);
+#if LISTED
+    if (schedule.seen.words != nullptr) ptx::griddepcontrol_wait();  // what has been found of the mask is visible
+    const bool leaves_out = uniform(schedule.leaves_out());  // the loops without it are as fast as if nobody had looked
+#endif
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < Q_STAGES; ++stage) {
             ptx::mbarrier_init(barrier(barriers.Q_full, stage), 1);
@@ -53,13 +57,20 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0)
-            produce(p, maps, schedule, shared);
-        else if (threadIdx.x / 32 == 1)
+        if (threadIdx.x == 0) {
+#if LISTED
+            if (leaves_out) produce<true>(p, maps, schedule, shared);
+            else
+#endif
+                produce<false>(p, maps, schedule, shared);
+        } else if (threadIdx.x / 32 == 1)
             write_rows_without_keys(p, schedule);
     } else {
         ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
-        consume(p, maps, shared, group - 1);
+#if LISTED
+        if (TELLS && leaves_out) return consume<TELLS>(p, maps, shared, group - 1);
+#endif
+        consume<false>(p, maps, shared, group - 1);
     }
 }
 
@@ -108,6 +119,10 @@ extern "C" int attention(const AttentionParams* params) {
 #endif
     if (error != cudaSuccess) return error;
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));
-    launch_kernel(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
+#if LISTED
+    if (schedule.seen.words != nullptr) launch_early(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
+    else
+#endif
+        launch_kernel(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
     return cudaGetLastError();
 }

@@ -3,20 +3,13 @@
 
 #include "forward_4_schedule.cuh"
 
+// LEAVES_OUT: whether a mask leaves out tiles of keys. Where it does not, nothing is asked before a tile's load.
+template <bool LEAVES_OUT>
 __device__ inline void produce(const AttentionParams& p, const Maps& maps, const Schedule& schedule, const Shared& shared) {
     int m = 0, q = 0, n = 0;  // of all works, tiles of Q, tiles of keys
-#if LISTED
-    const bool leaves_out = schedule.leaves_out();
-#elif !INTERVAL
-    constexpr bool leaves_out = false;
-#endif
     auto next_with_keys = [&] {
         Work work;
-#if INTERVAL
-        while (schedule.deal(p, m++, work))
-#else
-        while (schedule.deal(p, m++, work, leaves_out))
-#endif
+        while (schedule.template deal<LEAVES_OUT>(p, m++, work))
             if (work.k_tiles > 0) return work;
         return Work{};
     };
@@ -47,40 +40,29 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
     Keys keys{}, before;  // V is loaded a tile later than K: it is needed later, and its stage is in use for longer
     auto load_V = [&] { load(Tile_V(), Slot_KV(n - 1), shared.V, maps.v, shared.barriers.V_full, shared.barriers.V_empty, before, 0); };
 
-#if LISTED
-    Work &work = shared.works[Q_STAGES], &next = shared.works[Q_STAGES + 1];  // where they take no registers
+    // Where tiles are left out, registers do not suffice for two works.
+    Work own[2];
+    Work &work = LEAVES_OUT ? shared.works[Q_STAGES] : own[0], &next = LEAVES_OUT ? shared.works[Q_STAGES + 1] : own[1];
     work = next_with_keys();
-#else
-    Work work = next_with_keys();
-#endif
     if (AHEAD) hand_out(work);
     while (work.k_tiles > 0) {
         // Known early, as it takes a while to find out; at D 256 an interval's limits leave no registers to keep it in.
         constexpr bool EARLY = AHEAD || !INTERVAL;
-#if LISTED
-        Walk walk(p, work);
-#else
-        const Work next = EARLY ? next_with_keys() : Work{};
-#endif
+        if (!LEAVES_OUT) next = EARLY ? next_with_keys() : Work{};
+        Walk<LEAVES_OUT> walk(p, work);
         for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
             const Slot_KV slot(n);
-#if LISTED
-            before = keys, keys = {walk.next(p, schedule.seen, work, leaves_out) * BLOCK_K, kv_head(p, work.h), work.b};
-            if (TELLS) {
+            before = keys, keys = {walk.next(p, schedule, work, tile), kv_head(p, work.h), work.b};
+            if (LEAVES_OUT && TELLS) {
                 ptx::mbarrier_wait(barrier(shared.barriers.K_empty, slot.stage), slot.parity ^ 1);
                 shared.j0[slot.stage] = keys.j0;  // seen by those who have waited for "full"
             }
-#else
-            before = keys, keys = {work.j0(tile), kv_head(p, work.h), work.b};
-#endif
             load(Tile_K(), slot, shared.K, maps.k, shared.barriers.K_full, shared.barriers.K_empty, keys, MASK ? schedule.mask_bytes : 0);
             if (MASK)
                 ptx::cp_async_bulk_tensor_4d(ptx::smem_address(shared.mask + slot.stage * MASK_BYTES), &maps.mask, keys.j0 / BIT_COLUMNS * 4, work.i0,
                                              work.h, work.b, barrier(shared.barriers.K_full, slot.stage));
             if (n > 0) load_V();
-#if LISTED
-            if (tile == min(1, work.k_tiles - 1)) next = next_with_keys();  // takes a while: the first tiles are on their way
-#endif
+            if (LEAVES_OUT && tile == min(1, work.k_tiles - 1)) next = next_with_keys();  // takes a while: the first tiles are on their way
             if (AHEAD && tile + 1 == work.k_tiles) hand_out(next);
             if (!AHEAD && tile == 0) hand_out(work);
         }
@@ -110,6 +92,6 @@ __device__ inline void write_rows_without_keys(const AttentionParams& p, const S
     }
 #endif
     Work work;
-    for (int m = 0; schedule.deal(p, m, work); ++m) write(work);
+    for (int m = 0; schedule.deal<false>(p, m, work); ++m) write(work);
 #endif
 }

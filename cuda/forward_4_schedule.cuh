@@ -13,8 +13,8 @@ struct Work {
     Interval all;  // that every row sees
 
     __device__ int j0(int n) const { return (first_tile + k_tiles - 1 - n) * BLOCK_K; }
-#elif !LISTED
-    // First key of the n-th tile.
+#else
+    // First key of the n-th tile, where the mask leaves out none.
     __device__ int j0(int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
 #endif
 };
@@ -40,6 +40,7 @@ struct Schedule {
     Order order;
 
     // The block's m-th work. False if there are not so many.
+    template <bool>
     __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
         int unit = p.seen.spans == nullptr ? m * gridDim.x + blockIdx.x : order.take(units);
         if (unit >= units) return false;
@@ -107,10 +108,11 @@ struct Schedule {
 #if LISTED
     __device__ bool leaves_out() const { return seen.words != nullptr && !order.none(); }
 #endif
-    // The block's m-th work. False if there are not so many. leaves_out: as above.
-    __device__ bool deal(const AttentionParams& p, int m, Work& work, [[maybe_unused]] bool leaves_out = false) const {
+    // The block's m-th work. False if there are not so many. LEAVES_OUT: whether the mask leaves out some tile.
+    template <bool LEAVES_OUT>
+    __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
 #if LISTED
-        if (leaves_out) {
+        if constexpr (LEAVES_OUT) {
             const int tile = order.take(p.B * p.H * q_tiles);
             if (tile >= p.B * p.H * q_tiles) return false;
             work = work_of(p, tile);
@@ -146,25 +148,6 @@ struct Schedule {
 };
 
 #if LISTED
-// A work's tiles of keys, from the last to the first.
-struct Walk {
-    int tile;       // those before this one are left
-    uint32_t word;  // of them, those of its chunk that are visited
-
-    __device__ Walk(const AttentionParams& p, const Work& work) : tile(tiles_seen(p, work.i0, BLOCK_Q)), word(0) {}
-    // The next one. There is one.
-    __device__ int next(const AttentionParams& p, const SeenTiles& seen, const Work& work, bool leaves_out) {
-        while (word == 0) {
-            const int chunk = (tile - 1) / 32;
-            word = (leaves_out ? seen.word(p, work.b, work.h, work.i0 / BLOCK_Q, chunk) : ~0u) & first_bits(tile - 32 * chunk);
-            tile = 32 * chunk;
-        }
-        const int bit = 31 - __clz(word);
-        word ^= 1u << bit;
-        return tile + bit;
-    }
-};
-
 // A tile of Q visits so many tiles of keys, which is noted on the way.
 struct QueryTileLength {
     static constexpr bool SAYS_MOST = true;
@@ -191,14 +174,40 @@ inline cudaError_t prepare_schedule(Schedule& schedule, const AttentionParams& p
     schedule.seen = {reinterpret_cast<uint32_t*>(p.workspace), schedule.q_tiles, static_cast<int>(tiles_of(k_tiles, 32))};
     schedule.order = Order(p.workspace + SeenTiles::floats(p, schedule.q_tiles, k_tiles));
     schedule.counts = schedule.order.units + Order::floats(units) - 4;
-    const cudaError_t error = look<BLOCK_Q, BLOCK_K>(p, schedule.seen);
-    return error != cudaSuccess ? error : put_longest_first(p, QueryTileLength{schedule.seen, schedule.counts}, schedule.order, units, p.sm_count);
+    return look<BLOCK_Q, BLOCK_K>(p, schedule.seen, QueryTileLength{schedule.seen, schedule.counts}, schedule.order, units);
 }
+#endif
+#endif
 
-// Whether consumers need to know which tile of keys has come: the producer then tells them.
+// A work's tiles of keys, from the last to the first.
+template <bool LEAVES_OUT>
+struct Walk {
+    __device__ Walk(const AttentionParams&, const Work&) {}
+    // First key of the n-th.
+    __device__ int next(const AttentionParams&, const Schedule&, const Work& work, int n) const { return work.j0(n); }
+};
+#if LISTED
+template <>
+struct Walk<true> {
+    int tile;       // those before this one are left
+    uint32_t word;  // of them, those of its chunk that are visited
+
+    __device__ Walk(const AttentionParams& p, const Work& work) : tile(tiles_seen(p, work.i0, BLOCK_Q)), word(0) {}
+    __device__ int next(const AttentionParams& p, const Schedule& schedule, const Work& work, int) {
+        while (word == 0) {
+            const int chunk = (tile - 1) / 32;
+            word = schedule.seen.word(p, work.b, work.h, work.i0 / BLOCK_Q, chunk) & first_bits(tile - 32 * chunk);
+            tile = 32 * chunk;
+        }
+        const int bit = 31 - __clz(word);
+        word ^= 1u << bit;
+        return (tile + bit) * BLOCK_K;
+    }
+};
+#endif
+
+// Whether consumers need to know which tile of keys has come: where some are left out, the producer tells them.
 constexpr bool TELLS = CAUSAL || DROPOUT || SLOPED || BLOCK_K < BIT_COLUMNS;
-#endif
-#endif
 
 // What the threads of a block share: their tiles, the barriers, and what each Q is for. A work without keys says that there is no more.
 struct Shared {
@@ -210,7 +219,7 @@ struct Shared {
     uint8_t* mask;  // STAGES × [BLOCK_Q] BitRow
     Barriers& barriers;
     Work* works;    // [Q_STAGES]
-    int* j0;        // [STAGES]: under a mask, the first key of each tile
+    int* j0;        // [STAGES]: under a mask that leaves out tiles, the first key of each
 
     __device__ Shared(uint8_t* smem, Barriers& barriers, Work* works, int* j0)
         : Q(ptx::smem_address(smem)),

@@ -641,7 +641,7 @@ extern "C" int attention(const AttentionParams* params) {
     const cudaError_t error = c.rows == 16 ? launch_forward<1>(c, blocks) : launch_forward<MOST_M_TILES>(c, blocks);
     if (error != cudaSuccess || c.splits == 1) return error;
     const int64_t all = p.B * p.Hkv * packed;
-    if (c.splits > 2 * AT_ONCE) launch_early(merge_kernel<MERGE_WARPS>, static_cast<unsigned>(all), 32 * MERGE_WARPS, p.stream, c);
-    else launch_early(merge_kernel<1>, static_cast<unsigned>(tiles_of(all, MERGE_WARPS)), 32 * MERGE_WARPS, p.stream, c);
+    if (c.splits > 2 * AT_ONCE) launch_early(merge_kernel<MERGE_WARPS>, static_cast<unsigned>(all), 32 * MERGE_WARPS, 0, p.stream, c);
+    else launch_early(merge_kernel<1>, static_cast<unsigned>(tiles_of(all, MERGE_WARPS)), 32 * MERGE_WARPS, 0, p.stream, c);
     return cudaGetLastError();
 }

@@ -16,17 +16,17 @@ inline void launch_kernel(void (*kernel)(P...), dim3 blocks, int threads, int sm
 // run, and wait for the other's end themselves (griddepcontrol_wait).
 constexpr bool LAUNCHED_EARLY = ARCH >= 90;
 template <class... P, class... A>
-inline void launch_early(void (*kernel)(P...), dim3 blocks, int threads, cudaStream_t stream, const A&... arguments) {
+inline void launch_early(void (*kernel)(P...), dim3 blocks, int threads, int smem_bytes, cudaStream_t stream, const A&... arguments) {
 #ifdef __CUDACC__
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = LAUNCHED_EARLY;
     cudaLaunchConfig_t config{};
-    config.gridDim = blocks, config.blockDim = dim3(threads), config.stream = stream;
+    config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = smem_bytes, config.stream = stream;
     config.attrs = &attribute, config.numAttrs = LAUNCHED_EARLY;
     cudaLaunchKernelEx(&config, kernel, arguments...);
 #else
-    launch_kernel(kernel, blocks, threads, 0, stream, arguments...);
+    launch_kernel(kernel, blocks, threads, smem_bytes, stream, arguments...);
 #endif
 }
 

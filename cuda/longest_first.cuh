@@ -41,6 +41,10 @@ __global__ void __launch_bounds__(32 * ORDER_WARPS)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int stretch = (units + 32 * ORDER_WARPS - 1) / (32 * ORDER_WARPS) * 32, begin = warp * stretch + lane, end = min(units, (warp + 1) * stretch);
 
+    if (Length::SAYS_MOST) {
+        ptx::griddepcontrol_launch_dependents();
+        ptx::griddepcontrol_wait();  // lengths are known
+    }
     float sum = 0;
     bool shorter = !Length::SAYS_MOST;
     for (int unit = begin; unit < end; unit += 32) {
@@ -109,7 +113,9 @@ __global__ void __launch_bounds__(32 * ORDER_WARPS)
 template <class Length>
 inline cudaError_t put_longest_first(const AttentionParams& p, const Length& length, const Order& order, int64_t units, int64_t blocks) {
     if (units == 0) return cudaSuccess;
-    launch_kernel(order_kernel<Length>, 1, 32 * ORDER_WARPS, 0, p.stream, p, length, order, static_cast<int>(units), static_cast<int>(blocks));
+    const int count = static_cast<int>(units), takers = static_cast<int>(blocks);
+    if (Length::SAYS_MOST) launch_early(order_kernel<Length>, 1, 32 * ORDER_WARPS, 0, p.stream, p, length, order, count, takers);
+    else launch_kernel(order_kernel<Length>, 1, 32 * ORDER_WARPS, 0, p.stream, p, length, order, count, takers);
     return cudaGetLastError();
 }
 #endif

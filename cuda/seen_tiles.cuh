@@ -62,6 +62,8 @@ __global__ void __launch_bounds__(32 * LOOK_WARPS) look_kernel(const __grid_cons
     const int64_t stride = BY_KEYS ? p.mask.stride_j : p.mask.stride_i;
     const uint32_t* bits = static_cast<const uint32_t*>(p.mask.data) + head / heads * p.mask.stride_b + head % heads * p.mask.stride_h +
                            (BY_KEYS && one_row(p) ? 0 : other * (COLUMNS / 32));
+    ptx::griddepcontrol_launch_dependents();
+    ptx::griddepcontrol_wait();  // the mask is packed
     bool found = !there;
     for (int row = begin + warp; row < end && !__all_sync(0xffffffff, found); row += AT_ONCE * LOOK_WARPS) {
         if (found) continue;
@@ -83,12 +85,17 @@ __global__ void __launch_bounds__(32 * LOOK_WARPS) look_kernel(const __grid_cons
     seen.words[blockIdx.x] = all;
 }
 
-// What kernels that follow on the stream find in `seen`.
-template <int ROWS, int COLUMNS>
-inline cudaError_t look(const AttentionParams& p, const SeenTiles& seen) {
+// What kernels that follow on the stream find in `seen`, and the order in which blocks take `units` units of such lengths. The kernels are launched early: a
+// kernel that is launched early after them (launch.cuh) waits for both, if it waits.
+template <int ROWS, int COLUMNS, class Length>
+inline cudaError_t look(const AttentionParams& p, const SeenTiles& seen, const Length& length, const Order& order, int64_t units) {
     const int64_t blocks = SeenTiles::lines(p, seen.tiles) * seen.of_line;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    if (blocks > 0) launch_kernel(look_kernel<ROWS, COLUMNS>, static_cast<unsigned>(blocks), 32 * LOOK_WARPS, 0, p.stream, p, seen);
-    return cudaGetLastError();
+    if (blocks == 0) return cudaSuccess;
+    const unsigned count = static_cast<unsigned>(blocks);
+    // In a backward, what is launched early after it does not wait for what came before.
+    if (MASK == MASK_OF_BITS) launch_early(look_kernel<ROWS, COLUMNS>, count, 32 * LOOK_WARPS, 0, p.stream, p, seen);
+    else launch_kernel(look_kernel<ROWS, COLUMNS>, count, 32 * LOOK_WARPS, 0, p.stream, p, seen);
+    return put_longest_first(p, length, order, units, p.sm_count);
 }
 #endif
