@@ -49,16 +49,46 @@ def check_kinds_in_half_types(target, causal, kind, dtype):
     against_truth(Case(Nq=290, Nk=530, H=4, Hkv=2, D=16, causal=causal, mask=kind, dtype=dtype), target)
 
 
-@pytest.mark.parametrize("kind", ("structured", "band"))
-@pytest.mark.parametrize("D", (64, 128, 256))
+LARGE = [(D, kind, dropout_p) for D in (64, 128, 192, 256) for kind in ("structured", "band") for dropout_p in (0.0, 0.25)]
+LARGE += [(64, kind, 0.0) for kind in ("left padding", "dead rows", "heads share", "key", "nothing")]
+
+
+@pytest.mark.parametrize(("D", "kind", "dropout_p"), LARGE)
 @CAUSAL
-def check_large_structured(target, causal, D, kind):
-    """So many tiles that a kernel may look for those that a mask hides whole, and for those in which it hides nothing."""
+def check_large(target, causal, D, kind, dropout_p):
+    """So many tiles that a kernel may look for those that a mask hides whole."""
     if target.device != "cuda":
         pytest.skip("takes too long without a GPU; check_emulated.py has smaller ones")
-    case = Case(B=4, H=8, Hkv=4, Nq=2048, Nk=2000, D=D, causal=causal, mask=kind, dtype=half_served(target))
+    case = Case(B=4, H=8, Hkv=4, Nq=2048, Nk=2000, D=D, causal=causal, mask=kind, dropout_p=dropout_p, dtype=half_served(target))
     skip_unless_served(target, *case.inputs(target.device))
     against_truth(case, target)
+
+
+@CAUSAL
+def check_large_views(target, causal):
+    """The same through strides: what is broadcast, transposed, or starts at an odd column."""
+    if target.device != "cuda":
+        pytest.skip("takes too long without a GPU")
+    case = Case(B=4, H=8, Hkv=4, Nq=1999, Nk=2047, D=64, causal=causal, dtype=half_served(target))
+    q, k, v, _ = case.inputs(target.device)
+    skip_unless_served(target, q, k, v)
+    B, H, Nq, Nk = case.B, case.H, case.Nq, case.Nk
+    full = MASKS["structured"](B, H, 2100, 2100, torch.Generator().manual_seed(5)).to(target.device)
+    views = {
+        "batches expanded": full[:1, :, :Nq, :Nk].expand(B, H, Nq, Nk),
+        "heads expanded": full[:, :1, :Nq, :Nk].expand(B, H, Nq, Nk),
+        "batches and heads expanded": full[:1, :1, :Nq, :Nk],
+        "rows expanded": full[:, :, 1000:1001, :Nk].expand(B, H, Nq, Nk),
+        "columns expanded": full[..., :Nq, 1000:1001].expand(B, H, Nq, Nk),
+        "transposed": full[..., :Nk, :Nq].mT,
+        "odd start": full[..., 3 : 3 + Nq, 1 : 1 + Nk],
+    }
+    report = Report(f"{target}: {case}")
+    dO = case.gradient(target.device, B, H, Nq, case.D)
+    for what, mask in views.items():
+        want = Problem.solve(case, q, k, v, mask.expand(B, H, Nq, Nk), dO, None)
+        report.expect(what, flash(case, target, q, k, v, mask, dO), want)
+    report.verdict()
 
 
 def views(B: int, H: int, Nq: int, Nk: int, device: str) -> dict[str, torch.Tensor]:

@@ -74,6 +74,16 @@ HALF_SLOPED = case(alibi=True)
 HALF_BIASED = case(B=2, Nk=150, bias="batches share", bias_as_q=True)
 HALF_KEY_BIAS = case(B=2, Nk=150, bias="keys", bias_as_q=True)
 
+# Computed with LOOK_ANYWAY: hopper looks through the mask, however small the call.
+BAND = case(Nq=400, Nk=500, mask="band")
+BLIND_BAND = case(Nq=500, Nk=150, mask="band")  # tiles of Q that see nothing
+LONG_BAND = case(H=1, Nq=70, Nk=4300, mask="band")  # more tiles of keys than a word has bits
+STRUCTURED = case(Nq=400, Nk=500, mask="structured")
+STRUCTURED_CAUSAL = case(Nq=400, Nk=500, mask="structured", causal=True)
+NO_STRUCTURE = case(mask="full", Nk=310)
+LOOKED_THROUGH = BAND, BLIND_BAND, LONG_BAND, STRUCTURED, STRUCTURED_CAUSAL, NO_STRUCTURE
+LOOK_ANYWAY = (("int64_t{256} * p.sm_count", "1"),)  # in seen_tiles.cuh
+
 NO_BARRIER, NO_WAIT = "", ""
 
 # (rung, file): what stands there (once, or the place given), what instead, the case
@@ -322,17 +332,37 @@ TABLE = {
         ("+ short_tiles - 1 - place / heads;", "+ short_tiles - place / heads;", LONG_WINDOW),
         ("if (unit >= units) return false;", "if (unit + 1 >= units) return false;", MANY_DOCUMENTS, 0),
         ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
+        ("chunk) & first_bits(tile - 32 * chunk);", "chunk);", STRUCTURED_CAUSAL),
+        ("word ^= 1u << bit;", "word &= word - 1;", BAND),
+        ("Interval{0, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", "Interval{0, (p.Nk + BLOCK_K - 1) / BLOCK_K}", STRUCTURED_CAUSAL),
+    ],
+    ("hopper", "seen_tiles.cuh"): [
+        ("(hidden[n].x & hidden[n].y) != ~0u;", "hidden[n].x != ~0u;", STRUCTURED),
+        ("min(row + n * LOOK_WARPS, end - 1)", "row", STRUCTURED),
+        ("all |= found_smem[w];", "all = found_smem[w];", STRUCTURED),
+        ("other * (COLUMNS / 32))", "lane * (COLUMNS / 32))", LONG_BAND),
+        ("__syncthreads();  // every warp has said what it found", NO_BARRIER, STRUCTURED),
+        ("return head * tiles + tile;", "return tile;", STRUCTURED),
     ],
     ("hopper", "forward_4_producer.cuh"): [
         ("(barrier(empty, slot.stage), slot.parity ^ 1);", "(barrier(empty, slot.stage), slot.parity);", PLAIN),
         ("ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);", NO_WAIT, MANY_TILES),
         ("Tile::BYTES + more_bytes);", "Tile::BYTES);", MASKED),
         ("if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);", "if (work.k_tiles == 0) return;", PLAIN),
+        ("shared.j0[slot.stage] = keys.j0;", "shared.j0[slot.stage] = work.j0(tile);", STRUCTURED_CAUSAL),
+        (
+            "ptx::mbarrier_wait(barrier(shared.barriers.K_empty, slot.stage), slot.parity ^ 1);\n                shared",
+            "shared",
+            STRUCTURED_CAUSAL,
+        ),
+        ("tile += gridDim.x) write(schedule.work_of(p, tile));", "tile += gridDim.x) ;", BLIND_BAND),
     ],
     ("hopper", "longest_first.cuh"): [
         ("order.units[counts[c] + __popc(same & first_bits(lane))] = unit;", "order.units[counts[c]] = unit;", MANY_DOCUMENTS),
         ("before += totals_smem[c];", ";", MANY_DOCUMENTS),
         ("if (threadIdx.x == 0) *order.queue = 0;", ";", MANY_DOCUMENTS),
+        ("order.queue[1] = !shorter;", "order.queue[1] = 0;", NO_STRUCTURE),
+        ("__syncthreads();  // so are lengths", NO_BARRIER, STRUCTURED),
     ],
     ("hopper", "backward_workspace.cuh"): [  # an interval is one short, in the backward only
         ("max(0, keys.stop - keys.start)", "max(0, keys.stop - keys.start - 1)", WINDOW),
@@ -386,11 +416,6 @@ TABLE = {
         ("if (j - rows.z >= rows.w)", "if (j - rows.x >= rows.y)", WINDOW),
         ("const bool cut = now.cut;", "const bool cut = false;", WINDOW),
         ("told_smem[stage] = at;", ";", WINDOW),
-        (
-            "const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;",
-            "const int unit = blockIdx.x / 2;",
-            MANY_DOCUMENTS,
-        ),
         ("ptx::fence_proxy_async();  // this thread's part of dS", NO_BARRIER, PLAIN),
         ("meet();                    // dS is whole", "//", PLAIN),
         ("ptx::wgmma_wait_group<0>();  // dK too", "ptx::wgmma_wait_group<1>();  //", MANY_TILES),
@@ -402,7 +427,6 @@ TABLE = {
         ("dS_smem + now.n % 2 * Tile_dS::BYTES;", "dS_smem;", case(Nq=700)),
         ("consumer * 8 + warp * 2 + lane / 8 % 2", "consumer * 8 + warp * 2 + lane / 16", PLAIN),
         ("k / 4 * Tile_dS::PANEL_BYTES + k % 4 * 32", "k * 32", PLAIN),
-        ("heads - last + block % last", "block % last", case(D=128, H=5, Nq=70, Nk=70, causal=True)),
         ("ptx::advance(K_part, k * 16 * ROW_BYTES)", "ptx::advance(K_part, k * 32)", PLAIN),
         ("ptx::advance(dS_part, k * 16 * ROW_BYTES)", "ptx::advance(dS_part, k * 32)", WIDE_MASKED),
         ("ptx::mbarrier_wait(KV_full, 0);", NO_WAIT, PLAIN),
@@ -415,7 +439,15 @@ TABLE = {
         ("return p.deterministic ? k_tile - maps", "return p.deterministic ? k_tile + 0 * maps", WINDOW_TURNS),
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
         ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
-        ("max(0, j0 - diagonal(p)) / BLOCK_Q - 1", "max(0, j0 - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
+        ("max(0, k_tile * BLOCK_K - diagonal(p)) / BLOCK_Q - 1", "max(0, k_tile * BLOCK_K - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
+        ("heads - last + block % last", "block % last", case(D=128, H=5, Nq=70, Nk=70, causal=True)),
+        (
+            "const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;",
+            "const int unit = blockIdx.x / 2;",
+            MANY_DOCUMENTS,
+        ),
+        ("k_tile, base / 32) & first_bits(tile - base)", "k_tile, base / 32)", STRUCTURED),
+        ("if (LEAVES_OUT) unit = maps.order.units[unit];", "if (LEAVES_OUT) unit = maps.order.units[unit / 2];", STRUCTURED),
         ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
     ],
     ("hopper", "backward_4_hopper_192.cu"): [
@@ -576,7 +608,7 @@ SCORED = {
     ],
     ("hopper", "forward_4_consumer.cuh"): [
         ("ptx::mbarrier_wait(bias_full, n & 1);", NO_WAIT, HALF_BIASED),
-        ("ask_bias(work, work.j0(tile + 1));", "ask_bias(work, work.j0(tile));", HALF_BIASED),
+        ("ask_bias(work, j0_of(work, tile + 1));", "ask_bias(work, j0_of(work, tile));", HALF_BIASED),
         ("        __syncwarp();\n        if (lane > 0) return;", "        if (lane > 0) return;", HALF_BIASED),
         ("            enter(work);", "            ;", case(H=4, alibi=True)),
     ],

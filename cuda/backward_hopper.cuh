@@ -281,16 +281,23 @@ inline float* workspace_for_order(const AttentionParams& p) {
 struct KeyTileLength {
     static constexpr bool SAYS_MOST = true;
     SeenTiles seen;
+    int lines;
 
-    __device__ int most(const AttentionParams& p, int unit) const {
-        return p.H / p.Hkv * max(0, (p.Nq + BLOCK_Q - 1) / BLOCK_Q - first_row_of(p, unit % seen.tiles * BLOCK_K) / BLOCK_Q);
+    __device__ static Interval left(const AttentionParams& p, int k_tile) {
+        const int tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q;
+        return {min(tiles, first_row_of(p, k_tile * BLOCK_K) / BLOCK_Q), tiles};
     }
-
+    __device__ void measure(const AttentionParams& p) const {
+        seen.measure(lines, [&](int k_tile) { return left(p, k_tile); });
+    }
+    __device__ int most(const AttentionParams& p, int unit) const {
+        const Interval some = left(p, unit % seen.tiles);
+        return p.H / p.Hkv * (some.stop - some.start);
+    }
     __device__ int operator()(const AttentionParams& p, int unit) const {
-        const int k_tile = unit % seen.tiles, group = p.H / p.Hkv;
+        const int group = p.H / p.Hkv;
         int length = 0;
-        for (int bh = unit / seen.tiles * group, end = bh + group; bh < end; ++bh)
-            length += seen.count(p, bh / p.H, bh % p.H, k_tile, first_row_of(p, k_tile * BLOCK_K) / BLOCK_Q, (p.Nq + BLOCK_Q - 1) / BLOCK_Q);
+        for (int bh = unit / seen.tiles * group, end = bh + group; bh < end; ++bh) length += seen.length(p, bh / p.H, bh % p.H, unit % seen.tiles);
         return length;
     }
 };
@@ -329,8 +336,9 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
     const Order order(workspace_for_order(p));
     if (!p.deterministic && p.Nq > 0 && k_blocks > 0 && worth_looking(p, BLOCK_Q, BLOCK_K)) {
         const int64_t k_tiles = tiles_of(p.Nk, BLOCK_K);
-        seen_tiles = {reinterpret_cast<uint32_t*>(workspace_for_seen(p)), static_cast<int>(k_tiles), static_cast<int>(tiles_of(tiles_of(p.Nq, BLOCK_Q), 32))};
-        if (const cudaError_t error = look<BLOCK_K, BLOCK_Q>(p, seen_tiles, KeyTileLength{seen_tiles}, order, k_blocks); error != cudaSuccess) return error;
+        seen_tiles = SeenTiles(workspace_for_seen(p), p, k_tiles, tiles_of(p.Nq, BLOCK_Q));
+        const KeyTileLength length{seen_tiles, static_cast<int>(seen_tiles.lines(p))};
+        if (const cudaError_t error = look<BLOCK_K, BLOCK_Q>(p, seen_tiles, length, order, k_blocks); error != cudaSuccess) return error;
         launch_early(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);  // runs beside these
     } else
 #endif

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     } else {
         ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
 #if LISTED
-        if (TELLS && leaves_out) return consume<TELLS>(p, maps, shared, group - 1);
+        if (TELLS && leaves_out) return consume<TELLS>(p, maps, shared.unknown(), ptx::unknown(group - 1));
 #endif
         consume<false>(p, maps, shared, group - 1);
     }
@@ -112,7 +112,7 @@ extern "C" int attention(const AttentionParams* params) {
     const Schedule schedule = schedule_of(p, mask_bytes);
     if (error == cudaSuccess) error = prepare_schedule(schedule, p);
 #elif LISTED
-    Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), mask_bytes, {}, {}, nullptr};
+    Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), mask_bytes, {}, {}};
     if (error == cudaSuccess) error = prepare_schedule(schedule, p);
 #else
     const Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), mask_bytes};

@@ -102,7 +102,6 @@ struct Schedule {
     // Where a mask has been looked through and leaves out some tile, tiles come from a queue, the longest first.
     SeenTiles seen;
     Order order;
-    int* counts;  // of tiles of keys that each visits
 #endif
 
 #if LISTED
@@ -142,28 +141,32 @@ struct Schedule {
     // That of a tile of Q: of all heads one after another.
     __device__ Work work_of(const AttentionParams& p, int tile) const {
         const int bh = tile / q_tiles, i0 = tile % q_tiles * BLOCK_Q;
-        return {i0, bh % p.H, bh / p.H, counts[tile]};
+        return {i0, bh % p.H, bh / p.H, seen.length(p, bh / p.H, bh % p.H, tile % q_tiles)};
     }
 #endif
 };
 
 #if LISTED
-// A tile of Q visits so many tiles of keys, which is noted on the way.
+// A tile of Q visits so many tiles of keys.
 struct QueryTileLength {
     static constexpr bool SAYS_MOST = true;
     SeenTiles seen;
-    int* counts;
+    int lines;
+
+    __device__ void measure(const AttentionParams& p) const {
+        seen.measure(lines, [&](int tile) { return Interval{0, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}; });
+    }
     __device__ int most(const AttentionParams& p, int unit) const { return tiles_seen(p, unit % seen.tiles * BLOCK_Q, BLOCK_Q); }
     __device__ int operator()(const AttentionParams& p, int unit) const {
-        const int bh = unit / seen.tiles, tile = unit % seen.tiles;
-        return counts[unit] = seen.count(p, bh / p.H, bh % p.H, tile, 0, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q));
+        const int bh = unit / seen.tiles;
+        return seen.length(p, bh / p.H, bh % p.H, unit % seen.tiles);
     }
 };
 
 inline int64_t floats_of_schedule(const AttentionParams& p) {
     const int64_t q_tiles = tiles_of(p.Nq, BLOCK_Q);
     if (!worth_looking(p, BLOCK_Q, BLOCK_K)) return 0;
-    return SeenTiles::floats(p, q_tiles, tiles_of(p.Nk, BLOCK_K)) + Order::floats(q_tiles * p.H * p.B) + q_tiles * p.H * p.B;
+    return SeenTiles::floats(p, q_tiles, tiles_of(p.Nk, BLOCK_K)) + Order::floats(q_tiles * p.H * p.B);
 }
 
 // Puts on the stream what the schedule reads.
@@ -171,10 +174,9 @@ inline cudaError_t prepare_schedule(Schedule& schedule, const AttentionParams& p
     if (!worth_looking(p, BLOCK_Q, BLOCK_K)) return cudaSuccess;
     const int64_t k_tiles = tiles_of(p.Nk, BLOCK_K);
     const int units = p.B * p.H * schedule.q_tiles;
-    schedule.seen = {reinterpret_cast<uint32_t*>(p.workspace), schedule.q_tiles, static_cast<int>(tiles_of(k_tiles, 32))};
+    schedule.seen = SeenTiles(p.workspace, p, schedule.q_tiles, k_tiles);
     schedule.order = Order(p.workspace + SeenTiles::floats(p, schedule.q_tiles, k_tiles));
-    schedule.counts = schedule.order.units + Order::floats(units) - 4;
-    return look<BLOCK_Q, BLOCK_K>(p, schedule.seen, QueryTileLength{schedule.seen, schedule.counts}, schedule.order, units);
+    return look<BLOCK_Q, BLOCK_K>(p, schedule.seen, QueryTileLength{schedule.seen, static_cast<int>(schedule.seen.lines(p))}, schedule.order, units);
 }
 #endif
 #endif
@@ -231,4 +233,11 @@ struct Shared {
           barriers(barriers),
           works(works),
           j0(j0) {}
+
+    // The same, for a second copy of the consumers' loop: what the compiler knows to be equal in both, it would keep in registers for both.
+    __device__ Shared unknown() const {
+        Shared other = *this;
+        other.Q = ptx::unknown(Q), other.K = ptx::unknown(K), other.V = ptx::unknown(V), other.O = ptx::unknown(O);
+        return other;
+    }
 };

@@ -30,7 +30,7 @@ struct alignas(16) Order {
     }
 };
 
-// length(p, unit) is a unit's length; length.most(p, unit), if it says so, how long it may be. `blocks` take them. A warp sorts a stretch of units, 32 at a time.
+// length(p, unit) is a unit's length; if it says so, once the block has called length.measure(p), and length.most(p, unit) is how long it may be. `blocks` take them. A warp sorts a stretch of units, 32 at a time.
 template <class Length>
 __global__ void __launch_bounds__(32 * ORDER_WARPS)
     order_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Length length, const __grid_constant__ Order order, int units, int blocks) {
@@ -41,9 +41,11 @@ __global__ void __launch_bounds__(32 * ORDER_WARPS)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int stretch = (units + 32 * ORDER_WARPS - 1) / (32 * ORDER_WARPS) * 32, begin = warp * stretch + lane, end = min(units, (warp + 1) * stretch);
 
-    if (Length::SAYS_MOST) {
+    if constexpr (Length::SAYS_MOST) {
         ptx::griddepcontrol_launch_dependents();
-        ptx::griddepcontrol_wait();  // lengths are known
+        ptx::griddepcontrol_wait();  // what lengths are made of is there
+        length.measure(p);
+        __syncthreads();  // so are lengths
     }
     float sum = 0;
     bool shorter = !Length::SAYS_MOST;

@@ -21,6 +21,13 @@ __device__ inline int tid_x() {
     return x;
 }
 
+// x, of which the compiler knows no more than that it is a number.
+template <class T>
+__device__ inline T unknown(T x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 __device__ inline int ctaid_x() {
     int x;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));

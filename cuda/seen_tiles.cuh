@@ -14,29 +14,41 @@
 #define LISTED (MASK && !INTERVAL && !(MASK == MASK_OF_BITS && (SCORE & SCORE_BIAS)))
 
 #if LISTED
+// A line for each tile of Q or, in a backward, of keys, of each head whose mask is its own.
 struct alignas(16) SeenTiles {
-    uint32_t* words;  // [B or 1, H or 1, tiles, of_line]; NULL: every tile is visited
-    int tiles;        // of Q or, in a backward, of keys
-    int of_line;      // words
+    uint32_t* words;  // [lines, of_line]; NULL: nobody has looked, and every tile is visited
+    int* lengths;     // [lines]: how many tiles each visits, those that the diagonal hides left out
+    int tiles, of_line;
 
-    static int64_t lines(const AttentionParams& p, int64_t tiles) { return tiles * (p.mask.stride_b ? p.B : 1) * (p.mask.stride_h ? p.H : 1); }
+    SeenTiles() = default;
+    __host__ __device__ SeenTiles(float* workspace, const AttentionParams& p, int64_t tiles, int64_t others)
+        : words(reinterpret_cast<uint32_t*>(workspace)), tiles(static_cast<int>(tiles)), of_line(static_cast<int>((others + 31) / 32)) {
+        lengths = reinterpret_cast<int*>(words) + tiles * p.H * p.B * of_line;
+    }
     // When memory is planned for, it is not known yet which dimensions of the mask are broadcast.
-    static int64_t floats(const AttentionParams& p, int64_t tiles, int64_t others) { return whole_chunks(tiles * p.H * p.B * tiles_of(others, 32)); }
+    static int64_t floats(const AttentionParams& p, int64_t tiles, int64_t others) { return whole_chunks(tiles * p.H * p.B * (tiles_of(others, 32) + 1)); }
 
+    int64_t lines(const AttentionParams& p) const { return int64_t{tiles} * (p.mask.stride_b ? p.B : 1) * (p.mask.stride_h ? p.H : 1); }
+    __device__ int line(const AttentionParams& p, int b, int h, int tile) const {
+        const int head = (p.mask.stride_b ? b * (p.mask.stride_h ? p.H : 1) : 0) + (p.mask.stride_h ? h : 0);
+        return head * tiles + tile;
+    }
     // Which of 32 tiles, from 32 · chunk on, a tile visits, the diagonal aside.
     __device__ uint32_t word(const AttentionParams& p, int b, int h, int tile, int chunk) const {
-        if (words == nullptr) return ~0u;
-        const int head = (p.mask.stride_b ? b * (p.mask.stride_h ? p.H : 1) : 0) + (p.mask.stride_h ? h : 0);
-        return words[static_cast<uint32_t>((head * tiles + tile) * of_line + chunk)];  // fewer than 2³¹, as look() has seen
+        return words[static_cast<uint32_t>(line(p, b, h, tile) * of_line + chunk)];  // fewer than 2³¹, as look() has seen
     }
-    // How many tiles from `begin` on, before `end`, it visits.
-    __device__ int count(const AttentionParams& p, int b, int h, int tile, int begin, int end) const {
-        if (words == nullptr) return max(0, end - begin);
-        int count = 0;
-#pragma unroll 1
-        for (int chunk = begin / 32; 32 * chunk < end; ++chunk)
-            count += __popc(word(p, b, h, tile, chunk) & first_bits(end - 32 * chunk) & ~first_bits(begin - 32 * chunk));
-        return count;
+    __device__ int length(const AttentionParams& p, int b, int h, int tile) const { return lengths[line(p, b, h, tile)]; }
+    // By one block: the lengths of all lines. limits(tile): the tiles that the diagonal leaves it.
+    template <class Limits>
+    __device__ void measure(int lines, Limits limits) const {
+        for (int line = threadIdx.x; line < lines; line += blockDim.x) {
+            const Interval left = limits(line % tiles);
+            int length = 0;
+#pragma unroll 8
+            for (int chunk = 0; chunk < of_line; ++chunk)
+                length += __popc(words[static_cast<uint32_t>(line * of_line + chunk)] & first_bits(left.stop - 32 * chunk) & ~first_bits(left.start - 32 * chunk));
+            lengths[line] = length;
+        }
     }
 };
 
@@ -89,7 +101,7 @@ __global__ void __launch_bounds__(32 * LOOK_WARPS) look_kernel(const __grid_cons
 // kernel that is launched early after them (launch.cuh) waits for both, if it waits.
 template <int ROWS, int COLUMNS, class Length>
 inline cudaError_t look(const AttentionParams& p, const SeenTiles& seen, const Length& length, const Order& order, int64_t units) {
-    const int64_t blocks = SeenTiles::lines(p, seen.tiles) * seen.of_line;
+    const int64_t blocks = seen.lines(p) * seen.of_line;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     if (blocks == 0) return cudaSuccess;
     const unsigned count = static_cast<unsigned>(blocks);

@@ -11,6 +11,10 @@ namespace ptx {
 
 inline uint32_t smem_address(const void* p) { return emulator::shared_address(p); }
 inline int tid_x() { return emulator::thread_x(); }
+template <class T>
+T unknown(T x) {
+    return x;
+}
 inline int ctaid_x() { return emulator::block_index().x; }
 
 // ---- asynchronous copies (9.7.9.25.3: cp.async)
