@@ -18,18 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Problem, Report, Target
-from mutations import (
-    IN_PARTS,
-    LOOK_ANYWAY,
-    LOOKED_THROUGH,
-    MUTATIONS,
-    SMALL_PARTS,
-    TURNS,
-    TURNS_FLOAT32,
-    WINDOW_TURNS,
-    Mutation,
-    replaced,
-)
+from mutations import IN_PARTS, MUTATIONS, SMALL_PARTS, TURNS, TURNS_FLOAT32, WINDOW_TURNS, Mutation, replaced
 
 from flash_attention import build
 from flash_attention.backends import BACKENDS, emulated
@@ -49,8 +38,6 @@ def caught_by(mutation: Mutation, folder: Path) -> str | None:
     path.write_text(mutation.apply(path.read_text()))
     if mutation.case in IN_PARTS:
         replaced(copy / "parts_of_heads.cuh", SMALL_PARTS)
-    if mutation.case in LOOKED_THROUGH:
-        replaced(copy / "seen_tiles.cuh", LOOK_ANYWAY)
     target = Target(f"emulated:{mutation.rung}", "cpu")
     problem = Problem.of(mutation.case, target)
     emulated.options.sources = copy

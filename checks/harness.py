@@ -249,6 +249,7 @@ MASKS = {
     "sparse": _random("B", 1, "Nq", "Nk", keep=0.02),
     "transposed": _transposed,
     "dead rows": _dead_rows,
+    "specks": _random("B", "H", "Nq", "Nk", keep=3e-5),
     "structured": _structured,
     "band": _band,
     "nothing": _random("B", "Nk", keep=-1.0),

@@ -74,15 +74,15 @@ HALF_SLOPED = case(alibi=True)
 HALF_BIASED = case(B=2, Nk=150, bias="batches share", bias_as_q=True)
 HALF_KEY_BIAS = case(B=2, Nk=150, bias="keys", bias_as_q=True)
 
-# Computed with LOOK_ANYWAY: hopper looks through the mask, however small the call.
+# hopper looks through these masks for tiles that they hide whole.
 BAND = case(Nq=400, Nk=500, mask="band")
 BLIND_BAND = case(Nq=500, Nk=150, mask="band")  # tiles of Q that see nothing
 LONG_BAND = case(H=1, Nq=70, Nk=4300, mask="band")  # more tiles of keys than a word has bits
 STRUCTURED = case(Nq=400, Nk=500, mask="structured")
-STRUCTURED_CAUSAL = case(Nq=400, Nk=500, mask="structured", causal=True)
+STRUCTURED_CAUSAL = case(Nq=600, Nk=600, mask="structured", causal=True)
+STRUCTURED_GROUPED = case(H=4, Hkv=2, Nq=200, Nk=300, mask="structured")
+SPECKS = case(Nq=400, Nk=500, mask="specks")  # what may be attended are single elements
 NO_STRUCTURE = case(mask="full", Nk=310)
-LOOKED_THROUGH = BAND, BLIND_BAND, LONG_BAND, STRUCTURED, STRUCTURED_CAUSAL, NO_STRUCTURE
-LOOK_ANYWAY = (("int64_t{256} * p.sm_count", "1"),)  # in seen_tiles.cuh
 
 NO_BARRIER, NO_WAIT = "", ""
 
@@ -337,9 +337,9 @@ TABLE = {
         ("Interval{0, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", "Interval{0, (p.Nk + BLOCK_K - 1) / BLOCK_K}", STRUCTURED_CAUSAL),
     ],
     ("hopper", "seen_tiles.cuh"): [
-        ("(hidden[n].x & hidden[n].y) != ~0u;", "hidden[n].x != ~0u;", STRUCTURED),
-        ("min(row + n * LOOK_WARPS, end - 1)", "row", STRUCTURED),
-        ("all |= found_smem[w];", "all = found_smem[w];", STRUCTURED),
+        ("(hidden[n].x & hidden[n].y) != ~0u;", "hidden[n].x != ~0u;", SPECKS),
+        ("min(row + n * LOOK_WARPS, end - 1)", "row", SPECKS),
+        ("all |= found_smem[w];", "all = found_smem[w];", SPECKS),
         ("other * (COLUMNS / 32))", "lane * (COLUMNS / 32))", LONG_BAND),
         ("__syncthreads();  // every warp has said what it found", NO_BARRIER, STRUCTURED),
         ("return head * tiles + tile;", "return tile;", STRUCTURED),
@@ -362,7 +362,6 @@ TABLE = {
         ("before += totals_smem[c];", ";", MANY_DOCUMENTS),
         ("if (threadIdx.x == 0) *order.queue = 0;", ";", MANY_DOCUMENTS),
         ("order.queue[1] = !shorter;", "order.queue[1] = 0;", NO_STRUCTURE),
-        ("__syncthreads();  // so are lengths", NO_BARRIER, STRUCTURED),
     ],
     ("hopper", "backward_workspace.cuh"): [  # an interval is one short, in the backward only
         ("max(0, keys.stop - keys.start)", "max(0, keys.stop - keys.start - 1)", WINDOW),
@@ -446,7 +445,7 @@ TABLE = {
             "const int unit = blockIdx.x / 2;",
             MANY_DOCUMENTS,
         ),
-        ("k_tile, base / 32) & first_bits(tile - base)", "k_tile, base / 32)", STRUCTURED),
+        ("end_bh((b_kv_h + 1) * (p.H / p.Hkv))", "end_bh(b_kv_h * (p.H / p.Hkv) + 1)", STRUCTURED_GROUPED),
         ("if (LEAVES_OUT) unit = maps.order.units[unit];", "if (LEAVES_OUT) unit = maps.order.units[unit / 2];", STRUCTURED),
         ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
     ],

@@ -52,9 +52,15 @@ struct alignas(16) SeenTiles {
     }
 };
 
-// Whether a launch looks: where a multiprocessor visits so many tiles that the time of two small kernels is less than a fiftieth.
+// Whether a launch looks: where a multiprocessor visits so many tiles that the time of two small kernels is less than a fiftieth. The emulator, whose
+// calls are small, looks at nearly all of them.
+#ifdef __CUDACC__
+constexpr int TILES_WORTH_IT = 256;
+#else
+constexpr int TILES_WORTH_IT = 4;
+#endif
 inline bool worth_looking(const AttentionParams& p, int block_q, int block_k) {
-    return tiles_of(p.Nq, block_q) * tiles_of(p.Nk, block_k) * p.H * p.B >= int64_t{256} * p.sm_count;
+    return tiles_of(p.Nq, block_q) * tiles_of(p.Nk, block_k) * p.H * p.B >= int64_t{TILES_WORTH_IT} * p.sm_count;
 }
 
 constexpr int LOOK_WARPS = 4;  // of a block, which finds one word: a lane's tile is COLUMNS bits of each of ROWS rows, of which a warp has every fourth
