@@ -334,7 +334,7 @@ TABLE = {
         ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
         ("chunk) & first_bits(tile - 32 * chunk);", "chunk);", STRUCTURED_CAUSAL),
         ("word ^= 1u << bit;", "word &= word - 1;", BAND),
-        ("Interval{0, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", "Interval{0, (p.Nk + BLOCK_K - 1) / BLOCK_K}", STRUCTURED_CAUSAL),
+        ("Interval{0, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", "Interval{1, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", STRUCTURED),
     ],
     ("hopper", "seen_tiles.cuh"): [
         ("(hidden[n].x & hidden[n].y) != ~0u;", "hidden[n].x != ~0u;", SPECKS),

@@ -1,6 +1,6 @@
 // The order in which blocks take units of work of very different length, as spans and masks make them: the longest first (Graham, 1969), so that no
-// long one starts when the others end. A unit is a tile of Q in the forward, a tile of keys in the backward, numbered head by head; its length is the number of
-// tiles that it visits.
+// long one starts when the others end. A unit is a tile of Q in the forward, a tile of keys in the backward, numbered head by head; its length is the
+// number of tiles that it visits.
 //
 // Sorted by length alone, units that share keys would lie far apart, and each would read them from memory anew. So lengths are sorted into classes, each
 // twice as long as the next, and within a class units keep their order. All that are shorter than a sixteenth of a block's share are one class: whichever
@@ -15,7 +15,7 @@ constexpr int CLASSES = 8;
 
 // In a workspace.
 struct alignas(16) Order {
-    int* queue;  // how many units blocks have taken from it; whether each is as long as it may be (Length::most), so that there is no order
+    int* queue;  // how many units blocks have taken from it; of a mask's, whether there is none
     int* units;  // [units]
 
     Order() = default;
@@ -30,12 +30,13 @@ struct alignas(16) Order {
     }
 };
 
-// length(p, unit) is a unit's length; if it says so, once the block has called length.measure(p), and length.most(p, unit) is how long it may be. `blocks` take them. A warp sorts a stretch of units, 32 at a time.
+// length(p, unit) is a unit's length. `blocks` take them. A warp sorts a stretch of units, 32 at a time. Where lengths come from a mask, the block
+// first measures them, and where each is as long as it may be, length.most(p, unit), there is no order.
 template <class Length>
 __global__ void __launch_bounds__(32 * ORDER_WARPS)
     order_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Length length, const __grid_constant__ Order order, int units, int blocks) {
     __shared__ float sums_smem[ORDER_WARPS];
-    __shared__ bool shorter_smem[ORDER_WARPS];
+    [[maybe_unused]] __shared__ bool shorter_smem[ORDER_WARPS];
     __shared__ int counts_smem[CLASSES][ORDER_WARPS];  // of the class: each warp's units, then all before these
     __shared__ int totals_smem[CLASSES];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -48,22 +49,27 @@ __global__ void __launch_bounds__(32 * ORDER_WARPS)
         __syncthreads();  // so are lengths
     }
     float sum = 0;
-    bool shorter = !Length::SAYS_MOST;
+    [[maybe_unused]] bool shorter = false;
     for (int unit = begin; unit < end; unit += 32) {
         const int its = length(p, unit);
         sum += its;
         if constexpr (Length::SAYS_MOST) shorter |= its < length.most(p, unit);
     }
-    shorter = __any_sync(0xffffffff, shorter);
-    if (lane == 0) shorter_smem[warp] = shorter;
+    if constexpr (Length::SAYS_MOST) {
+        shorter = __any_sync(0xffffffff, shorter);
+        if (lane == 0) shorter_smem[warp] = shorter;
+    }
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
     if (lane == 0) sums_smem[warp] = sum;
     if (threadIdx.x == 0) *order.queue = 0;
     __syncthreads();  // every warp's sum is there
     sum = 0;
-    for (int w = 0; w < ORDER_WARPS; ++w) sum += sums_smem[w], shorter |= shorter_smem[w];
-    if (threadIdx.x == 0) order.queue[1] = !shorter;
-    if (!shorter) return;
+    for (int w = 0; w < ORDER_WARPS; ++w) sum += sums_smem[w];
+    if constexpr (Length::SAYS_MOST) {
+        for (int w = 0; w < ORDER_WARPS; ++w) shorter |= shorter_smem[w];
+        if (threadIdx.x == 0) order.queue[1] = !shorter;
+        if (!shorter) return;
+    }
     const float shortest = sum / (16.0f * blocks);
     auto class_of = [&](int unit) {  // beyond the last unit: none
         if (unit >= end) return CLASSES;

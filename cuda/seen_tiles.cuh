@@ -1,9 +1,10 @@
-// Which tiles a mask leaves to visit, in the hopper kernels: a tile in which nothing may be attended is neither copied nor computed. A small kernel looks
-// through the mask's bits, a tile at a time, and stops at the first that may be attended; so a mask without structure costs next to nothing.
+// Which tiles a mask leaves to visit, in the hopper kernels: a tile in which nothing may be attended is neither copied nor computed. A small kernel
+// looks through the mask's bits, a tile at a time, and stops at the first that may be attended; so a mask without structure costs next to nothing.
 //
-// What it leaves is a bit for each tile: of a tile of Q (forward) or of keys (backward) a line of bits, one for each tile of the other. Those who copy and
-// those who compute walk through them from the last tile to the first, each for itself: the next set bit costs no read. Where a call is so small that the
-// kernel would not pay, there are no lines, and every tile is visited.
+// What it leaves is a bit for each tile: of a tile of Q (forward) or of keys (backward) a line of bits, one for each tile of the other. Those who copy
+// and those who compute walk through them from the last tile to the first, each for itself: the next set bit costs no read. Where every tile is
+// visited, the kernels run loops of their own, which know of no bits and are as fast as if nobody had looked. Where a call is so small that the look
+// would not pay, there are no lines.
 //
 // Not with intervals, which say themselves what is visited, nor in a forward with a bias, which must know a tile ahead where to copy it from.
 #pragma once
@@ -26,7 +27,9 @@ struct alignas(16) SeenTiles {
         lengths = reinterpret_cast<int*>(words) + tiles * p.H * p.B * of_line;
     }
     // When memory is planned for, it is not known yet which dimensions of the mask are broadcast.
-    static int64_t floats(const AttentionParams& p, int64_t tiles, int64_t others) { return whole_chunks(tiles * p.H * p.B * (tiles_of(others, 32) + 1)); }
+    static int64_t floats(const AttentionParams& p, int64_t tiles, int64_t others) {
+        return whole_chunks(tiles * p.H * p.B * (tiles_of(others, 32) + 1));
+    }
 
     int64_t lines(const AttentionParams& p) const { return int64_t{tiles} * (p.mask.stride_b ? p.B : 1) * (p.mask.stride_h ? p.H : 1); }
     __device__ int line(const AttentionParams& p, int b, int h, int tile) const {
@@ -45,8 +48,10 @@ struct alignas(16) SeenTiles {
             const Interval left = limits(line % tiles);
             int length = 0;
 #pragma unroll 8
-            for (int chunk = 0; chunk < of_line; ++chunk)
-                length += __popc(words[static_cast<uint32_t>(line * of_line + chunk)] & first_bits(left.stop - 32 * chunk) & ~first_bits(left.start - 32 * chunk));
+            for (int chunk = 0; chunk < of_line; ++chunk) {
+                const uint32_t leaves = first_bits(left.stop - 32 * chunk) & ~first_bits(left.start - 32 * chunk);
+                length += __popc(words[static_cast<uint32_t>(line * of_line + chunk)] & leaves);
+            }
             lengths[line] = length;
         }
     }
@@ -103,8 +108,8 @@ __global__ void __launch_bounds__(32 * LOOK_WARPS) look_kernel(const __grid_cons
     seen.words[blockIdx.x] = all;
 }
 
-// What kernels that follow on the stream find in `seen`, and the order in which blocks take `units` units of such lengths. The kernels are launched early: a
-// kernel that is launched early after them (launch.cuh) waits for both, if it waits.
+// What kernels that follow on the stream find in `seen`, and the order in which blocks take `units` units of such lengths. A kernel that is launched
+// early after this (launch.cuh) and waits, waits for both.
 template <int ROWS, int COLUMNS, class Length>
 inline cudaError_t look(const AttentionParams& p, const SeenTiles& seen, const Length& length, const Order& order, int64_t units) {
     const int64_t blocks = seen.lines(p) * seen.of_line;
