@@ -82,7 +82,7 @@ STRUCTURED = case(Nq=400, Nk=500, mask="structured")
 STRUCTURED_CAUSAL = case(Nq=600, Nk=600, mask="structured", causal=True)
 STRUCTURED_GROUPED = case(H=4, Hkv=2, Nq=200, Nk=300, mask="structured")
 SPECKS = case(Nq=400, Nk=500, mask="specks")  # what may be attended are single elements
-NO_STRUCTURE = case(mask="full", Nk=310)
+NO_STRUCTURE = case(Nq=250, Nk=310, mask="full")
 
 NO_BARRIER, NO_WAIT = "", ""
 

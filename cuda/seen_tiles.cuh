@@ -6,13 +6,14 @@
 // visited, the kernels run loops of their own, which know of no bits and are as fast as if nobody had looked. Where a call is so small that the look
 // would not pay, there are no lines.
 //
-// Not with intervals, which say themselves what is visited, nor in a forward with a bias, which must know a tile ahead where to copy it from.
+// Not with intervals, which say themselves what is visited, nor with a bias: the forward must know a tile ahead where to copy it from, and the
+// backward has no registers left.
 #pragma once
 
 #include "longest_first.cuh"
 #include "mask_start.cuh"
 
-#define LISTED (MASK && !INTERVAL && !(MASK == MASK_OF_BITS && (SCORE & SCORE_BIAS)))
+#define LISTED (MASK && !INTERVAL && !(SCORE & SCORE_BIAS))
 
 #if LISTED
 // A line for each tile of Q or, in a backward, of keys, of each head whose mask is its own.
