@@ -1,4 +1,4 @@
-// The C interface between Python (flash_attention/backends/cuda.py) and every kernel: one struct, one entry point a file.
+// The C interface between Python (flash_attention/backends/launch.py) and every kernel: one struct, one entry point a file.
 //
 // A .cu file is compiled once for each specialisation, into a shared library of its own. The constants that specialise it come from the
 // command line: -DHEAD_DIM=64 -DDTYPE=1 -DCAUSAL=0 -DINTERVAL=0 -DMASK=0 -DDROPOUT=0, and where they are needed -DV_HEAD_DIM=… (V has another head

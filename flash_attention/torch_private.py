@@ -28,7 +28,7 @@ PRIVATE = {
     "torch._functorch.utils.enable_single_level_autograd_function": "an autograd.Function inside torch.func's transforms",
     # a tensor's address, and the launch of a kernel
     "torch._C._functorch.is_functorch_wrapped_tensor": "call.py: such a tensor has no address",
-    "torch._C._cuda_getCurrentRawStream": "launch.py, cuda.py: a stream without the cost of torch.cuda.current_stream()",
+    "torch._C._cuda_getCurrentRawStream": "launch.py, masks.py, rotary.py: a stream without the cost of torch.cuda.current_stream()",
     "torch._C.DisableTorchFunctionSubclass": "workers.py: a thread computes as the one that called it",
     # integrations
     "torch._C._nn.scaled_dot_product_attention": "sdpa.py: PyTorch's own function, whatever the module holds",

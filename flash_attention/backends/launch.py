@@ -4,6 +4,7 @@ What shapes and settings determine is packed into bytes once; a call puts its ad
 """
 
 import ctypes
+import math
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,8 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash_attention import build
+from flash_attention.call import Call, Form
+from flash_attention.reference.dropout import threshold
 from flash_attention.reference.tiles import LOG2_E
 
+FORWARD, BACKWARD = 0, 1  # which of a rung's files
+DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 STRIDES = struct.Struct("@3q")  # of a tensor's first three dimensions
 MASK = struct.Struct("@5q")  # address, strides
 SETTINGS = struct.Struct("@7i f i 2f")  # B, H, Hkv, Nq, Nk, D, Dv, scale, drop_below, keep_scale, lowest
@@ -32,6 +38,10 @@ NO_KEYS = bytes(KEYS.size)
 SCORING = struct.Struct("@5q 3q q 5i 3f")
 
 LARGEST = torch.finfo(torch.float32).max
+# Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
+# summed from −2¹²⁷, lies below it.
+LOWEST = -(2.0**126)
+SMALLEST_SCALE = 2.0**-100
 
 
 class Addresses(NamedTuple):
@@ -111,3 +121,57 @@ def raise_on(error: int, library: ctypes.CDLL, x: Tensor) -> None:
     """Raises what the launch of a kernel that reads x returned, unless it is 0."""
     if error:
         raise RuntimeError(f"CUDA error {error} at launch on {x.device}, {tuple(x.shape)} {x.dtype}: {library.error_name(error).decode()}")
+
+
+def fields(call: Call, tensors: tuple[Form, ...], scale: float) -> tuple[tuple[int | bytes, ...], bytes, bytes]:
+    """What a Launch keeps of the tensors, of the settings, and of what each row sees."""
+    q, _, v, *_ = tensors
+    (B, H, Nq, D), (_, Hkv, Nk, Dv) = q.shape, v.shape
+    drop = threshold(call.settings.dropout_p)
+    return (
+        tuple(field for x in tensors for field in (0, STRIDES.pack(*x.stride[:3]))) + (8 - len(tensors)) * NO_TENSOR,
+        SETTINGS.pack(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop), LOWEST / max(1, scale * LOG2_E)),
+        _interval(call) if call.visible == "interval" else NO_INTERVAL,
+    )
+
+
+def _interval(call: Call) -> bytes:
+    """`struct Interval` of attention.h. A limit that no row reaches is none."""
+    settings, Nq, Nk = call.settings, call.q.shape[2], call.k.shape[2]
+    diagonal = settings.diagonal_of(Nq, Nk)
+    left = -1 if settings.left is None or diagonal + Nq - 1 - settings.left <= 0 else settings.left
+    right = -1 if settings.right is None or diagonal + settings.right >= Nk - 1 else settings.right
+    strides = (0, 0, 0, 0) if call.spans is None else call.spans.stride
+    return INTERVAL.pack(*strides, left, right, diagonal, settings.q_offset, settings.k_offset)
+
+
+def scoring(call: Call) -> Scoring | None:
+    """What its kernels are told about the scores of a call, beside addresses; None where they stay as they are."""
+    if not call.score:
+        return None
+    scored = Scoring(softcap=call.settings.softcap or 0, scale=positive(call.settings.scale)[1])
+    if call.bias is not None:
+        shape = tuple(call.bias.shape)
+        stride = strides_of(shape, call.bias.stride)
+        number = build.DTYPE_NUMBER[DTYPE_NAMES[call.bias.dtype]]
+        scored = scored._replace(bias_stride=stride, bias_shape=shape, bias_type=number)
+    return scored if call.alibi is None else scored._replace(alibi_stride=call.alibi.stride)
+
+
+def positive(scale: float) -> tuple[float, float]:
+    """scale as a factor of q times a scale that is positive and not tiny.
+
+    Kernels take the maximum of unscaled scores, which a negative scale would turn into the minimum, and sum a hidden score from −2¹²⁷,
+    which a tiny scale would bring up to the others."""
+    if abs(scale) >= SMALLEST_SCALE:
+        return math.copysign(1, scale), abs(scale)
+    return (math.copysign(SMALLEST_SCALE, scale), max(abs(scale) / SMALLEST_SCALE, SMALLEST_SCALE)) if scale else (0, 1.0)
+
+
+def strides_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """0 where a dimension of size 1 may be broadcast."""
+    return tuple(0 if n == 1 else s for n, s in zip(shape, stride, strict=True))
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
