@@ -17,7 +17,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from pictures import HATCHES, colour, draw_tiles, matrix
+from pictures import HATCHES, colour, draw_tiles
+from record import matrix
 
 import flash_attention.reference
 

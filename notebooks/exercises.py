@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from pictures import traffic, watch
+from record import traffic, watch
 from sources import constants, fragment, functions
 from tile_model import forward_step
 from torch import Tensor
