@@ -7,6 +7,8 @@ Forward and backward. Contenders take turns on all ranks at once, and a call cou
 "share" the same kernel calls of each rank alone, without copies, merging or agreement, "whole" the entire sequence on one device. The
 project's target is share / ring ≥ 0.9. Where ring-flash-attn (PyPI) can be imported, its zigzag runs too, once over this project's kernels
 and once over PyTorch's FlashAttention-2; in place of the package flash_attn that it calls stands `stand_in` below.
+
+One file because torchrun starts it as a script, with the stand-in and the measuring it needs.
 """
 
 import argparse

@@ -2,6 +2,8 @@
 Libraries are found, compiled, noted, refused and pruned as flash_attention/build says; where one cannot be built, another rung serves.
 
 python checks/check_build.py [--full]
+
+One file because its three parts follow a library's life: it is compiled, it is found again, another rung serves where it cannot be built.
 """
 
 import contextlib

@@ -1,6 +1,8 @@
 """What becomes of a score before the softmax: softcap, bias and ALiBi, each with its gradients, against naive attention.
 
 python checks/check_scores.py
+
+One file because softcap, bias and ALiBi combine: most checks take all three.
 """
 
 import math

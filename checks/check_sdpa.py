@@ -2,6 +2,8 @@
 torch's own function.
 
 python checks/check_sdpa.py [--full]
+
+One file because every check compares the same two outcomes, with the patch and without it.
 """
 
 import math

@@ -4,6 +4,8 @@ python checks/check_transformers.py
 
 The truth is the model on torch's attention in float64, tolerances are the harness's; for a sample of all families it is `eager`, as in
 sweep_transformers.py, which runs them all.
+
+One file because its checks share a few tiny models, which take seconds to make.
 """
 
 import copy

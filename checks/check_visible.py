@@ -2,6 +2,8 @@
 `reference/visible.py` against its own dense form.
 
 python checks/check_visible.py [--backend reference]
+
+One file because windows, spans and offsets are all compared with the same dense mask.
 """
 
 from itertools import product

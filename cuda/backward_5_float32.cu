@@ -10,6 +10,8 @@
 // float32, for which there are registers, since a group keeps one gradient instead of two.
 //
 // Serves float32, everything in the interface, positive scale; head sizes up to 128 that are multiples of 4.
+//
+// One file because the main kernel's loop is one schedule; the two small kernels prepare its rows and order its dQ.
 #include "keep_bits.cuh"
 #include "mask_start.cuh"
 #include "planes.cuh"

@@ -10,6 +10,8 @@
 // added in float32: S is the forward's to the last bit.
 //
 // Serves float32, everything in the interface but windows and spans, positive scale; head sizes up to 512 that are multiples of 4.
+//
+// One file because its kernel is one loop, for each of three gradients, whose branches share the ring and the registers.
 #include "keep_bits.cuh"
 #include "mask_start.cuh"
 #include "planes.cuh"

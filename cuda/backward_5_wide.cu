@@ -15,6 +15,8 @@
 // Q is being replaced by the next one, the products of dPᵀ run, whose dO comes through a ring.
 //
 // Serves everything in the interface for float16 and bfloat16, head sizes up to 512 that are multiples of 8, positive scale.
+//
+// One file because its two kernels divide one backward: a block's shared memory holds the operands of dV, or of dK and dQ.
 #include <algorithm>
 
 #include "backward_split.cuh"

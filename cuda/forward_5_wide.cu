@@ -11,6 +11,8 @@
 // the end of a tile, and a thread that waited for that would ask for no K meanwhile (445 → 481 TFLOP/s at D 512).
 //
 // Serves everything in the interface for float16 and bfloat16, head sizes up to 512 that are multiples of 8, positive scale.
+//
+// One file because its kernel is one schedule: what producers copy is what consumers wait for.
 #include <algorithm>
 
 #include "keep_bits.cuh"

@@ -15,6 +15,8 @@ A bias and ALiBi's slopes come last, because most calls have none. Where a bias 
 `backward`, and its cotangent the sixth of `second_backward`; otherwise that result is an empty tensor.
 
 An eager call (`shortcut.is_eager_call`) skips the ops: it goes from the Function, or without gradients from `attention`, to the backend.
+
+One file because the ops' rules refer to each other: each is the derivative of another.
 """
 
 from collections.abc import Callable, Sequence

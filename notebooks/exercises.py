@@ -1,6 +1,8 @@
 """What says whether an exercise is solved. The exercise `name` of a lesson is checked by `check_name`; solutions/ holds the answers.
 
 A blank answer (it returns None) is "not solved yet"; a right one is "solved"; a wrong one raises AssertionError and says what differs.
+
+One file because a lesson imports its checks from one place, and each check is a function of its own.
 """
 
 from collections.abc import Callable

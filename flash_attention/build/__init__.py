@@ -12,6 +12,8 @@ nvcc takes from its cache only what that nvcc compiled; one without takes what t
 the others wait for its result.
 
 What happens is logged under the name "flash_attention": `logging.getLogger("flash_attention").setLevel(logging.ERROR)` silences it.
+
+One file because looking up, compiling and caching a library are three steps of one search.
 """
 
 import contextlib

@@ -10,6 +10,8 @@ part, and the last one sends them home. dQ stays where its rows are.
 
 Sums are in float32 (float64 for float64), in an order that does not depend on what arrives first. Everything that depends on positions
 uses those in the whole sequence: the result is that of one device, the elements that dropout drops included.
+
+One file because the forward and the backward take the same trips and divide the same shares.
 """
 
 from collections.abc import Callable, Iterator
