@@ -1,9 +1,10 @@
 """FlashAttention (Dao, Fu, Ermon, Rudra, Ré 2022, arXiv:2205.14135), Algorithms 1 and 4, causal: row r sees columns c ≤ r + Nk − Nq.
 
-This file has no loop: it calls flash1.py's with `Visible(right=0)`. It exists so that causal attention has a name in checks and lessons, and
-a default tile height of its own. visible.py decides which tiles the loops visit: a tile that lies wholly in the future is never computed, in
-the forward or in the backward, and only tiles that the diagonal cuts are masked in part. The diagonal is aligned bottom-right: the last row
-sees every column, whatever Nq and Nk are, and with Nq > Nk the first Nq − Nk rows attend nothing. A mask, if given, hides further elements.
+This file has no loop: it calls flash1.py's with `Visible(right=0)`. It exists so that causal attention has a name in checks and lessons,
+and a default tile height of its own. visible.py decides which tiles the loops visit: a tile that lies wholly in the future is never
+computed, in the forward or in the backward, and only tiles that the diagonal cuts are masked in part. The diagonal is aligned
+bottom-right: the last row sees every column, whatever Nq and Nk are, and with Nq > Nk the first Nq − Nk rows attend nothing. A mask, if
+given, hides further elements.
 """
 
 from torch import Tensor

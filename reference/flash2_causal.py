@@ -1,10 +1,11 @@
 """FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithms 1 and 2, causal: row r sees columns c ≤ r + Nk − Nq (section 3.1, "Causal
 masking").
 
-This file has no loop: it calls flash2.py's with `Visible(right=0)`. It exists so that causal attention has a name in checks and lessons, and
-a default tile height of its own. visible.py decides which tiles the loops visit: a tile that lies wholly in the future is never computed, in
-the forward or in the backward, and only tiles that the diagonal cuts are masked in part. The diagonal is aligned bottom-right: the last row
-sees every column, whatever Nq and Nk are, and with Nq > Nk the first Nq − Nk rows attend nothing. A mask, if given, hides further elements.
+This file has no loop: it calls flash2.py's with `Visible(right=0)`. It exists so that causal attention has a name in checks and lessons,
+and a default tile height of its own. visible.py decides which tiles the loops visit: a tile that lies wholly in the future is never
+computed, in the forward or in the backward, and only tiles that the diagonal cuts are masked in part. The diagonal is aligned
+bottom-right: the last row sees every column, whatever Nq and Nk are, and with Nq > Nk the first Nq − Nk rows attend nothing. A mask, if
+given, hides further elements.
 """
 
 from torch import Tensor
