@@ -174,7 +174,7 @@ def check_wide_heads_without_dropout(D, Dv, options):
 
 
 def same_in_any_order(case: Case, where: Target, orders: int) -> None:
-    """Asserts that the results of a case, gradients in deterministic mode, have the same bits in so many orders of threads and blocks."""
+    """Asserts that the results of a case, gradients in deterministic mode, have the same bits in several orders of threads and blocks."""
     problem, results = Problem.of(case, where), []
     torch.use_deterministic_algorithms(True)
     try:

@@ -1,4 +1,4 @@
-"""What becomes of a score before the softmax: softcap, bias and ALiBi, each with its gradients, against naive attention.
+"""What happens to a score before the softmax: softcap, bias and ALiBi, each with its gradients, against naive attention.
 
 python checks/check_scores.py
 
@@ -62,7 +62,7 @@ def check_beside_masks(target, name):
 
 
 def check_tiles():
-    """Any tile size gives the same; so do workers, who compute a long call in pieces."""
+    """Any tile size gives the same; so do workers, which compute a long call in pieces."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 50, 8, dtype=torch.float64)
     bias = torch.randn(2, 50, 50, dtype=torch.float64, requires_grad=True)

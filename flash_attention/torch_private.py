@@ -3,7 +3,7 @@
     python -m flash_attention.torch_private     which of them the installed PyTorch lacks
 
 checks/check_torch_private.py compares the table with the sources, and with the installed PyTorch: a new version of it that has lost one
-fails there, by name, and not in the middle of somebody's training run.
+fails there, by name, and not in the middle of a training run.
 """
 
 import importlib
@@ -55,7 +55,7 @@ def _exists(name: str) -> bool:
     for n, part in enumerate(parts[1:], 2):
         if not hasattr(found, part):
             try:
-                importlib.import_module(".".join(parts[:n]))  # a module that nobody has imported yet
+                importlib.import_module(".".join(parts[:n]))  # a module that has not been imported yet
             except ImportError:
                 return False
         found = getattr(found, part, None)

@@ -37,8 +37,8 @@ class Options:
 
     seed: int = int(os.environ.get("FLASH_ATTENTION_EMULATOR_SEED", "0"))  # draws the order of threads, copies and products
     resident: int = 2  # blocks that run at a time, by turns; 1 to 8
-    sources: Path | None = None  # a folder in place of this package's cuda/
-    counts: list["Counts"] | None = None  # where each launch's counts go, if they are wanted (`counting`)
+    sources: Path | None = None  # a folder that replaces this package's cuda/
+    counts: list["Counts"] | None = None  # collects each launch's counts, if set (`counting`)
     traces: list[Trace] | None = None  # and its trace (`tracing`)
 
 
@@ -112,7 +112,7 @@ def tracing() -> Iterator[list[Trace]]:
 
 
 class Memory(NamedTuple):
-    """Memory that a launch may touch. What is not written yet must be written before it is read. Of two that overlap, the first counts."""
+    """Memory that a launch may access. Unless `written`, it must be written before it is read. Where two overlap, the first counts."""
 
     name: str
     address: int
@@ -296,7 +296,7 @@ def _launch_pack_mask(mask: Tensor, bits: Tensor, *settings: int) -> None:
 
 
 def run_rotary(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, params: tuple) -> None:
-    """What `backends.rotary.launch` calls its kernel by, for tensors on the CPU."""
+    """The `run` of `backends.rotary.launch` for tensors on the CPU."""
     library = _helper_library(rotary.ROTARY, rotary.PARAMS.size, options.sources)
     memories = [
         Memory("x", x.data_ptr(), extent(x.shape, x.stride()) * x.element_size()),

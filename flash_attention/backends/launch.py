@@ -45,7 +45,7 @@ SMALLEST_SCALE = 2.0**-100
 
 
 class Addresses(NamedTuple):
-    """What a launch needs beside its tensors' addresses; 0 for what there is not."""
+    """The other addresses of a launch, beside those of q, k, v, O and their gradients; 0 for what the call does not have."""
 
     lse: int = 0
     d_lse: int = 0
@@ -57,11 +57,11 @@ class Addresses(NamedTuple):
     bias: int = 0
     alibi: int = 0
     d_bias: int = 0
-    bias_stride: tuple[int, ...] | None = None  # of a copy in the bias' place
+    bias_stride: tuple[int, ...] | None = None  # of a copy that replaces the bias
 
 
 class Scoring(NamedTuple):
-    """What a SCORE kernel is told beside addresses."""
+    """The numbers in `struct Scoring`; its addresses are in `Addresses`."""
 
     bias_stride: tuple[int, ...] = (0,) * 4  # 0 where it is broadcast
     alibi_stride: tuple[int, ...] = (0,) * 2
@@ -82,7 +82,7 @@ def _in_range(x: float) -> float:
 
 
 class Launch(NamedTuple):
-    """A launch but for the addresses: what the shapes, strides and settings of a call determine."""
+    """A launch without its addresses: everything that the shapes, strides and settings of a call determine."""
 
     library: ctypes.CDLL
     tensors: tuple[int | bytes, ...]  # the first 16 fields of the struct, with 0 for each address
@@ -118,13 +118,13 @@ class Launch(NamedTuple):
 
 
 def raise_on(error: int, library: ctypes.CDLL, x: Tensor) -> None:
-    """Raises what the launch of a kernel that reads x returned, unless it is 0."""
+    """Raises an error if `error`, returned by the launch of a kernel that reads x, is not 0."""
     if error:
         raise RuntimeError(f"CUDA error {error} at launch on {x.device}, {tuple(x.shape)} {x.dtype}: {library.error_name(error).decode()}")
 
 
 def fields(call: Call, tensors: tuple[Form, ...], scale: float) -> tuple[tuple[int | bytes, ...], bytes, bytes]:
-    """What a Launch keeps of the tensors, of the settings, and of what each row sees."""
+    """The fields of a Launch: of the tensors, of the settings, and of the interval that each row sees."""
     q, _, v, *_ = tensors
     (B, H, Nq, D), (_, Hkv, Nk, Dv) = q.shape, v.shape
     drop = threshold(call.settings.dropout_p)
@@ -146,7 +146,7 @@ def _interval(call: Call) -> bytes:
 
 
 def scoring(call: Call) -> Scoring | None:
-    """What its kernels are told about the scores of a call, beside addresses; None where they stay as they are."""
+    """The numbers of `struct Scoring` for a call; None if nothing changes its scores."""
     if not call.score:
         return None
     scored = Scoring(softcap=call.settings.softcap or 0, scale=positive(call.settings.scale)[1])
@@ -159,10 +159,10 @@ def scoring(call: Call) -> Scoring | None:
 
 
 def positive(scale: float) -> tuple[float, float]:
-    """scale as a factor of q times a scale that is positive and not tiny.
+    """scale split into a factor for q and a scale that is positive and not tiny.
 
-    Kernels take the maximum of unscaled scores, which a negative scale would turn into the minimum, and sum a hidden score from −2¹²⁷,
-    which a tiny scale would bring up to the others."""
+    Kernels take the maximum of unscaled scores; under a negative scale that would be the minimum. And they start the sum of a hidden score
+    at −2¹²⁷; under a tiny scale that would no longer lie far below the others."""
     if abs(scale) >= SMALLEST_SCALE:
         return math.copysign(1, scale), abs(scale)
     return (math.copysign(SMALLEST_SCALE, scale), max(abs(scale) / SMALLEST_SCALE, SMALLEST_SCALE)) if scale else (0, 1.0)

@@ -1,4 +1,4 @@
-"""A mask as kernels read it: its bytes where they lie, or bits that a kernel of its own, cuda/pack_mask.cu, packs."""
+"""A mask as kernels read it: its bytes in place, or bits, which another kernel, cuda/pack_mask.cu, packs."""
 
 import ctypes
 import functools

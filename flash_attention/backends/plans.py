@@ -1,7 +1,7 @@
-"""What computes a call: a rung's forward or backward for tensors like the call's, made once and then called with each call's tensors.
+"""Plans: a rung's forward or backward for tensors of one form, made once and then called with each call's tensors.
 
-A plan knows which tensors its kernels read where they lie, and copies the others; it allocates the results and memory to work in, and
-launches. `repeat` is the way of a plain call, on which the host spends its time.
+A plan copies the tensors that its kernels cannot read in place, allocates results and workspace, and launches. `repeat` is the path of a
+plain call; it is kept short, because a small call is bound by the host.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Forward(NamedTuple):
-    """A rung's forward for tensors like a call's: made once, for all calls like it."""
+    """A rung's forward for all calls with tensors and settings like these."""
 
     rung: "Rung"
     call: Call
@@ -28,7 +28,7 @@ class Forward(NamedTuple):
     mask_form: str | None
     factor: float  # of q
     copied: tuple[bool, ...]  # of q, k, v: which the kernel cannot read as they are
-    O_is_like_q: bool  # allocate.is_like, not to be worked out again
+    O_is_like_q: bool  # allocate.is_like, computed once
     LSE_shape: tuple[int, ...]
     workspace: int  # floats
     backwards: dict  # strides of a backward's inputs → `Backward`, and whether it is plain: `shortcut.plain_backward`
@@ -153,13 +153,13 @@ class Backward(NamedTuple):
 
 
 def _as_read(rung: "Rung", tensors: tuple[Form, ...], copied: tuple[bool, ...]) -> tuple[list[Form], tuple[bool, ...]]:
-    """The forms in which kernels get these tensors, and which are copied for that: those of `copied`, and those that cannot be read."""
+    """The forms in which kernels get these tensors, and which are copied: those marked in `copied`, and those that kernels cannot read."""
     copied = tuple(copy or not rung.reads(x) for x, copy in zip(tensors, copied, strict=True))
     return [x.contiguous() if copy else x for x, copy in zip(tensors, copied, strict=True)], copied
 
 
 def _to_copy(rung: "Rung", tensors: tuple[Tensor, ...], copied: tuple[bool, ...]) -> tuple[bool, ...]:
-    """`copied`, and beside them those that begin between multiples of 16 bytes where the kernel copies 16 at a time."""
+    """`copied`, and also, where the kernel copies 16 bytes at a time, tensors that do not begin at a multiple of 16 bytes."""
     if rung.multiple_of == 1:
         return copied
     return tuple(copy or x.data_ptr() % 16 != 0 for x, copy in zip(tensors, copied, strict=True))
@@ -170,8 +170,7 @@ def _as_contiguous(tensors: tuple[Tensor, ...], copied: tuple[bool, ...]) -> lis
 
 
 def _readable_bias(rung: "Rung", bias: Tensor | None) -> tuple[Tensor | None, tuple[int, ...] | None]:
-    """A bias that the rung's kernels can read: this one, or, where a tensor map cannot, a copy in its own shape, whose rows begin at
-    multiples of 16 bytes, and that one's strides."""
+    """A bias that the rung's kernels can read: for a tensor map, rows begin at multiples of 16 bytes. If it is a copy, also its strides."""
     if bias is None or rung.bias_up_to is None:
         return bias, None
     *outer, last = strides_of(bias.shape, bias.stride())

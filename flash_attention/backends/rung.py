@@ -21,7 +21,7 @@ from flash_attention.call import Call, Form
 MANY_KEYS = 256  # with at least as many keys, `min_rows` does not apply to a plain forward: it was timed with as few keys as rows
 
 
-@dataclass(frozen=True, eq=False)  # compared and hashed as the one object that it is: a call looks its library up by it
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: it is part of the key by which a call's library is found
 class Rung:
     """One rung: which files, and what they serve. min_arch is a compute capability times ten."""
 
@@ -31,12 +31,12 @@ class Rung:
     dtypes: tuple[str, ...]
     head_dims: tuple[int, ...]  # compiled sizes; a head size is padded to the next
     pairs: tuple[tuple[int, int], ...] = ()  # compiled sizes of Q and K beside others of V
-    multiple_of: int = 1  # of which head sizes, and the alignment of rows in elements
+    multiple_of: int = 1  # head sizes are multiples of this, and rows begin at multiples of as many elements
     masks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # forms (build.MASK_NUMBER) that its forward and its backward read
     dropout: bool = False
-    intervals: bool = False  # rows that see an interval of their own: windows, spans, parts of a larger whole
+    intervals: bool = False  # whether each row may see its own interval: windows, spans, parts of a longer sequence
     scores: tuple[str, ...] = ()  # which of softcap, bias and alibi its kernels apply
-    bias_up_to: int | None = None  # it copies tiles of a bias of q's dtype by tensor map, beside head sizes up to this
+    bias_up_to: int | None = None  # if set: a bias must have q's dtype (its tiles are copied by tensor map), and head sizes go up to this
     teaching: bool = False  # a step of the ladder, taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
@@ -92,7 +92,7 @@ class Rung:
         return None
 
     def _sums_bias(self, call: Call) -> bool:
-        """Whether its own backward gives the call's bias its gradient; if not, that of `simple` does."""
+        """Whether its own backward computes the gradient of the call's bias; otherwise that of `simple` does."""
         special = call.mask is not None or call.has_dropout or call.visible == "interval" or 0 in call.q.shape
         return self.bias_up_to is None or not special
 
@@ -128,7 +128,7 @@ class Rung:
         return libraries.why_no_kernels(self, device)
 
     def why_not_built(self, which: int, call: Call) -> str | None:
-        """Why what its forward or backward needs for the call cannot be built, or None. Builds it if that has not been tried."""
+        """Why a library that its forward or backward needs for the call cannot be built, or None. Builds it at the first attempt."""
         try:
             self._libraries(which, call)
         except build.BuildError as error:
@@ -136,14 +136,14 @@ class Rung:
         return None
 
     def _libraries(self, which: int, call: Call) -> ctypes.CDLL:
-        """The library that the call's forward or backward runs, and before it that which packs its mask."""
+        """The library of the call's forward or backward; the one that packs its mask is loaded first."""
         device = call.q.device.index
         if self._mask_form(which, call) not in (None, "bytes"):
             pack_mask_library(device)
         return libraries.library(self, which, device, *self.kind(which, call))
 
     def kind(self, which: int, call: Call) -> tuple:
-        """What `specialisation` is told of the call's forward or backward."""
+        """The arguments of `specialisation` for the call's forward or backward."""
         sizes, form = self.compiled(call), self._mask_form(which, call)
         tall = which == FORWARD and self.has_tall(sizes, call.visible, form, call.has_dropout, call.score) and worth_tall(call)
         return DTYPE_NAMES[call.q.dtype], sizes, call.visible, form, call.has_dropout, call.has_float8_keys, call.score, tall
@@ -230,8 +230,8 @@ class Rung:
 
     def mask_forms(self, which: int, dropout: bool) -> tuple[str, ...]:
         """The forms in which this rung's forward or backward reads a mask, the usual one first."""
-        # Of two, dropout takes the first: a call of Philox covers columns that lie 8 apart, the bytes that a thread reads at once lie
-        # side by side.
+        # With dropout, only the first form: one call of Philox covers columns 8 apart, but the bytes that a thread reads at once are
+        # neighbours.
         return self.masks[which][:1] if dropout else self.masks[which]
 
     def _mask_form(self, which: int, call: Call) -> str | None:
@@ -245,7 +245,7 @@ class Rung:
         return pack_mask(mask, by_keys)
 
     def launch(self, which: int, call: Call, tensors: tuple[Form, ...], scale: float) -> Launch:
-        """Of kernels that read and write tensors of these forms; `scale` is positive."""
+        """The launch of kernels that read and write tensors of these forms; `scale` is positive."""
         device = call.q.device.index
         library, sm_count = self._libraries(which, call), libraries.sm_count(device)
         return Launch(library, *fields(call, tensors, scale), device, sm_count, scoring=scoring(call))
