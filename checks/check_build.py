@@ -637,5 +637,21 @@ def check_none_takes_the_reference(rungs, monkeypatch):
     assert rungs.tried == FORWARDS
 
 
+def check_another_system(rungs, monkeypatch):
+    """On Windows a plain call runs on the reference, a kernel asked for by name is refused, and nothing is built; each says why."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    q = Form(torch.Size((2, 3, 20, 16)), (960, 320, 16, 1), torch.float16, torch.device("cuda:0"))
+    call = Call(q, q, q, None, None, Settings(1.0))
+    reason = "the kernels need Linux (on Windows: WSL 2), this is win32"
+    with pytest.warns(UserWarning, match="slow reference.*" + re.escape(reason)):
+        assert choose(None, call) == "reference"
+    with pytest.raises(NotImplementedError, match=re.escape(reason)):
+        choose("hopper", call)
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(BuildError, match=re.escape(reason)):
+        build.build(Specialisation("forward_1_simple.cu", "75", 64, "float16"))
+
+
 if __name__ == "__main__":
     run_alone(__file__)

@@ -60,6 +60,8 @@ def helper_declared(library: ctypes.CDLL, file: str) -> ctypes.CDLL:
 @functools.cache
 def why_no_kernels(rung: "Rung", device: int) -> str | None:
     """Why the rung's kernels cannot run on this device, or None."""
+    if reason := build.why_not_here():
+        return reason
     major, minor = torch.cuda.get_device_capability(device)
     if not rung.runs_on(major * 10 + minor):
         needed = f"compute capability {rung.min_arch // 10}.{rung.min_arch % 10}{' and no other' if rung.only_min_arch else ''}"
