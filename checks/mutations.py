@@ -431,13 +431,11 @@ TABLE = {
         ("ptx::mbarrier_wait(KV_full, 0);", NO_WAIT, PLAIN),
         ("Tile_Q::BYTES + ROWS_BYTES + more_bytes);", "Tile_Q::BYTES + more_bytes);", PLAIN),
     ],
-    ("hopper", "backward_hopper.cuh"): [
+    ("hopper", "backward_hopper_visit.cuh"): [
         ("cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);", "cut = !bounds.see_whole(k_tile * BLOCK_K + 1, BLOCK_K - 1);", TILE_START),
         ("cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);", "cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K - 1);", TILE_STOP),
         ("first = tiles.start, tile = tiles.stop - 1;", "first = tiles.start, tile = tiles.stop - 2;", WINDOW),
         ("return p.deterministic ? k_tile - maps", "return p.deterministic ? k_tile + 0 * maps", WINDOW_TURNS),
-        ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
-        ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
         ("max(0, k_tile * BLOCK_K - diagonal(p)) / BLOCK_Q - 1", "max(0, k_tile * BLOCK_K - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
         ("heads - last + block % last", "block % last", case(D=128, H=5, Nq=70, Nk=70, causal=True)),
         (
@@ -447,6 +445,10 @@ TABLE = {
         ),
         ("end_bh((b_kv_h + 1) * (p.H / p.Hkv))", "end_bh(b_kv_h * (p.H / p.Hkv) + 1)", STRUCTURED_GROUPED),
         ("if (LEAVES_OUT) unit = maps.order.units[unit];", "if (LEAVES_OUT) unit = maps.order.units[unit / 2];", STRUCTURED),
+    ],
+    ("hopper", "backward_hopper.cuh"): [
+        ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
+        ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
         ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
     ],
     ("hopper", "backward_4_hopper_192.cu"): [

@@ -1,0 +1,167 @@
+// Which tile of keys a block of the hopper backwards takes, and which tiles of Q it visits: all, those on one side of the diagonal, those that see an
+// interval's keys, or those that a mask leaves. backward_hopper.cuh has what is read here (Maps).
+#pragma once
+
+// A block's tile of keys and its head, b·Hkv + kv_h: head after head, whose Q, dO and dQ then stay in the L2 cache. Causal: a head's first keys are
+// seen by the most rows, and start first. LEAVES_OUT: whether a mask leaves out tiles.
+struct Unit {
+    int k_tile, b_kv_h;
+};
+template <bool LEAVES_OUT>
+__device__ inline Unit unit_of_block([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] const Maps& maps, int k_tiles) {
+#if INTERVAL
+    const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
+#else
+    unsigned unit = blockIdx.x;
+#endif
+#if LISTED
+    if (LEAVES_OUT) unit = maps.order.units[unit];
+#endif
+#if CAUSAL && !INTERVAL && HEAD_DIM > 64 && HEAD_DIM <= 128
+    // So do those of the last few heads, two blocks for each multiprocessor: else the longest block of the last head would start when all others are
+    // nearly done. Not where so few heads do not fit the cache together.
+    const int heads = p.B * p.Hkv, last = min(heads, 2 * p.sm_count / k_tiles), block = static_cast<int>(unit) - (heads - last) * k_tiles;
+    if (!LEAVES_OUT && 2 * k_tiles <= p.sm_count && block >= 0) return {block / last, heads - last + block % last};
+#endif
+    return {static_cast<int>(unit % k_tiles), static_cast<int>(unit / k_tiles)};
+}
+
+// The tiles of Q that see some of a block's keys, of every query head that shares them: head bh = b·H + h, tile, and its index among them. Causal:
+// from the last tile down, so that the blocks of a head are at the same tile at about the same time; taking turns, they must be.
+#if INTERVAL
+// Which tiles these are takes several dependent reads to find out, so the producer alone does, ahead of the others, and tells them.
+struct Told {
+    int bh, tile;  // a tile of −1: there is no more
+    int cut;       // whether some row does not see all of the block's keys
+};
+
+struct Visit : Told {
+    int first, end_bh, n = 0;  // the head's first tile
+    const int k_tile;
+
+    __device__ Visit(const AttentionParams& p, const Maps& maps, int k_tile, int b_kv_h) : k_tile(k_tile) {
+        const int group = p.H / p.Hkv;
+        bh = b_kv_h * group, end_bh = bh + group;
+        if (p.Nq > 0) enter(maps), settle(maps);
+        else bh = end_bh;
+    }
+    __device__ bool more() const { return bh < end_bh; }
+    __device__ void advance(const Maps& maps) { --tile, ++n, settle(maps); }
+    __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
+
+private:
+    // The head's tiles, from the last one.
+    __device__ void enter(const Maps& maps) {
+        const Interval tiles = maps.summaries.of_keys[bh * maps.summaries.k_tiles + k_tile];
+        first = tiles.start, tile = tiles.stop - 1;
+    }
+    // From here on down, and through the heads that follow.
+    __device__ void settle(const Maps& maps) {
+        while (true) {
+            for (; tile >= first; --tile) {
+                const Bounds bounds = maps.summaries.of_rows[bh * maps.summaries.q_tiles + tile];
+                cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);
+                if (bounds.see_some(k_tile * BLOCK_K, BLOCK_K)) return;
+            }
+            if (++bh == end_bh) return;
+            enter(maps);
+        }
+    }
+};
+
+// The same visits as the consumers are told of them, each with its tile of Q.
+struct ToldVisit : Told {
+    const Told* told;  // [STAGES], in shared memory
+    uint32_t Q_full;   // barriers
+    int n = 0;
+
+    __device__ ToldVisit(const Told* told, const uint64_t* Q_full) : told(told), Q_full(ptx::smem_address(Q_full)) { listen(); }
+    __device__ bool more() const { return tile >= 0; }
+    __device__ void advance(const AttentionParams&) { ++n, listen(); }
+    __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
+    // How many blocks before this one add to the tile's dQ.
+    __device__ int turn(const AttentionParams& p, const Maps& maps, int k_tile) const {
+        return p.deterministic ? k_tile - maps.summaries.of_rows[bh * maps.summaries.q_tiles + tile].some.start / BLOCK_K : 0;
+    }
+
+private:
+    __device__ void listen() {
+        ptx::mbarrier_wait(Q_full + slot().stage * sizeof(uint64_t), slot().parity);
+        const Told& now = told[slot().stage];
+        bh = uniform(now.bh), tile = uniform(now.tile), cut = uniform(now.cut);
+    }
+};
+#else
+#if LISTED
+// Where a mask leaves out tiles: from the last one down.
+struct ListedVisit {
+    const SeenTiles& seen;
+    const int k_tile, first, end_bh;  // first: the first tile whose rows the diagonal lets see some of the block's keys
+    int bh, tile, n = 0;
+    uint32_t word = 0;  // of the tile's chunk of 32: those that are left
+
+    __device__ ListedVisit(const AttentionParams& p, const Maps& maps, int k_tile, int b_kv_h)
+        : seen(maps.seen_tiles), k_tile(k_tile), first(first_row_of(p, k_tile * BLOCK_K) / BLOCK_Q), end_bh((b_kv_h + 1) * (p.H / p.Hkv)) {
+        bh = b_kv_h * (p.H / p.Hkv), tile = tiles(p);
+        settle(p);
+    }
+    __device__ bool more() const { return bh < end_bh; }
+    __device__ void advance(const AttentionParams& p) {
+        ++n;
+        if (word == 0) tile = tile / 32 * 32;
+        settle(p);
+    }
+    __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
+
+private:
+    __device__ static int tiles(const AttentionParams& p) { return (p.Nq + BLOCK_Q - 1) / BLOCK_Q; }
+    // From the tiles before this one to the next that is visited, through the heads that follow.
+    __device__ void settle(const AttentionParams& p) {
+        while (word == 0) {
+            if (tile <= first) {
+                if (++bh == end_bh) return;
+                tile = tiles(p);
+                continue;
+            }
+            const int base = (tile - 1) / 32 * 32;
+            word = seen.word(p, bh / p.H, bh % p.H, k_tile, base / 32) & first_bits(tile - base) & ~first_bits(first - base);
+            tile = base;
+        }
+        const int bit = 31 - __clz(word);
+        word ^= 1u << bit;
+        tile = tile / 32 * 32 + bit;
+    }
+};
+#endif
+
+struct Visit {
+    int begin, end, end_bh;
+    int bh, tile, n = 0;
+
+    __device__ Visit(const AttentionParams& p, const Maps&, int k_tile, int b_kv_h) {
+        const int tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, group = p.H / p.Hkv;
+        begin = CAUSAL ? tiles - 1 : 0;
+        end = CAUSAL ? max(0, k_tile * BLOCK_K - diagonal(p)) / BLOCK_Q - 1 : tiles;
+        end_bh = (b_kv_h + 1) * group;
+        bh = begin == end || (CAUSAL && begin < end) ? end_bh : b_kv_h * group;
+        tile = begin;
+    }
+    __device__ bool more() const { return bh < end_bh; }
+    __device__ void advance(const AttentionParams&) {
+        tile += CAUSAL ? -1 : 1;
+        if (tile == end) tile = begin, ++bh;
+        ++n;
+    }
+    __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
+    __device__ int turn(const AttentionParams&, int k_tile) const { return k_tile; }
+};
+#endif
+
+#if LISTED
+__device__ inline bool leaves_out(const Maps& maps) { return maps.seen_tiles.words != nullptr && !maps.order.none(); }
+template <bool LEAVES_OUT>
+using VisitOf = std::conditional_t<LEAVES_OUT, ListedVisit, Visit>;
+#else
+template <bool>
+using VisitOf = Visit;
+#endif
