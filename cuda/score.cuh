@@ -1,8 +1,8 @@
-// What becomes of a score before the softmax: softcap, bias and ALiBi, in this order. Said here once, in the words of reference/score.py:
+// What happens to a score before the softmax: softcap, bias and ALiBi, in this order. Defined once, with the names of reference/score.py:
 //
 //     x = softcap · tanh(s / softcap) + bias[b, h, i, j] − slope · |i + diagonal − j|,    ∂x/∂s = 1 − tanh²(s / softcap)
 //
-// A kernel is compiled for those that a call has (SCORE); one without any has no trace of them.
+// A kernel is compiled for those that a call has (SCORE); a kernel without any contains no code for them.
 #pragma once
 
 #include "visible.cuh"
@@ -28,7 +28,7 @@ __device__ inline void store_as(void* x, int type, int64_t n, float value) {
         static_cast<__nv_bfloat16*>(x)[n] = static_cast<__nv_bfloat16>(value);
 }
 
-// What is the same for all scores of a head.
+// Values shared by all scores of a head.
 struct ScoreOfHead {
     int64_t bias;  // where its bias begins, in elements
     float slope;
