@@ -64,6 +64,7 @@ class Rung:
     intervals: bool = False  # rows that see an interval of their own: windows, spans, parts of a larger whole
     scores: tuple[str, ...] = ()  # which of softcap, bias and alibi its kernels apply
     bias_up_to: int | None = None  # it copies tiles of a bias of q's dtype by tensor map, beside head sizes up to this
+    sums_bias: bool = False  # its own backward gives a bias its gradient
     teaching: bool = False  # a step of the ladder, taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
@@ -121,7 +122,7 @@ class Rung:
     def _sums_bias(self, call: Call) -> bool:
         """Whether its own backward gives the call's bias its gradient; if not, that of `simple` does."""
         special = call.mask is not None or call.has_dropout or call.visible == "interval" or 0 in call.q.shape
-        return self.bias_up_to is None or not special
+        return self.sums_bias and (self.bias_up_to is None or not special)
 
     @property
     def _simple(self) -> "Rung":
@@ -253,17 +254,17 @@ class Rung:
         n = self.multiple_of
         return (d == 1 or x.shape[3] == 1) and (n == 1 or not (b | h | i) % n)
 
-    def mask_forms(self, which: int, dropout: bool) -> tuple[str, ...]:
+    def mask_forms(self, which: int, dropout: bool, score: tuple[str, ...] = ()) -> tuple[str, ...]:
         """The forms in which this rung's forward or backward reads a mask, the usual one first."""
         # Of two, dropout takes the first: a call of Philox covers columns that lie 8 apart, the bytes that a thread reads at once lie
-        # side by side.
-        return self.masks[which][:1] if dropout else self.masks[which]
+        # side by side. So do scores that are changed, because bytes have keys in another order.
+        return self.masks[which][:1] if dropout or score else self.masks[which]
 
     def _mask_form(self, which: int, call: Call) -> str | None:
         """The form in which the call's mask is best read."""
         if call.mask is None:
             return None
-        forms = self.mask_forms(which, call.has_dropout)
+        forms = self.mask_forms(which, call.has_dropout, call.score)
         return "bytes" if "bytes" in forms and call.mask_is_aligned and _is_read_once(call.mask) else forms[0]
 
     def _pack_mask(self, mask: Tensor, by_keys: bool) -> Tensor:
@@ -422,6 +423,7 @@ HOPPER = Rung(
     intervals=True,
     scores=("softcap", "bias", "alibi"),
     bias_up_to=128,
+    sums_bias=True,
     wide_backward=(128, "backward_4_hopper_wide.cu"),
     plain_backward=(192, "backward_4_hopper_192.cu"),
     tall_forward=((80, 96), "forward_4_hopper_tall.cu"),
@@ -435,6 +437,8 @@ HOPPER_WIDE = replace(
     pairs=(),
     intervals=False,
     scores=(),
+    bias_up_to=None,
+    sums_bias=False,
     wide_backward=None,
     plain_backward=None,
     tall_forward=None,
@@ -468,6 +472,7 @@ RUNGS: dict[str, Rung] = {
             multiple_of=8,
             masks=(("bits",), ("bits",)),
             dropout=True,
+            scores=("softcap", "bias", "alibi"),
             packs_heads=True,
             forward_workspace=True,
             float8_keys=True,
@@ -483,6 +488,7 @@ RUNGS: dict[str, Rung] = {
             masks=(("bits", "bytes"), ("bits",)),
             dropout=True,
             intervals=True,
+            scores=("softcap", "bias", "alibi"),
         ),
         HOPPER_WIDE,  # behind all that take narrower heads
         HOPPER_FLOAT32,
@@ -496,6 +502,7 @@ RUNGS: dict[str, Rung] = {
             dropout=True,
             intervals=True,
             scores=("softcap", "bias", "alibi"),
+            sums_bias=True,
         ),
         Rung(
             name="mma",

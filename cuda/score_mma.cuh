@@ -1,0 +1,176 @@
+// The hook of score.cuh where scores lie in the accumulators of mma.sync: rows are queries in forward_3_tensor_core.cu and forward_5_split_keys.cu, keys
+// in backward_3_tensor_core.cu.
+//
+// Scores leave the hook in base 2, so that softmax takes a difference and a power of each; those that a mask hides become −∞. The cap comes first, in a
+// pass of its own, so that one vote chooses its tanh for the whole tile. A bias is read from where it lies, in any of the three types and with any
+// strides: neighbouring columns two at a time where they are pairs of q's type, others one by one.
+#pragma once
+
+#include <type_traits>
+
+#include "score.cuh"
+#include "tensor_core.cuh"
+
+#if SCORE
+#if DTYPE == FLOAT32 || MASK == MASK_OF_BYTES
+#error "this hook is for 16-bit types, whose keys lie in order"
+#endif
+
+// What the scores of a tile have in common.
+struct ScoreUnits {
+    float to_log2;  // scale · log2 e
+    float in_cap;   // scale / softcap
+    float lowest;   // a sum of products below this was hidden by the mask
+};
+__device__ inline ScoreUnits score_units(const AttentionParams& p) { return {p.scale * LOG2_E, p.scoring.scale_in_cap, p.lowest}; }
+
+// What the hook adds to a row, or in a backward to a column, of queries.
+struct ScoredQuery {
+    int64_t bias;    // where its bias begins, in elements
+    float distance;  // to the lane's first key, which ALiBi counts from here
+    float slope_log2;
+};
+__device__ inline ScoredQuery scored_query(const AttentionParams& p, int b, int h, int i, int distance, float slope_log2) {
+    ScoredQuery query = {};
+    if (BIASED) query.bias = b * p.scoring.stride_b + h * p.scoring.stride_h + min(i, p.Nq - 1) * p.scoring.stride_i;
+    if (SLOPED) query.distance = static_cast<float>(distance), query.slope_log2 = slope_log2;
+    return query;
+}
+__device__ inline float slope_log2(const AttentionParams& p, int b, int h) { return SLOPED ? slope_of_head(p, b, h) * LOG2_E : 0; }
+
+// ---- the cap
+
+// S becomes its tanh: the polynomial where no score of the warp exceeds the cap, else the unit's own. What the mask has hidden becomes −∞.
+template <int M_TILES, int N_TILES>
+__device__ inline void cap(float (&S_rmem)[M_TILES][N_TILES][4], const ScoreUnits& units) {
+    float largest = 0;
+#pragma unroll
+    for (int e = 0; e < M_TILES * N_TILES * 4; ++e) {
+        const float s = (&S_rmem[0][0][0])[e];
+        if (!MASK || s >= units.lowest) largest = fmaxf(largest, fabsf(s));
+    }
+    auto apply = [&](auto small) {
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    float& s = S_rmem[m][n][e];
+                    const float y = s * units.in_cap;
+                    s = MASK && s < units.lowest ? -CUDART_INF_F : decltype(small)::value ? small_tanh(y) : ptx::tanh(y);
+                }
+    };
+    if (__all_sync(0xffffffff, largest * units.in_cap <= 1)) apply(std::true_type());
+    else apply(std::false_type());
+}
+
+// ---- the rest
+
+// x of a score, or of its tanh.
+__device__ inline float score_log2(const AttentionParams& p, const ScoreUnits& units, float s, float bias, float distance, float slope_log2) {
+    const bool hidden = MASK && !CAPPED && s < units.lowest;
+    float x = s * (CAPPED ? p.scoring.cap_log2 : units.to_log2);
+    if (SLOPED) x = fmaf(-slope_log2, fabsf(distance), x);
+    if (BIASED) x = fmaf(bias, LOG2_E, x);
+    return hidden ? -CUDART_INF_F : x;
+}
+
+// use(T()) with the bias' type.
+template <class Use>
+__device__ inline void with_bias_type(const AttentionParams& p, Use use) {
+    if (p.scoring.bias_type == FLOAT32) use(float());
+    else if (p.scoring.bias_type == FLOAT16) use(__half());
+    else use(__nv_bfloat16());
+}
+
+// Whether pairs of columns of a bias are 4 bytes at a multiple of 4.
+__device__ inline bool bias_has_pairs(const AttentionParams& p) {
+    const Scoring& bias = p.scoring;
+    const int64_t odd = bias.stride_b | bias.stride_h | bias.stride_i;
+    return bias.bias_type == DTYPE && bias.stride_j == 1 && odd % 2 == 0 && reinterpret_cast<uintptr_t>(bias.bias) % 4 == 0;
+}
+
+// A query's bias of the lane's keys, j and j + 1, 8 further, … `whole`: none of them lies beyond the last.
+template <int N_TILES>
+__device__ inline void load_bias(float (&x)[N_TILES][2], const AttentionParams& p, int64_t row, int j, bool whole) {
+    if (whole && bias_has_pairs(p)) {
+        const uint32_t* pairs = reinterpret_cast<const uint32_t*>(static_cast<const element*>(p.scoring.bias) + row + j);
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n) {
+            const float2 pair = floats_of(pairs[4 * n]);
+            x[n][0] = pair.x, x[n][1] = pair.y;
+        }
+    } else {
+        with_bias_type(p, [&](auto type) {
+            const auto* bias = static_cast<const decltype(type)*>(p.scoring.bias) + row;
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) x[n][e] = static_cast<float>(bias[min(j + 8 * n + e, p.Nk - 1) * p.scoring.stride_j]);
+        });
+    }
+}
+
+// A tile whose rows are queries: query(m, r) is row 16m + 8r of the lane's, and its columns are keys j, j + 1, 8 further, …
+template <int M_TILES, int N_TILES, class Query>
+__device__ inline void score_rows(float (&S_rmem)[M_TILES][N_TILES][4], const AttentionParams& p, const ScoreUnits& units, int j, bool whole, Query query) {
+    if (CAPPED) cap(S_rmem, units);
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const ScoredQuery row = query(m, r);
+            float bias[N_TILES][2] = {};
+            if (BIASED) load_bias(bias, p, row.bias, j, whole);
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    float& s = S_rmem[m][n][2 * r + e];
+                    s = score_log2(p, units, s, bias[n][e], row.distance - static_cast<float>(8 * n + e), row.slope_log2);
+                }
+        }
+}
+
+// A tile whose columns are queries: query(n, e) is column 8n + e of the lane's, and its rows are keys j, j + 8, j + 16, … derivative: of two
+// neighbouring columns' scores, in pairs of float16, if they have a cap.
+template <int M_TILES, int N_TILES, class Query>
+__device__ inline void score_columns(float (&S_rmem)[M_TILES][N_TILES][4], uint32_t (&derivative)[M_TILES][N_TILES][2], const AttentionParams& p,
+                                     const ScoreUnits& units, int j, Query query) {
+    if (CAPPED) {
+        cap(S_rmem, units);
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const float y0 = S_rmem[m][n][2 * r], y1 = S_rmem[m][n][2 * r + 1];
+                    derivative[m][n][r] = ptx::cvt_pair<__half>(fmaf(-y0, y0, 1), fmaf(-y1, y1, 1));
+                }
+    }
+#pragma unroll
+    for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const ScoredQuery column = query(n, e);
+            float bias[M_TILES][2] = {};
+            if (BIASED)
+                with_bias_type(p, [&](auto type) {
+                    const auto* from = static_cast<const decltype(type)*>(p.scoring.bias) + column.bias;
+#pragma unroll
+                    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                        for (int r = 0; r < 2; ++r) bias[m][r] = static_cast<float>(from[min(j + 16 * m + 8 * r, p.Nk - 1) * p.scoring.stride_j]);
+                });
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    float& s = S_rmem[m][n][2 * r + e];
+                    s = score_log2(p, units, s, bias[m][r], column.distance - static_cast<float>(16 * m + 8 * r), column.slope_log2);
+                }
+        }
+}
+#endif
