@@ -278,22 +278,19 @@ TABLE = {
         ("~first_bits(seen.stop - j) | first_bits(seen.start - j);", "~first_bits(seen.stop - j);", WINDOW),
         ("if (DROPOUT) dP0 = P0 < 0 ? 0 : dP0, dP1 = P1 < 0 ? 0 : dP1;", ";", DROPOUT),
         ("dS0 *= derivative.x, dS1 *= derivative.y;", "dS0 *= derivative.y, dS1 *= derivative.x;", HALF_CAPPED),
-        ("i + 8 * n + e + offset - j, slope);", "i + 8 * n + offset - j, slope);", HALF_SLOPED),
+        ("i, i + offset - j0 - warp_k * K_ROWS - lane / 4, slope);", "i, i + offset - j0 - warp_k * K_ROWS, slope);", HALF_SLOPED),
     ],
     ("tensor_core", "score_mma.cuh"): [
-        ("ptx::cvt_pair<__half>(fmaf(-y0, y0, 1), fmaf(-y1, y1, 1));", "ptx::cvt_pair<__half>(1, 1);", HALF_CAPPED),
+        ("ptx::cvt_pair<__half>(fmaf(-s0, s0, 1), fmaf(-s1, s1, 1));", "ptx::cvt_pair<__half>(1, 1);", HALF_CAPPED),
         ("s = MASK && s < units.lowest ? -CUDART_INF_F : decltype", "s = decltype", HALF_MASKED_CAP),
         ("fabsf(distance), x);", "distance, x);", HALF_SLOPED),
-        ("row.distance - static_cast<float>(8 * n + e)", "row.distance - static_cast<float>(8 * n)", HALF_SLOPED),
-        ("column.distance - static_cast", "column.distance + static_cast", HALF_SLOPED),
+        ("row.distance - static_cast<float>(8 * n + 1)", "row.distance - static_cast<float>(8 * n)", HALF_SLOPED),
+        ("second.distance - further", "first.distance - further", HALF_SLOPED),
         ("min(i, p.Nq - 1) * p.scoring.stride_i", "i * p.scoring.stride_i", HALF_FROZEN),  # beyond the bias' last row
-        ("x[n][0] = pair.x, x[n][1] = pair.y;", "x[n][0] = pair.y, x[n][1] = pair.x;", HALF_FROZEN),
-        ("bias[min(j + 8 * n + e, p.Nk - 1) * p.scoring.stride_j]", "bias[(j + 8 * n + e) * p.scoring.stride_j]", HALF_FROZEN),
-        (
-            "from[min(j + 16 * m + 8 * r, p.Nk - 1) * p.scoring.stride_j]",
-            "from[min(j + 16 * m, p.Nk - 1) * p.scoring.stride_j]",
-            HALF_FROZEN,
-        ),
+        ("return lane[row / 2 + column / 2];", "return lane[row / 2];", HALF_FROZEN),
+        ("return min(j, p.Nk - 1) * p.scoring.stride_j;", "return j * p.scoring.stride_j;", HALF_FROZEN),  # and its last column
+        ("return bias.stride_j == 1 && odd % 2 == 0 &&", "return bias.stride_j == 1 &&", FEW_BIASED),
+        ("bias_column(p, j + 16 * m + 8 * r);", "bias_column(p, j + 16 * m);", HALF_FROZEN),
     ],
     ("tensor_core", "score.cuh"): [
         ("-0.33065430f * factor", "-0.23065430f * factor", case(softcap=6.0)),
@@ -312,7 +309,7 @@ TABLE = {
         ("__syncthreads();  // Q is there for every thread", "//", ONE_QUERY),
         ("__syncthreads();  // every warp is done with Q, its ring", "//", FEW_ROWS),
         ("__syncthreads();  // all warps' sums are there", "//", ONE_QUERY, 0),
-        ("return ptx::ex2((m - m_all) * (s.score * LOG2_E));", "return 1;", FEW_ROWS),
+        ("return ptx::ex2((m - m_all) * s.m_to_log2());", "return 1;", FEW_ROWS),
         ("if (filled < 2 * count)", "if (filled < 2 * count - 1)", ONE_QUERY),
         ("filled, to_fill = to_fill + 1 == SLOTS ? 0 : to_fill + 1;", "filled, to_fill = to_fill == SLOTS ? 0 : to_fill + 1;", ONE_QUERY),
         (
@@ -337,8 +334,8 @@ TABLE = {
         ("return SCORE ? 1 : score * LOG2_E;", "return score * LOG2_E;", FEW_CAPPED),
         ("return SCORE ? LN_2 : score;", "return score;", FEW_CAPPED),
         ("slope_rmem[m][r] = slope_log2(p, b, h_rmem[m][r]);", "slope_rmem[m][r] = slope_log2(p, b, h_kv);", FEW_SLOPED),
-        ("i_rmem[m][r] + offset - j0 - 2 * t, slope", "i_rmem[m][r] - j0 - 2 * t, slope", FEW_SLOPED),
-        ("scored_query(p, b, h_rmem[m][r], i_rmem", "scored_query(p, b, h_kv, i_rmem", FEW_BIASED),
+        ("i, i + offset - j0 - 2 * t, slope", "i, i - j0 - 2 * t, slope", FEW_SLOPED),
+        ("scored_query(p, b, h, i, i", "scored_query(p, b, h_kv, i, i", FEW_BIASED),
     ],
     ("hopper", "forward_4_hopper.cu"): [
         ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS + 1);", MANY_TILES),

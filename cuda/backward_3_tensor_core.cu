@@ -24,6 +24,7 @@
 #define S_STAGES (HEAD_DIM <= 192 && SMEM_KB >= 227 ? 2 : 1)  // tiles of dS and P in shared memory: with two, a step has one barrier
 // Columns of Sᵀ at a time, as far as registers suffice.
 #define PASS_COLUMNS (ARCH >= 90 && ARCH < 120 && !INTERVAL && !SCORE && !(CAUSAL && MASK && (HEAD_DIM == 64 || (DROPOUT && ARCH > 90))) ? 32 : 16)
+#define BIAS_EARLY (!INTERVAL && !DROPOUT && !MASK && (HEAD_DIM <= 64 || ARCH >= 90))  // a bias is loaded before S is computed, where registers suffice
 #define STAGES (HEAD_DIM <= 64 ? 2 : S_STAGES == 2 ? 3 : HEAD_DIM <= 192 || SMEM_KB >= 227 ? 2 : 1)  // tiles of Q and dO
 #define DQ_WARPS_Q (HEAD_DIM == 96 && WARPS == 8 ? 4 : 2)  // warps along the rows of dQ, the others along the head size
 #define BLOCKS_PER_SM (WARPS == 4 ? 2 : 1)
@@ -179,6 +180,17 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
             const int mask_row = i0 + (warp_q * PASSES + pass) * Q_COLUMNS + ptx::tid_x() % Q_COLUMNS;
             const uint32_t mask_word = mask_gmem[min(mask_row, p.Nq - 1) * p.mask.stride_i + (j0 + warp_k * K_ROWS) / 32];
 #endif
+#if SCORE
+            float slope = 0;  // read where it is used
+            auto query = [&](int n, int e) {
+                const int lane = ptx::tid_x() % 32;
+                const int i = i0 + (warp_q * PASSES + pass) * Q_COLUMNS + 8 * n + lane % 4 * 2 + e;
+                return scored_query(p, b, now.h, i, i + offset - j0 - warp_k * K_ROWS - lane / 4, slope);
+            };
+            BiasOfTile<M_TILES, N_TILES> bias_rmem;
+            auto load_bias = [&] { load_bias_of_columns(bias_rmem, p, j0 + warp_k * K_ROWS + ptx::tid_x() % 32 / 4, query); };
+            if (BIASED && BIAS_EARLY) load_bias();
+#endif
 #if DROPOUT
             const uint2 key = dropout_key(p);  // read again in every pass, which is cheaper than two registers
 #endif
@@ -202,12 +214,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
 
 #if SCORE
             uint32_t derivative_rmem[M_TILES][N_TILES][2];
-            {
-                const int j = j0 + warp_k * K_ROWS + g, i = i0 + (warp_q * PASSES + pass) * Q_COLUMNS + 2 * t;
-                const float slope = slope_log2(p, b, now.h);
-                score_columns(S_rmem, derivative_rmem, p, score_units(p), j,
-                              [&](int n, int e) { return scored_query(p, b, now.h, i + 8 * n + e, i + 8 * n + e + offset - j, slope); });
-            }
+            if (BIASED && !BIAS_EARLY) load_bias();
+            slope = slope_log2(p, b, now.h);
+            score_columns(S_rmem, derivative_rmem, bias_rmem, p, score_units(p), query);
 #endif
             // line 11: P = exp(scale · S − LSE), from here on in S's place
 #pragma unroll

@@ -16,7 +16,7 @@
 // As many columns as leave the registers room for S, O and what masks or drops. The assembler fits more for sm_90, and nearly as much for sm_100.
 #define ROOMY (ARCH == 90 || (ARCH >= 100 && ARCH < 120 && !(CAUSAL && (MASK || HEAD_DIM <= 64))))
 #define WIDE (HEAD_DIM <= 64 && ROOMY && !INTERVAL && !SCORE && !(MASK && (CAUSAL || DROPOUT)))
-#define BLOCK_K (WIDE ? 128 : HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && ROOMY && !(SCORE & SCORE_BIAS)) ? 64 : 32)
+#define BLOCK_K (WIDE ? 128 : HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && ROOMY && !(SCORE & (SCORE_SOFTCAP | SCORE_BIAS))) ? 64 : 32)
 #define BLOCKS_PER_SM 2
 #define STAGES (HEAD_DIM <= 128 ? 2 : 1)  // how many pairs of K and V tiles shared memory holds
 
@@ -122,6 +122,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         if (STAGES == 2 && j > first_tile) load_K(j - 1), load_V(j - 1);
         ptx::cp_async_commit_group();
 
+#if SCORE
+        auto query = [&](int m, int r) {
+            const int i = i0 + warp_row + 16 * m + 8 * r + g;
+            return scored_query(p, b, h, i, i + offset - j0 - 2 * t, slope);
+        };
+        BiasOfTile<M_TILES, N_TILES> bias_rmem;
+        if (BIASED) load_bias_of_rows(bias_rmem, p, j0 + 2 * t, j0 + BLOCK_K <= p.Nk, query);
+#endif
         float S_rmem[M_TILES][N_TILES][4] = {};  // S = Q Kᵀ, summed from 0 or from where the mask says
         if (MASK) {
             const int thread = thread_anew();
@@ -159,10 +167,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         }
 
 #if SCORE
-        score_rows(S_rmem, p, score_units(p), j0 + 2 * t, j0 + BLOCK_K <= p.Nk, [&](int m, int r) {
-            const int i = i0 + warp_row + 16 * m + 8 * r + g;
-            return scored_query(p, b, h, i, i + offset - j0 - 2 * t, slope);
-        });
+        score_rows(S_rmem, bias_rmem, p, score_units(p), query);
 #endif
 #if !MASK
         if (cut) {  // Hide what lies beyond the diagonal or the end of the sequence.

@@ -145,11 +145,10 @@ __device__ inline float weight(const Scales& s, float m, float m_all) { return p
 __device__ inline float final_factor(const Call& c, const Scales& s, int b, float m, float l) {
     const Sequence keys = sequence(c, b);
     if (m == s.least_m() && keys.length <= keys.start) return 0;  // nothing to attend
-    const float one_over_l = (DROPOUT ? c.p.keep_scale : 1.0f) / l;
 #if SCORE
-    return factor_of_scored_row(c.p, m, one_over_l) * s.value;
+    return factor_of_scored_row(c.p, m, (DROPOUT ? c.p.keep_scale : 1.0f) / l) * s.value;
 #else
-    return factor_of_row(c.p, m == s.lowest ? c.p.lowest : m, s.score * LOG2_E, one_over_l) * s.value;
+    return factor_of_row(c.p, m == s.lowest ? c.p.lowest : m, s.score * LOG2_E, (DROPOUT ? c.p.keep_scale : 1.0f) / l) * s.value;
 #endif
 }
 __device__ inline void store_lse(const Call& c, const Scales& s, int b, int h, int i, float m, float l) {
@@ -284,6 +283,19 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     for (int n = 0; n < count; ++n) {
         const int j0 = step_of(n) * KEYS;
 
+#if SCORE
+        auto query = [&](int m, int r) {
+            int i = i_rmem[m][r], h = h_rmem[m][r];
+            float slope = slope_rmem[m][r];
+            if (BIASED && M_TILES > 1) {  // found again, which takes no registers in the rest of a step
+                const int row = min(row0 + 16 * m + 8 * r + static_cast<int>(ptx::tid_x()) % 32 / 4, rows - 1);
+                i = row / group, h = h_kv * group + row % group, slope = slope_log2(p, b, h);
+            }
+            return scored_query(p, b, h, i, i + offset - j0 - 2 * t, slope);
+        };
+        BiasOfTile<M_TILES, N_TILES> bias_rmem;
+        if (BIASED) load_bias_of_rows(bias_rmem, p, j0 + 2 * t, j0 + KEYS <= p.Nk, query);
+#endif
         float S_rmem[M_TILES][N_TILES][4] = {};  // S = Q Kᵀ, summed from 0 or from where the mask says
 #if MASK
 #pragma unroll
@@ -345,9 +357,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 #endif
 
 #if SCORE
-        score_rows(S_rmem, p, units, j0 + 2 * t, j0 + KEYS <= p.Nk, [&](int m, int r) {
-            return scored_query(p, b, h_rmem[m][r], i_rmem[m][r], i_rmem[m][r] + offset - j0 - 2 * t, slope_rmem[m][r]);
-        });
+        score_rows(S_rmem, bias_rmem, p, units, query);
 #endif
         // Hide what lies before the first key, beyond the diagonal or beyond the last key.
         const int first_visible = CAUSAL ? min(limit, row0 / group + offset + 1) : limit;

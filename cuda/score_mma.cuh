@@ -2,8 +2,7 @@
 // in backward_3_tensor_core.cu.
 //
 // Scores leave the hook in base 2, so that softmax takes a difference and a power of each; those that a mask hides become −∞. The cap comes first, in a
-// pass of its own, so that one vote chooses its tanh for the whole tile. A bias is read from where it lies, in any of the three types and with any
-// strides: neighbouring columns two at a time where they are pairs of q's type, others one by one.
+// pass of its own, so that one vote chooses its tanh for the whole tile. A bias of q's type is read from where it lies, with any strides.
 #pragma once
 
 #include <type_traits>
@@ -76,101 +75,102 @@ __device__ inline float score_log2(const AttentionParams& p, const ScoreUnits& u
     return hidden ? -CUDART_INF_F : x;
 }
 
-// use(T()) with the bias' type.
-template <class Use>
-__device__ inline void with_bias_type(const AttentionParams& p, Use use) {
-    if (p.scoring.bias_type == FLOAT32) use(float());
-    else if (p.scoring.bias_type == FLOAT16) use(__half());
-    else use(__nv_bfloat16());
+// Bias elements, of q's type, beside the accumulators of a tile: the pair [m][n][r] is for S_rmem[m][n][2r] and S_rmem[m][n][2r + 1]. They are asked for
+// before the product, where registers suffice, and arrive under it.
+template <int M_TILES, int N_TILES>
+struct BiasOfTile {
+    uint32_t pairs[M_TILES][N_TILES][2];
+};
+
+__device__ inline int64_t bias_column(const AttentionParams& p, int j) { return min(j, p.Nk - 1) * p.scoring.stride_j; }
+
+__device__ inline uint32_t pair_of(const void* bias, int64_t first, int64_t second) {
+    const uint16_t* of = static_cast<const uint16_t*>(bias);
+    return of[first] | static_cast<uint32_t>(of[second]) << 16;
 }
 
 // Whether pairs of columns of a bias are 4 bytes at a multiple of 4.
 __device__ inline bool bias_has_pairs(const AttentionParams& p) {
     const Scoring& bias = p.scoring;
     const int64_t odd = bias.stride_b | bias.stride_h | bias.stride_i;
-    return bias.bias_type == DTYPE && bias.stride_j == 1 && odd % 2 == 0 && reinterpret_cast<uintptr_t>(bias.bias) % 4 == 0;
+    return bias.stride_j == 1 && odd % 2 == 0 && reinterpret_cast<uintptr_t>(bias.bias) % 4 == 0;
 }
 
-// A query's bias of the lane's keys, j and j + 1, 8 further, … `whole`: none of them lies beyond the last.
-template <int N_TILES>
-__device__ inline void load_bias(float (&x)[N_TILES][2], const AttentionParams& p, int64_t row, int j, bool whole) {
-    if (whole && bias_has_pairs(p)) {
-        const uint32_t* pairs = reinterpret_cast<const uint32_t*>(static_cast<const element*>(p.scoring.bias) + row + j);
+// Of a tile whose rows are queries: query(m, r) is row 16m + 8r of the lane's, and its columns are keys j, j + 1, 8 further, … `whole`: none of them lies
+// beyond the last.
+template <int M_TILES, int N_TILES, class Query>
+__device__ inline void load_bias_of_rows(BiasOfTile<M_TILES, N_TILES>& bias, const AttentionParams& p, int j, bool whole, Query query) {
+    auto load = [&](auto pair) {
 #pragma unroll
-        for (int n = 0; n < N_TILES; ++n) {
-            const float2 pair = floats_of(pairs[4 * n]);
-            x[n][0] = pair.x, x[n][1] = pair.y;
-        }
-    } else {
-        with_bias_type(p, [&](auto type) {
-            const auto* bias = static_cast<const decltype(type)*>(p.scoring.bias) + row;
+        for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-            for (int n = 0; n < N_TILES; ++n)
+            for (int r = 0; r < 2; ++r) {
+                const int64_t row = query(m, r).bias;
 #pragma unroll
-                for (int e = 0; e < 2; ++e) x[n][e] = static_cast<float>(bias[min(j + 8 * n + e, p.Nk - 1) * p.scoring.stride_j]);
-        });
+                for (int n = 0; n < N_TILES; ++n) bias.pairs[m][n][r] = pair(row, 8 * n);
+            }
+    };
+    const uint32_t* lane = reinterpret_cast<const uint32_t*>(static_cast<const element*>(p.scoring.bias) + j);
+    if (whole && bias_has_pairs(p)) load([&](int64_t row, int column) { return lane[row / 2 + column / 2]; });
+    else load([&](int64_t row, int column) { return pair_of(p.scoring.bias, row + bias_column(p, j + column), row + bias_column(p, j + column + 1)); });
+}
+
+// Of a tile whose columns are queries: query(n, e) is column 8n + e of the lane's, and its rows are keys j, j + 8, j + 16, …
+template <int M_TILES, int N_TILES, class Query>
+__device__ inline void load_bias_of_columns(BiasOfTile<M_TILES, N_TILES>& bias, const AttentionParams& p, int j, Query query) {
+#pragma unroll
+    for (int n = 0; n < N_TILES; ++n) {
+        const int64_t first = query(n, 0).bias, second = query(n, 1).bias;
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int64_t column = bias_column(p, j + 16 * m + 8 * r);
+                bias.pairs[m][n][r] = pair_of(p.scoring.bias, first + column, second + column);
+            }
     }
 }
 
-// A tile whose rows are queries: query(m, r) is row 16m + 8r of the lane's, and its columns are keys j, j + 1, 8 further, …
+// A tile whose rows are queries, as load_bias_of_rows has it.
 template <int M_TILES, int N_TILES, class Query>
-__device__ inline void score_rows(float (&S_rmem)[M_TILES][N_TILES][4], const AttentionParams& p, const ScoreUnits& units, int j, bool whole, Query query) {
+__device__ inline void score_rows(float (&S_rmem)[M_TILES][N_TILES][4], const BiasOfTile<M_TILES, N_TILES>& bias, const AttentionParams& p,
+                                  const ScoreUnits& units, Query query) {
     if (CAPPED) cap(S_rmem, units);
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const ScoredQuery row = query(m, r);
-            float bias[N_TILES][2] = {};
-            if (BIASED) load_bias(bias, p, row.bias, j, whole);
 #pragma unroll
-            for (int n = 0; n < N_TILES; ++n)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    float& s = S_rmem[m][n][2 * r + e];
-                    s = score_log2(p, units, s, bias[n][e], row.distance - static_cast<float>(8 * n + e), row.slope_log2);
-                }
+            for (int n = 0; n < N_TILES; ++n) {
+                const float2 added = BIASED ? floats_of(bias.pairs[m][n][r]) : float2{};
+                float &s0 = S_rmem[m][n][2 * r], &s1 = S_rmem[m][n][2 * r + 1];
+                s0 = score_log2(p, units, s0, added.x, row.distance - static_cast<float>(8 * n), row.slope_log2);
+                s1 = score_log2(p, units, s1, added.y, row.distance - static_cast<float>(8 * n + 1), row.slope_log2);
+            }
         }
 }
 
-// A tile whose columns are queries: query(n, e) is column 8n + e of the lane's, and its rows are keys j, j + 8, j + 16, … derivative: of two
-// neighbouring columns' scores, in pairs of float16, if they have a cap.
+// A tile whose columns are queries, as load_bias_of_columns has it. derivative: of two neighbouring columns' scores, in pairs of float16, if they have a
+// cap.
 template <int M_TILES, int N_TILES, class Query>
-__device__ inline void score_columns(float (&S_rmem)[M_TILES][N_TILES][4], uint32_t (&derivative)[M_TILES][N_TILES][2], const AttentionParams& p,
-                                     const ScoreUnits& units, int j, Query query) {
-    if (CAPPED) {
-        cap(S_rmem, units);
+__device__ inline void score_columns(float (&S_rmem)[M_TILES][N_TILES][4], uint32_t (&derivative)[M_TILES][N_TILES][2],
+                                     const BiasOfTile<M_TILES, N_TILES>& bias, const AttentionParams& p, const ScoreUnits& units, Query query) {
+    if (CAPPED) cap(S_rmem, units);
+#pragma unroll
+    for (int n = 0; n < N_TILES; ++n) {
+        const ScoredQuery first = query(n, 0), second = query(n, 1);
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-            for (int n = 0; n < N_TILES; ++n)
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const float y0 = S_rmem[m][n][2 * r], y1 = S_rmem[m][n][2 * r + 1];
-                    derivative[m][n][r] = ptx::cvt_pair<__half>(fmaf(-y0, y0, 1), fmaf(-y1, y1, 1));
-                }
+            for (int r = 0; r < 2; ++r) {
+                const float further = static_cast<float>(16 * m + 8 * r);
+                const float2 added = BIASED ? floats_of(bias.pairs[m][n][r]) : float2{};
+                float &s0 = S_rmem[m][n][2 * r], &s1 = S_rmem[m][n][2 * r + 1];
+                if (CAPPED) derivative[m][n][r] = ptx::cvt_pair<__half>(fmaf(-s0, s0, 1), fmaf(-s1, s1, 1));
+                s0 = score_log2(p, units, s0, added.x, first.distance - further, first.slope_log2);
+                s1 = score_log2(p, units, s1, added.y, second.distance - further, second.slope_log2);
+            }
     }
-#pragma unroll
-    for (int n = 0; n < N_TILES; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const ScoredQuery column = query(n, e);
-            float bias[M_TILES][2] = {};
-            if (BIASED)
-                with_bias_type(p, [&](auto type) {
-                    const auto* from = static_cast<const decltype(type)*>(p.scoring.bias) + column.bias;
-#pragma unroll
-                    for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-                        for (int r = 0; r < 2; ++r) bias[m][r] = static_cast<float>(from[min(j + 16 * m + 8 * r, p.Nk - 1) * p.scoring.stride_j]);
-                });
-#pragma unroll
-            for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    float& s = S_rmem[m][n][2 * r + e];
-                    s = score_log2(p, units, s, bias[m][r], column.distance - static_cast<float>(16 * m + 8 * r), column.slope_log2);
-                }
-        }
 }
 #endif

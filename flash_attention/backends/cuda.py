@@ -63,7 +63,8 @@ class Rung:
     dropout: bool = False
     intervals: bool = False  # rows that see an interval of their own: windows, spans, parts of a larger whole
     scores: tuple[str, ...] = ()  # which of softcap, bias and alibi its kernels apply
-    bias_up_to: int | None = None  # it copies tiles of a bias of q's dtype by tensor map, beside head sizes up to this
+    bias_as_q: bool = False  # it reads a bias of q's dtype alone
+    bias_up_to: int | None = None  # it copies tiles of a bias by tensor map, beside head sizes up to this
     sums_bias: bool = False  # its own backward gives a bias its gradient
     teaching: bool = False  # a step of the ladder, taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
@@ -107,12 +108,12 @@ class Rung:
     def _why_no_bias(self, call: Call) -> str | None:
         if call.bias is None:
             return None
-        if self.bias_up_to is None:
-            if call.bias.dtype not in DTYPE_NAMES:
-                return f"it reads a bias in {', '.join(DTYPE_NAMES.values())}, got {call.bias.dtype}"
-            return None
-        if call.bias.dtype != call.q.dtype:
+        if call.bias.dtype not in DTYPE_NAMES:
+            return f"it reads a bias in {', '.join(DTYPE_NAMES.values())}, got {call.bias.dtype}"
+        if self.bias_as_q and call.bias.dtype != call.q.dtype:
             return f"it reads a bias of q's dtype, {call.q.dtype}, got {call.bias.dtype}"
+        if self.bias_up_to is None:
+            return None
         if call.head_dim > self.bias_up_to:
             return f"it serves a bias beside head sizes up to {self.bias_up_to}, got {call.head_dim}"
         if call.bias.shape[-1:] != call.k.shape[2:3]:
@@ -422,6 +423,7 @@ HOPPER = Rung(
     dropout=True,
     intervals=True,
     scores=("softcap", "bias", "alibi"),
+    bias_as_q=True,
     bias_up_to=128,
     sums_bias=True,
     wide_backward=(128, "backward_4_hopper_wide.cu"),
@@ -437,6 +439,7 @@ HOPPER_WIDE = replace(
     pairs=(),
     intervals=False,
     scores=(),
+    bias_as_q=False,
     bias_up_to=None,
     sums_bias=False,
     wide_backward=None,
@@ -473,6 +476,7 @@ RUNGS: dict[str, Rung] = {
             masks=(("bits",), ("bits",)),
             dropout=True,
             scores=("softcap", "bias", "alibi"),
+            bias_as_q=True,
             packs_heads=True,
             forward_workspace=True,
             float8_keys=True,
@@ -489,6 +493,7 @@ RUNGS: dict[str, Rung] = {
             dropout=True,
             intervals=True,
             scores=("softcap", "bias", "alibi"),
+            bias_as_q=True,
         ),
         HOPPER_WIDE,  # behind all that take narrower heads
         HOPPER_FLOAT32,
@@ -734,13 +739,18 @@ def _is_read_once(mask: Form) -> bool:
     return once and j == 1 and not (b | h | i) % 16
 
 
-def adds_quickly(q: Tensor, v: Tensor) -> bool:
-    """Whether a bias of q's dtype is added by a kernel on tensor cores. PyTorch's own are faster than `simple`, which adds all others."""
+def adds_quickly(q: Tensor, v: Tensor, trained: bool = False) -> bool:
+    """Whether a bias of q's dtype, or `trained` one that needs a gradient, is added by a kernel on tensor cores. PyTorch's own are faster
+    than `simple`, which adds all others."""
     if not q.is_cuda:
         return True
     device = torch.cuda.get_device_properties(q.device)
-    narrow = HOPPER.bias_up_to is not None and max(q.shape[-1], v.shape[-1]) <= HOPPER.bias_up_to
-    return narrow and DTYPE_NAMES.get(q.dtype) in HOPPER.dtypes and HOPPER.runs_on(10 * device.major + device.minor)
+    for rung in (HOPPER, RUNGS["tensor_core"]):
+        narrow = max(q.shape[-1], v.shape[-1]) <= (rung.bias_up_to or rung.head_dims[-1])
+        sums = rung.sums_bias or not trained
+        if narrow and sums and DTYPE_NAMES.get(q.dtype) in rung.dtypes and rung.runs_on(10 * device.major + device.minor):
+            return True
+    return False
 
 
 def pack_mask(mask: Tensor, by_keys: bool = False, launch=None) -> Tensor:
