@@ -263,7 +263,7 @@ def scores() -> list[Job]:
     jobs.append(partial(run, Task(wide, (WITHOUT, EFFICIENT), tuple(targets), (TENSOR_CORE,))))
     for scored in ({"softcap": 50.0}, {"alibi": True}, {"bias": "batches share"}):  # a generated token's
         case, target = Case(16, 16, 1, 8192, 128, "bfloat16"), Target(FORWARD, f"over {WITHOUT}", 0.95)
-        jobs.append(partial(run, Task(replace(case, **scored), (WITHOUT,), (target,), (SPLIT_KEYS,))))
+        jobs.append(partial(run, Task(replace(case, **scored), (WITHOUT,), (target,), (SPLIT_KEYS,), (FORWARD,))))
     return jobs
 
 

@@ -44,10 +44,12 @@ template <int M_TILES, int N_TILES>
 __device__ inline void cap(float (&S_rmem)[M_TILES][N_TILES][4], const ScoreUnits& units) {
     float largest = 0;
 #pragma unroll
-    for (int e = 0; e < M_TILES * N_TILES * 4; ++e) {
-        const float s = (&S_rmem[0][0][0])[e];
-        if (!MASK || s >= units.lowest) largest = fmaxf(largest, fabsf(s));
-    }
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                if (!MASK || S_rmem[m][n][e] >= units.lowest) largest = fmaxf(largest, fabsf(S_rmem[m][n][e]));
     auto apply = [&](auto small) {
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m)
