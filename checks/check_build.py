@@ -104,18 +104,61 @@ def covering_sample() -> list[Specialisation]:
     return sample
 
 
+INSPECTED = build.SOURCES.parent / "results" / "inspected.json"  # the sample's kernels that passed → `made_from` of that time
+
+
+def included(file: str) -> set[str]:
+    """A source file and all that it includes."""
+    names, todo = set(), [file]
+    while todo:
+        names.add(name := todo.pop())
+        todo += set(re.findall(r'#include "([\w.]+)"', (build.SOURCES / name).read_text())) - names
+    return names
+
+
+def made_from(kernel: Specialisation) -> str:
+    """A hash of all that the compiler's report on a kernel depends on: its sources, its constants and the compiler."""
+    sources = (part for name in sorted(included(kernel.file)) for part in (name, (build.SOURCES / name).read_text()))
+    return build._hash(*kernel.flags(), build._version(build.find_nvcc()), *sources, digits=16)
+
+
 @needs_nvcc
-def check_no_spill(full):
+def check_no_spill(full, keep):
     """No kernel spills registers (`KNOWN_SPILLS` aside), uses a stack, or has its matrix products serialised, and the compiler warns of
-    nothing. Without --full, a sample that covers every architecture. With many cores: python -m flash_attention.build --check.
+    nothing. Without --full, a sample that covers every architecture, less what results/inspected.json says of the same sources and the
+    same compiler. With many cores: python -m flash_attention.build --check.
     """
     wanted = specialisations(list(ARCHS)) if full else covering_sample()
     assert {kernel.arch for kernel in wanted} == set(ARCHS)
-    inspected = zip(wanted, at_once(build.inspect, wanted), strict=True)
+    passed = {} if full else json.loads(INSPECTED.read_text())
+    stale = [kernel for kernel in wanted if passed.get(str(kernel)) != made_from(kernel)]
+    inspected = zip(stale, at_once(build.inspect, stale), strict=True)
     judged = ((kernel, beyond_what_is_known(kernel, found)) for kernel, found in inspected)
     complaints = [f"{kernel}: {'; '.join(found)}" for kernel, found in judged if found]
-    print(f"{len(wanted)} kernels inspected")
+    print(f"{len(stale)} kernels inspected")
     assert not complaints, "\n".join(complaints)
+    if keep:
+        INSPECTED.write_text(json.dumps({str(kernel): made_from(kernel) for kernel in wanted}, indent=1) + "\n")
+
+
+def check_inspections_are_of_the_present_sources(tmp_path, monkeypatch):
+    """A kernel is inspected again once anything that it includes has changed."""
+    kernel = Specialisation("forward_4_hopper.cu", "90a", 64, "bfloat16")
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(build, "_version", lambda compiler: "13.0")
+    monkeypatch.setattr(build, "SOURCES", shutil.copytree(build.SOURCES, tmp_path / "cuda"))
+    before = made_from(kernel)
+    assert {"attention.h", "ptx_hopper.cuh", "visible.cuh"} < included(kernel.file)
+    assert made_from(kernel._replace(causal=True)) != before
+    (tmp_path / "cuda" / "forward_1_simple.cu").write_text("another kernel")
+    assert made_from(kernel) == before
+    for name in included(kernel.file):
+        with (tmp_path / "cuda" / name).open("a") as file:
+            file.write("\n")
+        assert made_from(kernel) != before
+        before = made_from(kernel)
+    monkeypatch.setattr(build, "_version", lambda compiler: "13.1")
+    assert made_from(kernel) != before
 
 
 LIBRARIES = (

@@ -4,6 +4,7 @@ python checks/check_exercises.py
 """
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -57,9 +58,11 @@ def check_a_solution_by_itself():
 @pytest.mark.parametrize(
     ("arguments", "words"), [((), "name one"), (("1", "--solutions"), "name one"), (("9",), "invalid choice"), (("x",), "invalid int")]
 )
-def check_command_line(arguments, words):
-    run = check(*arguments)
-    assert run.returncode == 2 and words in run.stderr, run.stdout + run.stderr
+def check_command_line(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
 def check_every_exercise_says_what_it_is_about():
