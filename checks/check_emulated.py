@@ -12,7 +12,7 @@ import torch
 from harness import FORWARD_ALONE, Case, Problem, Target, against_truth, call_of, run_alone
 
 from flash_attention import flash_attention
-from flash_attention.backends import BACKENDS, cuda, emulated
+from flash_attention.backends import BACKENDS, cuda, emulated, rung
 from flash_attention.call import Call, Form, Settings
 from flash_attention.reference import Visible
 
@@ -134,7 +134,7 @@ def check_sizes_between_and_wide(name, D, Dv, kind):
 @pytest.mark.parametrize(("D", "Nq", "Nk", "causal"), [(72, 300, 230, False), (96, 200, 300, True)])
 def check_tall_tiles(monkeypatch, D, Nq, Nk, causal):
     """Forwards of 72 to 96 columns by tiles of 192 rows and 96 keys, which calls of many rows take."""
-    monkeypatch.setattr(cuda, "_worth_tall", lambda call: True)
+    monkeypatch.setattr(rung, "worth_tall", lambda call: True)
     with emulated.counting() as counts:
         against_truth(Case(B=1, H=2, Hkv=1, Nq=Nq, Nk=Nk, D=D, dtype=torch.bfloat16, causal=causal), target("hopper"))
     assert [each.file for each in counts] == ["forward_4_hopper_tall.cu", "backward_4_hopper.cu"]
@@ -177,7 +177,7 @@ def check_wide_heads_without_dropout(D, Dv, options):
 
 
 def same_in_any_order(case: Case, where: Target, orders: int) -> None:
-    """Asserts that the results of a case, gradients in deterministic mode, have the same bits in so many orders of threads and blocks."""
+    """Asserts that the results of a case, gradients in deterministic mode, have the same bits in several orders of threads and blocks."""
     problem, results = Problem.of(case, where), []
     torch.use_deterministic_algorithms(True)
     try:

@@ -1,6 +1,8 @@
-"""What becomes of a score before the softmax: softcap, bias and ALiBi, each with its gradients, against naive attention.
+"""What happens to a score before the softmax: softcap, bias and ALiBi, each with its gradients, against naive attention.
 
 python checks/check_scores.py
+
+One file because softcap, bias and ALiBi combine: most checks take all three.
 """
 
 import math
@@ -14,7 +16,8 @@ from harness import BIASES, CPU, MASKS, SPANS, Case, Problem, Report, Target, ag
 from torch.func import grad, hessian, jvp, vmap
 
 from flash_attention import build, flash_attention
-from flash_attention.backends import BACKENDS, choose, cuda, emulated
+from flash_attention.backends import BACKENDS, choose, emulated, libraries
+from flash_attention.backends.launch import BACKWARD
 from flash_attention.build import Specialisation
 from flash_attention.call import Call, Form, Settings
 from flash_attention.reference import Score, Visible, normal_attention
@@ -60,7 +63,7 @@ def check_beside_masks(target, name):
 
 
 def check_tiles():
-    """Any tile size gives the same; so do workers, who compute a long call in pieces."""
+    """Any tile size gives the same; so do workers, which compute a long call in pieces."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 50, 8, dtype=torch.float64)
     bias = torch.randn(2, 50, 50, dtype=torch.float64, requires_grad=True)
@@ -258,7 +261,7 @@ def check_arguments():
 def check_who_serves(monkeypatch):
     """A kernel without the hook refuses by name; a plain call takes `hopper` where it serves, else `tensor_core`, for few rows
     `split_keys`, and `simple` where there are no tensor cores."""
-    monkeypatch.setattr(cuda, "_sm_count", lambda device: 132)  # where there is no GPU to ask
+    monkeypatch.setattr(libraries, "sm_count", lambda device: 132)  # where there is no GPU to ask
     x = Form.of(torch.empty(1, 2, 64, 64, dtype=torch.bfloat16))._replace(device=torch.device("cuda", 0))
     many_rows = x._replace(shape=torch.Size((1, 2, 512, 64)))
     plain = Call(many_rows, x, x, None, None, Settings(1.0))
@@ -273,10 +276,10 @@ def check_who_serves(monkeypatch):
                 assert reason and word in reason, f"{name}: {reason}"
         for capability, serves in ((90, "hopper"), (80, "tensor_core"), (75, "simple")):
             with monkeypatch.context() as gpu:
-                gpu.setattr(cuda, "_why_no_kernels", lambda rung, device, arch=capability: None if rung.runs_on(arch) else "another GPU")
+                gpu.setattr(libraries, "why_no_kernels", lambda rung, _, arch=capability: None if rung.runs_on(arch) else "another GPU")
                 one_row = call._replace(q=x._replace(shape=torch.Size((1, 2, 1, 64))))
                 assert choose(None, call) == serves and choose(None, one_row) == ("split_keys" if capability > 75 else serves)
-                assert choose(None, one_row, cuda.BACKWARD) == serves
+                assert choose(None, one_row, BACKWARD) == serves
                 wide = x._replace(shape=torch.Size((1, 2, 512, 160)), stride=(163840, 81920, 160, 1))
                 wide_bias = word == "bias" and serves == "hopper"
                 assert choose(None, call._replace(q=wide, k=wide, v=wide)) == ("tensor_core" if wide_bias else serves)
