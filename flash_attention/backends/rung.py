@@ -202,7 +202,7 @@ class Rung:
         if self.packs_heads:
             return which == FORWARD and worth_packing(call)
         if call.score:
-            return True  # below the rungs that change scores is `simple`
+            return True  # with scores changed, `hopper` is faster than `tensor_core` for few rows too
         if self.min_scores:
             B, H, Nq, _ = call.q.shape
             return B * H * Nq * call.k.shape[2] > next((scores for up_to, scores in self.min_scores if call.head_dim <= up_to), 0)
