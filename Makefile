@@ -28,7 +28,7 @@ demo: .venv/installed
 	$(VENV_PYTHON) bench_causal.py --type all --h 8 --q_len 2048 --kv_len 2048 --d 64
 
 test: .venv/installed
-	$(VENV_PYTHON) -m pytest -n 3
+	$(VENV_PYTHON) -m pytest -n 3 --dist worksteal
 
 bench: .venv/installed
 	$(VENV_PYTHON) -m benchmarks.cpu_targets --json results/cpu_targets.json

@@ -3,12 +3,10 @@
     python -m benchmarks.gpu_targets --only decode
 
 bfloat16, (B, H, Nq, D) queries, causal bottom-right. Contenders: the split_keys rung, contiguous and from a KeyValueCache in pages or as
-float8; what a plain call takes; PyTorch's SDPA, each of its kernels; FlashAttention-3, if `flash_attn_interface` can be imported or
-FLASH_ATTN_3_LIBRARY names the library that holds its operators. Each is checked against normal attention, then they take turns, with the
-L2 cache flushed before every call.
+float8; what a plain call takes; PyTorch's SDPA, each of its kernels; FlashAttention-3, if it is installed (flash_attention_3.py).
+Each is checked against normal attention, then they take turns, with the L2 cache flushed before every call.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -20,6 +18,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks import flash_attention_3
 from benchmarks.compare import WrongResult
 from benchmarks.contenders import SDPA_KERNELS
 from benchmarks.measure import Clock
@@ -78,29 +77,6 @@ def copy_bandwidth(device: str) -> float:
     return 2 * x.numel() / (median(times[2:]) * 1e-3) / 1e12
 
 
-def flash_attention_3() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """(B, H, N, D) tensors → (B, H, Nq, D), causal, or None where it is not installed."""
-    try:
-        from flash_attn_interface import flash_attn_func
-
-        def run(q: Tensor, k: Tensor, v: Tensor):
-            return flash_attn_func(q, k, v, causal=True)
-    except ImportError:
-        library = os.environ.get("FLASH_ATTN_3_LIBRARY")
-        if not library:
-            return None
-        torch.ops.load_library(library)
-
-        def run(q: Tensor, k: Tensor, v: Tensor):
-            return torch.ops.flash_attn_3.fwd(q, k, v, is_causal=True)
-
-    def attend_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        O = run(*(x.transpose(1, 2) for x in (q, k, v)))
-        return (O if isinstance(O, Tensor) else O[0]).transpose(1, 2)
-
-    return attend_3
-
-
 def calls(shape: Shape, pages: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     """All contenders."""
     causal = shape.Nq > 1
@@ -127,8 +103,8 @@ def calls(shape: Shape, pages: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor)
         halves[0].append(k, v)
         found[FLOAT8] = partial(attend, q, halves[0], backend=SPLIT_KEYS)
     found |= {f"sdpa ({kernel})" if kernel else "sdpa": partial(sdpa, kernel) for kernel in (None, *(SDPA_KERNELS if q.is_cuda else ()))}
-    if q.is_cuda and (fa3 := flash_attention_3()):
-        found["FA3"] = lambda: fa3(q, k, v)
+    if q.is_cuda and flash_attention_3.operators():
+        found["FA3"] = lambda: flash_attention_3.forward(q, k, v, causal=True)
     return found
 
 

@@ -1,6 +1,8 @@
-"""FlashAttention-3 as its authors build it, where that is installed: from their own package, or from xformers' wheel, which has it too."""
+"""FlashAttention-3 as its authors build it, where it is installed: in their own package, in xformers' wheel, which contains it too, or in
+the library that the environment variable FLASH_ATTN_3_LIBRARY names."""
 
 import importlib.util
+import os
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -15,7 +17,14 @@ PLACES = ("flash_attn_3", "xformers.flash_attn_3")  # packages that hold its lib
 
 @cache
 def operators():
-    """torch.ops.flash_attn_3, or None: it is not installed, or cannot be loaded here."""
+    """torch.ops.flash_attn_3, or None: it is not installed, or cannot be loaded here.
+
+    Raises:
+        OSError: the library that FLASH_ATTN_3_LIBRARY names cannot be loaded.
+    """
+    if named := os.environ.get("FLASH_ATTN_3_LIBRARY"):
+        torch.ops.load_library(named)
+        return torch.ops.flash_attn_3
     for place in PLACES:
         package, _, folder = place.partition(".")
         spec = importlib.util.find_spec(package)
@@ -38,6 +47,11 @@ def why_not(case: Case) -> str | None:
     if case.mask != "none" or case.as_mask or case.dropout_p:
         return "it takes no mask and no dropout"
     return None if operators() else f"it was found in neither {' nor '.join(PLACES)}"
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """(B, H, N, D) → (B, H, Nq, Dv), without gradients; causal is aligned bottom-right."""
+    return operators().fwd(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal)[0].transpose(1, 2)
 
 
 class _Attention(torch.autograd.Function):

@@ -20,6 +20,8 @@ alone. Kernels that are not compiled yet are compiled before the clock starts; `
     rungs    every rung of cuda/ (only when asked for: nothing to reach, it is the table of cuda/README.md)
 
 `--device cpu --quick` runs all of this where there is no GPU: small, with the reference as flash attention, judging nothing.
+
+One file because a group's cases and targets are read beside the code that measures and judges them.
 """
 
 import argparse

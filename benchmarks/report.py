@@ -59,12 +59,13 @@ def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
     return "\n".join([head, "|" + "---|" * len(cells[0]), *lines])
 
 
-def write_json(file: Path, environment: dict[str, Any], settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+def write_json(file: Path, environment: dict[str, Any], settings: dict[str, Any], results: Sequence[dict[str, Any]], **more: Any) -> None:
+    """The file of results of one run. more: further tables."""
     file.parent.mkdir(parents=True, exist_ok=True)
     settings = {
         name: value for name, value in settings.items() if not isinstance(value, Path)
     }  # file names are not settings of the measurement
-    file.write_text(one_row_a_line({"environment": environment, "settings": settings, "results": results}), encoding="utf-8")
+    file.write_text(one_row_a_line({"environment": environment, "settings": settings, "results": results, **more}), encoding="utf-8")
 
 
 def one_row_a_line(content: dict[str, Any]) -> str:

@@ -1,30 +1,31 @@
 """A ring of GPUs beside one GPU on its share of the work: speed, balance, what travels, memory, and when copies stop hiding.
 
-    torchrun --nproc_per_node 2 benchmarks/ring.py --json results/h200_ring_2.json  # bfloat16, H 16 on 8, D 128
-    torchrun --nproc_per_node 2 benchmarks/ring.py --device cpu --length 2048           # a trial by gloo, float32
+    torchrun --nproc_per_node 2 -m benchmarks.ring --json results/h200_ring_2.json  # bfloat16, H 16 on 8, D 128
+    torchrun --nproc_per_node 2 -m benchmarks.ring --device cpu --length 2048       # a trial by gloo, float32
 
 Forward and backward. Contenders take turns on all ranks at once, and a call counts as long as its slowest rank: "ring" is the whole call,
 "share" the same kernel calls of each rank alone, without copies, merging or agreement, "whole" the entire sequence on one device. The
 project's target is share / ring ≥ 0.9. Where ring-flash-attn (PyPI) can be imported, its zigzag runs too, once over this project's kernels
 and once over PyTorch's FlashAttention-2; in place of the package flash_attn that it calls stands `stand_in` below.
+
+One file because every contender, the peer's stand-in included, is timed by the same few lines on all ranks at once.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
 import types
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_attention import flash_attention, parallel
+from benchmarks import report
+from flash_attention import command_line, flash_attention, parallel
 from flash_attention.backends import as_chosen, choose
 from flash_attention.backends.cuda import BACKWARD, FORWARD
 from flash_attention.call import Call, Settings
@@ -330,7 +331,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--whole", type=int, default=65536, help="the longest sequence that is timed on one device too")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=command_line.output_file, metavar="FILE", help="write device, versions and every figure")
     args = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start it under torchrun")
@@ -363,10 +364,9 @@ def main() -> None:
     cases = [measure(N, causal, device, dtype, peers, link, args) for N in args.length for causal in (True, False)]
     speeds = {case["causal"]: 1e3 * operations(case["N"], case["causal"], ranks) / case["ms"]["share"] for case in cases}
     paper = print_on_paper(speeds, link)
-    result = {"device": name, "torch": torch.__version__, "ranks": ranks, "dtype": str(dtype), "link GB/s": link / 1e9}
     if dist.get_rank() == 0 and args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**result, "cases": cases, "on paper": paper}, indent=1) + "\n")
+        settings = {"ranks": ranks, "dtype": str(dtype), "rounds": args.rounds, "link GB/s": link / 1e9}
+        report.write_json(args.json, report.environment(str(device)), settings, cases, on_paper=paper)
     dist.destroy_process_group()
 
 

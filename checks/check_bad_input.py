@@ -11,7 +11,7 @@ import torch
 from harness import ALGORITHMS, call_of, half_served, run_alone
 
 from flash_attention import backends, flash_attention
-from flash_attention.backends import BACKENDS, choose, cuda
+from flash_attention.backends import BACKENDS, choose, cuda, libraries
 from flash_attention.backends.cuda import BACKWARD, FORWARD
 
 B, H, Nq, Nk, D = 2, 4, 5, 7, 16
@@ -189,7 +189,7 @@ def check_choice(monkeypatch):
 
 def check_choice_by_head_size(monkeypatch):
     """On a GPU that has them all, each head size takes the kernels that are compiled closest to it."""
-    monkeypatch.setattr(cuda, "_why_no_kernels", lambda rung, device: None)
+    monkeypatch.setattr(libraries, "why_no_kernels", lambda rung, device: None)
     monkeypatch.setattr(cuda.Rung, "device_type", "meta")
     for D, Dv, rung, compiled in (
         (40, 40, "hopper", (64, 64)),

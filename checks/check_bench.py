@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are not ins
 from benchmarks import cycles, gpu_targets, report, tables
 from benchmarks.case import Case, random_inputs
 from benchmarks.verify import verify
-from flash_attention.backends import cuda
+from flash_attention.backends import cuda, libraries
 from flash_attention.call import Call, Form, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -213,7 +213,7 @@ if __name__ == "__main__":
 
 def check_what_the_profiler_watches(monkeypatch):
     """Each kernel that benchmarks.cycles launches serves its case: new rungs with other dtypes or head sizes are left out."""
-    monkeypatch.setattr(cuda, "_why_no_kernels", lambda rung, device: None)  # where there is no GPU to ask
+    monkeypatch.setattr(libraries, "why_no_kernels", lambda rung, device: None)  # where there is no GPU to ask
     for name, _, h, d in cycles.launches():
         x = Form.of(torch.empty(4, h, 1, d, dtype=torch.bfloat16))._replace(device=torch.device("cuda", 0))
         assert not (reason := cuda.RUNGS[name].why_not(Call(x, x, x, None, None, Settings(1.0)))), f"{name}: {reason}"

@@ -2,6 +2,8 @@
 Libraries are found, compiled, noted, refused and pruned as flash_attention/build says; where one cannot be built, another rung serves.
 
 python checks/check_build.py [--full]
+
+One file because its three parts follow a library's life: it is compiled, it is found again, another rung serves where it cannot be built.
 """
 
 import contextlib
@@ -25,8 +27,8 @@ import torch
 from harness import run_alone
 
 from flash_attention import build, flash_attention
-from flash_attention.backends import choose, cuda, reference, rotary
-from flash_attention.backends.launch import NO_INTERVAL, NO_KEYS, NO_MASK, NO_TENSOR, SETTINGS
+from flash_attention.backends import choose, cuda, libraries, masks, reference, rotary
+from flash_attention.backends.launch import NO_INTERVAL, NO_KEYS, NO_MASK, NO_TENSOR, PARAMS, SETTINGS
 from flash_attention.backends.rotary import ROTARY
 from flash_attention.build import BuildError, Specialisation
 from flash_attention.build.__main__ import ARCHS, main, specialisations, usual_set
@@ -44,7 +46,7 @@ def at_once(function, arguments) -> list:
 
 
 TEACHING = {file for rung in cuda.RUNGS.values() if rung.teaching for file in rung.files}
-REGISTERS_TO_SPARE = {cuda.PACK_MASK, ROTARY, "forward_1_simple.cu", *TEACHING}
+REGISTERS_TO_SPARE = {masks.PACK_MASK, ROTARY, "forward_1_simple.cu", *TEACHING}
 
 
 def facts(kernel: Specialisation) -> set:
@@ -104,18 +106,68 @@ def covering_sample() -> list[Specialisation]:
     return sample
 
 
+INSPECTED = build.SOURCES.parent / "results" / "inspected.json"  # the sample's kernels that passed → `made_from` of that time
+
+
+def included(file: str) -> set[str]:
+    """A source file and all that it includes."""
+    names, todo = set(), [file]
+    while todo:
+        names.add(name := todo.pop())
+        todo += set(re.findall(r'#include "([\w.]+)"', (build.SOURCES / name).read_text())) - names
+    return names
+
+
+def without_comments(source: str) -> str:
+    return re.sub(r"\s*//[^\n]*", "", source).strip()
+
+
+def made_from(kernel: Specialisation) -> str:
+    """A hash of all that the compiler's report on a kernel depends on: its sources but for comments, its constants and the compiler."""
+    sources = (part for name in sorted(included(kernel.file)) for part in (name, without_comments((build.SOURCES / name).read_text())))
+    return build._hash(*kernel.flags(), build._version(build.find_nvcc()), *sources, digits=16)
+
+
 @needs_nvcc
-def check_no_spill(full):
+def check_no_spill(full, keep):
     """No kernel spills registers (`KNOWN_SPILLS` aside), uses a stack, or has its matrix products serialised, and the compiler warns of
-    nothing. Without --full, a sample that covers every architecture. With many cores: python -m flash_attention.build --check.
+    nothing. Without --full, a sample that covers every architecture, less what results/inspected.json says of the same sources and the
+    same compiler. With many cores: python -m flash_attention.build --check.
     """
     wanted = specialisations(list(ARCHS)) if full else covering_sample()
     assert {kernel.arch for kernel in wanted} == set(ARCHS)
-    inspected = zip(wanted, at_once(build.inspect, wanted), strict=True)
+    passed = {} if full else json.loads(INSPECTED.read_text())
+    stale = [kernel for kernel in wanted if passed.get(str(kernel)) != made_from(kernel)]
+    inspected = zip(stale, at_once(build.inspect, stale), strict=True)
     judged = ((kernel, beyond_what_is_known(kernel, found)) for kernel, found in inspected)
     complaints = [f"{kernel}: {'; '.join(found)}" for kernel, found in judged if found]
-    print(f"{len(wanted)} kernels inspected")
+    print(f"{len(stale)} kernels inspected")
     assert not complaints, "\n".join(complaints)
+    if keep:
+        INSPECTED.write_text(json.dumps({str(kernel): made_from(kernel) for kernel in wanted}, indent=1) + "\n")
+
+
+def check_inspections_are_of_the_present_sources(tmp_path, monkeypatch):
+    """A kernel is inspected again once anything that it includes has changed."""
+    kernel = Specialisation("forward_4_hopper.cu", "90a", 64, "bfloat16")
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(build, "_version", lambda compiler: "13.0")
+    monkeypatch.setattr(build, "SOURCES", shutil.copytree(build.SOURCES, tmp_path / "cuda"))
+    before = made_from(kernel)
+    assert {"attention.h", "ptx_hopper.cuh", "visible.cuh"} < included(kernel.file)
+    assert made_from(kernel._replace(causal=True)) != before
+    (tmp_path / "cuda" / "forward_1_simple.cu").write_text("another kernel")
+    assert made_from(kernel) == before
+    for name in included(kernel.file):
+        with (tmp_path / "cuda" / name).open("a") as file:
+            file.write("\n// a remark\n")
+            file.flush()
+            assert made_from(kernel) == before
+            file.write("#define ANOTHER\n")
+        assert made_from(kernel) != before
+        before = made_from(kernel)
+    monkeypatch.setattr(build, "_version", lambda compiler: "13.1")
+    assert made_from(kernel) != before
 
 
 LIBRARIES = (
@@ -145,7 +197,7 @@ LIBRARIES = (
 def params(B=1, H=1, Nq=1, Nk=1) -> bytes:
     """A call whose tensors all have address and strides 0."""
     settings = SETTINGS.pack(B, H, H, Nq, Nk, 32, 32, 1.0, 0, 1.0, -1e30)
-    return cuda.PARAMS.pack(*8 * NO_TENSOR, NO_MASK, 0, 0, 0, 0, settings, False, 0, 132, 0, 0, NO_INTERVAL) + NO_KEYS
+    return PARAMS.pack(*8 * NO_TENSOR, NO_MASK, 0, 0, 0, 0, settings, False, 0, 132, 0, 0, NO_INTERVAL) + NO_KEYS
 
 
 @needs_nvcc
@@ -154,7 +206,7 @@ def check_libraries():
     that an int cannot count, before it does anything else. Without a GPU, a launch reports an error."""
     assert {kernel.file for kernel in LIBRARIES} == {path.name for path in build.SOURCES.glob("*ward_*.cu")}
     many = {"batches": {"B": 2**30, "H": 4}, "rows": {"Nq": 2**31 - 1}, "columns": {"Nk": 2**31 - 1}}
-    for kernel, library in zip(LIBRARIES, at_once(lambda kernel: build.load(kernel, cuda.PARAMS.size), LIBRARIES), strict=True):
+    for kernel, library in zip(LIBRARIES, at_once(lambda kernel: build.load(kernel, PARAMS.size), LIBRARIES), strict=True):
         complaints = build.noted_complaints(build.build(kernel))
         assert not complaints, f"{kernel}: {complaints}"
         library.attention.argtypes = [ctypes.c_char_p]
@@ -164,10 +216,10 @@ def check_libraries():
         if not torch.cuda.is_available():
             error = library.attention(params())
             assert error and library.error_name(error), f"{kernel}: a launch without a GPU reported no error"
-    library = build.load(Specialisation(cuda.PACK_MASK, "80"), cuda.PACK_PARAMS.size)
+    library = build.load(Specialisation(masks.PACK_MASK, "80"), masks.PACK_PARAMS.size)
     for by_keys, sizes in itertools.product((0, 1), ((2**16, 2**15, 1, 1), (1, 1, 1, 2**31 - 1))):
-        error = library.error_name(library.pack_mask(cuda.PACK_PARAMS.pack(0, 0, 0, 0, 0, 0, *sizes, by_keys, 0, 0)))
-        assert error == b"invalid configuration argument", f"{cuda.PACK_MASK} by_keys={by_keys} {sizes}: {error.decode()}"
+        error = library.error_name(library.pack_mask(masks.PACK_PARAMS.pack(0, 0, 0, 0, 0, 0, *sizes, by_keys, 0, 0)))
+        assert error == b"invalid configuration argument", f"{masks.PACK_MASK} by_keys={by_keys} {sizes}: {error.decode()}"
     library = build.load(Specialisation(ROTARY, "80"), rotary.PARAMS.size)
     library.rotary.argtypes = [ctypes.c_char_p]
     for interleaved, sizes in itertools.product((0, 1), ((2**16, 1, 1), (1, 2**18 - 1, 1), (1, 1, 2**29))):
@@ -435,7 +487,7 @@ def check_wrong_arguments(arguments, monkeypatch, capsys):
 def check_command(place, monkeypatch, capsys):
     """--out fills a folder that a machine without nvcc can use; --check says which kernels spill, and keeps what its file says of other
     architectures."""
-    for name in ("forward_1_simple.cu", "backward_1_simple.cu", cuda.PACK_MASK, ROTARY):
+    for name in ("forward_1_simple.cu", "backward_1_simple.cu", masks.PACK_MASK, ROTARY):
         (build.SOURCES / name).write_text("// a kernel\n")
 
     def run(*arguments: str) -> int:
@@ -486,7 +538,7 @@ def rungs(monkeypatch):
         state.tried.append(kernel.file)
         if kernel.file in state.broken:
             raise BuildError(f"nvcc could not compile {kernel}")
-        return SimpleNamespace(params_size=lambda: (cuda.PACK_PARAMS if kernel.file == cuda.PACK_MASK else cuda.PARAMS).size)
+        return SimpleNamespace(params_size=lambda: (masks.PACK_PARAMS if kernel.file == masks.PACK_MASK else PARAMS).size)
 
     def plan(rung, which: int, call):
         rung._libraries(which, call)
@@ -508,14 +560,14 @@ def rungs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a stand-in")
     for name, value in (
-        ("why_not", lambda rung, call: cuda._why_no_kernels(rung, 0)),
+        ("why_not", lambda rung, call: libraries.why_no_kernels(rung, 0)),
         ("worthwhile", lambda rung, *call: rung.name in ("hopper", "tensor_core", "simple")),
         ("plan", plan),
     ):
         monkeypatch.setattr(cuda.Rung, name, value)
-    forget(cuda._library, cuda._pack_mask_library, cuda._why_no_kernels)
+    forget(libraries.library, masks.pack_mask_library, libraries.why_no_kernels)
     yield state
-    forget(cuda._library, cuda._pack_mask_library, cuda._why_no_kernels)
+    forget(libraries.library, masks.pack_mask_library, libraries.why_no_kernels)
 
 
 def gradients(backend: str, q, k, v, **options) -> tuple:
@@ -576,7 +628,7 @@ def check_next_rung(rungs, broken, served, options):
 def check_mask_cannot_be_packed(rungs):
     """Without pack_mask.cu, a rung that reads bytes serves a masked call, and others are as they were."""
     q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
-    rungs.broken.add(cuda.PACK_MASK)
+    rungs.broken.add(masks.PACK_MASK)
     with warned("runs on simple: hopper, tensor_core: nvcc could not compile pack_mask.cu sm_90a"):
         for _ in range(2):
             flash_attention(q, k, v, OPTIONS["mask"]["mask"], backend="cuda")
@@ -629,10 +681,26 @@ def check_none_takes_the_reference(rungs, monkeypatch):
 
     monkeypatch.setattr(build, "build", no_nvcc)
     with contextlib.suppress(BuildError):
-        build.load(Specialisation("forward_4_hopper.cu", "90a", 64, "float16"), cuda.PARAMS.size)
+        build.load(Specialisation("forward_4_hopper.cu", "90a", 64, "float16"), PARAMS.size)
     with warned("flash_attention runs on the slow reference: hopper, tensor_core, simple: nvcc was not found"):
         assert [choose(None, call) for _ in range(3)] == ["reference"] * 3
     assert rungs.tried == FORWARDS
+
+
+def check_another_system(rungs, monkeypatch):
+    """On Windows a plain call runs on the reference, a kernel asked for by name is refused, and nothing is built; each says why."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    q = Form(torch.Size((2, 3, 20, 16)), (960, 320, 16, 1), torch.float16, torch.device("cuda:0"))
+    call = Call(q, q, q, None, None, Settings(1.0))
+    reason = "the kernels need Linux (on Windows: WSL 2), this is win32"
+    with pytest.warns(UserWarning, match="slow reference.*" + re.escape(reason)):
+        assert choose(None, call) == "reference"
+    with pytest.raises(NotImplementedError, match=re.escape(reason)):
+        choose("hopper", call)
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(BuildError, match=re.escape(reason)):
+        build.build(Specialisation("forward_1_simple.cu", "75", 64, "float16"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Derivatives of any order, by any of PyTorch's ways to ask for them, and of the ops themselves: right, or an error.
 
 python checks/check_derivatives.py [--backend reference]
+
+One file because its checks share one table of calls and ways to ask for derivatives.
 """
 
 import itertools

@@ -14,7 +14,7 @@ from check_emulator import run_fault
 from harness import run_alone
 
 from flash_attention import flash_attention
-from flash_attention.backends import BACKENDS, emulated, emulated_trace
+from flash_attention.backends import BACKENDS, emulated, emulated_trace, masks
 from flash_attention.backends.emulated_trace import Trace
 
 if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
@@ -44,7 +44,7 @@ once = functools.cache(traced)
 @functools.cache
 def model() -> dict[str, float]:
     """The constants of cuda/emulator/model.h."""
-    library = emulated._pack_mask_library(None)
+    library = emulated._helper_library(masks.PACK_MASK, masks.PACK_PARAMS.size, None)
     return {name: float(value) for name, value, *_ in (line.split("\t") for line in library.emulator_model().decode().splitlines())}
 
 

@@ -4,6 +4,7 @@ python checks/check_exercises.py
 """
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def check_typical_mistakes_get_their_words():
 
 
 def check_as_handed_out():
-    """An exercise that nobody has touched: exit code 1, and words."""
+    """An untouched exercise: exit code 1, and a message."""
     run = check("1")
     assert run.returncode == 1 and "not yet" in run.stdout and "Nothing of the output was written" in run.stdout, run.stdout + run.stderr
 
@@ -57,9 +58,11 @@ def check_a_solution_by_itself():
 @pytest.mark.parametrize(
     ("arguments", "words"), [((), "name one"), (("1", "--solutions"), "name one"), (("9",), "invalid choice"), (("x",), "invalid int")]
 )
-def check_command_line(arguments, words):
-    run = check(*arguments)
-    assert run.returncode == 2 and words in run.stderr, run.stdout + run.stderr
+def check_command_line(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
 def check_every_exercise_says_what_it_is_about():

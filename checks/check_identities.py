@@ -1,6 +1,8 @@
 """What must hold whatever the numbers: tiled = direct, causal = masked, merged halves = whole, permuted heads = permuted output, …
 
 python checks/check_identities.py [--backend reference]
+
+One file because the identities share inputs and tolerances.
 """
 
 import doctest

@@ -10,7 +10,7 @@ import torch
 from harness import Case, Report, Target, dtype_served, flash, run_alone, serves_dropout, skip_unless_served
 
 from flash_attention import build, flash_attention
-from flash_attention.backends import cuda
+from flash_attention.backends import cuda, libraries
 
 CASES = [
     Case(Nq=203, Nk=330, D=64, H=4, Hkv=2),
@@ -159,14 +159,14 @@ def check_next_rung(target, monkeypatch):
     monkeypatch.setattr(build, "build", broken)
     monkeypatch.setattr(build, "failures", {})
     monkeypatch.setattr("flash_attention.backends._warned", set())
-    cuda._library.cache_clear()
+    libraries.library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="runs on simple") as caught:
             for _ in range(2):
                 got = run(case, Target(None, "cuda"), arguments)
         assert len(caught) == 2, f"one for the forward, one for the backward: {[str(w.message) for w in caught]}"
     finally:
-        cuda._library.cache_clear()
+        libraries.library.cache_clear()
     for name, x, y in zip(want._fields, got, want, strict=True):
         assert torch.equal(x, y), f"{name} is not that of simple"
 

@@ -86,7 +86,8 @@ def check_gradients_are_refused(name, way, launches):
     f = partial(attend, name=f"emulated:{name}")
     expect_error(lambda: WITH_GRADIENTS[way](f, x), NotImplementedError, [f"emulated:{name}", "forward alone"])
     assert not launches
-    gc.collect()  # PyTorch 2.11's checkpoint leaves its hooks on until the traceback of what failed inside it is gone
+    if way == "checkpoint":
+        gc.collect()  # PyTorch 2.11's leaves its hooks on until the traceback of what failed inside it is gone
 
 
 def attend(x, name):

@@ -1,6 +1,8 @@
 """The layers: outputs and gradients against attention written out. (Against torch.nn.MultiheadAttention: check_multihead.py.)
 
 python checks/check_layers.py [--backend reference]
+
+One file because most of its checks compare with one `naive` layer, which takes every option.
 """
 
 import copy

@@ -5,6 +5,8 @@ python checks/check_mistakes.py [--backend reference]
 Checked elsewhere: causality with left padding leaking the future, and rows that attend nothing (check_masks.py); a backward that takes dO
 to be contiguous (check_identities.py); gradients checked with ones alone, which hides permuted features (three_ways.py); benches that do
 not synchronise or that measure autograd's bookkeeping (check_bench.py); quadratic memory (check_memory.py).
+
+One file because it is a list: each check stands alone.
 """
 
 import runpy

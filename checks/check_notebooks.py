@@ -12,19 +12,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 from harness import run_alone
-from nbclient.exceptions import CellExecutionError
 from PIL import Image, ImageSequence
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))  # as in a notebook's kernel, which starts in its folder
-build, exercises, pictures = (importlib.import_module(name) for name in ("build", "exercises", "pictures"))
+exercises, pictures = (importlib.import_module(name) for name in ("exercises", "pictures"))
 
 LESSONS = sorted(NOTEBOOKS.glob("*.ipynb"))
 MEGABYTE = 2**20
@@ -32,13 +31,25 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 for_each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda file: file.stem)
 
 
-def read(lesson: Path) -> nbformat.NotebookNode:
-    return nbformat.read(lesson, as_version=4)
+@pytest.fixture
+def build() -> ModuleType:
+    """notebooks/build.py. Imported when a check needs it: nbformat takes as long as PyTorch, and every worker imports this file."""
+    return importlib.import_module("build")
+
+
+def cells(lesson: Path, kind: str) -> list[dict[str, Any]]:
+    """The cells of a lesson that are "code" or "markdown"."""
+    return [cell for cell in json.loads(lesson.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def words_of(lesson: Path) -> str:
+    return "\n".join("".join(cell["source"]) for cell in cells(lesson, "markdown"))
 
 
 def exercises_of(lesson: Path) -> list[str]:
     """The names that the lesson leaves blank: those of its cells that end with check_name(name)."""
-    return [name for cell in read(lesson).cells for name in re.findall(r"^check_(\w+)\(\1\)$", cell.source, re.MULTILINE)]
+    sources = ("".join(cell["source"]) for cell in cells(lesson, "code"))
+    return [name for source in sources for name in re.findall(r"^check_(\w+)\(\1\)$", source, re.MULTILINE)]
 
 
 def solutions_of(lesson: Path) -> dict[str, Any]:
@@ -54,10 +65,10 @@ def check_there_are_lessons():
 
 
 @for_each_lesson
-def check_runs(lesson, full, monkeypatch):
-    """From a clean kernel, without an exception; of each animation, two pictures are drawn. Without --full, four that read the reference,
-    `flash_attention()`, kept results and the ring: what `check_outputs_are_current` says of the others is that they have run."""
-    if not full and not lesson.stem.startswith(("lesson_1", "lesson_4", "lesson_8", "lesson_9")):
+def check_runs(build, lesson, full, monkeypatch):
+    """From a clean kernel, without an exception; of each animation, two pictures are drawn. Without --full, three that read the reference,
+    kept results and the ring: what `check_outputs_are_current` says of the others is that they have run."""
+    if not full and not lesson.stem.startswith(("lesson_1", "lesson_8", "lesson_9")):
         pytest.skip("run by --full, and by notebooks/build.py whenever its sources change")
     monkeypatch.setenv("LESSON_FRAMES", "2")
     notebook = build.execute(lesson)
@@ -65,29 +76,31 @@ def check_runs(lesson, full, monkeypatch):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
 
 
-def check_exception_is_not_missed(tmp_path):
+def check_exception_is_not_missed(build, tmp_path):
     """A lesson whose last cell asserts something false fails."""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("assert 1 + 1 == 3")])
-    nbformat.write(notebook, tmp_path / "wrong.ipynb")
+    from nbclient.exceptions import CellExecutionError
+
+    notebook = build.nbformat.v4.new_notebook(cells=[build.nbformat.v4.new_code_cell("assert 1 + 1 == 3")])
+    build.nbformat.write(notebook, tmp_path / "wrong.ipynb")
     with pytest.raises(CellExecutionError, match="AssertionError"):
         build.execute(tmp_path / "wrong.ipynb")
 
 
 @for_each_lesson
-def check_outputs_are_current(lesson):
+def check_outputs_are_current(build, lesson):
     """The committed outputs are those that the present sources gave."""
     assert build.stale(lesson) is None, f"{build.stale(lesson)}; run: make notebooks"
 
 
-def check_stale_outputs_are_noticed(tmp_path, monkeypatch):
+def check_stale_outputs_are_noticed(build, tmp_path, monkeypatch):
     """A changed cell, a changed output, a changed reference; words between the cells may change."""
     file = tmp_path / LESSONS[0].name
 
     def reason(change: Callable) -> str:
-        notebook = read(LESSONS[0])
+        notebook = build.nbformat.read(LESSONS[0], as_version=4)
         notebook.metadata.made_from = build.hashes(notebook)
         change(notebook)
-        nbformat.write(notebook, file)
+        build.nbformat.write(notebook, file)
         return build.stale(file) or "current"
 
     def cell(notebook, kind: str):
@@ -112,10 +125,9 @@ def check_size(lesson):
 
 
 @for_each_lesson
-def check_links(lesson, tmp_path):
+def check_links(build, lesson, tmp_path):
     """What a lesson links to in the repository exists, seen from the notebook and from its HTML."""
-    words = "\n".join(cell.source for cell in read(lesson).cells if cell.cell_type == "markdown")
-    linked = [link for link in re.findall(r"\]\(([^)#\s]+)\)", words) if "://" not in link]
+    linked = [link for link in re.findall(r"\]\(([^)#\s]+)\)", words_of(lesson)) if "://" not in link]
     missing = [link for link in linked if not (NOTEBOOKS / link).exists()]
     assert not missing, missing
     page = build.export(lesson, tmp_path / "html").read_text(encoding="utf-8")
@@ -129,14 +141,13 @@ def check_links(lesson, tmp_path):
 
 
 @for_each_lesson
-def check_page_needs_no_network(lesson, tmp_path):
+def check_page_needs_no_network(build, lesson, tmp_path):
     """Formulas are MathML, in the page: no script comes from elsewhere, and no TeX is left for one."""
     if build.latex_to_mathml is None:
         pytest.skip("latex2mathml is not installed")
     page = build.export(lesson, tmp_path).read_text(encoding="utf-8")
     assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//[^"]*"', page)
-    words = "\n".join(cell.source for cell in read(lesson).cells if cell.cell_type == "markdown")
-    words = re.sub(r"```.*?```|`[^`\n]*`", "", words, flags=re.DOTALL)
+    words = re.sub(r"```.*?```|`[^`\n]*`", "", words_of(lesson), flags=re.DOTALL)
     assert page.count("<math ") == len(re.findall(r"\$\$.+?\$\$|\$[^$]+?\$", words, re.DOTALL)) > 0
     text = re.sub(r"<(script|style|pre)\b.*?</\1>|<[^>]*>", "", page, flags=re.DOTALL)
     assert "$" not in text and "FORMULA" not in text
@@ -185,13 +196,13 @@ def off(x: Any) -> Any:
 
 
 @for_each_lesson
-def check_animations_can_be_stepped(lesson, tmp_path):
+def check_animations_can_be_stepped(build, lesson, tmp_path):
     """In a browser without a kernel and without the network: each animation shows its first frame; its buttons go on and back."""
     players = [
-        re.findall(r'frames\[\d+\] = "(data:[^"]*)"', output.data["text/html"])
-        for cell in read(lesson).cells
-        for output in cell.get("outputs", [])
-        if "_anim_img" in output.get("data", {}).get("text/html", "")
+        re.findall(r'frames\[\d+\] = "(data:[^"]*)"', html)
+        for cell in cells(lesson, "code")
+        for output in cell["outputs"]
+        if "_anim_img" in (html := "".join(output.get("data", {}).get("text/html", "")))
     ]
     if not players:
         pytest.skip("no animation in this lesson")
@@ -231,7 +242,7 @@ def browse(page: Path, profile: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-def check_gif_is_current(tmp_path):
+def check_gif_is_current(build, tmp_path):
     """docs/tile_loop.gif shows what the code draws now, in less than a megabyte."""
     assert build.GIF.stat().st_size < MEGABYTE
     pictures.tile_loop_gif(tmp_path / "fresh.gif")

@@ -1,6 +1,8 @@
 """Attention over several processes is that of one: O, LSE and gradients, whatever the order, the method and the number of ranks.
 
 python checks/check_parallel.py
+
+One file because its checks share the inputs, and processes that take seconds to start.
 """
 
 import importlib

@@ -1,4 +1,5 @@
 """The README and docs/: tables come from kept results, links lead somewhere, Python blocks run as they stand, parameters and counts agree.
+A file of more than 350 lines says in its header why it is one file.
 
 python -m pytest checks/check_readme.py
 """
@@ -104,6 +105,29 @@ def check_emulated_block():
 def check_mutations_counted():
     (count,) = re.findall(r"applies (\d+) known mistakes", README.read_text(encoding="utf-8"))
     assert int(count) == len(MUTATIONS), f"the README says {count}, there are {len(MUTATIONS)}"
+
+
+LONG = 350  # lines
+
+
+def header(text: str, suffix: str) -> str:
+    """A Python file's docstring; of a kernel, the comment at its top; of a page, what comes before its second heading."""
+    pattern = {".py": r'"""(.*?)"""', ".md": r"(.*?)(?=\n## |\Z)"}.get(suffix, r"((?://.*\n)+)")
+    found = re.match(pattern, text.removeprefix("#!/usr/bin/env python3\n"), re.DOTALL if suffix in (".py", ".md") else 0)
+    return found[1] if found else ""
+
+
+def check_long_files_say_why():
+    """Logs grow by appending, and are left out."""
+    folders = ("flash_attention", "reference", "cuda", "checks", "benchmarks", "notebooks", "exercises", "examples", "docs")
+    found = [*ROOT.iterdir(), *(file for folder in folders for file in (ROOT / folder).rglob("*"))]
+    kinds = (".py", ".cu", ".cuh", ".h", ".cpp", ".md")
+    files = [file for file in found if file.suffix in kinds and file.name not in ("LOG.md", "CHANGELOG.md")]
+    assert len(files) > 150
+    for file in files:
+        lines = (text := file.read_text(encoding="utf-8")).count("\n")
+        reason = "One file because" in " ".join(header(text, file.suffix).replace("//", " ").split())
+        assert lines <= LONG or reason, f"{file.relative_to(ROOT)} has {lines} lines: split it by subject, or say in its header why not"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

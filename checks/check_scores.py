@@ -1,6 +1,8 @@
-"""What becomes of a score before the softmax: softcap, bias and ALiBi, each with its gradients, against naive attention.
+"""What happens to a score before the softmax: softcap, bias and ALiBi, each with its gradients, against naive attention.
 
 python checks/check_scores.py
+
+One file because softcap, bias and ALiBi combine: most checks take all three.
 """
 
 import math
@@ -14,7 +16,7 @@ from harness import BIASES, CPU, MASKS, SPANS, Case, Problem, Report, Target, ag
 from torch.func import grad, hessian, jvp, vmap
 
 from flash_attention import build, flash_attention
-from flash_attention.backends import BACKENDS, choose, cuda, emulated
+from flash_attention.backends import BACKENDS, choose, emulated, libraries
 from flash_attention.build import Specialisation
 from flash_attention.call import Call, Form, Settings
 from flash_attention.reference import Score, Visible, normal_attention
@@ -60,7 +62,7 @@ def check_beside_masks(target, name):
 
 
 def check_tiles():
-    """Any tile size gives the same; so do workers, who compute a long call in pieces."""
+    """Any tile size gives the same; so do workers, which compute a long call in pieces."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 50, 8, dtype=torch.float64)
     bias = torch.randn(2, 50, 50, dtype=torch.float64, requires_grad=True)
@@ -257,7 +259,7 @@ def check_arguments():
 
 def check_who_serves(monkeypatch):
     """A kernel without the hook refuses by name; a plain call takes `hopper` where it serves, few rows included, and else `simple`."""
-    monkeypatch.setattr(cuda, "_sm_count", lambda device: 132)  # where there is no GPU to ask
+    monkeypatch.setattr(libraries, "sm_count", lambda device: 132)  # where there is no GPU to ask
     x = Form.of(torch.empty(1, 2, 64, 64, dtype=torch.bfloat16))._replace(device=torch.device("cuda", 0))
     plain = Call(x, x, x, None, None, Settings(1.0))
     bias = plain._replace(bias=x._replace(shape=torch.Size((1, 2, 64, 64))))
@@ -271,7 +273,7 @@ def check_who_serves(monkeypatch):
                 assert reason and word in reason, f"{name}: {reason}"
         for major, serves in ((9, "hopper"), (8, "simple")):
             with monkeypatch.context() as gpu:
-                gpu.setattr(cuda, "_why_no_kernels", lambda rung, device, arch=10 * major: None if rung.runs_on(arch) else "another GPU")
+                gpu.setattr(libraries, "why_no_kernels", lambda rung, _, arch=10 * major: None if rung.runs_on(arch) else "another GPU")
                 one_row = x._replace(shape=torch.Size((1, 2, 1, 64)))
                 assert choose(None, call) == choose(None, call._replace(q=one_row)) == serves
                 wide = x._replace(shape=torch.Size((1, 2, 64, 160)), stride=(20480, 10240, 160, 1))

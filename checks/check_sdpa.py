@@ -1,7 +1,9 @@
-"""`use_flash_attention()` beside torch's own function: any call gives the same result or the same kind of error, and whoever looks on sees
-torch's own function.
+"""`use_flash_attention()` beside torch's own function: any call gives the same result or the same kind of error, and modes,
+tracers and subclasses see torch's own function.
 
 python checks/check_sdpa.py [--full]
+
+One file because every check compares the same two outcomes, with the patch and without it.
 """
 
 import math
@@ -339,7 +341,7 @@ def check_a_handler_that_raises(served):
 
 
 def check_causal_bias_under_the_old_name(served):
-    """Who imported torch's function by its name runs on torch's own, a CausalBias of torch's too."""
+    """Code that imported torch's function by name runs on torch's own, and so does a CausalBias of torch's."""
     bias = causal_lower_right(9, 12)
     want = ORIGINAL(Q, K12, K12, bias)
     recognises = type(bias).__dict__["__torch_function__"]

@@ -1,4 +1,4 @@
-"""Whoever looks at a call instead of computing it: compilers, exporters, tracers, shape inference, counters, TorchFunctionModes. Where
+"""Tools that inspect a call instead of computing it: compilers, exporters, tracers, shape inference, counters, TorchFunctionModes. Where
 torch's own attention goes on, so does this one.
 
 python checks/check_tracing.py [--backend reference]

@@ -4,6 +4,8 @@ python checks/check_transformers.py
 
 The truth is the model on torch's attention in float64, tolerances are the harness's; for a sample of all families it is `eager`, as in
 sweep_transformers.py, which runs them all.
+
+One file because its checks share a few tiny models, which take seconds to make.
 """
 
 import copy
@@ -163,7 +165,7 @@ def check_documents_by_their_ends(integration):
 
 
 def check_patterns_are_what_is_written_out(integration):
-    """Mask functions that are understood against transformers' own `sdpa_mask`; one of somebody's own is written out."""
+    """Mask functions that are understood against transformers' own `sdpa_mask`; an unknown one is written out as a tensor."""
     utils = integration.masking_utils
     position = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
     documents = utils.find_packed_sequence_indices(position)

@@ -1,6 +1,8 @@
 """torch.func, torch.compile, autocast, second derivatives and the registration of the ops.
 
 python checks/check_transforms.py [--backend reference]
+
+One file because each transform is applied to the same few functions and compared with the same truth.
 """
 
 from contextlib import nullcontext

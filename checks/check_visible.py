@@ -2,6 +2,8 @@
 `reference/visible.py` against its own dense form.
 
 python checks/check_visible.py [--backend reference]
+
+One file because windows, spans and offsets are all compared with the same dense mask.
 """
 
 from itertools import product
@@ -354,11 +356,11 @@ def check_a_window_is_fast_and_takes_linear_memory():
 
 
 def check_a_plain_call_takes_a_kernel_for_intervals(monkeypatch):
-    from flash_attention.backends import choose, cuda
+    from flash_attention.backends import choose, cuda, libraries
     from flash_attention.call import Call, Form
 
     monkeypatch.setattr(cuda.Rung, "why_not", lambda *call: None)
-    monkeypatch.setattr(cuda, "_sm_count", lambda device: 132)
+    monkeypatch.setattr(libraries, "sm_count", lambda device: 132)
     x = Form(torch.Size((2, 3, 2000, 64)), (384000, 128000, 64, 1), torch.float16, torch.device("cuda:0"))
     for window in (Settings(1.0, left=5), Settings(1.0, q_offset=64), Settings(1.0)):
         call = Call(x, x, x, None, None, window)

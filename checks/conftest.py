@@ -1,6 +1,7 @@
-"""pytest's part of the harness: the `target` fixture and two flags.
+"""pytest's part of the harness: the `target` fixture and three flags.
 
---full runs whole grids where the default is a subset. --backend NAME runs only that backend's checks.
+--full runs whole grids where the default is a subset. --backend NAME runs only that backend's checks. --keep writes down which kernels
+were inspected for spills (results/inspected.json): until their sources change they are not compiled for it again.
 """
 
 import os
@@ -18,6 +19,7 @@ from flash_attention.backends import GROUPS
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the whole grids, not their fast subsets")
+    parser.addoption("--keep", action="store_true", help="check_build: write results/inspected.json")
     parser.addoption("--backend", help="check only this backend")
 
 
@@ -34,6 +36,13 @@ def pytest_generate_tests(metafunc):
         targets = [t for t in TARGETS if wanted is None or t.backend in GROUPS.get(wanted, (wanted,))]
         marks = [[pytest.mark.skip(reason=t.why_not())] if t.why_not() else [] for t in targets]
         metafunc.parametrize("target", [pytest.param(t, marks=m, id=str(t)) for t, m in zip(targets, marks, strict=True)])
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("only_full"):
+                item.add_marker(pytest.mark.skip(reason="run by --full"))
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +62,11 @@ def leaves_no_mode():
 @pytest.fixture
 def full(request) -> bool:
     return request.config.getoption("--full")
+
+
+@pytest.fixture
+def keep(request) -> bool:
+    return request.config.getoption("--keep")
 
 
 @pytest.fixture

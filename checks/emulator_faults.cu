@@ -1,5 +1,5 @@
 // Small kernels, each of which breaks one rule where BROKEN, and does the same thing rightly where not. check_emulator.py runs both and reads the reports.
-// One file for all of them, because it is compiled once.
+// One file because it is compiled once.
 #include <string_view>
 
 #include "common.cuh"

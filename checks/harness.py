@@ -1,7 +1,7 @@
 """What every check shares: the targets to check, inputs, the truth, tolerances and the printed report.
 
 A check is written once for any backend. `TARGETS` lists the (backend, device) pairs it runs on; to add a backend, add its name there.
-One long file, so that a check needs one import and a tolerance has one place.
+One file because a check then needs one import, and a tolerance has one place.
 """
 
 import argparse

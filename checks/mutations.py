@@ -1,6 +1,6 @@
 """Mistakes that a kernel's author could make, as data: a place in cuda/, what stands there, what instead, and the case that must show it.
 
-check_mutations.py applies each to a copy and expects the emulator to report it, or the result to be wrong. It is long because it is a list.
+check_mutations.py applies each to a copy and expects the emulator to report it, or the result to be wrong. One file because it is one list.
 """
 
 from collections.abc import Iterable

@@ -29,7 +29,7 @@ NO_ERRORS = "ERROR SUMMARY: 0 errors"
 LENGTHS = ((130, 200), (200, 130), (1, 70))  # Nq, Nk; causal with Nq > Nk has rows that see nothing
 # causal, mask (each head has its own: some rungs read it as bytes; all share one: packed to bits), dropout_p
 FLAGS = ((False, None, 0.0), (True, None, 0.0), (False, "one", 0.0), (False, "each", 0.0), (True, "each", 0.0), (True, "one", 0.1))
-HEAD_DIMS = (40, 64, 128, 256)  # hopper has a backward of its own above 128
+HEAD_DIMS = (40, 64, 128, 256)  # above 128, hopper has another backward
 # What rows see, each its own interval; with a mask and dropout in the last.
 INTERVALS = (
     ({"window": (70, 9)}, None, 0.0),

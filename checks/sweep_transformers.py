@@ -11,6 +11,8 @@ The sweep shows nothing about a family whose outputs hardly depend on attention;
 
 A family is a model type of transformers' auto classes, with its language-modelling head if it has one. Its tiny config comes from its
 default config: `SMALL` gives sizes by the names of fields, `SPECIAL` what some families need besides.
+
+One file because a family's entry in `SPECIAL` can only be understood beside the code that makes a model of it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-// The C interface between Python (flash_attention/backends/cuda.py) and every kernel: one struct, one entry point a file.
+// The C interface between Python (flash_attention/backends/launch.py) and every kernel: one struct, one entry point a file.
 //
 // A .cu file is compiled once for each specialisation, into a shared library of its own. The constants that specialise it come from the
 // command line: -DHEAD_DIM=64 -DDTYPE=1 -DCAUSAL=0 -DINTERVAL=0 -DMASK=0 -DDROPOUT=0, and where they are needed -DV_HEAD_DIM=… (V has another head
@@ -42,7 +42,7 @@ struct Mask {
     int64_t stride_b, stride_h, stride_i, stride_j;
 };
 
-// What the rows of an INTERVAL kernel see (visible.cuh): read by no other.
+// What the rows of an INTERVAL kernel see (visible.cuh); other kernels do not read it.
 struct Seen {
     const int32_t* spans;  // start and stop of row (b, h, i) at spans[b·stride_b + h·stride_h + i·stride_i + {0, 1}·stride_e]; NULL without them
     int64_t stride_b, stride_h, stride_i, stride_e;
@@ -51,7 +51,7 @@ struct Seen {
     int32_t q_offset, k_offset;  // where the first row and column stand in a larger whole: dropout's bits and spans count from its beginning
 };
 
-// What becomes of a score before the softmax (score.cuh): of a SCORE kernel alone, so that others are compiled as if there were none.
+// What happens to a score before the softmax (score.cuh). Only SCORE kernels have these fields, so that others compile as if there were no hook.
 struct Scoring {
     const void* bias;  // element (b, h, i, j) at bias[b·stride_b + h·stride_h + i·stride_i + j·stride_j]; strides are 0 where it is broadcast
     int64_t stride_b, stride_h, stride_i, stride_j;
@@ -92,8 +92,8 @@ struct AttentionParams {
 #endif
 };
 
-// What follows AttentionParams in memory where forward_5_split_keys.cu is called: where the keys of each sequence lie, read by the kernel, so that
-// lengths may change between replays of a CUDA graph. All zero: as k and v say, Nk of each.
+// Follows AttentionParams in memory for forward_5_split_keys.cu: where the keys of each sequence are. The kernel reads it on the device, so that
+// lengths may change between replays of a CUDA graph. All zero: each sequence has the Nk keys of k and v.
 struct KeySource {
     const int32_t* lengths;      // [B]: keys of each sequence, at most Nk; NULL: Nk. Causal: its last query sees its last key
     const int32_t* starts;       // [B]: keys before these are padding; NULL: 0

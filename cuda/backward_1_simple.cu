@@ -12,6 +12,8 @@
 // dkv_kernel works on transposed tiles, Sᵀ = Kj Qiᵀ: then Pᵀ dO and dSᵀ Q are the same product of a tile and a chunk as P V is.
 //
 // Serves everything in the interface, as forward_1_simple.cu does. Measured on an H200, float32, B 2, H 8, N 8192, D 64: 20.4 TFLOP/s.
+//
+// One file because its four kernels are the parts of one backward, each a short loop.
 #include "simple.cuh"
 
 // ---- tile sizes. A thread keeps 2 · ROWS_KV · HEAD_DIM / 8 numbers of dK and dV, or ROWS_Q · HEAD_DIM / 8 of dQ: at most half of its 255

@@ -12,6 +12,8 @@
 // Change from backward_2_mma.cu: the swizzle and the stages; one pass with atomic additions to dQ instead of a second pass that computes S and dP again.
 // Limits: float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale. dK and dV repeat bit for bit; dQ does only if
 // `deterministic` is set, because atomic additions of several blocks come in any order.
+//
+// One file because its kernel is one loop, in which the stages, the fragments and dQ's order depend on each other.
 #include "tensor_core.cuh"
 
 // ---- tile sizes. Two blocks of four warps share a multiprocessor up to head size 128: one computes while the other waits at a barrier.

@@ -5,6 +5,8 @@
 // through shared memory, for dQ = dS K, which sums over the keys of both groups. dQ is added up in global memory, as in backward_3_tensor_core.cu.
 //
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 128 that are multiples of 8.
+//
+// One file because its kernel is one schedule; what the three hopper backwards share is in backward_hopper.cuh.
 #include "common.cuh"
 
 constexpr int BLOCK_K = 128;                        // 64 for each of two groups

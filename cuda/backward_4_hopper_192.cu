@@ -20,6 +20,8 @@
 //
 // Serves float16 and bfloat16, everything in the interface but dropout and a mask over intervals, positive scale; head sizes from 129 to 192 that are
 // multiples of 8.
+//
+// One file because its kernel is one schedule; what the three hopper backwards share is in backward_hopper.cuh.
 #include "common.cuh"
 
 constexpr int BLOCK_K = 96;

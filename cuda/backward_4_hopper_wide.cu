@@ -23,6 +23,8 @@
 //
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 256 that are multiples of 8. Up to 192
 // backward_4_hopper_192.cu is faster, and this one serves calls with dropout, or with a mask over intervals.
+//
+// One file because its kernel is one schedule; what the three hopper backwards share is in backward_hopper.cuh.
 #include "common.cuh"
 
 constexpr int BLOCK_K = 64;

@@ -4,12 +4,14 @@
 // The idea: forward_5_float32.cu's, for five products. Q, K, V and dO come as planes (planes.cuh); Pᵀ and dSᵀ are split when they are computed, and
 // go through shared memory, from where both groups multiply them.
 //
-// Change from backward_4_hopper_wide.cu: two warpgroups share 64 keys here too, and of Sᵀ = K Qᵀ and dPᵀ = V dOᵀ each computes the columns of half the
-// rows of Q. But then one group computes all of dV += Pᵀ dO, the other all of dK += dSᵀ Q: the same instructions with other operands, and larger
-// products, for which shared memory gives up its tiles fast enough. Of dQ = dS K each computes half. A tile's sums begin at 0 and are added in
-// float32, for which there are registers, since a group keeps one gradient instead of two.
+// Change from backward_4_hopper_wide.cu: two warpgroups share 64 keys here too, and each computes Sᵀ = K Qᵀ and dPᵀ = V dOᵀ for half
+// the rows of Q. But then one group computes all of dV += Pᵀ dO, the other all of dK += dSᵀ Q: the same instructions with other operands, and larger
+// products, which shared memory can feed at full speed. Each computes half of dQ = dS K. A tile's sums begin at 0 and are added in float32; there are
+// enough registers for that because a group keeps one gradient instead of two.
 //
 // Serves float32, everything in the interface, positive scale; head sizes up to 128 that are multiples of 4.
+//
+// One file because the main kernel's loop is one schedule; the two small kernels prepare its rows and order its dQ.
 #include "keep_bits.cuh"
 #include "mask_start.cuh"
 #include "planes.cuh"
@@ -22,7 +24,7 @@
 #error "this rung reads masks of bits by keys"
 #endif
 
-// Heads whose numbers the planes cannot hold are computed by the `simple` rung. What is known of them lies before its workspace.
+// Heads whose values the planes cannot represent are computed by the `simple` rung. The Range of each head precedes that rung's workspace.
 __device__ inline bool planes_have_served(const AttentionParams& p, int b, int h_kv) {
     return gradients_fit(p, (reinterpret_cast<const Range*>(p.workspace) - p.B * p.Hkv)[b * p.Hkv + h_kv]);
 }
@@ -43,7 +45,7 @@ constexpr int BLOCK_K = 64;
 constexpr int BLOCK_Q = HEAD_DIM <= 64 ? 128 : 64;
 constexpr int ROWS = BLOCK_Q / CONSUMERS;  // of Q: a group's columns of Sᵀ and dPᵀ
 constexpr int N_TILES = ROWS / 8;
-constexpr bool BY_ROWS = BLOCK_Q == 128;           // of dQ a group computes 64 rows, or, where there are no more, 64 columns
+constexpr bool BY_ROWS = BLOCK_Q == 128;           // a group computes 64 rows of dQ or, if the tile has no more, 64 columns
 constexpr int STAGES = BY_ROWS && MASK ? 1 : 2;    // pairs of Q and dO tiles in shared memory, each with its LSE and Delta
 
 using Tile_K = SwizzledTile<BLOCK_K, HEAD_DIM>;
@@ -80,7 +82,7 @@ struct Workspace {
 // other along the columns, each 512 contiguous bytes.
 __device__ inline int64_t fragment_offset(int64_t row, int column, int lane) { return row * HEAD_DIM + column * 16 + lane * 4; }
 
-// ---- before: Delta = rowsum(dO∘O) − dLSE (line 4), in the scale of dP; LSE; zeros for dQ (line 3)
+// ---- the first kernel: Delta = rowsum(dO∘O) − dLSE (line 4), in the scale of dP; LSE; zeros for dQ (line 3)
 
 __global__ void __launch_bounds__(PREPARE_THREADS) delta_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Workspace workspace) {
     const int blocks_per_head = workspace.rows / ROWS_AT_ONCE;
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS) delta_kernel(const __grid_con
     const int64_t row_gmem = static_cast<int64_t>(bh) * p.Nq + i;
     const float LSE = i < p.Nq ? p.lse[row_gmem] : -CUDART_INF_F;
     if (i < p.Nq && p.d_lse) Delta -= p.d_lse[row_gmem];
-    // A row that attends nothing, or lies beyond the end: P = 2^(S − ∞) = 0, and what comes back to it, NaN too, is dropped.
+    // A row that attends nothing, or lies beyond the end: P = 2^(S − ∞) = 0, and its dO, even if NaN, is ignored.
     const bool dead = LSE == -CUDART_INF_F;
     if (DROPOUT) Delta /= p.keep_scale;  // the backward computes dS / keep_scale
     Delta = dead ? 0 : scalbnf(Delta, exponent_of(range.v) + exponent_of(range.d_o));
@@ -120,7 +122,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS) delta_kernel(const __grid_con
     for (int e = threadIdx.x; e < ROWS_AT_ONCE * HEAD_DIM / 4; e += PREPARE_THREADS) dQ[e] = make_float4(0, 0, 0, 0);
 }
 
-// ---- after: dQ out of fragment order, scaled. A warp takes 16 rows.
+// ---- the last kernel: brings dQ from fragment order into rows, and scales it. A warp takes 16 rows.
 
 constexpr int FINISH_WARPS = 4;
 
@@ -184,7 +186,7 @@ struct Visit {
     __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
 };
 
-// Both groups are there.
+// Waits for both groups.
 __device__ inline void meet() { ptx::bar_sync(1, CONSUMERS * GROUP); }
 
 __global__ void __launch_bounds__(THREADS, 1)
@@ -222,8 +224,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        // ---- the producer: one thread asks for every tile
-        ptx::setmaxnreg_dec<24>();  // all start with 168; what this group gives back, 144 · 128, is what two others can take
+        // ---- the producer: one thread loads every tile
+        ptx::setmaxnreg_dec<24>();  // all start with 168; the 144 · 128 that this group returns are what the two others take
         if (threadIdx.x == 0) {
             ptx::mbarrier_arrive_expect_tx(KV_full, 2 * K_BYTES);
             for (int plane = 0; plane < PLANES; ++plane) {
@@ -303,7 +305,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             ptx::mbarrier_wait(barrier(barriers.dO_full, stage), slot.parity);
             multiply(dP_rmem, V_smem, dO_tile, true);
 
-            // Dropout, while they are: what it keeps of the tile.
+            // While they run: which elements of the tile dropout keeps.
             [[maybe_unused]] KeepBits<ROWS> keep;
             if (DROPOUT) keep.draw_keys(p, workspace.first.b + now.bh / p.H, workspace.first.h + now.bh % p.H, j0 + first_row, i0 + consumer * ROWS, lane);
 
@@ -380,12 +382,12 @@ __global__ void __launch_bounds__(THREADS, 1)
                 ptx::red_add_4(dQ_gmem + fragment_offset(0, 8 * n, 0), dQ_rmem[4 * n], dQ_rmem[4 * n + 1], dQ_rmem[4 * n + 2], dQ_rmem[4 * n + 3]);
             if (p.deterministic) {
                 __threadfence();  // this thread's additions come before the next block's
-                meet();           // everybody's additions are made
+                meet();           // all threads' additions are made
                 if (threadIdx.x == GROUP) ptx::st_release(workspace.turns + row / BLOCK_Q, k_tile + 1);
             }
         }
 
-        // dV or dK out, two columns at a time: four lanes write 32 bytes of a row.
+        // Stores dV or dK, two columns at a time: four lanes write 32 bytes of a row.
         const Tensor4& X = consumer == 0 ? p.dv : p.dk;
         const int columns = consumer == 0 ? p.Dv : p.D;
         const int exponent = exponent_of(range.d_o) + (consumer == 0 ? P_EXPONENT : dS_exponent + exponent_of(range.v) + exponent_of(range.q));

@@ -1,15 +1,17 @@
 // Backward in float32 on Hopper's tensor cores for heads of up to 512 columns: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), Algorithm 3, with the
 // planes of planes.cuh (Ootomo and Yokota, 2022, arXiv:2203.03341).  sm_90a.
 //
-// The idea: forward_5_float32_wide.cu's, three times. A kernel for each gradient, since no two of them fit into registers: a block has 64 rows of it and goes
-// through all that these rows meet, 64 at a time. Of S and dP each of two warpgroups computes the columns of 32, they exchange their parts of dS
-// (or of P) through shared memory, and each adds to half of the gradient's columns. So S is computed three times and dP twice, 8 products for 5; in
-// return nothing is summed in global memory, and gradients repeat bit for bit without a switch.
+// The idea: that of forward_5_float32_wide.cu, three times. Each gradient has its own kernel, because no two of them fit into registers: a block holds 64
+// rows of one gradient and loops over the rows of the other side (keys for dQ, queries for dK and dV), 64 at a time. Each of two warpgroups computes 32
+// columns of S and dP, the groups exchange their parts of dS (or P) through shared memory, and each adds to half of the gradient's columns. So S is computed
+// three times and dP twice, 8 products instead of 5; in return nothing is summed in global memory, and gradients always repeat bit for bit.
 //
-// Change from backward_5_float32.cu: that. As in the wide forward, every 64 columns of the head, and every 64 rows that a gradient is summed over, begin at 0 and are
-// added in float32: S is the forward's to the last bit.
+// Change from backward_5_float32.cu: one kernel for each gradient. As in the wide forward, sums over every 64 columns of the head, and over every 64 rows
+// of a gradient's sum, begin at 0 and are added in float32: S equals the forward's to the last bit.
 //
 // Serves float32, everything in the interface but windows and spans, positive scale; head sizes up to 512 that are multiples of 4.
+//
+// One file because its kernel is one loop, for each of three gradients, whose branches share the ring and the registers.
 #include "keep_bits.cuh"
 #include "mask_start.cuh"
 #include "planes.cuh"
@@ -22,7 +24,7 @@
 #error "this rung reads masks of bits by keys"
 #endif
 
-// Heads whose numbers the planes cannot hold are computed by the `simple` rung. What is known of them lies before its workspace.
+// Heads whose values the planes cannot represent are computed by the `simple` rung. The Range of each head precedes that rung's workspace.
 __device__ inline bool planes_have_served(const AttentionParams& p, int b, int h_kv) {
     return gradients_fit(p, (reinterpret_cast<const Range*>(p.workspace) - p.B * p.Hkv)[b * p.Hkv + h_kv]);
 }
@@ -75,10 +77,10 @@ struct Workspace {
     }
 };
 
-// dV comes last, and needs no V: until then its memory has V's planes.
+// dV is computed last and does not need V: until then, V's planes occupy its memory.
 inline Operands operands_of(const AttentionParams& p, Range* ranges) { return Operands(p, true, ranges, true); }
 
-// ---- before: Delta = rowsum(dO∘O) − dLSE (line 4), in the scale of dP; LSE
+// ---- the first kernel: Delta = rowsum(dO∘O) − dLSE (line 4), in the scale of dP; LSE
 
 __global__ void __launch_bounds__(PREPARE_THREADS) delta_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Workspace workspace) {
     const int blocks_per_head = workspace.rows / ROWS_AT_ONCE;
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS) delta_kernel(const __grid_con
     const int64_t row_gmem = static_cast<int64_t>(bh) * p.Nq + i;
     const float LSE = i < p.Nq ? p.lse[row_gmem] : -CUDART_INF_F;
     if (i < p.Nq && p.d_lse) Delta -= p.d_lse[row_gmem];
-    // A row that attends nothing, or lies beyond the end: P = 2^(S − ∞) = 0, and what comes back to it, NaN too, is dropped.
+    // A row that attends nothing, or lies beyond the end: P = 2^(S − ∞) = 0, and its dO, even if NaN, is ignored.
     const bool dead = LSE == -CUDART_INF_F;
     if (DROPOUT) Delta /= p.keep_scale;  // the backward computes dS / keep_scale
     Delta = dead ? 0 : scalbnf(Delta, exponent_of(range.v) + exponent_of(range.d_o));
@@ -133,7 +135,7 @@ struct Place {
     }
 };
 
-// What a block's rows meet: tiles of keys, from the first, or tiles of Q that see some of the block's keys, of every query head that shares them.
+// The tiles that a block loops over: tiles of keys, from the first, or tiles of Q that see some of the block's keys, of every query head that shares them.
 template <Gradient OF>
 struct Visit {
     int h, end_h, begin, end;
@@ -154,7 +156,7 @@ struct Visit {
     }
 };
 
-// Both groups are there.
+// Waits for both groups.
 __device__ inline void meet() { ptx::bar_sync(1, CONSUMERS * GROUP); }
 
 template <Gradient OF>
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     auto barrier = [](uint64_t& of) { return ptx::smem_address(&of); };
 
     // One block computes BLOCK rows of a head's gradient. Causal: those that meet the most start first.
-    constexpr bool BY_ROWS = OF == OF_Q;  // its rows are those of Q, and what they meet keys; else it is the other way round
+    constexpr bool BY_ROWS = OF == OF_Q;  // the block's rows are queries and it loops over keys; otherwise the other way round
     const int heads = BY_ROWS ? p.H : p.Hkv, tiles = ((BY_ROWS ? p.Nq : p.Nk) + BLOCK - 1) / BLOCK;
     const int tile = CAUSAL && BY_ROWS ? tiles - 1 - blockIdx.x % tiles : blockIdx.x % tiles;
     const int b = blockIdx.x / tiles / heads, head = blockIdx.x / tiles % heads, h_kv = BY_ROWS ? kv_head(p, head) : head;
@@ -276,7 +278,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
         Place<RING> place;  // of the next piece
         Place<A_STAGES> place_of_A;
-        // The address of the next piece, once it is there.
+        // Waits for the next piece and returns its address.
         auto next_piece = [&] {
             ptx::mbarrier_wait(barrier(barriers.full[consumer][place.stage]), place.parity);
             const uint32_t at = uniform(rings_smem + consumer * RING_BYTES + place.stage * STAGE_BYTES);
@@ -289,7 +291,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             place_of_A.advance();
             return at;
         };
-        // One lane of every warp arrives, once its products that read the piece are over: the one that is so many before the next.
+        // One lane of every warp arrives, for the piece that is `before` pieces behind the next, once the warp's products that read it have finished.
         auto release = [&](int before) {
             if (lane == 0) ptx::mbarrier_arrive(barrier(barriers.empty[consumer][(place.stage + RING - before) % RING]));
         };
@@ -439,7 +441,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             }
         }
 
-        // ---- the gradient out, two columns at a time: four lanes write 32 bytes of a row
+        // ---- stores the gradient, two columns at a time: four lanes write 32 bytes of a row
         const Tensor4& X = OF == OF_Q ? p.dq : OF == OF_K ? p.dk : p.dv;
         const int rows = BY_ROWS ? p.Nq : p.Nk, D = OF == OF_V ? p.Dv : p.D;
         const int exponent = exponent_of(range.d_o) + (OF == OF_V ? P_EXPONENT : dS_exponent + exponent_of(range.v) + exponent_of(OF == OF_Q ? range.k : range.q));

@@ -1,29 +1,29 @@
 // Backward for heads of 320 to 512 columns: three kernels, one for each gradient.  sm_90a.
 //
-// The idea: the gradients of 64 keys, dK and dV, are in float32 as many numbers as a multiprocessor has registers. So each gradient has a kernel of its
-// own, and S = Q Kᵀ and dP = dO Vᵀ are computed again where they are needed: 8 products for 5. No two blocks add to the same number, so that nothing
-// is added up in global memory, and all gradients repeat bit for bit.
-//
-// All three are in this file because a backward is one file with one launcher.
+// The idea: dK and dV of 64 keys, in float32, would fill all registers of a multiprocessor. So each gradient has its own kernel, which recomputes
+// S = Q Kᵀ and dP = dO Vᵀ where it needs them: 8 products instead of 5. No two blocks add to the same element, so nothing is accumulated in global
+// memory, and all gradients repeat bit for bit.
 //
 //     dV += Pᵀ dO   as in forward_5_wide.cu: a block has 128 keys and half of dV's columns, and Q comes by panels through a ring
 //     dK += dSᵀ Q   a block has 64 keys and all columns: one group computes Sᵀ = K Qᵀ and from it Pᵀ, the other dPᵀ = V dOᵀ and from both dSᵀ;
 //                   then each adds to half of dK's columns
-//     dQ += dS K    the same with 64 rows of Q, past which the keys come
+//     dQ += dS K    the same, with 64 rows of Q in the block and a loop over keys
 //
-// Between the two groups, Pᵀ and dSᵀ lie in the same place of shared memory: who turns a number of Pᵀ into one of dSᵀ is alone with it. While a tile of
-// Q is being replaced by the next one, the products of dPᵀ run, whose dO comes through a ring.
+// The groups exchange Pᵀ and dSᵀ through one buffer in shared memory: each element of Pᵀ is read, and overwritten with dSᵀ, by the same thread. While the
+// next tile of Q is being loaded, the products of dPᵀ run, whose dO is loaded through a ring.
 //
 // Serves everything in the interface for float16 and bfloat16, head sizes up to 512 that are multiples of 8, positive scale.
+//
+// One file because a backward is one file with one launcher, and this one has three kernels.
 #include <algorithm>
 
 #include "backward_split.cuh"
 
-constexpr int HALF = HEAD_DIM / 2, PART = V_HEAD_DIM / 2;  // columns of dQ and dK that a group has; of dV that a block has
+constexpr int HALF = HEAD_DIM / 2, PART = V_HEAD_DIM / 2;  // columns of dQ and dK in a group; of dV in a block
 constexpr int OF_HALF = (HALF + 63) / 64;                  // panels
 static_assert(HEAD_DIM % 64 == 0 && V_HEAD_DIM % 64 == 0 && HALF <= 256 && PART <= 256, "whole panels, and a product's columns");
 
-// A place of a ring of N, and the parity of the barriers' phase that fills it.
+// A stage of a ring of N, and the parity of the barrier phase in which it is filled.
 template <int N>
 struct Place {
     int stage = 0, parity = 0;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
     uint8_t* rows_smem = smem + SMEM_BYTES - 2 * ROWS_BYTES;   // 2 × (mask [BLOCK_K] BitRow, LSE [BLOCK_Q])
     auto barrier = [](uint64_t& of) { return ptx::smem_address(&of); };
 
-    // One block computes BLOCK_K keys' dV, of which a part of the columns. Causal: the first keys are seen by the most rows, and start first.
+    // One block computes dV of BLOCK_K keys, a part of its columns. Causal: blocks of the first keys start first, because the most rows see them.
     const int part = blockIdx.x % parts, k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
     const int j0 = blockIdx.x / parts % k_tiles * BLOCK_K, b_kv_h = blockIdx.x / parts / k_tiles, b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv;
 
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        // ---- the producer: one thread asks for every tile
+        // ---- the producer: one thread loads every tile
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             const Workspace workspace(p);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
                 ptx::mbarrier_arrive_expect_tx(full, Tile_dO::BYTES);
                 load_boxes<Tile_dO>(dO_smem, maps.d_o[part], i0, h, b, full);
             };
-            int i0 = 0, h = 0, n = 0;  // of the tile before, and how many there have been
+            int i0 = 0, h = 0, n = 0;  // of the previous tile, and the number of tiles so far
             for (QueryVisit<BLOCK_Q> at(p, j0, kv_h); at.more(); at.advance()) {
 #pragma unroll 1
                 for (int panel = 0; panel < Q_PANELS; ++panel, place.advance()) {
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
         auto release = [&](uint64_t& empty) {
             if (lane == 0) ptx::mbarrier_arrive(barrier(empty));
         };
-        // Sᵀ = K Qᵀ, under way, but for the last panel's place, which is not released yet.
+        // Issues Sᵀ = K Qᵀ. The last panel's stage is not released yet.
         auto multiply_KQ = [&](const uint8_t* rows, int i0, bool cut) {
             const uint64_t K_rows = ptx::descriptor(uniform(K_smem + consumer * 64 * ROW_BYTES));
 #pragma unroll
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
                 place.advance();
             }
         };
-        // dV += Pᵀ dO of tile number n, under way
+        // Issues dV += Pᵀ dO of tile number n
         auto multiply_PdO = [&](int n) {
             ptx::mbarrier_wait(barrier(barriers.dO_full), n & 1);
             const uint32_t dO_tile = uniform(dO_smem);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
             ptx::mbarrier_arrive(barrier(barriers.rows_empty[n % 2]));  // not before the product has what was read: an arrival waits for no load
         };
 
-        // Once Sᵀ is there: Pᵀ in its place.
+        // Sᵀ is complete: Pᵀ overwrites it.
         auto exponentials = [&](int n, int i0, bool cut) {
             release(barriers.Q_empty[place.before()]);
             const float* LSE_smem = reinterpret_cast<const float*>(rows_smem + n % 2 * ROWS_BYTES + MASK_BYTES);
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
             ptx::wgmma_wait_group<0>();
         }
 
-        // dV out through K's place, so that global stores are 16 bytes wide.
+        // dV goes through K's buffer, so that global stores are 16 bytes wide.
         meet();  // both groups are done with K
         const float scale = DROPOUT ? p.keep_scale : 1.0f;
 #pragma unroll
@@ -265,7 +265,7 @@ struct Barriers {
     uint64_t own_full, tile_full[PANELS], tile_empty, panel_full[RING], panel_empty[RING];
 };
 
-// Named barriers between the groups: Pᵀ is there; its place is free.
+// Named barriers between the groups: Pᵀ is written; its buffer is free.
 constexpr int P_IS_THERE = 2, PLACE_IS_FREE = 3;
 
 // First column of a panel of Q or K, and how many products of 16 columns it has.
@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(THREADS, 1) gradient_kernel(const __grid_const
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        // ---- the producers: one thread asks for the block's own tiles and those of Q or K, another for the panels of dO or V
+        // ---- the producers: one thread loads the block's own tiles and those of Q or K, another the panels of dO or V
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             const Workspace workspace(p);

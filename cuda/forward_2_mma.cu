@@ -1,6 +1,6 @@
 // Forward on tensor cores, and nothing else changed: FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithm 1.  sm_80 and newer.
 //
-// The idea: one instruction of a warp, mma.sync, multiplies 16 × 16 by 16 × 8 numbers; it takes the place of the loops of fma. Operands are
+// The idea: one instruction of a warp, mma.sync, multiplies 16 × 16 by 16 × 8 numbers; it replaces the loops of fma. Operands are
 // 16-bit, sums float32. Every lane must hold the right elements of each operand: ldmatrix hands them out from shared memory. P needs no
 // such help. The accumulators of S = Q Kᵀ, rounded to pairs, are already laid out as the A operand of O += P V, so that P never leaves
 // registers.

@@ -5,8 +5,8 @@
 // product runs on its own, asynchronously: fence, issue, commit, wait.
 //
 // Change from forward_2c_cp_async.cu: the two products (wgmma.cuh), the wait for each, and one fence. wgmma reads shared memory through the
-// asynchronous proxy, a way of its own to that memory, which does not see what threads and their cp.async wrote until they have said
-// fence.proxy.async. The accumulators lie as those of mma.sync, so the softmax is the same, line for line.
+// asynchronous proxy, which sees what threads and their cp.async have written only after they execute fence.proxy.async. The accumulators lie as
+// those of mma.sync, so the softmax is the same, line for line.
 //
 // Prediction, before any measurement: mma.sync reaches about 60 % of an H100's tensor cores, wgmma all of it; but S, softmax and O still follow one
 // another in each group, and only the other blocks of the multiprocessor, three or four at D 64, fill the gaps. About 330 TFLOP/s at D 64, where

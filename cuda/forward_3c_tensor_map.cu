@@ -2,7 +2,7 @@
 //
 // The idea: one thread asks the copy engine for a whole tile. A tensor map, made on the host, says where a (B, H, N, D) tensor lies and how a box of
 // it is swizzled in shared memory; the kernel gives coordinates. No thread computes an address or a bound: what lies beyond the tensor arrives as
-// zeros. Who waits cannot count their own copies any more, since they issued none. So a barrier in shared memory counts bytes: the thread that
+// zeros. The threads that wait issued no copies, so they cannot count them. So a barrier in shared memory counts bytes: the thread that
 // asks announces how many will come, and the phase is over when they have. A wait names the parity of its phase: 0 the first time, then 1, 0, …
 //
 // Change from forward_3b_wgmma.cu: load_tile becomes load_boxes, cp.async's groups become one barrier a stage, and the proxy fence goes, since copy

@@ -5,7 +5,7 @@
 // "Full" barriers count the bytes that the producer asked for; "empty" barriers count the warps that have finished with a stage. A consumer that
 // is slow at its softmax no longer holds up the copies, nor the other consumer.
 //
-// Change from forward_3c_tensor_map.cu: who issues the copies, and the "empty" barriers that take the place of __syncthreads. K and V have
+// Change from forward_3c_tensor_map.cu: who issues the copies, and the "empty" barriers that replace __syncthreads. K and V have
 // barriers of their own, so that S = Q Kᵀ starts before V is there. What follows from it: registers. All threads of a block start with as many,
 // 168; the producer gives most of its away, and the consumers take them (setmaxnreg). And since 128 rows share a tile of keys, its tiles are larger.
 //

@@ -7,8 +7,8 @@
 // just fit into. O leaves a panel at a time, because two would not fit into shared memory beside two tiles of Q.
 //
 // Measured on an H200, bfloat16, B 4 H 16, dense and causal, × forward_4_hopper.cu: N 4096 D 72 1.28 and 1.11, D 80 1.09 and 0.95, D 96 1.04 and 0.93.
-// 192 rows divide few lengths, and more blocks end half empty: N 512 D 96 0.89. So the caller chooses by the number of rounds (`_worth_tall` in
-// flash_attention/backends/cuda.py).
+// 192 rows divide few lengths, and more blocks end half empty: N 512 D 96 0.89. So the caller chooses by the number of rounds (`worth_tall` in
+// flash_attention/backends/crossover.py).
 //
 // Serves float16 and bfloat16, dense and causal, without a mask, dropout, windows, spans or changed scores; head sizes 72, 80, 88 and 96.
 #define TALL 1

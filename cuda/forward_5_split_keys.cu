@@ -17,7 +17,7 @@
 // On sm_90 the merge's blocks are launched while the last blocks of the forward run. The lengths of the sequences may lie in device memory, and the
 // keys in pages (KeySource in attention.h); with KEYS_FLOAT8 keys and values are e4m3 numbers with a scale for each key head (sm_89).
 //
-// Longer than other files because it holds two kernels: the second merges what the first writes.
+// One file because it has two kernels that belong together: the second merges what the first writes.
 //
 // Measured on an H200: 5 to 7 µs above a kernel that only reads the keys (LOG.md).
 //

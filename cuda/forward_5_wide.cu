@@ -1,16 +1,18 @@
-// Forward for heads of 320 to 512 columns: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608) again, in two halves of V.  sm_90a.
+// Forward for heads of 320 to 512 columns: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608) with V in two halves.  sm_90a.
 //
-// The idea: O of 128 rows × 512 columns in float32 is as many numbers as a multiprocessor has registers. So a block computes all of S, but only half
-// of the columns of V and O; the other half is another block's, which computes the same S again. That is 3 products' worth of arithmetic for 2, at a
-// full tile of 128 rows. The other way out, 64 rows with all of O, computes nothing twice, but reads K and V twice as often: 1 byte for every 64
-// operations, 15 TB/s at the tensor cores' full speed, and the L2 cache gives 6. What a block here reads is 1 byte for every 128.
+// The idea: O of 128 rows × 512 columns in float32 would fill all registers of a multiprocessor. So a block computes all of S, but only half of the
+// columns of O, from half of the columns of V; another block computes the same S again for the other half. That costs 3 products instead of 2, but keeps
+// the tile at 128 rows. The alternative, 64 rows with all of O, computes nothing twice but reads K and V twice as often: 1 byte for every 64
+// operations, or 15 TB/s at the tensor cores' full speed, where the L2 cache delivers 6. A block here reads 1 byte for every 128 operations.
 //
-// Change from forward_4_hopper.cu: a tile of Q and one of K are 192 KB of the 227. So K comes by panels of 64 columns, through a ring of places in
-// shared memory: each is released when the product that reads it is over, in the middle of the sum over the head. Both groups are at the same
-// panel, so they take no turns; the softmax of both runs under O += P V of the tile before. V has a producer of its own: its one place becomes free at
-// the end of a tile, and a thread that waited for that would ask for no K meanwhile (445 → 481 TFLOP/s at D 512).
+// Change from forward_4_hopper.cu: a tile of Q and one of K take 192 KB of the 227. So K is loaded in panels of 64 columns, through a ring of stages in
+// shared memory: a stage is released as soon as the product that reads it has finished, in the middle of the sum over the head. Both groups work on the
+// same panel, so they do not take turns; the softmax of both overlaps O += P V of the previous tile. A second producer loads V: V's single buffer becomes
+// free at the end of a tile, and a thread that waited for it could not issue K's loads meanwhile (445 → 481 TFLOP/s at D 512).
 //
 // Serves everything in the interface for float16 and bfloat16, head sizes up to 512 that are multiples of 8, positive scale.
+//
+// One file because its kernel is one schedule: what producers copy is what consumers wait for.
 #include <algorithm>
 
 #include "keep_bits.cuh"
@@ -47,15 +49,15 @@ constexpr int SMEM_BYTES = OTHER_BYTES + RING * PANEL_BYTES;
 static_assert(RING >= 3, "choose smaller tiles");
 
 struct Maps {
-    CUtensorMap q, k, v[2], o[2], mask;  // of V and O one for each part: what lies beyond its last column is outside of the tensor
+    CUtensorMap q, k, v[2], o[2], mask;  // V and O have one for each part, so that columns beyond the part are out of bounds
 };
 
-// "full": the bytes have arrived, with those of a tile's first panel of K the mask's. "empty": the computing warps are done with them.
+// "full": the bytes have arrived (those of the mask count with a tile's first panel of K). "empty": the consumers have finished reading them.
 struct Barriers {
     uint64_t Q_full, Q_empty, K_full[RING], K_empty[RING], V_full, V_empty, mask_empty;
 };
 
-// A place of the ring, and the parity of the barriers' phase that fills it.
+// A stage of the ring, and the parity of the barrier phase in which it is filled.
 struct Place {
     int stage = 0, parity = 0;
     __device__ void advance() {
@@ -63,9 +65,9 @@ struct Place {
     }
 };
 
-// ---- who computes what. A block stays on its multiprocessor and takes one work after another.
+// ---- the schedule. Blocks are persistent: each takes one work after another.
 
-// A tile of Q and a part of O's columns, against the tiles of keys that it sees, from the last to the first, since those that are cut come last.
+// A tile of Q and a part of O's columns, against the tiles of keys that it sees. They are visited from the last to the first: only the last need masking.
 struct Work {
     int i0, h, b, part;  // first row, query head, batch, 0 or 1
     int k_tiles;
@@ -74,33 +76,33 @@ struct Work {
     __device__ int j0(int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
 };
 
-// Where the LSE of row i of the work's head is kept.
+// The LSE of row i of the work's head, in global memory.
 __device__ inline float& LSE_of(const AttentionParams& p, const Work& work, int i) {
     return p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + i];
 }
 
-// Of the tiles of keys, from the first, those that some row of the tile sees. Tiles beyond are never visited.
+// The number of tiles of keys that some row of the tile sees, counted from the first. Tiles beyond are never visited.
 __device__ inline int tiles_seen(const AttentionParams& p, int i0) {
     const int columns = i0 >= p.Nq ? 0 : CAUSAL ? max(0, min(p.Nk, min(i0 + BLOCK_Q, p.Nq) + p.Nk - p.Nq)) : p.Nk;
     return (columns + BLOCK_K - 1) / BLOCK_K;
 }
 
-// How works are dealt out to blocks, as in forward_4_hopper.cu: units, head by head, each a tile of Q or, causal, a pair of tiles that mirror each other. The
-// parts of a unit are neighbours, since they read the same Q and K.
+// Which block computes which works, as in forward_4_hopper.cu: units are numbered head by head; a unit is a tile of Q or, if causal, a long tile paired with
+// a short one. The parts of a unit have neighbouring numbers, because they read the same Q and K.
 struct Schedule {
     int units, parts;      // all units times parts; parts that V has
     int q_tiles, of_head;  // of one head: tiles, units
     int mask_bytes;        // that come with a tile of K
 
-    // The block's m-th work. False if there are not so many.
+    // The block's m-th work. False if it has fewer.
     __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
         const int blocks = gridDim.x, n = (CAUSAL ? m / 2 : m) * blocks + blockIdx.x;
         if (n >= units) return false;
         const int unit = n / parts, bh = unit / of_head, first = bh * of_head;
-        // Turned by one place a round, so that a block does not have the same one of every head.
+        // Rotated by one each round, so that a block does not get the same tile of every head.
         const int place = (unit + first * parts / blocks) % of_head;
         const bool from_end = CAUSAL && m % 2 == 0;
-        // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
+        // With an odd number of tiles, the middle one is paired with itself: the second time there is nothing to do.
         const bool again = CAUSAL && m % 2 && 2 * place + 1 == q_tiles;
         const int i0 = again ? p.Nq : (from_end ? q_tiles - 1 - place : place) * BLOCK_Q;
         work = {i0, bh % p.H, bh / p.H, n % parts, tiles_seen(p, i0)};
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, const __grid_constant__ Schedule schedule) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
-    __shared__ Work shared_work;                              // what Q is for. One without keys says that there is no more.
+    __shared__ Work shared_work;                              // the work that Q belongs to; one without keys ends the loop
     const uint32_t Q_smem = ptx::smem_address(smem);          // [BLOCK_Q, HEAD_DIM]
     const uint32_t K_smem = Q_smem + Tile_Q::BYTES;           // RING × [BLOCK_K, 64]
     const uint32_t V_smem = K_smem + RING * PANEL_BYTES;      // [BLOCK_K, PART]
@@ -136,8 +138,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        ptx::setmaxnreg_dec<40>();  // all start with 168; what this group gives back, 128 · 128, is what two others can take
-        // The next work from the m-th on that has keys, or one without: there is no more.
+        ptx::setmaxnreg_dec<40>();  // all start with 168; the 128 · 128 that this group returns are what the two others take
+        // The next work, from the m-th on, that has keys; or one without keys, if none is left.
         auto next_with_keys = [&](int& m) {
             Work work;
             while (schedule.deal(p, m++, work))
@@ -145,10 +147,10 @@ __global__ void __launch_bounds__(THREADS, 1)
             return Work{};
         };
         if (threadIdx.x == 0) {
-            // ---- a producer: this thread hands out works and asks for Q and K, in the order in which their places become empty
+            // ---- a producer: this thread picks the works and loads Q and K, in the order in which their stages become empty
             int m = 0, q = 0, n = 0;  // of all works, tiles of Q, tiles of keys
             Place place;
-            // A wait for "empty" passes at once in a place's first round.
+            // The first wait for a stage's "empty" passes at once.
             auto hand_out = [&](const Work& work) {
                 const uint32_t full = barrier(barriers.Q_full);
                 ptx::mbarrier_wait(barrier(barriers.Q_empty), q++ & 1 ^ 1);
@@ -181,7 +183,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             }
             hand_out(work);
         } else if (threadIdx.x == 64) {
-            // ---- another: V, which waits for a place of its own, while the next tile's K goes on coming
+            // ---- another producer: it waits for V's buffer while loads of the next tile's K continue
             int m = 0, n = 0;
             for (Work work = next_with_keys(m); work.k_tiles > 0; work = next_with_keys(m)) {
                 const int kv_h = kv_head(p, work.h);
@@ -193,7 +195,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
         } else if (threadIdx.x / 32 == 1) {
-            // ---- another warp, otherwise idle: works without keys, whose O is 0
+            // ---- an otherwise idle warp: writes O = 0 for works without keys
             Work work;
             for (int m = 0; schedule.deal(p, m, work); ++m)
                 for (int i = work.i0; work.k_tiles == 0 && i < min(p.Nq, work.i0 + BLOCK_Q); ++i) {
@@ -206,7 +208,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         // ---- the consumers: 64 rows each
         ptx::setmaxnreg_inc<232>();
         const int consumer = group - 1, lane = threadIdx.x % 32, t = lane % 4;
-        // Of the tile, this thread has the rows at two places 8 apart: first_row and first_row + ROW_STEP.
+        // This thread holds two rows of the tile, first_row and first_row + ROW_STEP.
         const int first_row = RowOrder::row((threadIdx.x - GROUP) / 32 * 16 + lane / 4);
         const int offset = p.Nk - p.Nq;             // causal: row i sees columns j ≤ i + offset
         const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         Place place;                           // of the next panel of K
         int n = 0;                             // of all tiles of keys
 
-        // One lane of every warp arrives at an "empty" barrier, once its products that read the place are over.
+        // One lane of every warp arrives at an "empty" barrier once the warp's products that read the stage have finished.
         auto release = [&](uint64_t& empty) {
             if (lane == 0) ptx::mbarrier_arrive(barrier(empty));
         };
@@ -258,13 +260,13 @@ __global__ void __launch_bounds__(THREADS, 1)
                 place.advance();
             }
         };
-        // Once S is there.
+        // S is complete.
         auto finish_QK = [&](bool last_of_work) {
             release(barriers.K_empty[place.stage == 0 ? RING - 1 : place.stage - 1]);
-            // Q's by every thread, since every one has read which work it is for.
+            // Every thread releases Q, because every thread has read shared_work.
             if (last_of_work) ptx::mbarrier_arrive(barrier(barriers.Q_empty));
         };
-        // O += P V of tile number `tile` of all, under way.
+        // Issues O += P V of tile number `tile`.
         auto multiply_PV = [&](int tile) {
             ptx::mbarrier_wait(barrier(barriers.V_full), tile & 1);
             const uint32_t V_tile = uniform(V_smem);
@@ -354,7 +356,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 // As in forward_4_hopper.cu: the condition, which always holds, keeps the wait for O behind the exponentials that its product should run under.
                 if (scale_log2 > 0) {
                     ptx::wgmma_wait_group<0>();
-                    // Few tiles raise a maximum.
+                    // Most tiles do not raise any maximum.
                     if (__any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1)) {
 #pragma unroll
                         for (int i = 0; i < PART / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
@@ -368,7 +370,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             ptx::wgmma_wait_group<0>();
             release(barriers.V_empty);
 
-            // O /= l, and out through shared memory, each warp its own rows, which the copy engine takes from there.
+            // O /= l. Each warp writes its own rows to shared memory, from where the copy engine stores them.
             float LSE[2], factor[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
@@ -382,7 +384,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             const uint32_t O_rows = O_smem + warp * 16 * ROW_BYTES, O_lane = O_smem + Tile_O::lane_a(warp * 16, lane);
 #pragma unroll
             for (int panel = 0; panel < Tile_V::PANELS; ++panel) {
-                if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there has left
+                if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // the previous contents have been stored
                 __syncwarp();
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
@@ -403,7 +405,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     ptx::cp_async_bulk_commit_group();
                 }
             }
-            // Both parts have found the same LSE.
+            // Both parts have computed the same LSE.
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int i = work.i0 + first_row + ROW_STEP * r;

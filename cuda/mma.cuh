@@ -23,8 +23,8 @@ constexpr int D_TILES = HEAD_DIM / 8;  // 8-column tiles of O, dQ, dK and dV
 // ---- tiles
 
 // Shared memory: rows of HEAD_DIM elements, one after another. The eight rows that ldmatrix reads at once begin 128 or 256 bytes apart, and
-// so at the same one of the 32 banks: they come one by one where all eight could come together (for head sizes 32 and 96, two by two). An
-// ldmatrix_x4 so takes shared memory 32 cycles (or 16) instead of 4, while the two mma.sync that it feeds take an A100's tensor cores 4.
+// so at the same one of the 32 banks: they are read one by one instead of all eight at once (for head sizes 32 and 96, two by two). Each
+// ldmatrix.x4 therefore takes 32 shared-memory cycles (or 16) instead of 4; the two mma.sync that it feeds take 4 cycles of an A100's tensor cores.
 template <int N>
 using Tile = element[N][HEAD_DIM];
 

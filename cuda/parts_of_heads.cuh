@@ -1,6 +1,6 @@
 // A large call's heads in parts, one after another in the same workspace, where a rung writes copies of its operands there (planes.cuh).
 //
-// Such copies take as much memory as the operands. Attention has no business between heads, so only those that are computed at the moment need theirs.
+// Such copies take as much memory as the operands. Heads do not depend on each other, so only those being computed need copies.
 // A part is some heads of K and V and the query heads that share them, and is launched as a call of its own, whose tensors begin at its first head.
 #pragma once
 
@@ -9,7 +9,7 @@
 #include "common.cuh"
 
 constexpr int64_t LARGE_WORKSPACE = 128 << 20;  // bytes; beyond them, heads are computed in parts of about this size
-// Of a part, FLOP of Q Kᵀ and P V: a millisecond's work and more, beside which the 10 to 20 µs of its launches do not count.
+// FLOP of Q Kᵀ and P V in a part: over a millisecond of work, so that the 10 to 20 µs of its launches are negligible.
 constexpr double LEAST_WORK = 0x1p38;
 
 // Part n of n parts of `total`: [begin, end).

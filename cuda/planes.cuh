@@ -1,16 +1,16 @@
 // float32 from 16-bit products: each operand as a sum of two float16 "planes", written once by a small kernel.
 //
-// float16 keeps 11 bits of a number, and 11 of what is left: x = hi + lo, 22 to 23 bits of float32's 24. So x · y = hi·hi + hi·lo + lo·hi, three
-// products that tensor cores make exactly and add up in float32; the fourth, lo·lo, is as small as float32's own rounding (Ootomo and Yokota, 2022,
-// arXiv:2203.03341). Two things stand in the way:
+// One float16 holds the first 11 bits of a number, a second one 11 bits of the remainder: x = hi + lo, 22 to 23 bits of float32's 24. So x · y = hi·hi +
+// hi·lo + lo·hi, three products that tensor cores make exactly and add up in float32; the fourth, lo·lo, is as small as float32's own rounding (Ootomo and
+// Yokota, 2022, arXiv:2203.03341). There are two difficulties:
 //
 // - float16 reaches from 2^-24 to 2^16. A head is multiplied by a power of two, which changes no bit of it, so that its largest entry lies between
-//   2^14 and 2^15. Then lo can hold what is at least 2^-40 of that. A smaller part is lost; whether it counts, the kernels find out:
-//   of the scores beforehand (scores_fit), of O row by row, of the gradients from their size when all is computed (gradients_fit).
-//   A head where it may count is computed again by the `simple` rung, which is launched every time and mostly has nothing to do. So nothing is
-//   wrong in silence, and the host waits for nothing.
-// - A tensor core's sum drops what lies beyond its last bit where float32 arithmetic would round, and a sum over thousands of keys would drift. So every tile's
-//   products are summed on their own, the small ones first, and join the rest by an addition in float32.
+//   2^14 and 2^15. Then lo holds parts down to 2^-40 of that; smaller ones are lost. The kernels determine whether the loss matters:
+//   for scores in advance (scores_fit), for O row by row, for gradients from their size when all is computed (gradients_fit).
+//   If it may matter for a head, the `simple` rung computes that head again; it is launched every time and usually has nothing to do. So no result is
+//   silently wrong, and the host never waits.
+// - Tensor cores truncate their sums where float32 arithmetic rounds, so a sum over thousands of keys would drift. So every tile's products are summed
+//   separately, the small ones first, and added to the running sum in float32.
 //
 // The workspace, and the kernels that come before attention: range_kernel finds each head's largest entry, planes_kernel writes its planes.
 #pragma once
@@ -24,7 +24,7 @@
 
 constexpr int PLANES = 2;  // hi, lo
 
-// What is known of a head of K and V and the query heads that share it. The largest magnitudes are kept as a float's bits, which compare as the numbers do,
+// The range of values in a head of K and V and the query heads that share it. The largest magnitudes are kept as a float's bits, which compare as the numbers do,
 // and as which ∞ and NaN are larger than all of them. 0 at first.
 struct Range {
     int q, k, v, d_o;      // the largest entry
@@ -42,9 +42,9 @@ __device__ inline int exponent_of(int largest) { return largest == 0 ? 0 : 14 + 
 // Whether a head with this largest entry can be scaled so: not if it is ∞, NaN or tiny.
 __device__ inline bool can_scale(int largest) { return largest == 0 || (largest >= __float_as_uint(0x1p-100f) && largest < 0x7f800000); }
 
-// ---- does what the planes cannot hold count?
+// ---- does the part that the planes lose matter?
 
-// What the sum of the planes' products is multiplied by to become a score.
+// The factor that turns a sum of planes' products into a score.
 __device__ inline float scale_of_scores(const AttentionParams& p, const Range& range) { return scalbnf(p.scale, -exponent_of(range.q) - exponent_of(range.k)); }
 
 // Scores: an entry is off by 2^-40 of the largest at most, a score therefore by twice 2^-40 · D · scale · (largest of Q) · (largest of K). That is to

@@ -1,8 +1,8 @@
 // A tile of 16-bit elements in shared memory that ldmatrix reads without bank conflicts.
 //
 // Shared memory has 32 banks of 4 bytes: 128 bytes come out at a time if they lie in different banks. ldmatrix reads 16 bytes from each of eight
-// rows. Were rows plain 128-byte lines, those eight chunks would all start at one bank. So the chunk that belongs at place c of row r is kept at
-// place c ^ (r % 8): eight rows, eight places. A row longer than 128 bytes (64 elements) is cut into panels, one after another.
+// rows. If rows were plain 128-byte lines, those eight chunks would all start at one bank. So chunk c of row r is stored at position c ^ (r % 8): the
+// chunks of eight rows lie in eight different groups of banks. A row longer than 128 bytes (64 elements) is cut into panels, one after another.
 #pragma once
 
 #include <stdint.h>

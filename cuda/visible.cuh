@@ -1,12 +1,12 @@
-// Which columns a row sees, before any mask: an interval [start, stop). Said here once, for loops, schedules and cuts of every kernel, in the words of
-// reference/visible.py.
+// Which columns a row sees, before any mask: an interval [start, stop). Defined once, for the loops, schedules and masking of every kernel, with the
+// names of reference/visible.py.
 //
-// Kernels are compiled for three kinds of calls: every row sees every column; CAUSAL, up to its own column; INTERVAL, an interval of its own, from a
-// window and spans, in which positions may also count from the beginning of a larger whole. What does not depend on the row is a constant in the
-// first two, which is why all three share this file without sharing machine code.
+// Kernels are compiled for three kinds of calls: every row sees every column; CAUSAL, a row sees the columns up to its own; INTERVAL, each row sees its own
+// interval, from a window and spans, where positions may also be counted from the start of a longer sequence. In the first two kinds, most bounds are
+// compile-time constants, so the three kinds share this file but not the machine code.
 //
-// With spans, and in a backward, tiles are asked about often, and rows read once: summaries hold each tile's least and greatest bounds and, for a
-// backward, each tile of keys' first and last tile of rows.
+// With spans, and in a backward, the bounds of a tile are needed many times but its rows are read only once: summaries hold each tile's least and
+// greatest bounds and, for a backward, the first and last tile of rows that see a tile of keys.
 #pragma once
 
 #include "common.cuh"
@@ -55,7 +55,7 @@ __device__ inline int global_column(const AttentionParams& p, int j) { return IN
 
 // ---- tiles, where intervals begin at the first column
 
-// The column before which all end that some of `size` rows from i0 on see.
+// The end of the columns that any of `size` rows from i0 on sees.
 __device__ inline int stop_of_rows(const AttentionParams& p, int i0, int size) {
     return CAUSAL ? min(p.Nk, min(i0 + size, p.Nq) + p.Nk - p.Nq) : p.Nk;
 }

@@ -8,6 +8,8 @@
     torchrun --nproc_per_node 2 examples/train_char_transformer.py --context_parallel   # each text spread over two processes
 
 Writes checkpoint.pt, losses.json, losses.png and sample.txt to --out. Section by section: data, model, training, sample, command line.
+
+One file because it is an example: it is read from top to bottom, and copied as a whole.
 """
 
 import argparse

@@ -2,6 +2,8 @@
 
 A task hands tensors to a kernel and judges what it left in its output, what the emulator counted, and, in one case, in which order things
 happened. `Wrong` carries the words that the learner reads.
+
+One file because tasks share what they judge by; each task is a section of its own.
 """
 
 import re

@@ -15,6 +15,8 @@ A bias and ALiBi's slopes come last, because most calls have none. Where a bias 
 `backward`, and its cotangent the sixth of `second_backward`; otherwise that result is an empty tensor.
 
 An eager call (`shortcut.is_eager_call`) skips the ops: it goes from the Function, or without gradients from `attention`, to the backend.
+
+One file because the ops' rules refer to each other: each is the derivative of another.
 """
 
 from collections.abc import Callable, Sequence
@@ -117,7 +119,7 @@ class Attention(Function):
 
 
 class PlainAttention(Function):
-    """(q, k, v) → O: `Attention` for a plan that needs nothing but memory (`cuda.Forward.is_plain`), where nobody asks for LSE. A small
+    """(q, k, v) → O: `Attention` for a plan that needs nothing but memory (`cuda.Forward.is_plain`), without LSE. A small
     call waits for the host, and each argument, output and saved tensor of a Function takes it a microsecond."""
 
     @staticmethod
@@ -263,7 +265,7 @@ def _jvp(tQ, tK, tV, q, k, v, mask, spans, O, LSE, seed, *rest):
 
 
 def _jvp_rule(keyset, *arguments):
-    """Whoever differentiates tangents differentiates `second_backward`, which depends on q, k and v alone, not on O and LSE."""
+    """Differentiating tangents means differentiating `second_backward`, which depends on q, k and v alone, not on O and LSE."""
     if not _differentiated(arguments):
         return _BelowAutograd(ops.jvp.default, keyset).call(*arguments)
     tQ, tK, tV, q, k, v, mask, spans, _, _, seed, *rest = arguments

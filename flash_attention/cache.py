@@ -7,6 +7,8 @@
 Memory is set aside once: `capacity` tokens for each sequence, or, with a page_size, a pool of pages that sequences take as they grow
 (PagedAttention, Kwon et al. 2023, arXiv:2309.06180). How long each sequence is, is kept on the device: an append and an attend may be
 captured in a CUDA graph.
+
+One file because contiguous and paged caches have one interface, and `attend` reads both.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """One call of attention, as interface.py makes it and every layer below is handed it.
 
 `Settings` is what a call has beside tensors: a new setting is a field here, is checked in interface.py, and is used where it means
-something. What lies between hands on the whole. The ops (torch.library) take it flat, by the schema that its fields make.
+something. The layers between pass the whole object on. The ops (torch.library) take it flat, by the schema that its fields make.
 """
 
 import types
@@ -15,7 +15,7 @@ from flash_attention.reference.visible import Visible
 
 
 class Settings(NamedTuple):
-    """What a call has beside tensors."""
+    """The settings of a call: everything but its tensors."""
 
     scale: float  # of the scores
     dropout_p: float = 0.0
@@ -23,8 +23,8 @@ class Settings(NamedTuple):
     right: int | None = None  # and after it; 0 is causal
     backend: str = ""  # as `flash_attention.backends.as_chosen` writes it
     block_size: int | None = None  # of the reference's tiles
-    # Of rows and columns out of a larger whole: where the first ones stand in it, and the whole's Nk − Nq (None: these are the whole).
-    # What depends on positions, the bits of dropout and the columns that spans name too, is then as in the whole.
+    # Where these rows and columns are parts of a longer sequence: the positions of the first ones in it, and its Nk − Nq (None: these are
+    # all). Everything that depends on positions, including dropout's bits and the columns in spans, then counts from its start.
     q_offset: int = 0
     k_offset: int = 0
     diagonal: int | None = None
@@ -32,22 +32,22 @@ class Settings(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Positions count from the first row and column at hand."""
+        """These rows and columns are all there are: positions count from the first of them."""
         return self.q_offset == self.k_offset == 0 and self.diagonal is None
 
     def visible(self, Nq: int, Nk: int, spans: Tensor | None) -> Visible:
-        """Which of the columns at hand each of the rows at hand sees."""
+        """Which of these columns each of these rows sees."""
         if spans is not None and self.k_offset:
             spans = spans - self.k_offset
         diagonal = self.diagonal_of(Nq, Nk)
         return Visible(Nq, Nk, self.left, self.right, spans, diagonal)
 
     def score(self, Nq: int, Nk: int, bias: Tensor | None, alibi: Tensor | None) -> Score | None:
-        """What becomes of a score before the softmax; None where it stays as it is."""
+        """What happens to a score before the softmax; None if nothing does."""
         return Score.of(self.softcap, bias, alibi, self.diagonal_of(Nq, Nk))
 
     def diagonal_of(self, Nq: int, Nk: int) -> int:
-        """The first row at hand stands at this column at hand."""
+        """The column, among these, of the first of these rows."""
         return (Nk - Nq if self.diagonal is None else self.diagonal) + self.q_offset - self.k_offset
 
 

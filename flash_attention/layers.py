@@ -1,4 +1,7 @@
-"""nn.Module layers around `flash_attention()`."""
+"""nn.Module layers around `flash_attention()`.
+
+One file because the layers share their options and how they divide heads.
+"""
 
 import functools
 import inspect

@@ -3,7 +3,7 @@
     python -m flash_attention.torch_private     which of them the installed PyTorch lacks
 
 checks/check_torch_private.py compares the table with the sources, and with the installed PyTorch: a new version of it that has lost one
-fails there, by name, and not in the middle of somebody's training run.
+fails there, by name, and not in the middle of a training run.
 """
 
 import importlib
@@ -28,7 +28,7 @@ PRIVATE = {
     "torch._functorch.utils.enable_single_level_autograd_function": "an autograd.Function inside torch.func's transforms",
     # a tensor's address, and the launch of a kernel
     "torch._C._functorch.is_functorch_wrapped_tensor": "call.py: such a tensor has no address",
-    "torch._C._cuda_getCurrentRawStream": "launch.py, cuda.py: a stream without the cost of torch.cuda.current_stream()",
+    "torch._C._cuda_getCurrentRawStream": "launch.py, masks.py, rotary.py: a stream without the cost of torch.cuda.current_stream()",
     "torch._C.DisableTorchFunctionSubclass": "workers.py: a thread computes as the one that called it",
     # integrations
     "torch._C._nn.scaled_dot_product_attention": "sdpa.py: PyTorch's own function, whatever the module holds",
@@ -55,7 +55,7 @@ def _exists(name: str) -> bool:
     for n, part in enumerate(parts[1:], 2):
         if not hasattr(found, part):
             try:
-                importlib.import_module(".".join(parts[:n]))  # a module that nobody has imported yet
+                importlib.import_module(".".join(parts[:n]))  # a module that has not been imported yet
             except ImportError:
                 return False
         found = getattr(found, part, None)

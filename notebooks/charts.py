@@ -1,6 +1,8 @@
 """Charts with units for lessons 4 to 6: kinds of tiles, traffic, curves, bars, rooflines, lanes and banks; and two sources side by side.
 
 Colours are those of pictures.py. What is drawn comes from a run of the code, from a source file or from a kept result.
+
+One file because the charts share colours, units and axes.
 """
 
 import html
@@ -17,7 +19,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from pictures import HATCHES, colour, draw_tiles, matrix
+from pictures import HATCHES, colour, draw_tiles
+from record import matrix
 
 import flash_attention.reference
 

@@ -1,6 +1,8 @@
 """What says whether an exercise is solved. The exercise `name` of a lesson is checked by `check_name`; solutions/ holds the answers.
 
 A blank answer (it returns None) is "not solved yet"; a right one is "solved"; a wrong one raises AssertionError and says what differs.
+
+One file because a lesson imports its checks from one place, and each check is a function of its own.
 """
 
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from pictures import traffic, watch
+from record import traffic, watch
 from sources import constants, fragment, functions
 from tile_model import forward_step
 from torch import Tensor

@@ -67,7 +67,7 @@ def flash_attention_forward(
     mask = broadcast_mask(mask, B, H, Nq, Nk)
     visible = Visible(Nq, Nk) if visible is None else visible
     S_memory = fast_memory(Q, K, block_q, block_k)
-    P_memory = S_memory if observe is None else torch.empty_like(S_memory)  # P overwrites S unless somebody is watching
+    P_memory = S_memory if observe is None else torch.empty_like(S_memory)  # P overwrites S unless `observe` needs both
     O = Q.new_zeros(B, H, Nq, Dv, dtype=dtype)  # line 2
     l = Q.new_zeros(B, H, Nq, 1, dtype=dtype)
     m = torch.full_like(l, lowest(dtype))

@@ -1,9 +1,10 @@
 """FlashAttention (Dao, Fu, Ermon, Rudra, Ré 2022, arXiv:2205.14135), Algorithms 1 and 4, causal: row r sees columns c ≤ r + Nk − Nq.
 
-The algorithms are flash1.py's; what is causal about them is which tiles the loops visit, and visible.py says that: those wholly in the
-future are never computed, in the forward or in the backward; of the others only those that the diagonal cuts are hidden in part. Aligned
-bottom-right, so that the last row sees every column, whatever Nq and Nk are: with Nq > Nk the first Nq − Nk rows attend nothing. A mask,
-if given, must allow too.
+This file has no loop: it calls flash1.py's with `Visible(right=0)`. It exists so that causal attention has a name in checks and lessons,
+and a default tile height of its own. visible.py decides which tiles the loops visit: a tile that lies wholly in the future is never
+computed, in the forward or in the backward, and only tiles that the diagonal cuts are masked in part. The diagonal is aligned
+bottom-right: the last row sees every column, whatever Nq and Nk are, and with Nq > Nk the first Nq − Nk rows attend nothing. A mask, if
+given, hides further elements.
 """
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from .flash1 import flash_attention_backward, flash_attention_forward
 from .visible import Visible
 
-BLOCK_Q = 256  # fewer rows than without the diagonal: less of its tiles is computed in vain
+BLOCK_Q = 256  # shorter tiles than flash1.py's: fewer hidden scores are computed where the diagonal cuts a tile
 
 
 def flash_attention_causal_forward(

@@ -4,7 +4,7 @@ Against the first paper: Q blocks are outside, so that O, m and l of a block of 
 divided by l once, at the end; and the backward is left one vector, LSE = m + log l, instead of two. "line n" below is line n of the
 paper's algorithm.
 
-`score` says what becomes of a tile of scores before the softmax (softcap, bias, ALiBi). `visible` says which tiles the loops visit: what no
+`score` is applied to each tile of scores before the softmax (softcap, bias, ALiBi). `visible` says which tiles the loops visit: what no
 row of a tile sees is never computed, and only a tile that is not seen whole is hidden in part (section 3.1, "Causal masking", and the same
 for any interval of columns).
 
@@ -75,7 +75,7 @@ def flash_attention2_forward(
     visible = Visible(Nq, Nk) if visible is None else visible
     may_be_dead = mask is not None or visible.blinds or (score is not None and score.bias is not None)
     S_memory = fast_memory(Q, K, block_q, block_k)
-    P_memory = S_memory if observe is None else torch.empty_like(S_memory)  # P overwrites S unless somebody is watching
+    P_memory = S_memory if observe is None else torch.empty_like(S_memory)  # P overwrites S unless `observe` needs both
     O = Q.new_empty(B, H, Nq, Dv)
     LSE = Q.new_empty(B, H, Nq, dtype=dtype)
 

@@ -1,10 +1,11 @@
 """FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithms 1 and 2, causal: row r sees columns c ≤ r + Nk − Nq (section 3.1, "Causal
 masking").
 
-The algorithms are flash2.py's; what is causal about them is which tiles the loops visit, and visible.py says that: those wholly in the
-future are never computed, in the forward or in the backward; of the others only those that the diagonal cuts are hidden in part. Aligned
-bottom-right, so that the last row sees every column, whatever Nq and Nk are: with Nq > Nk the first Nq − Nk rows attend nothing. A mask,
-if given, must allow too.
+This file has no loop: it calls flash2.py's with `Visible(right=0)`. It exists so that causal attention has a name in checks and lessons,
+and a default tile height of its own. visible.py decides which tiles the loops visit: a tile that lies wholly in the future is never
+computed, in the forward or in the backward, and only tiles that the diagonal cuts are masked in part. The diagonal is aligned
+bottom-right: the last row sees every column, whatever Nq and Nk are, and with Nq > Nk the first Nq − Nk rows attend nothing. A mask, if
+given, hides further elements.
 """
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from .flash2 import flash_attention2_backward, flash_attention2_forward
 from .visible import Visible
 
-BLOCK_Q = 256  # fewer rows than without the diagonal: less of its tiles is computed in vain
+BLOCK_Q = 256  # shorter tiles than flash2.py's: fewer hidden scores are computed where the diagonal cuts a tile
 
 
 def flash_attention2_causal_forward(

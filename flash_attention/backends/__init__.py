@@ -33,7 +33,7 @@ _warned: set[str] = set()
 
 
 def as_chosen(asked_for: str | None, name: str) -> str:
-    """How an op is told which backend to call, and whether another may take its place."""
+    """The name by which an op knows the backend to call, and whether another may replace it."""
     return name if name == asked_for or name not in cuda.RUNGS else f"{asked_for or ''}/{name}"
 
 
@@ -58,7 +58,7 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
     """The name in BACKENDS that serves this call, or its backward: the one asked for, or else the first that serves it and is worthwhile.
 
     None on a CUDA device falls back to the reference if no kernel serves the call, and warns once for each reason. A kernel is built when
-    it first runs. Where that has failed (`build.failures`), None and a group's name pass over it, and warn once.
+    it first runs. Where that has failed (`build.failures`), None and a group's name skip it, and warn once.
 
     Raises:
         ValueError: there is no such backend, or its tiles are fixed and block_size is given.
@@ -93,7 +93,7 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
 
 def resolve(which: int, call: Call):
     """The backend of a call whose settings name it. A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda"
-    the fastest kernel, and a rung's own name is refused here if it cannot serve the call. Who has chosen before (`as_chosen`) chooses
+    the fastest kernel, and a rung's own name is refused here if it cannot serve the call. A choice made before (`as_chosen`) is made
     again only where kernels could not be built, and for a backward that another rung computes faster.
 
     Raises: as `choose`.
@@ -109,7 +109,7 @@ def plan(which: int, call: Call) -> Callable:
     """What computes the call's forward or backward."""
     try:
         return resolve(which, call).plan(which, call)
-    except build.BuildError:  # now it is known, and a choice passes over it; one asked for by name raises again
+    except build.BuildError:  # the failure is now recorded: `choose` skips the rung, and a rung requested by name raises again
         return resolve(which, call).plan(which, call)
 
 

@@ -6,20 +6,21 @@ as in `flash_attention(q, k, v, backend="emulated:hopper")`. What a GPU may forg
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from flash_attention.backends import cuda, rotary
+from flash_attention.backends import cuda, libraries, masks, rotary
 from flash_attention.backends.emulated_trace import Trace
-from flash_attention.backends.launch import INTERVAL, KEYS, MASK, SETTINGS, STRIDES, Addresses, Launch
+from flash_attention.backends.launch import INTERVAL, KEYS, MASK, SETTINGS, STRIDES, Addresses, Launch, fields, scoring
 from flash_attention.build import Specialisation, emulated
 from flash_attention.call import Call, Form
 
@@ -36,8 +37,8 @@ class Options:
 
     seed: int = int(os.environ.get("FLASH_ATTENTION_EMULATOR_SEED", "0"))  # draws the order of threads, copies and products
     resident: int = 2  # blocks that run at a time, by turns; 1 to 8
-    sources: Path | None = None  # a folder in place of this package's cuda/
-    counts: list["Counts"] | None = None  # where each launch's counts go, if they are wanted (`counting`)
+    sources: Path | None = None  # a folder that replaces this package's cuda/
+    counts: list["Counts"] | None = None  # collects each launch's counts, if set (`counting`)
     traces: list[Trace] | None = None  # and its trace (`tracing`)
 
 
@@ -111,7 +112,7 @@ def tracing() -> Iterator[list[Trace]]:
 
 
 class Memory(NamedTuple):
-    """Memory that a launch may touch. What is not written yet must be written before it is read. Of two that overlap, the first counts."""
+    """Memory that a launch may access. Unless `written`, it must be written before it is read. Where two overlap, the first counts."""
 
     name: str
     address: int
@@ -248,19 +249,19 @@ class EmulatedRung(cuda.Rung):
         return RUNGS["emulated:simple"]
 
     def _pack_mask(self, mask: Tensor, by_keys: bool) -> Tensor:
-        return cuda.pack_mask(mask, by_keys, _launch_pack_mask)
+        return masks.pack_mask(mask, by_keys, _launch_pack_mask)
 
     def launch(self, which: int, call: Call, tensors: tuple[Form, ...], scale: float) -> EmulatedLaunch:
         wanted = self.specialisation(which, emulated.ARCH, *self.kind(which, call))
         sm_count = SM_COUNT if options.traces is None else 1
-        fields = *cuda._fields(call, tensors, scale), 0, sm_count
-        launch = EmulatedLaunch(_library(wanted, options.sources), *fields, scoring=cuda.scoring(call))
+        library = _library(wanted, options.sources)
+        launch = EmulatedLaunch(library, *fields(call, tensors, scale), 0, sm_count, scoring=scoring(call))
         launch.mask_form, launch.key_bytes = self._mask_form(which, call), call.k.dtype.itemsize
         return launch
 
 
 RUNGS: dict[str, "EmulatedRung"] = {
-    f"emulated:{name}": EmulatedRung(**{f.name: getattr(rung, f.name) for f in fields(rung)} | {"name": f"emulated:{name}"})
+    f"emulated:{name}": EmulatedRung(**{f.name: getattr(rung, f.name) for f in dataclasses.fields(rung)} | {"name": f"emulated:{name}"})
     for name, rung in cuda.RUNGS.items()
 }
 
@@ -275,36 +276,28 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 @functools.cache
 def _library(wanted: Specialisation, sources: Path | None) -> ctypes.CDLL:
-    return cuda.declared(_declared(emulated.load(wanted, cuda.params_size(wanted.score), sources)))
+    return libraries.declared(_declared(emulated.load(wanted, libraries.params_size(wanted.score), sources)))
 
 
 @functools.cache
-def _pack_mask_library(sources: Path | None) -> ctypes.CDLL:
-    library = _declared(emulated.load(Specialisation(cuda.PACK_MASK, emulated.ARCH), cuda.PACK_PARAMS.size, sources))
-    library.pack_mask.argtypes = [ctypes.c_char_p]
-    return library
+def _helper_library(file: str, params_size: int, sources: Path | None) -> ctypes.CDLL:
+    library = _declared(emulated.load(Specialisation(file, emulated.ARCH), params_size, sources))
+    return libraries.helper_declared(library, file)
 
 
 def _launch_pack_mask(mask: Tensor, bits: Tensor, *settings: int) -> None:
-    library = _pack_mask_library(options.sources)
+    library = _helper_library(masks.PACK_MASK, masks.PACK_PARAMS.size, options.sources)
     memories = [
         Memory("the mask", mask.data_ptr(), extent(mask.shape, mask.stride())),
         Memory("the mask's bits", bits.data_ptr(), 4 * bits.numel(), True, False),
     ]
-    params = cuda.PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), *settings, 0, 0)
+    params = masks.PACK_PARAMS.pack(mask.data_ptr(), *mask.stride(), bits.data_ptr(), *settings, 0, 0)
     run(library, library.pack_mask, params, memories)
 
 
-@functools.cache
-def _rotary_library(sources: Path | None) -> ctypes.CDLL:
-    library = _declared(emulated.load(Specialisation(rotary.ROTARY, emulated.ARCH), rotary.PARAMS.size, sources))
-    library.rotary.argtypes = [ctypes.c_char_p]
-    return library
-
-
 def run_rotary(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, params: tuple) -> None:
-    """What `backends.rotary.launch` calls its kernel by, for tensors on the CPU."""
-    library = _rotary_library(options.sources)
+    """The `run` of `backends.rotary.launch` for tensors on the CPU."""
+    library = _helper_library(rotary.ROTARY, rotary.PARAMS.size, options.sources)
     memories = [
         Memory("x", x.data_ptr(), extent(x.shape, x.stride()) * x.element_size()),
         Memory("out", out.data_ptr(), extent(out.shape, out.stride()) * out.element_size(), True, False),

@@ -77,7 +77,7 @@ class Trace:
         return [e for e in same if e.kind not in ("wait", "issue")]
 
     def roles(self) -> dict[tuple[int, int, int], str]:
-        """(launch, block, warp) → "products" for warps whose warpgroup asks for products, "copies" for those that ask the copy engine."""
+        """(launch, block, warp) → "products" for warps whose warpgroup issues products, "copies" for those that issue copies."""
         roles = {}
         for event in self.events:
             key = event.launch, event.block, event.warp

@@ -4,6 +4,7 @@ What shapes and settings determine is packed into bytes once; a call puts its ad
 """
 
 import ctypes
+import math
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,8 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash_attention import build
+from flash_attention.call import Call, Form
+from flash_attention.reference.dropout import threshold
 from flash_attention.reference.tiles import LOG2_E
 
+FORWARD, BACKWARD = 0, 1  # which of a rung's files
+DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 STRIDES = struct.Struct("@3q")  # of a tensor's first three dimensions
 MASK = struct.Struct("@5q")  # address, strides
 SETTINGS = struct.Struct("@7i f i 2f")  # B, H, Hkv, Nq, Nk, D, Dv, scale, drop_below, keep_scale, lowest
@@ -32,10 +38,14 @@ NO_KEYS = bytes(KEYS.size)
 SCORING = struct.Struct("@5q 3q q 5i 3f")
 
 LARGEST = torch.finfo(torch.float32).max
+# Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
+# summed from −2¹²⁷, lies below it.
+LOWEST = -(2.0**126)
+SMALLEST_SCALE = 2.0**-100
 
 
 class Addresses(NamedTuple):
-    """What a launch needs beside its tensors' addresses; 0 for what there is not."""
+    """The other addresses of a launch, beside those of q, k, v, O and their gradients; 0 for what the call does not have."""
 
     lse: int = 0
     d_lse: int = 0
@@ -47,11 +57,11 @@ class Addresses(NamedTuple):
     bias: int = 0
     alibi: int = 0
     d_bias: int = 0
-    bias_stride: tuple[int, ...] | None = None  # of a copy in the bias' place
+    bias_stride: tuple[int, ...] | None = None  # of a copy that replaces the bias
 
 
 class Scoring(NamedTuple):
-    """What a SCORE kernel is told beside addresses."""
+    """The numbers in `struct Scoring`; its addresses are in `Addresses`."""
 
     bias_stride: tuple[int, ...] = (0,) * 4  # 0 where it is broadcast
     alibi_stride: tuple[int, ...] = (0,) * 2
@@ -72,7 +82,7 @@ def _in_range(x: float) -> float:
 
 
 class Launch(NamedTuple):
-    """A launch but for the addresses: what the shapes, strides and settings of a call determine."""
+    """A launch without its addresses: everything that the shapes, strides and settings of a call determine."""
 
     library: ctypes.CDLL
     tensors: tuple[int | bytes, ...]  # the first 16 fields of the struct, with 0 for each address
@@ -108,6 +118,60 @@ class Launch(NamedTuple):
 
 
 def raise_on(error: int, library: ctypes.CDLL, x: Tensor) -> None:
-    """Raises what the launch of a kernel that reads x returned, unless it is 0."""
+    """Raises an error if `error`, returned by the launch of a kernel that reads x, is not 0."""
     if error:
         raise RuntimeError(f"CUDA error {error} at launch on {x.device}, {tuple(x.shape)} {x.dtype}: {library.error_name(error).decode()}")
+
+
+def fields(call: Call, tensors: tuple[Form, ...], scale: float) -> tuple[tuple[int | bytes, ...], bytes, bytes]:
+    """The fields of a Launch: of the tensors, of the settings, and of the interval that each row sees."""
+    q, _, v, *_ = tensors
+    (B, H, Nq, D), (_, Hkv, Nk, Dv) = q.shape, v.shape
+    drop = threshold(call.settings.dropout_p)
+    return (
+        tuple(field for x in tensors for field in (0, STRIDES.pack(*x.stride[:3]))) + (8 - len(tensors)) * NO_TENSOR,
+        SETTINGS.pack(B, H, Hkv, Nq, Nk, D, Dv, scale, drop, 256 / (256 - drop), LOWEST / max(1, scale * LOG2_E)),
+        _interval(call) if call.visible == "interval" else NO_INTERVAL,
+    )
+
+
+def _interval(call: Call) -> bytes:
+    """`struct Interval` of attention.h. A limit that no row reaches is none."""
+    settings, Nq, Nk = call.settings, call.q.shape[2], call.k.shape[2]
+    diagonal = settings.diagonal_of(Nq, Nk)
+    left = -1 if settings.left is None or diagonal + Nq - 1 - settings.left <= 0 else settings.left
+    right = -1 if settings.right is None or diagonal + settings.right >= Nk - 1 else settings.right
+    strides = (0, 0, 0, 0) if call.spans is None else call.spans.stride
+    return INTERVAL.pack(*strides, left, right, diagonal, settings.q_offset, settings.k_offset)
+
+
+def scoring(call: Call) -> Scoring | None:
+    """The numbers of `struct Scoring` for a call; None if nothing changes its scores."""
+    if not call.score:
+        return None
+    scored = Scoring(softcap=call.settings.softcap or 0, scale=positive(call.settings.scale)[1])
+    if call.bias is not None:
+        shape = tuple(call.bias.shape)
+        stride = strides_of(shape, call.bias.stride)
+        number = build.DTYPE_NUMBER[DTYPE_NAMES[call.bias.dtype]]
+        scored = scored._replace(bias_stride=stride, bias_shape=shape, bias_type=number)
+    return scored if call.alibi is None else scored._replace(alibi_stride=call.alibi.stride)
+
+
+def positive(scale: float) -> tuple[float, float]:
+    """scale split into a factor for q and a scale that is positive and not tiny.
+
+    Kernels take the maximum of unscaled scores; under a negative scale that would be the minimum. And they start the sum of a hidden score
+    at −2¹²⁷; under a tiny scale that would no longer lie far below the others."""
+    if abs(scale) >= SMALLEST_SCALE:
+        return math.copysign(1, scale), abs(scale)
+    return (math.copysign(SMALLEST_SCALE, scale), max(abs(scale) / SMALLEST_SCALE, SMALLEST_SCALE)) if scale else (0, 1.0)
+
+
+def strides_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """0 where a dimension of size 1 may be broadcast."""
+    return tuple(0 if n == 1 else s for n, s in zip(shape, stride, strict=True))
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -247,7 +247,7 @@ def _dropout(settings: Settings, seed: Tensor | None, b: slice, h: slice, corner
 
 
 def _block_sizes(visible: Visible, settings: Settings) -> tuple[int, int]:
-    """Rows and columns of a tile: fewer rows where an edge cuts it, of which less is then computed in vain."""
+    """Rows and columns of a tile: fewer rows where the edge of what rows see cuts tiles, so that fewer hidden scores are computed."""
     if settings.block_size is not None:
         return settings.block_size, settings.block_size
     if visible.left is not None or visible.spans is not None:

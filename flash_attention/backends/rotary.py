@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flash_attention import build
-from flash_attention.backends.cuda import DTYPE_NAMES
-from flash_attention.backends.launch import raise_on
+from flash_attention.backends.launch import DTYPE_NAMES, raise_on
+from flash_attention.backends.libraries import helper_library
 from flash_attention.shortcut import is_eager_call
 
 ROTARY = "rotary.cu"
@@ -83,11 +83,8 @@ def _run(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, fields: tuple) -> Non
 @functools.cache
 def _library(device: int) -> ctypes.CDLL | None:
     """The kernel's library; None if it cannot be built, which is said once."""
-    arch = build.arch_of(torch.cuda.get_device_capability(device))
     try:
-        library = build.load(build.Specialisation(ROTARY, arch), PARAMS.size)
+        return helper_library(ROTARY, PARAMS.size, device)
     except build.BuildError as error:
         log.warning("flash_attention: rotary runs on PyTorch's operations: %s", str(error)[:2000])
         return None
-    library.rotary.argtypes = [ctypes.c_char_p]
-    return library

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attention.backends.cuda import FORWARD, Forward, Rung, _address
-from flash_attention.backends.launch import KEYS
+from flash_attention.backends.launch import FORWARD, KEYS, address
+from flash_attention.backends.plans import Forward
+from flash_attention.backends.rung import Rung
 from flash_attention.call import Call, Form, Settings
 
 PAGE_MULTIPLE = 16  # of a page's keys: what a warp finds with one number
@@ -80,9 +81,9 @@ class Plan(NamedTuple):
         lengths, starts: int32 (B,), the keys [start, length) of each sequence. block_table: int32 (B, pages of a sequence) where keys lie
         in pages. scales: float32 (2, Hkv), of float8 keys and values.
         """
-        table = (_address(block_table), block_table.stride(0), k.shape[2], k.shape[0]) if block_table is not None else (0, 0, 0, 0)
+        table = (address(block_table), block_table.stride(0), k.shape[2], k.shape[0]) if block_table is not None else (0, 0, 0, 0)
         of_heads = (0, 0) if scales is None else (scales.data_ptr(), scales.data_ptr() + 4 * k.shape[1])
-        keys = KEYS.pack(lengths.data_ptr(), _address(starts), *table, *of_heads)
+        keys = KEYS.pack(lengths.data_ptr(), address(starts), *table, *of_heads)
         if self.is_plain and q.data_ptr() % 16 == 0:
             return self.forward.repeat(q, k, v, lse, keys)
         return self.forward(q, k, v, None, None, None, keys=keys)

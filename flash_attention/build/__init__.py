@@ -12,6 +12,8 @@ nvcc takes from its cache only what that nvcc compiled; one without takes what t
 the others wait for its result.
 
 What happens is logged under the name "flash_attention": `logging.getLogger("flash_attention").setLevel(logging.ERROR)` silences it.
+
+One file because looking up, compiling and caching a library are three steps of one search.
 """
 
 import contextlib
@@ -209,6 +211,11 @@ def prebuilt_folder() -> Path | None:
 # ---- building
 
 
+def why_not_here() -> str | None:
+    """Why this system cannot build and load kernels, or None."""
+    return None if sys.platform == "linux" else f"the kernels need Linux (on Windows: WSL 2), this is {sys.platform}"
+
+
 def build(kernel: Specialisation, into: Path | None = None) -> Path:
     """The path of a kernel's library: prebuilt, from the cache, or compiled now; or, always by this machine's nvcc, in the folder `into`.
 
@@ -216,8 +223,10 @@ def build(kernel: Specialisation, into: Path | None = None) -> Path:
     should be, which is logged when it is compiled and noted in a file beside it.
 
     Raises:
-        BuildError: there is no such library and no nvcc, nvcc failed (with its output), or a folder is refused.
+        BuildError: there is no such library and no nvcc, nvcc failed (with its output), a folder is refused, or this is not Linux.
     """
+    if reason := why_not_here():
+        raise BuildError(reason)
     if into is None and (prebuilt := prebuilt_folder()) and (library := _built_before(prebuilt, kernel)):
         refuse_if_others_write(library)
         return library

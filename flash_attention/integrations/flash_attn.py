@@ -4,6 +4,8 @@
 
 Tensors are (B, N, H, D), as there, of any dtype and on any device that `flash_attention()` takes. dropout_p is rounded to a multiple of
 1/256.
+
+One file because it mirrors one module of that package; half of it is signatures.
 """
 
 from contextlib import contextmanager

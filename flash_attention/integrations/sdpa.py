@@ -221,7 +221,7 @@ _thread = threading.local()
 
 
 def _replacement(*args, **kwargs) -> Tensor:
-    if not _patch.open:  # whoever keeps this function after the `with`
+    if not _patch.open:  # code that keeps this function after the `with`
         return _torchs_own(*args, **kwargs)
     modes = torch.compiler.is_compiling() and torch._C._len_torch_function_stack()  # has_torch_function knows them otherwise
     if modes or has_torch_function((*args, *kwargs.values())):

@@ -10,6 +10,8 @@ part, and the last one sends them home. dQ stays where its rows are.
 
 Sums are in float32 (float64 for float64), in an order that does not depend on what arrives first. Everything that depends on positions
 uses those in the whole sequence: the result is that of one device, the elements that dropout drops included.
+
+One file because the forward and the backward take the same trips and divide the same shares.
 """
 
 from collections.abc import Callable, Iterator
@@ -218,7 +220,7 @@ class Message(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a rank did in one step, as `observe` is told."""
+    """What a rank did in one step: the argument of `observe`."""
 
     what: str  # "forward" or "backward"
     t: int
@@ -231,7 +233,7 @@ class Step(NamedTuple):
 
 
 def exchange(group: ProcessGroup, messages: list[Message]) -> list[dist.Work]:
-    """Starts them all. NCCL runs them on a stream of its own, after what the current one has been given so far."""
+    """Starts them all. NCCL runs them on a separate stream, after the work already enqueued on the current one."""
     operations = [
         dist.P2POp(dist.isend if m.sends else dist.irecv, m.tensor, group=group, tag=m.tag, group_peer=m.peer)
         for m in sorted(messages, key=lambda m: m.tag)
