@@ -39,6 +39,7 @@ HEAD_512_MASKED = case(D=512, H=1, Nq=130, Nk=200, mask="heads share")
 HEAD_320 = case(D=320, H=1, Nq=130, Nk=200)
 ODD_HEAD = case(D=72, Nq=70, Nk=90)
 MANY_TILES = case(Nk=700, H=3)  # every ring wraps
+SINGLE_TILES = case(D=128, H=3, Nq=1030, Nk=300, causal=True)  # of the last head, whose pairs do not fill a round
 ONE_QUERY = case(H=4, Hkv=2, Nq=1, Nk=1500)  # the keys are split
 FEW_ROWS = case(H=4, Hkv=1, Nq=9, Nk=1537, causal=True, sharp=5)  # 36 packed rows, in a tile of 32 and one of 4
 FEW_MASKED = case(H=4, Hkv=2, Nq=5, Nk=700, mask="full", dropout_p=0.25)
@@ -352,6 +353,7 @@ TABLE = {
         ("+ short_tiles - 1 - place / heads;", "+ short_tiles - place / heads;", LONG_WINDOW),
         ("if (unit >= units) return false;", "if (unit + 1 >= units) return false;", MANY_DOCUMENTS, 0),
         ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
+        ("tile -= place / abreast;", "tile -= 1 + place / abreast;", SINGLE_TILES),
     ],
     ("hopper", "forward_4_producer.cuh"): [
         ("(barrier(empty, slot.stage), slot.parity ^ 1);", "(barrier(empty, slot.stage), slot.parity);", PLAIN),
@@ -372,6 +374,8 @@ TABLE = {
         ("of_lane(keys.stop - 2 * t)", "of_lane(keys.stop - 2 * t - 1)", WINDOW),
         ("min(column % 8, 2)", "min(column % 8, 1)", WINDOW),
         ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
+        ("        l_rmem[r] = l_rmem[r] * alpha[r] + sum;\n    };", "        l_rmem[r] += sum;\n    };", SHARP),
+        ("largest > m_rmem[r] + above);", "largest > m_rmem[r] + 100 * above);", case(sharp=20)),
     ],
     ("hopper", "forward_4_epilogue.cuh"): [
         ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
@@ -383,7 +387,8 @@ TABLE = {
         ("release(barriers.K_empty, now.stage);", ";", MANY_TILES),
         ("await_V(before);", NO_WAIT, PLAIN),
         ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", PLAIN),
-        ("ptx::wgmma_wait_group<0>();\n                    // Few tiles", "// Few tiles", PLAIN),
+        ("ptx::wgmma_wait_group<0>();\n                        if (raised()) {", "if (raised()) {", SHARP),
+        ("if (raised()) {", "if (raised() && false) {", SHARP),
         (
             "ptx::wgmma_fence();\n#pragma unroll\n    for (int k = 0; k < BLOCK_K / 16; ++k)",
             "for (int k = 0; k < BLOCK_K / 16; ++k)",
