@@ -53,7 +53,7 @@ FA2, CUDNN, EFFICIENT = Contender("sdpa", "flash"), Contender("sdpa", "cudnn"), 
 FA3 = Contender("fa3")
 WITHOUT = Contender("plain")
 NAMES = {FA2: "FA2", FA3: "FA3", CUDNN: "cuDNN", FLEX: "Flex", EFFICIENT: "efficient", NORMAL: "normal", SDPA: "SDPA", WITHOUT: "without"}
-HOPPER, TENSOR_CORE, SIMPLE, WIDE = "hopper", "tensor_core", "simple", "hopper_wide"
+HOPPER, TENSOR_CORE, SIMPLE, WIDE, SPLIT_KEYS = "hopper", "tensor_core", "simple", "hopper_wide", "split_keys"
 CHOSEN = "cuda"  # the rung that flash_attention() chooses itself
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 
@@ -260,6 +260,12 @@ def scores() -> list[Job]:
             jobs.append(partial(run, Task(replace(case, bias=bias), rivals, tuple(targets), (HOPPER,))))
         trained = replace(case, bias="batches share", bias_gradient=True)
         jobs.append(partial(run, Task(trained, (WITHOUT, EFFICIENT), (Target(BACKWARD, f"over {EFFICIENT}", 3),), (HOPPER,), (BACKWARD,))))
+    wide = Case(4, 16, 4096, 4096, 256, "bfloat16", backward=True, bias="batches share")
+    targets = [Target(part, f"over {EFFICIENT}", 1) for part in (FORWARD, BACKWARD)]
+    jobs.append(partial(run, Task(wide, (WITHOUT, EFFICIENT), tuple(targets), (TENSOR_CORE,))))
+    for scored in ({"softcap": 50.0}, {"alibi": True}, {"bias": "batches share"}):  # a generated token's
+        case, target = Case(16, 16, 1, 8192, 128, "bfloat16"), Target(FORWARD, f"over {WITHOUT}", 0.95)
+        jobs.append(partial(run, Task(replace(case, **scored), (WITHOUT,), (target,), (SPLIT_KEYS,), (FORWARD,))))
     return jobs
 
 

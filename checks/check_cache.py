@@ -237,8 +237,25 @@ def check_rotary_and_scores(starts, interleaved):
     short = (angles[:20].cos(), angles[:20].sin())
     expect_error(lambda: cache[0].append(k, k, rotary=short), ValueError, ["20 positions", "22 tokens"])
     expect_error(lambda: cache[0].append(k, k, rotary=(angles[0], angles[0])), ValueError, ["positions, R / 2"])
-    expect_error(lambda: attend(q, cache[0], softcap=2.0, backend=EMULATED), NotImplementedError, ["softcap"])
+    expect_error(lambda: attend(q, cache[0], softcap=-2.0), ValueError, ["softcap", "-2.0"])
+    expect_error(lambda: attend(q, cache[0], alibi=slopes[:, :3]), ValueError, ["alibi", "(3, 3)"])
     assert torch.equal(cache.keys, before)
+
+
+@pytest.mark.parametrize("float8", (False, True))
+@pytest.mark.parametrize(("backend", "device"), (pytest.param(EMULATED, "cpu", marks=needs_emulator), CUDA))
+def check_scores_by_the_kernel(backend, device, float8):
+    """Lengths that differ and float8 keys do not change what a cap and slopes mean: as the reference computes it with a mask and a bias."""
+    B, H, Hkv, D, random = 3, 8, 2, 64, torch.Generator().manual_seed(0)
+    cache = KeyValueCache(1, B, Hkv, D, 200, dtype=torch.float16, device=device, page_size=16, float8=float8)
+    k, v = (torch.randn(B, Hkv, 180, D, generator=random).half().to(device) for _ in range(2))
+    cache[0].append(k, v, torch.tensor([180, 31, 1], device=device))
+    q, slopes = torch.randn(B, H, 1, D, generator=random).half().to(device), torch.rand(B, H, generator=random).to(device) / 4
+    for alibi in (slopes, slopes[0]):
+        O, LSE = attend(q, cache[0], softcap=2.0, alibi=alibi, return_lse=True, backend=backend)
+        want, LSE_wanted = attend(q, cache[0], softcap=2.0, alibi=alibi, return_lse=True, backend="reference")
+        torch.testing.assert_close(O.float(), want.float(), rtol=0, atol=4e-3)
+        torch.testing.assert_close(LSE.float(), LSE_wanted.float(), rtol=0, atol=2e-3)
 
 
 if __name__ == "__main__":

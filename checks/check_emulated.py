@@ -205,6 +205,39 @@ def check_last_heads_start_together(monkeypatch):
     against_truth(Case(B=2, H=3, Nq=130, Nk=300, D=128, dtype=torch.float16, causal=True), target("hopper"))
 
 
+def check_last_tiles_come_one_by_one(monkeypatch):
+    """A causal forward whose pairs of tiles do not fill a round: the tiles of its last rounds, here those in the middle of the first head
+    and all of the others, are dealt out one by one, and each once."""
+    monkeypatch.setattr(emulated, "SM_COUNT", 4)  # nine tiles, so five units a head: of fifteen, one round in units, then 23 tiles
+    case = Case(B=1, H=3, Hkv=1, Nq=1030, Nk=515, D=80, dtype=torch.bfloat16, causal=True)
+    problem = Problem.of(case, target("hopper"))
+    O, LSE = flash_attention(problem.q, problem.k, problem.v, causal=True, return_lse=True, backend="emulated:hopper")
+    report = Report(f"single tiles: {case}")
+    for name, got in (("O", O), ("LSE", LSE)):
+        report.compare("emulated", name, got, getattr(problem.truth, name), 2e-2)
+    report.verdict()
+
+
+@pytest.mark.parametrize("D", (64, 128))
+def check_maxima_that_rise_late(D):
+    """Scores that grow from the tile of keys visited first to the one visited last, by less than what raises a row's m, and by more. That
+    another row's m is raised changes no bit of a row."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 400, D).unbind()
+    q, k = q[:, :, :200].abs(), torch.linspace(1, 0, 400)[:, None] * torch.rand(1, 1, 400, D)
+    for growth in (0.5, 2.0, 20.0):
+        inputs = [x.bfloat16() for x in (growth * q, k, v)]
+        O, LSE = flash_attention(*inputs, return_lse=True, backend="emulated:hopper")
+        Q, K, V = (x.double() for x in inputs)
+        S = Q @ K.mT / D**0.5
+        report = Report(f"scores that grow, D {D}, by {growth}")
+        report.compare("emulated", "O", O, S.softmax(-1) @ V, 2e-2)
+        report.compare("emulated", "LSE", LSE, S.logsumexp(-1), 1e-4)
+        report.verdict()
+        inputs[0][:, :, 1::2] *= 0 if growth == 20.0 else 20
+        assert torch.equal(flash_attention(*inputs, backend="emulated:hopper")[:, :, ::2], O[:, :, ::2])
+
+
 @pytest.mark.parametrize("kind", range(2))
 def check_wide_rings_wrap(kind):
     """More tiles than shared memory holds, more works than blocks; forward and gradients do not depend on the order of anything."""

@@ -66,9 +66,9 @@ def check_there_are_lessons():
 
 @for_each_lesson
 def check_runs(build, lesson, full, monkeypatch):
-    """From a clean kernel, without an exception; of each animation, two pictures are drawn. Without --full, four that read the reference,
-    `flash_attention()`, kept results and the ring: what `check_outputs_are_current` says of the others is that they have run."""
-    if not full and not lesson.stem.startswith(("lesson_1", "lesson_4", "lesson_8", "lesson_9")):
+    """From a clean kernel, without an exception; of each animation, two pictures are drawn. Without --full, three that read the reference,
+    kept results and the ring: what `check_outputs_are_current` says of the others is that they have run."""
+    if not full and not lesson.stem.startswith(("lesson_1", "lesson_8", "lesson_9")):
         pytest.skip("run by --full, and by notebooks/build.py whenever its sources change")
     monkeypatch.setenv("LESSON_FRAMES", "2")
     notebook = build.execute(lesson)

@@ -17,6 +17,7 @@ from torch.func import grad, hessian, jvp, vmap
 
 from flash_attention import build, flash_attention
 from flash_attention.backends import BACKENDS, choose, emulated, libraries
+from flash_attention.backends.launch import BACKWARD
 from flash_attention.build import Specialisation
 from flash_attention.call import Call, Form, Settings
 from flash_attention.reference import Score, Visible, normal_attention
@@ -258,11 +259,13 @@ def check_arguments():
 
 
 def check_who_serves(monkeypatch):
-    """A kernel without the hook refuses by name; a plain call takes `hopper` where it serves, few rows included, and else `simple`."""
+    """A kernel without the hook refuses by name; a plain call takes `hopper` where it serves, else `tensor_core`, for few rows
+    `split_keys`, and `simple` where there are no tensor cores."""
     monkeypatch.setattr(libraries, "sm_count", lambda device: 132)  # where there is no GPU to ask
     x = Form.of(torch.empty(1, 2, 64, 64, dtype=torch.bfloat16))._replace(device=torch.device("cuda", 0))
-    plain = Call(x, x, x, None, None, Settings(1.0))
-    bias = plain._replace(bias=x._replace(shape=torch.Size((1, 2, 64, 64))))
+    many_rows = x._replace(shape=torch.Size((1, 2, 512, 64)))
+    plain = Call(many_rows, x, x, None, None, Settings(1.0))
+    bias = plain._replace(bias=x._replace(shape=torch.Size((1, 2, 1, 64))))
     capped = plain._replace(settings=Settings(1.0, softcap=3.0))
     slopes = x._replace(shape=torch.Size((1, 2)), stride=(2, 1), dtype=torch.float32)
     for call, word in ((bias, "bias"), (capped, "softcap"), (plain._replace(alibi=slopes), "alibi")):
@@ -271,13 +274,15 @@ def check_who_serves(monkeypatch):
                 reason = rung.why_not(call._replace(**{n: getattr(call, n)._replace(device=torch.device("cpu")) for n in "qkv"})
                                       if name in EMULATED else call)  # fmt: skip
                 assert reason and word in reason, f"{name}: {reason}"
-        for major, serves in ((9, "hopper"), (8, "simple")):
+        for capability, serves in ((90, "hopper"), (80, "tensor_core"), (75, "simple")):
             with monkeypatch.context() as gpu:
-                gpu.setattr(libraries, "why_no_kernels", lambda rung, _, arch=10 * major: None if rung.runs_on(arch) else "another GPU")
-                one_row = x._replace(shape=torch.Size((1, 2, 1, 64)))
-                assert choose(None, call) == choose(None, call._replace(q=one_row)) == serves
-                wide = x._replace(shape=torch.Size((1, 2, 64, 160)), stride=(20480, 10240, 160, 1))
-                assert choose(None, call._replace(q=wide, k=wide, v=wide)) == ("simple" if word == "bias" else serves)
+                gpu.setattr(libraries, "why_no_kernels", lambda rung, _, arch=capability: None if rung.runs_on(arch) else "another GPU")
+                one_row = call._replace(q=x._replace(shape=torch.Size((1, 2, 1, 64))))
+                assert choose(None, call) == serves and choose(None, one_row) == ("split_keys" if capability > 75 else serves)
+                assert choose(None, one_row, BACKWARD) == serves
+                wide = x._replace(shape=torch.Size((1, 2, 512, 160)), stride=(163840, 81920, 160, 1))
+                wide_bias = word == "bias" and serves == "hopper"
+                assert choose(None, call._replace(q=wide, k=wide, v=wide)) == ("tensor_core" if wide_bias else serves)
 
 
 # ---- kernels, emulated
@@ -315,6 +320,49 @@ HOPPER_CASES = [
     Case(B=1, H=1, Nq=100, Nk=150, D=192, alibi=True, window=(70, 30), **BF16),
 ]
 SAMPLE = {0, 2, 4, 7, 9, 12, 13}  # softcap, slopes and a bias alone; all three; beside a mask and spans; above 128 columns
+FROZEN = {"bias_frozen": True}
+EVERYTHING = {"softcap": 2.0, "alibi": True, "dropout_p": 0.25, **FROZEN}
+SMALL_CASES = {
+    "tensor_core": [
+        Case(B=2, H=2, Hkv=1, Nq=70, Nk=90, D=24, bias="keys", mask="full", **EVERYTHING, **HALF16),
+        Case(B=1, H=2, Nq=70, Nk=90, D=32, bias="matrix", alibi=True, window=(20, 7), **FROZEN, **BF16),
+        Case(B=1, H=2, Nq=50, Nk=70, D=32, bias="keys", **HALF16),  # with a gradient, which the backward of `simple` gives
+    ],
+    "split_keys": [
+        Case(B=1, H=4, Hkv=1, Nq=5, Nk=301, D=24, bias="hiding", mask="dead rows", **EVERYTHING, **BF16),
+    ],
+}
+TENSOR_CORE_CASES = [
+    Case(B=1, H=2, Nq=70, Nk=90, D=32, softcap=1.5, causal=True, **HALF16),
+    Case(B=1, H=4, Hkv=2, Nq=150, Nk=203, D=64, softcap=1.5, **HALF16),
+    Case(B=1, H=2, Nq=150, Nk=300, D=64, softcap=30.0, causal=True, **BF16),  # no score exceeds the cap
+    Case(B=1, H=2, Nq=203, Nk=150, D=128, alibi=True, causal=True, **BF16),
+    Case(B=1, H=2, Nq=150, Nk=203, D=64, alibi=True, **HALF16),
+    Case(B=2, H=2, Nq=70, Nk=204, D=64, bias="batches share", **FROZEN, **HALF16),  # pairs of columns
+    Case(B=1, H=2, Nq=100, Nk=150, D=192, bias="full", causal=True, **FROZEN, **BF16),
+    Case(B=1, H=2, Nq=150, Nk=208, D=64, bias="hiding", mask="dead rows", **FROZEN, **BF16),
+    Case(B=1, H=2, Nq=70, Nk=150, D=72, bias="keys", mask="full", **EVERYTHING, **HALF16),
+    Case(B=1, H=2, Nq=150, Nk=203, D=64, bias="matrix", alibi=True, window=(70, 30), **FROZEN, **HALF16),
+    Case(B=1, H=2, Nq=150, Nk=203, D=64, bias="rows", spans="any", mask="full", softcap=2.0, **FROZEN, **HALF16),
+    Case(B=1, H=1, Nq=70, Nk=150, D=256, bias="transposed", scale=-0.1, **FROZEN, **BF16),
+    Case(B=1, H=1, Nq=100, Nk=150, D=256, softcap=2.0, alibi=True, causal=True, **HALF16),
+    Case(B=1, H=2, Nq=150, Nk=304, D=64, mask="full", alibi=True, **HALF16),  # of which each byte is read once
+    Case(B=1, H=2, Nq=150, Nk=203, D=128, bias="full", **EVERYTHING, **HALF16),
+]
+SPLIT_KEYS_CASES = [
+    Case(B=1, H=4, Hkv=2, Nq=3, Nk=300, D=32, alibi=True, causal=True, **BF16),
+    Case(B=1, H=4, Hkv=2, Nq=1, Nk=600, D=64, softcap=1.5, **HALF16),
+    Case(B=1, H=8, Hkv=2, Nq=5, Nk=300, D=64, alibi=True, causal=True, **BF16),
+    Case(B=2, H=4, Hkv=2, Nq=3, Nk=304, D=64, bias="batches share", **FROZEN, **HALF16),
+    Case(B=1, H=4, Hkv=1, Nq=9, Nk=301, D=72, bias="hiding", mask="dead rows", **EVERYTHING, **BF16),
+    Case(B=1, H=2, Hkv=1, Nq=4, Nk=700, D=256, bias="keys", softcap=30.0, sharp=5.0, **FROZEN, **HALF16),
+    Case(B=1, H=4, Hkv=1, Nq=20, Nk=300, D=128, bias="rows", alibi=True, scale=-0.1, **FROZEN, **BF16),
+    Case(B=1, H=4, Hkv=1, Nq=20, Nk=260, D=128, bias="full", softcap=2.0, alibi=True, mask="full", **FROZEN, **HALF16),
+]
+ON_TENSOR_CORES = [("hopper", case, n in SAMPLE) for n, case in enumerate(HOPPER_CASES)]
+ON_TENSOR_CORES += [(name, case, True) for name, cases in SMALL_CASES.items() for case in cases]
+ON_TENSOR_CORES += [("tensor_core", case, False) for case in TENSOR_CORE_CASES]
+ON_TENSOR_CORES += [("split_keys", case, False) for case in SPLIT_KEYS_CASES]
 
 
 @pytest.fixture
@@ -329,17 +377,17 @@ def check_emulated(emulator, case):
     against_truth(case, Target("emulated:simple", "cpu"), slack=4 if cancels else 1)
 
 
-@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
-def check_emulated_hopper(emulator, full, case):
-    if not full and HOPPER_CASES.index(case) not in SAMPLE:
+@pytest.mark.parametrize(("name", "case", "in_sample"), ON_TENSOR_CORES, ids=str)
+def check_emulated_on_tensor_cores(emulator, full, name, case, in_sample):
+    if not full and not in_sample:
         pytest.skip("one of the cases of --full, and of a GPU")
-    against_truth(case, Target("emulated:hopper", "cpu"))
+    against_truth(case, Target(f"emulated:{name}", "cpu"))
 
 
-@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
-def check_hopper(case):
+@pytest.mark.parametrize(("name", "case", "in_sample"), ON_TENSOR_CORES, ids=str)
+def check_on_tensor_cores(name, case, in_sample):
     """The same on a GPU, each case 50 times with the same bits, gradients too where they are asked to repeat."""
-    target = Target("hopper", "cuda")
+    target = Target(name, "cuda")
     if reason := target.why_not():
         pytest.skip(reason)
     problem = Problem.of(case, target)

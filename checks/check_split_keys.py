@@ -123,7 +123,13 @@ def check_long_sequences_in_pages():
     on_the_device([4500], 4608, True, [70], 48, 1)
 
 
-def on_the_device(lengths, N, causal, starts, page_size, multiprocessors):
+@pytest.mark.parametrize("page_size", (None, 48))
+def check_scores_of_lengths_on_the_device(page_size):
+    """ALiBi counts from each sequence's own last key, before which a cap is applied."""
+    on_the_device([500, 129, 0, 2, 300], 512, True, [0, 100, 0, 0, 299], page_size, 132, softcap=1.5, alibi=True)
+
+
+def on_the_device(lengths, N, causal, starts, page_size, multiprocessors, softcap=None, alibi=False):
     emulated.SM_COUNT = multiprocessors
     B, H, Hkv, Nq, D, Dv = len(lengths), 6, 2, 3, 64, 40
     random = torch.Generator().manual_seed(3)
@@ -139,8 +145,13 @@ def on_the_device(lengths, N, causal, starts, page_size, multiprocessors):
         seen = seen & (j < (lengths[:, None] - torch.arange(Nq - 1, -1, -1))[:, None, :, None])
     zeroed = (x.nan_to_num(0) for x in (k, v))
     want = [x.double() for x in (q, *zeroed)]
-    truth, LSE_truth = normal_attention(*want, seen, return_lse=True)
-    naive = normal_attention(q, k.nan_to_num(0), v.nan_to_num(0), seen)
+    slopes = bias = None
+    if alibi:
+        slopes = torch.rand(B, H, generator=random) / 4
+        distance = (lengths[:, None, None] - torch.arange(Nq, 0, -1)[:, None] - j).abs()  # (B, Nq, N)
+        bias = -slopes[:, :, None, None].double() * distance[:, None]
+    truth, LSE_truth = normal_attention(*want, seen, softcap=softcap, bias=bias, return_lse=True)
+    naive = normal_attention(q, k.nan_to_num(0), v.nan_to_num(0), seen, softcap=softcap, bias=bias)
     table = None
     if page_size is not None:
         columns = -(-N // page_size)
@@ -154,13 +165,14 @@ def on_the_device(lengths, N, causal, starts, page_size, multiprocessors):
             pools.append(pool)
         k, v = pools
         table[torch.arange(columns) * page_size >= lengths[:, None]] = 1 << 20
-    plan = split_keys.Plan.of(RUNG, q, k, v, table is not None, N, causal, D**-0.5)
+    plan = split_keys.Plan.of(RUNG, q, k, v, table is not None, N, causal, D**-0.5, softcap, slopes)
     assert plan.why_not(k, v) is None
-    O, LSE = plan(q, k, v, lengths, None if starts is None else first, table)
+    O, LSE = plan(q, k, v, lengths, None if starts is None else first, table, alibi=slopes)
     error, allowed = (O - truth).abs().max(), 2 * (naive - truth).abs().max() + 1e-3
     assert error <= allowed, f"error {error:.1e}, allowed {allowed:.1e}"
     assert torch.equal(LSE.isneginf(), LSE_truth.isneginf())
-    torch.testing.assert_close(LSE.double(), LSE_truth, rtol=1e-6, atol=1e-6)
+    exact = 1e-6 if softcap is None else 1e-3  # a tanh has 11 bits
+    torch.testing.assert_close(LSE.double(), LSE_truth, rtol=exact, atol=exact)
 
 
 def check_splits_follow_from_sizes():

@@ -182,6 +182,7 @@ def check_exceptions_arrive():
 def check_interrupt():
     """Ctrl-C reaches a caller that waits, and pieces that have not started are dropped."""
     done = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore Ctrl-C
 
     def work(n):
         if n == 3:
@@ -189,8 +190,11 @@ def check_interrupt():
         time.sleep(0.005)
         done.append(n)
 
-    with pytest.raises(KeyboardInterrupt):
-        workers.run(work, [(n,) for n in range(1000)])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            workers.run(work, [(n,) for n in range(1000)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     time.sleep(0.1)  # what has started ends
     finished = len(done)
     time.sleep(0.1)

@@ -142,6 +142,7 @@ class Case:
     softcap: float | None = None
     bias: str | None = None  # one of BIASES
     bias_as_q: bool = False  # in q's dtype
+    bias_frozen: bool = False  # it gets no gradient
     alibi: bool = False
 
     def __str__(self) -> str:
@@ -366,11 +367,11 @@ def naive(case: Case, q, k, v, mask, dO, dLSE=None, *, dropout: Dropout | None =
     loss = (O * dO.to(O.dtype)).sum()
     if dLSE is not None:
         loss = loss + (LSE.masked_fill(LSE.isneginf(), 0) * dLSE.to(LSE.dtype)).sum()
-    return BiasedResult.or_plain(O.detach(), LSE.detach(), *torch.autograd.grad(loss, (q, k, v, *_bias_of(scored))))
+    return BiasedResult.or_plain(O.detach(), LSE.detach(), *torch.autograd.grad(loss, (q, k, v, *_trained(case, scored))))
 
 
-def _bias_of(scored: dict) -> list[Tensor]:
-    return [scored["bias"]] if "bias" in scored else []
+def _trained(case: Case, scored: dict) -> list[Tensor]:
+    return [scored["bias"]] if "bias" in scored and not case.bias_frozen else []
 
 
 def flash(case: Case, target: Target, q, k, v, mask, dO, dLSE=None) -> Result:
@@ -382,14 +383,14 @@ def flash(case: Case, target: Target, q, k, v, mask, dO, dLSE=None) -> Result:
     options = {"window": case.window, "spans": case.make_spans(q.device.type), "scale": case.scale, "dropout_p": case.dropout_p}
     scored = case.scored(q.device.type)
     if not forward_alone:
-        for bias in _bias_of(scored):
+        for bias in _trained(case, scored):
             bias.requires_grad_()
     O, LSE = flash_attention(q, k, v, mask, causal=case.causal, **options, **scored, return_lse=True, backend=target.backend)
     if forward_alone:
         return Result(O, LSE, None, None, None)
     gradients = (dO,) if dLSE is None else (dO, dLSE)
     outputs = (O,) if dLSE is None else (O, LSE)
-    return BiasedResult.or_plain(O.detach(), LSE.detach(), *torch.autograd.grad(outputs, (q, k, v, *_bias_of(scored)), gradients))
+    return BiasedResult.or_plain(O.detach(), LSE.detach(), *torch.autograd.grad(outputs, (q, k, v, *_trained(case, scored)), gradients))
 
 
 @dataclass

@@ -39,6 +39,7 @@ HEAD_512_MASKED = case(D=512, H=1, Nq=130, Nk=200, mask="heads share")
 HEAD_320 = case(D=320, H=1, Nq=130, Nk=200)
 ODD_HEAD = case(D=72, Nq=70, Nk=90)
 MANY_TILES = case(Nk=700, H=3)  # every ring wraps
+SINGLE_TILES = case(D=128, H=3, Nq=1030, Nk=300, causal=True)  # of the last head, whose pairs do not fill a round
 ONE_QUERY = case(H=4, Hkv=2, Nq=1, Nk=1500)  # the keys are split
 FEW_ROWS = case(H=4, Hkv=1, Nq=9, Nk=1537, causal=True, sharp=5)  # 36 packed rows, in a tile of 32 and one of 4
 FEW_MASKED = case(H=4, Hkv=2, Nq=5, Nk=700, mask="full", dropout_p=0.25)
@@ -83,6 +84,11 @@ STRUCTURED_CAUSAL = case(Nq=600, Nk=600, mask="structured", causal=True)
 STRUCTURED_GROUPED = case(H=4, Hkv=2, Nq=200, Nk=300, mask="structured")
 SPECKS = case(Nq=400, Nk=500, mask="specks")  # what may be attended are single elements
 NO_STRUCTURE = case(Nq=250, Nk=310, mask="full")
+HALF_FROZEN = case(B=2, Nk=150, bias="batches share", bias_as_q=True, bias_frozen=True)
+HALF_MASKED_CAP = case(softcap=1.5, mask="heads share")
+FEW_CAPPED = case(H=4, Hkv=2, Nq=1, Nk=1500, softcap=1.5)
+FEW_SLOPED = case(H=4, Hkv=1, Nq=9, Nk=700, causal=True, alibi=True)
+FEW_BIASED = case(H=4, Hkv=2, Nq=3, Nk=301, bias="batches share", bias_as_q=True, bias_frozen=True)
 
 NO_BARRIER, NO_WAIT = "", ""
 
@@ -245,6 +251,8 @@ TABLE = {
         ("__syncthreads();  // V is there for every thread", "//", WIDEST),
         ("8 * n + c < from ||", "8 * n + c <= from ||", WINDOW),
         ("keep[m][r][(2 * k + half) % 4]", "keep[m][r ^ 1][(2 * k + half) % 4]", DROPOUT),
+        ("m_rmem[m][r] * (SCORE ? LN_2 : p.scale)", "m_rmem[m][r] * p.scale", HALF_CAPPED),
+        ("i, i + offset - j0 - 2 * t, slope);", "i, i - j0 - 2 * t, slope);", HALF_SLOPED),
     ],
     ("tensor_core", "visible.cuh"): [
         ("return k_tile - bounds(p, h, tile).some.start / block_k;", "return k_tile;", WINDOW_TURNS),
@@ -279,6 +287,23 @@ TABLE = {
         ("if (ONE_BARRIER) dS_stage ^= dS_smem ^ (dS_smem + Tile_S::BYTES);", ";", PLAIN),
         ("~first_bits(seen.stop - j) | first_bits(seen.start - j);", "~first_bits(seen.stop - j);", WINDOW),
         ("if (DROPOUT) dP0 = P0 < 0 ? 0 : dP0, dP1 = P1 < 0 ? 0 : dP1;", ";", DROPOUT),
+        ("dS0 *= derivative.x, dS1 *= derivative.y;", "dS0 *= derivative.y, dS1 *= derivative.x;", HALF_CAPPED),
+        ("i, i + offset - j0 - warp_k * K_ROWS - lane / 4, slope);", "i, i + offset - j0 - warp_k * K_ROWS, slope);", HALF_SLOPED),
+    ],
+    ("tensor_core", "score_mma.cuh"): [
+        ("ptx::cvt_pair<__half>(fmaf(-s0, s0, 1), fmaf(-s1, s1, 1));", "ptx::cvt_pair<__half>(1, 1);", HALF_CAPPED),
+        ("s = MASK && s < units.lowest ? -CUDART_INF_F : decltype", "s = decltype", HALF_MASKED_CAP),
+        ("fabsf(distance), x);", "distance, x);", HALF_SLOPED),
+        ("row.distance - static_cast<float>(8 * n + 1)", "row.distance - static_cast<float>(8 * n)", HALF_SLOPED),
+        ("second.distance - further", "first.distance - further", HALF_SLOPED),
+        ("min(i, p.Nq - 1) * p.scoring.stride_i", "i * p.scoring.stride_i", HALF_FROZEN),  # beyond the bias' last row
+        ("return lane[row / 2 + column / 2];", "return lane[row / 2];", HALF_FROZEN),
+        ("return min(j, p.Nk - 1) * p.scoring.stride_j;", "return j * p.scoring.stride_j;", HALF_FROZEN),  # and its last column
+        ("return bias.stride_j == 1 && odd % 2 == 0 &&", "return bias.stride_j == 1 &&", FEW_BIASED),
+        ("bias_column(p, j + 16 * m + 8 * r);", "bias_column(p, j + 16 * m);", HALF_FROZEN),
+    ],
+    ("tensor_core", "score.cuh"): [
+        ("-0.33065430f * factor", "-0.23065430f * factor", case(softcap=6.0)),
     ],
     ("tensor_core", "backward_workspace.cuh"): [
         ("__syncwarp();  // the warp's rows are written", "//", PLAIN),
@@ -294,7 +319,7 @@ TABLE = {
         ("__syncthreads();  // Q is there for every thread", "//", ONE_QUERY),
         ("__syncthreads();  // every warp is done with Q, its ring", "//", FEW_ROWS),
         ("__syncthreads();  // all warps' sums are there", "//", ONE_QUERY, 0),
-        ("return ptx::ex2((m - m_all) * (s.score * LOG2_E));", "return 1;", FEW_ROWS),
+        ("return ptx::ex2((m - m_all) * s.m_to_log2());", "return 1;", FEW_ROWS),
         ("if (filled < 2 * count)", "if (filled < 2 * count - 1)", ONE_QUERY),
         ("filled, to_fill = to_fill + 1 == SLOTS ? 0 : to_fill + 1;", "filled, to_fill = to_fill == SLOTS ? 0 : to_fill + 1;", ONE_QUERY),
         (
@@ -316,6 +341,11 @@ TABLE = {
         ("word = i % 32 / 8;", "word = i % 16 / 8;", case(H=1, Nq=30, dropout_p=0.25)),
         ("dropout_bytes(key, b, h, i, j0 + 2 * t)", "dropout_bytes(key, b, h_kv, i, j0 + 2 * t)", FEW_MASKED),
         ("const float factor = final_factor(c, scales, b, m_all, l);", "const float factor = 1 / l;", FEW_MASKED, 1),
+        ("return SCORE ? 1 : score * LOG2_E;", "return score * LOG2_E;", FEW_CAPPED),
+        ("return SCORE ? LN_2 : score;", "return score;", FEW_CAPPED),
+        ("slope_rmem[m][r] = slope_log2(p, b, h_rmem[m][r]);", "slope_rmem[m][r] = slope_log2(p, b, h_kv);", FEW_SLOPED),
+        ("i, i + offset - j0 - 2 * t, slope", "i, i - j0 - 2 * t, slope", FEW_SLOPED),
+        ("scored_query(p, b, h, i, i", "scored_query(p, b, h_kv, i, i", FEW_BIASED),
     ],
     ("hopper", "forward_4_hopper.cu"): [
         ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS + 1);", MANY_TILES),
@@ -335,6 +365,7 @@ TABLE = {
         ("chunk) & first_bits(tile - 32 * chunk);", "chunk);", STRUCTURED_CAUSAL),
         ("word ^= 1u << bit;", "word &= word - 1;", BAND),
         ("Interval{0, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", "Interval{1, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", STRUCTURED),
+        ("tile -= place / abreast;", "tile -= 1 + place / abreast;", SINGLE_TILES),
     ],
     ("hopper", "seen_tiles.cuh"): [
         ("(hidden[n].x & hidden[n].y) != ~0u;", "hidden[n].x != ~0u;", SPECKS),
@@ -371,6 +402,8 @@ TABLE = {
         ("of_lane(keys.stop - 2 * t)", "of_lane(keys.stop - 2 * t - 1)", WINDOW),
         ("min(column % 8, 2)", "min(column % 8, 1)", WINDOW),
         ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
+        ("        l_rmem[r] = l_rmem[r] * alpha[r] + sum;\n    };", "        l_rmem[r] += sum;\n    };", SHARP),
+        ("largest > m_rmem[r] + above);", "largest > m_rmem[r] + 100 * above);", case(sharp=20)),
     ],
     ("hopper", "forward_4_epilogue.cuh"): [
         ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
@@ -382,7 +415,8 @@ TABLE = {
         ("release(barriers.K_empty, now.stage);", ";", MANY_TILES),
         ("await_V(before);", NO_WAIT, PLAIN),
         ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", PLAIN),
-        ("ptx::wgmma_wait_group<0>();\n                    // Few tiles", "// Few tiles", PLAIN),
+        ("ptx::wgmma_wait_group<0>();\n                        if (raised()) {", "if (raised()) {", SHARP),
+        ("if (raised()) {", "if (raised() && false) {", SHARP),
         (
             "ptx::wgmma_fence();\n#pragma unroll\n    for (int k = 0; k < BLOCK_K / 16; ++k)",
             "for (int k = 0; k < BLOCK_K / 16; ++k)",
@@ -586,13 +620,15 @@ TABLE = {
 
 # The hook for scores in files that have mistakes of their own above.
 SCORED = {
+    ("hopper", "score.cuh"): [
+        ("return dead ? 0 : fabsf(m)", "return fabsf(m)", case(Nk=150, bias="hiding", bias_as_q=True)),
+        ("return y * tanh_over(y);", "return tanh_over(y);", case(softcap=20.0, alibi=True)),
+        ("0.11889755f * factor", "-0.11889755f * factor", case(Nk=460, softcap=6.0)),
+    ],
     ("hopper", "score_tile.cuh"): [
         ("if (!CAUSAL && least < 0 && greatest > 0) keep", "if (false) keep", HALF_SLOPED),
         ("CAUSAL || greatest > 0 ? -slope : slope;", "-slope;", case(Nq=300, Nk=150, alibi=True)),
-        ("return dead ? 0 : fabsf(m)", "return fabsf(m)", case(Nk=150, bias="hiding", bias_as_q=True)),
         ("further = c ? floats_of(pairs[n % 2 * 2 + r]).y", "further = c ? floats_of(pairs[n % 2 * 2 + r]).x", HALF_BIASED),
-        ("return y * tanh_over(y);", "return tanh_over(y);", case(softcap=20.0, alibi=True)),
-        ("0.11889755f * factor", "-0.11889755f * factor", case(Nk=460, softcap=6.0)),
         ("fmaf(s * s, -0.32075847f", "fmaf(s * s, 0.32075847f", case(Nk=460, softcap=20.0)),
     ],
     ("hopper", "forward_4_softmax.cuh"): [

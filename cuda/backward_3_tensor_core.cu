@@ -14,6 +14,7 @@
 // `deterministic` is set, because atomic additions of several blocks come in any order.
 //
 // One file because its kernel is one loop, in which the stages, the fragments and dQ's order depend on each other.
+#include "score_mma.cuh"
 #include "tensor_core.cuh"
 
 // ---- tile sizes. Two blocks of four warps share a multiprocessor up to head size 128: one computes while the other waits at a barrier.
@@ -24,7 +25,8 @@
 #define WARPS_K (BLOCK_K >= 64 ? BLOCK_K / 32 : 2)  // warps along the rows of Sᵀ
 #define S_STAGES (HEAD_DIM <= 192 && SMEM_KB >= 227 ? 2 : 1)  // tiles of dS and P in shared memory: with two, a step has one barrier
 // Columns of Sᵀ at a time, as far as registers suffice.
-#define PASS_COLUMNS (ARCH >= 90 && ARCH < 120 && !INTERVAL && !(CAUSAL && MASK && (HEAD_DIM == 64 || (DROPOUT && ARCH > 90))) ? 32 : 16)
+#define PASS_COLUMNS (ARCH >= 90 && ARCH < 120 && !INTERVAL && !SCORE && !(CAUSAL && MASK && (HEAD_DIM == 64 || (DROPOUT && ARCH > 90))) ? 32 : 16)
+#define BIAS_EARLY (!INTERVAL && !DROPOUT && !MASK && (HEAD_DIM <= 64 || ARCH >= 90))  // a bias is loaded before S is computed, where registers suffice
 #define STAGES (HEAD_DIM <= 64 ? 2 : S_STAGES == 2 ? 3 : HEAD_DIM <= 192 || SMEM_KB >= 227 ? 2 : 1)  // tiles of Q and dO
 #define DQ_WARPS_Q (HEAD_DIM == 96 && WARPS == 8 ? 4 : 2)  // warps along the rows of dQ, the others along the head size
 #define BLOCKS_PER_SM (WARPS == 4 ? 2 : 1)
@@ -180,6 +182,17 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
             const int mask_row = i0 + (warp_q * PASSES + pass) * Q_COLUMNS + ptx::tid_x() % Q_COLUMNS;
             const uint32_t mask_word = mask_gmem[min(mask_row, p.Nq - 1) * p.mask.stride_i + (j0 + warp_k * K_ROWS) / 32];
 #endif
+#if SCORE
+            float slope = 0;  // read where it is used
+            auto query = [&](int n, int e) {
+                const int lane = ptx::tid_x() % 32;
+                const int i = i0 + (warp_q * PASSES + pass) * Q_COLUMNS + 8 * n + lane % 4 * 2 + e;
+                return scored_query(p, b, now.h, i, i + offset - j0 - warp_k * K_ROWS - lane / 4, slope);
+            };
+            BiasOfTile<M_TILES, N_TILES> bias_rmem;
+            auto load_bias = [&] { load_bias_of_columns(bias_rmem, p, j0 + warp_k * K_ROWS + ptx::tid_x() % 32 / 4, query); };
+            if (BIASED && BIAS_EARLY) load_bias();
+#endif
 #if DROPOUT
             const uint2 key = dropout_key(p);  // read again in every pass, which is cheaper than two registers
 #endif
@@ -201,6 +214,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
             lane = ptx::tid_x() % 32;              // read anew, here and below: what is computed from it takes no register in the rest of a step
             const int g = lane / 4, t = lane % 4;  // this lane's row and column pair in an 8×8 fragment
 
+#if SCORE
+            uint32_t derivative_rmem[M_TILES][N_TILES][2];
+            if (BIASED && !BIAS_EARLY) load_bias();
+            slope = slope_log2(p, b, now.h);
+            score_columns(S_rmem, derivative_rmem, bias_rmem, p, score_units(p), query);
+#endif
             // line 11: P = exp(scale · S − LSE), from here on in S's place
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
@@ -209,8 +228,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
                 for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
                     for (int r = 0; r < 2; ++r) {
-                        S_rmem[m][n][2 * r] = ptx::ex2(fmaf(S_rmem[m][n][2 * r], scale_log2, -LSE.x));
-                        S_rmem[m][n][2 * r + 1] = ptx::ex2(fmaf(S_rmem[m][n][2 * r + 1], scale_log2, -LSE.y));
+                        S_rmem[m][n][2 * r] = ptx::ex2(fmaf(S_rmem[m][n][2 * r], SCORE ? 1 : scale_log2, -LSE.x));
+                        S_rmem[m][n][2 * r + 1] = ptx::ex2(fmaf(S_rmem[m][n][2 * r + 1], SCORE ? 1 : scale_log2, -LSE.y));
                     }
             }
 
@@ -281,7 +300,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
                         float P0 = S_rmem[m][n][2 * r], P1 = S_rmem[m][n][2 * r + 1];
                         float dP0 = dP_rmem[m][n][2 * r], dP1 = dP_rmem[m][n][2 * r + 1];
                         if (DROPOUT) dP0 = P0 < 0 ? 0 : dP0, dP1 = P1 < 0 ? 0 : dP1;
-                        dS_rmem[m][n][r] = ptx::cvt_pair<element>(fabsf(P0) * (dP0 - Delta.x), fabsf(P1) * (dP1 - Delta.y));
+                        float dS0 = fabsf(P0) * (dP0 - Delta.x), dS1 = fabsf(P1) * (dP1 - Delta.y);
+#if SCORE
+                        if (CAPPED) {
+                            const float2 derivative = ptx::floats_of_pair(derivative_rmem[m][n][r]);
+                            dS0 *= derivative.x, dS1 *= derivative.y;
+                        }
+#endif
+                        dS_rmem[m][n][r] = ptx::cvt_pair<element>(dS0, dS1);
                         if (DROPOUT) P0 = fmaxf(P0, 0), P1 = fmaxf(P1, 0);
                         P_rmem[m][n][r] = ptx::cvt_pair<element>(P0, P1);
                     }
@@ -402,6 +428,9 @@ extern "C" int attention(const AttentionParams* params) {
     if (!q_fits || !units_fit(p.k, p.B, p.Hkv, p.Nk) || !units_fit(p.v, p.B, p.Hkv, p.Nk)) return cudaErrorInvalidValue;
     const int64_t all_rows = Workspace::all_rows(p), k_blocks = tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B;
     if (!numbers_fit(p, {all_rows / PREPARE_ROWS, k_blocks})) return cudaErrorInvalidConfiguration;
+#if SCORE
+    if (p.scoring.d_bias) return cudaErrorInvalidValue;  // another rung's
+#endif
     DeviceGuard guard(p.device);
     cudaError_t error = cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     if (error != cudaSuccess) return error;

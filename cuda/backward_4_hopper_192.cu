@@ -3,20 +3,20 @@
 // The idea: a block's dQ is added to global memory, and its Q and dO are read from L2, once for every tile of keys; so a tile should have many keys. In
 // backward_4_hopper_wide.cu 64 keys fill the registers of two groups. Three groups hold dK and dV of 96, if each has a panel of 64 of the head's columns:
 // dKᵀ (64 columns × 96 keys) is a product of 64 rows, as wgmma has them, where dK (96 keys × 64 columns) is not. (FlashAttention-3's own backward of this
-// size has these tiles and three groups, too.) Of S = Q Kᵀ and dP = dO Vᵀ a group computes 32 keys, so a thread has two rows, and two numbers of LSE and
-// Delta. P and dS go through shared memory, which each group writes a third of and reads whole.
+// size has the same tiles and three groups.) A group computes S = Q Kᵀ and dP = dO Vᵀ of 32 keys, so a thread has two rows, and two values of LSE and
+// of Delta. P and dS go through shared memory: each group writes a third and reads all.
 //
-// Products run one after another, in the order in which a group asks for them, and asking does not wait. So a group asks for S and dP of the next
-// tile before dV of this one, and computes the exponentials while those run:
+// Products run in the order in which a group issues them, and issuing does not wait for the result. So a group issues S and dP of the next tile before
+// dV of this one, and computes the exponentials while those run:
 //
 //     products:   dQ(n)   dK(n)           S(n+1)          dP(n+1)   dV(n)     │ dQ(n+1) …
 //     meanwhile:          adds half dQ    the other half  P(n+1)    dS(n+1)   │
 //                                                                    all meet ┘
 //
-// dQ leaves in two halves, because additions that come all at once are waited for, and S takes the registers of the first.
+// dQ is added in two halves: adding all of it at once would stall the group, and S can use the registers of the first half.
 //
-// Q's place is free after dK and dO's after dV, each long before the tile after next, which takes it, is needed. dS has one place: it is written again
-// once all groups have waited for dK, which is what the barrier of Q's place counts. P(n+1) is written while dV(n) reads P(n), so P has two.
+// Q's buffer is free after dK, and dO's after dV, each long before the tile after next, which is loaded into it, is needed. dS has one buffer: it is
+// written again once all groups have waited for dK, which Q's "empty" barrier counts. P(n+1) is written while dV(n) reads P(n), so P has two buffers.
 //
 // Serves float16 and bfloat16, everything in the interface but dropout and a mask over intervals, positive scale; head sizes from 129 to 192 that are
 // multiples of 8.

@@ -1,25 +1,25 @@
 // Backward with Hopper's own instructions for head sizes above 128: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), Algorithm 3.  sm_90a.
 //
-// The idea: as in backward_4_hopper.cu, one thread copies while two warpgroups compute; but dK and dV of 64 keys are as many numbers as one
-// group's registers hold. So the two groups share 64 keys instead of having 64 each: of Sᵀ = K Qᵀ and dPᵀ = V dOᵀ a group computes the columns
-// of half the rows of Q; of dV += Pᵀ dO, dK += dSᵀ Q and dQ = dS K it computes half the head's columns. Those products sum over all rows or all
-// keys of the tile, so Pᵀ and dSᵀ go through shared memory, which either group writes half of and reads whole.
+// The idea: as in backward_4_hopper.cu, one thread copies while two warpgroups compute; but dK and dV of 64 keys would fill
+// all registers of one group. So the two groups share 64 keys instead of having 64 each: a group computes Sᵀ = K Qᵀ and dPᵀ = V dOᵀ for half the
+// rows of Q, and half the head's columns of dV += Pᵀ dO, dK += dSᵀ Q and dQ = dS K. Those products sum over all rows or all keys of the tile, so
+// Pᵀ and dSᵀ go through shared memory: each group writes half and reads all.
 //
-// Products run one after another, in the order in which a group asks for them, and asking does not wait. So a group asks for S and dP of the next
-// tile before the last products of this one, and computes the exponentials while those run:
+// Products run in the order in which a group issues them, and issuing does not wait for the result. So a group issues S and dP of the next tile
+// before the last products of this one, and computes the exponentials while those run:
 //
 //     products:   dK(n)   S(n+1)   dQ(n), first half   dV(n)   dP(n+1)   dQ(n), second half   │ dK(n+1) …
 //     meanwhile:                                               P(n+1)    dS(n+1)              │
 //                                                                              both groups meet ┘
 //
-// Shared memory holds no third tile of Q or dO. So dK comes before S, and dV before dP: a tile has been read for the last time nearly a round before
-// the next but one, which takes its place, is needed.
+// Shared memory has no room for a third tile of Q or dO. So dK comes before S, and dV before dP: a tile's buffer is free almost a whole step before the
+// tile after next, which is loaded into it, is needed.
 //
-// A group waits while its additions to dQ leave, and asks for no product then. So the groups add at different times, one while the other's products
+// While its additions to dQ issue, a group cannot issue products. So the groups add at different times, one while the other's products
 // run: the first half before dP and after P(n+1), the second half before the next dK and after the next S. With a mask, intervals or dropout, both add the
 // first half after P(n+1).
 //
-// Where a half of the head is no whole number of panels of 64 columns, a tile has each half in panels of its own.
+// Where half of the head is not a whole number of panels of 64 columns, each half of a tile starts with a new panel.
 //
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 256 that are multiples of 8. Up to 192
 // backward_4_hopper_192.cu is faster, and this one serves calls with dropout, or with a mask over intervals.

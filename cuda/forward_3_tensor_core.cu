@@ -8,14 +8,15 @@
 // gives each architecture tiles that fit its registers; masks and dropout. Serves everything in the interface for float16 and bfloat16, head sizes
 // up to 256 that are multiples of 8, positive scale.
 #include "mask_tile.cuh"
+#include "score_mma.cuh"
 
 // ---- tile sizes. A warp owns ROWS_PER_WARP rows of Q, so softmax needs no other warp. Two or three blocks share a multiprocessor: one
 // block's softmax runs under another's matrix products.
 #define ROWS_PER_WARP (HEAD_DIM <= 128 ? 32 : 16)
 // As many columns as leave the registers room for S, O and what masks or drops. The assembler fits more for sm_90, and nearly as much for sm_100.
 #define ROOMY (ARCH == 90 || (ARCH >= 100 && ARCH < 120 && !(CAUSAL && (MASK || HEAD_DIM <= 64))))
-#define WIDE (HEAD_DIM <= 64 && ROOMY && !INTERVAL && !(MASK && (CAUSAL || DROPOUT)))
-#define BLOCK_K (WIDE ? 128 : HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && ROOMY) ? 64 : 32)
+#define WIDE (HEAD_DIM <= 64 && ROOMY && !INTERVAL && !SCORE && !(MASK && (CAUSAL || DROPOUT)))
+#define BLOCK_K (WIDE ? 128 : HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && ROOMY && !(SCORE & (SCORE_SOFTCAP | SCORE_BIAS))) ? 64 : 32)
 #define BLOCKS_PER_SM 2
 #define STAGES (HEAD_DIM <= 128 ? 2 : 1)  // how many pairs of K and V tiles shared memory holds
 
@@ -99,9 +100,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     float O_rmem[M_TILES][O_TILES][4] = {};  // not yet divided by l
     float m_rmem[M_TILES][2], l_rmem[M_TILES][2];  // of rows g and g + 8; l is this lane's share of the sum
 #pragma unroll
-    for (int m = 0; m < M_TILES; ++m) m_rmem[m][0] = m_rmem[m][1] = p.lowest, l_rmem[m][0] = l_rmem[m][1] = 0;
+    for (int m = 0; m < M_TILES; ++m) m_rmem[m][0] = m_rmem[m][1] = SCORE ? LOWEST_LOG2 : p.lowest, l_rmem[m][0] = l_rmem[m][1] = 0;
 
-    const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
+    const float scale_log2 = SCORE ? 1 : p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x); scores that have been through the hook are in base 2
+#if SCORE
+    const float slope = slope_log2(p, b, h);
+#endif
     [[maybe_unused]] const uint2 kept_key = DROPOUT ? dropout_key(p) : uint2{};
     const uint32_t Q_lane = Q_smem + Tile_Q::lane_a(warp_row, lane);
 
@@ -118,6 +122,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         if (STAGES == 2 && j > first_tile) load_K(j - 1), load_V(j - 1);
         ptx::cp_async_commit_group();
 
+#if SCORE
+        auto query = [&](int m, int r) {
+            const int i = i0 + warp_row + 16 * m + 8 * r + g;
+            return scored_query(p, b, h, i, i + offset - j0 - 2 * t, slope);
+        };
+        BiasOfTile<M_TILES, N_TILES> bias_rmem;
+        if (BIASED) load_bias_of_rows(bias_rmem, p, j0 + 2 * t, j0 + BLOCK_K <= p.Nk, query);
+#endif
         float S_rmem[M_TILES][N_TILES][4] = {};  // S = Q Kᵀ, summed from 0 or from where the mask says
         if (MASK) {
             const int thread = thread_anew();
@@ -154,6 +166,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
             }
         }
 
+#if SCORE
+        score_rows(S_rmem, bias_rmem, p, score_units(p), query);
+#endif
 #if !MASK
         if (cut) {  // Hide what lies beyond the diagonal or the end of the sequence.
 #pragma unroll
@@ -285,8 +300,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
             l += __shfl_xor_sync(0xffffffff, l, 1);
             l += __shfl_xor_sync(0xffffffff, l, 2);
             const int row = warp_row + 16 * m + 8 * r + g;
-            if (p.lse && t == 0 && out.i0 + row < p.Nq) p.lse[(static_cast<int64_t>(out.b) * p.H + out.h) * p.Nq + out.i0 + row] = m_rmem[m][r] * p.scale + logf(l);
+            if (p.lse && t == 0 && out.i0 + row < p.Nq) p.lse[(static_cast<int64_t>(out.b) * p.H + out.h) * p.Nq + out.i0 + row] = m_rmem[m][r] * (SCORE ? LN_2 : p.scale) + logf(l);
+#if SCORE
+            const float factor = factor_of_scored_row(p, m_rmem[m][r], (DROPOUT ? p.keep_scale : 1.0f) / l);
+#else
             const float factor = factor_of_row(p, m_rmem[m][r], scale_log2, (DROPOUT ? p.keep_scale : 1.0f) / l);
+#endif
 #pragma unroll
             for (int o = 0; o < O_TILES; ++o)
                 *reinterpret_cast<uint32_t*>(smem + Tile_Q::offset(row, o) + 4 * t) =

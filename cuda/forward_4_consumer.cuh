@@ -38,6 +38,9 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     const int lane = threadIdx.x % 32;
     const Rows rows(p, lane);
     const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
+#if !SCORE
+    [[maybe_unused]] const float above = fminf(ABOVE_M / scale_log2, 0x1p100f);  // lost in rounding beside p.lowest, whatever the scale
+#endif
 
     float O_rmem[V_HEAD_DIM / 2];  // not yet divided by l
     float S_rmem[BLOCK_K / 2];
@@ -137,11 +140,12 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         multiply_QK(S_rmem, shared, consumer, Slot_Q(q), Slot_KV(n));
         your_turn((consumer + 1) % CONSUMERS);
     };
-    // S becomes what P is rounded from; alpha is what O must be multiplied by.
-    auto exponentials = [&](const Work& work, int tile) {
+    // S becomes what P is rounded from. await_O(whether alpha is not 1 everywhere) is called in the course of it.
+    auto exponentials = [&](const Work& work, int tile, const auto& await_O) {
         const int j0 = j0_of(work, tile);
 #if SCORE
-        if (softmax_of_capped(S_rmem, m_rmem, l_rmem, alpha, rows, work, j0)) return;
+        auto raised = [&] { return (HEAD_DIM == 64 && SCORE != SCORE_SOFTCAP) || __any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1); };
+        if (softmax_of_capped(S_rmem, m_rmem, l_rmem, alpha, rows, work, j0)) return await_O(raised);
         float shift[2];
 #endif
 #if SCORE & SCORE_BIAS
@@ -155,8 +159,9 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
 #endif
 #if SCORE
         softmax(S_rmem, m_rmem, l_rmem, alpha, unit_log2(p), shift);
+        await_O(raised);
 #else
-        softmax(S_rmem, m_rmem, l_rmem, alpha, scale_log2);
+        softmax(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, await_O);
 #endif
     };
 
@@ -183,7 +188,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             m_rmem[0] = m_rmem[1] = SCORE ? LOWEST_LOG2 : p.lowest, l_rmem[0] = l_rmem[1] = 0;
             release(barriers.K_empty, Slot_KV(n).stage);
             if (tile + 1 == work.k_tiles) release_Q(slot_Q);
-            exponentials(work, tile);
+            exponentials(work, tile, [](const auto&) {});
             round_P(P_rmem, S_rmem, keep);
             ++tile, ++n;
             for (; tile < work.k_tiles; ++tile, ++n) {
@@ -198,19 +203,19 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                 ptx::wgmma_wait_group<1>();  // S is there
                 release(barriers.K_empty, now.stage);
                 if (tile + 1 == work.k_tiles) release_Q(slot_Q);
-                exponentials(work, tile);
-                // The compiler would put the wait for O before the exponentials that O's product should run under, but moves it over no branch:
-                // the condition, which always holds, gives D 256 15 % and D 128 2 %. At D 64 it costs 2 to 4 %.
-                if (HEAD_DIM == 64 || scale_log2 > 0) {
-                    ptx::wgmma_wait_group<0>();
-                    // Few tiles raise a maximum; under a softcap alone, next to none.
-                    if ((HEAD_DIM == 64 && SCORE != SCORE_SOFTCAP) || __any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1)) {
+                exponentials(work, tile, [&](const auto& raised) {
+                    // The compiler would put the wait for O before the exponentials that O's product should run under, but moves it over no branch:
+                    // the condition always holds. (Where scores are changed, D 64 is 2 to 4 % faster without.)
+                    if ((SCORE && HEAD_DIM == 64) || scale_log2 > 0) {
+                        ptx::wgmma_wait_group<0>();
+                        if (raised()) {
 #pragma unroll
-                        for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
+                            for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
+                        }
                     }
-                }
-                ptx::wgmma_wait_group<0>();  // O is there
-                release(barriers.V_empty, before.stage);
+                    ptx::wgmma_wait_group<0>();  // O is there
+                    release(barriers.V_empty, before.stage);
+                });
                 round_P(P_rmem, S_rmem, keep);
             }
             // The last product, then the first of the next work, which runs while O is stored. If there is no next work, it multiplies stale data and

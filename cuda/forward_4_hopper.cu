@@ -7,8 +7,8 @@
 // another: S of the next one is computed while the copy engine stores O of the last one.
 //
 // Change from forward_3e_ping_pong.cu: a block stays and takes one tile of Q after another; S and O of one group are under way together, under its
-// softmax; O leaves by the copy engine; masks and dropout. Serves everything in the interface for float16 and bfloat16, head sizes up to 256 that are
-// multiples of 8, positive scale.
+// softmax; maxima are left alone, and O with them, until a score exceeds one by 2⁸; O leaves by the copy engine; masks and dropout. Serves everything in the
+// interface for float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale.
 //
 // In parts, to be read in this order:
 //   forward_4_tiles.cuh     sizes, shared memory, barriers
@@ -108,14 +108,11 @@ extern "C" int attention(const AttentionParams* params) {
     if (error == cudaSuccess && p.Nk > 0) error = make_bias_map(&maps.bias, p, BOX_ROWS<Tile_bias, RowOrder>);
 #endif
     const int mask_bytes = !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES;
+    Schedule schedule = schedule_of(p, mask_bytes);
 #if INTERVAL
-    const Schedule schedule = schedule_of(p, mask_bytes);
     if (error == cudaSuccess) error = prepare_schedule(schedule, p);
 #elif LISTED
-    Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), mask_bytes, {}, {}};
     if (error == cudaSuccess) error = prepare_schedule(schedule, p);
-#else
-    const Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), mask_bytes};
 #endif
     if (error != cudaSuccess) return error;
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));

@@ -93,18 +93,24 @@ inline cudaError_t prepare_schedule(const Schedule& schedule, const AttentionPar
 }
 #else
 // How the tiles of Q are dealt out to blocks: units, head by head, so that at any time few heads' K and V are read. A unit is a tile, or causal a pair,
-// one from the end of the sequence and its mirror image from the start: nearly all pairs are equally long.
+// one from the end of the sequence and one from its start: pairs are equally long. (Of an odd number of tiles the last has no partner: it is as long.)
+//
+// Pairs that do not fill a round would leave most blocks idle for a whole pair. So a causal call deals out the tiles of its last rounds one by one, the
+// longest of all heads first, every other round from the last block to the first: what a block has more in one round it has less in the next, and what
+// is left over are the shortest tiles (Graham, 1969, of lengths that are known: no queue is needed).
 struct Schedule {
     int units;
     int q_tiles, of_head;  // of one head: tiles, units
     int mask_bytes;        // that come with a tile of K; the producer has no registers left to find it out
+    int paired;            // a block's works that come in units; single tiles follow
+    // The single tiles: those from `low` to `top` of head `first`, and all of the `heads` heads that follow it. From place `above` to `below` of their
+    // order all heads have a tile of each length, outside of that all but the first; `places`: how many there are.
+    int first, heads, low, top, above, below, places;
 #if LISTED
     // Where a mask has been looked through and leaves out some tile, tiles come from a queue, the longest first.
     SeenTiles seen;
     Order order;
-#endif
 
-#if LISTED
     __device__ bool leaves_out() const { return seen.words != nullptr && !order.none(); }
 #endif
     // The block's m-th work. False if there are not so many. LEAVES_OUT: whether the mask leaves out some tile.
@@ -118,22 +124,14 @@ struct Schedule {
             return true;
         }
 #endif
-        const int blocks = gridDim.x, unit = (CAUSAL ? m / 2 : m) * blocks + blockIdx.x;
-        if (unit >= units) return false;
-#if SCORE & SCORE_BIAS
-        // Batches that share a bias read the same rows of it at about the same time, so that it comes from memory once.
-        const int together = p.scoring.bias_b == 1 ? p.B : 1;
-        const int bh = unit % together * (together > 1 ? p.H : 0) + unit / together / of_head;
-        const int place = unit / together % of_head;
-#else
-        const int bh = unit / of_head, first = bh * of_head;
-        // Turned by one place a round: where a head has 2, 3 or 4, a block would otherwise have the same one of every head, and some are shorter.
-        const int place = (unit + first / blocks) % of_head;
-#endif
-        const bool from_end = CAUSAL && m % 2 == 0;
-        // The middle one of an odd number of tiles is its own mirror image: the second time there is nothing to do.
-        const bool again = CAUSAL && m % 2 && 2 * place + 1 == q_tiles;
-        const int i0 = again ? p.Nq : (from_end ? q_tiles - 1 - place : place) * BLOCK_Q;
+        int bh, tile;
+        if (CAUSAL && m >= paired) {
+            const int round = m - paired, blocks = gridDim.x;
+            if (!single(round * blocks + (round % 2 ? blocks - 1 - blockIdx.x : blockIdx.x), bh, tile)) return false;
+        } else if (!of_unit(p, m, bh, tile)) {
+            return false;
+        }
+        const int i0 = CAUSAL && tile < 0 ? p.Nq : tile * BLOCK_Q;
         work = {i0, bh % p.H, bh / p.H, tiles_seen(p, i0, BLOCK_Q)};
         return true;
     }
@@ -144,7 +142,64 @@ struct Schedule {
         return {i0, bh % p.H, bh / p.H, seen.length(p, bh / p.H, bh % p.H, tile % q_tiles)};
     }
 #endif
+
+private:
+    // The head, of all batches', and the tile of a block's m-th work while those come in units; −1: the unit has no second tile.
+    __device__ bool of_unit(const AttentionParams& p, int m, int& bh, int& tile) const {
+        const int blocks = gridDim.x, unit = (CAUSAL ? m / 2 : m) * blocks + blockIdx.x;
+        if (unit >= units) return false;
+#if SCORE & SCORE_BIAS
+        // Batches that share a bias read the same rows of it at about the same time, so that it comes from memory once.
+        const int together = p.scoring.bias_b == 1 ? p.B : 1;
+        bh = unit % together * (together > 1 ? p.H : 0) + unit / together / of_head;
+        const int place = unit / together % of_head;
+#else
+        bh = unit / of_head;
+        // Turned by one place a round: where the blocks are a multiple of a head's units, a block would otherwise have the same one of every head, and
+        // some are shorter. Not where a head's last units are dealt out as single tiles, which are to be those in the middle.
+        const int place = (unit + (bh == first ? 0 : bh * of_head / blocks)) % of_head;
+#endif
+        tile = CAUSAL && m % 2 == 0 ? q_tiles - 1 - place : CAUSAL ? place - q_tiles % 2 : place;
+        return true;
+    }
+    // The same of the single tile at a place of their order.
+    __device__ bool single(int place, int& bh, int& tile) const {
+        if (place >= places) return false;
+        const bool of_all = place >= above && place < below;
+        tile = place < above ? q_tiles - 1 : of_all ? top : low - 1;  // the longest of this stretch
+        place -= place < above ? 0 : of_all ? above : below;
+        const int abreast = heads + of_all;
+        bh = first + !of_all + place % abreast;
+        tile -= place / abreast;
+        return true;
+    }
 };
+
+inline Schedule schedule_of(const AttentionParams& p, int mask_bytes) {
+    const int64_t q_tiles = tiles_of(p.Nq, BLOCK_Q), of_head = CAUSAL ? (q_tiles + 1) / 2 : q_tiles, units = of_head * p.H * p.B;
+    Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), mask_bytes, INT32_MAX, -1};
+    const int64_t blocks = std::min<int64_t>(units, p.sm_count), rounds = units / blocks;
+    // A few lengths balance no better than pairs.
+    if (!CAUSAL || (SCORE & SCORE_BIAS) || q_tiles < 8 || units % blocks == 0) return schedule;
+    // Single tiles instead of the pairs that do not fill a round and of two rounds before, or fewer: the more, the shorter are those left over. But their
+    // heads are all read at the same time, and should fit the L2 cache, unless they are so few that many blocks read the same keys at the same time.
+    const int64_t bytes_of_head = p.Nk * int64_t{2 * (HEAD_DIM + V_HEAD_DIM)} * p.Hkv / p.H;
+    int64_t more = std::min<int64_t>(2, rounds);
+    for (; more > 0; --more) {
+        const int64_t tail_heads = (units % blocks + more * blocks) / of_head;
+        if (tail_heads <= 8 || tail_heads * bytes_of_head <= 36 << 20) break;
+    }
+    const int64_t unit = (rounds - more) * blocks, place = unit % of_head;
+    schedule.paired = static_cast<int>(2 * (rounds - more));
+    schedule.first = static_cast<int>(unit / of_head);
+    schedule.heads = p.H * p.B - 1 - schedule.first;
+    schedule.top = static_cast<int>(q_tiles - 1 - place);
+    schedule.low = static_cast<int>(std::max<int64_t>(0, place - q_tiles % 2));
+    schedule.above = static_cast<int>(place) * schedule.heads;
+    schedule.below = schedule.above + (schedule.top - schedule.low + 1) * (schedule.heads + 1);
+    schedule.places = schedule.below + schedule.low * schedule.heads;
+    return schedule;
+}
 
 #if LISTED
 // A tile of Q visits so many tiles of keys.

@@ -1,12 +1,12 @@
 // Forward in float32 on Hopper's tensor cores: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), Algorithm 1, each product of float32 numbers made
 // of three of float16 numbers (Ootomo and Yokota, 2022, arXiv:2203.03341).  sm_90a.
 //
-// The idea: tensor cores multiply 16-bit numbers 15 times as fast as CUDA cores multiply float32. planes.cuh says how a float32 number becomes two of
-// them, and what is lost. Q, K and V are split once, by a small kernel, and come into shared memory by tensor map as 16-bit tiles do; P is split in
+// The idea: tensor cores multiply 16-bit numbers 15 times as fast as CUDA cores multiply float32. planes.cuh says how a float32 number is split into
+// two of them, and what is lost. A small kernel splits Q, K and V once; tensor maps then copy the planes to shared memory like 16-bit tiles. P is split in
 // registers, where it is the A operand of P V.
 //
-// Change from forward_4_hopper.cu: three products for each one; O of a tile is summed on its own, then added to O; the scale differs from head to head;
-// O goes from registers to memory as it is. And simpler: a block has one tile of Q and ends with it.
+// Change from forward_4_hopper.cu: three products instead of each one; a tile's P V is summed separately, then added to O; the scale differs from head to
+// head; O is stored straight from registers. It is simpler in one way: a block computes one tile of Q and ends.
 //
 // Serves float32, everything in the interface, positive scale; head sizes up to 128 that are multiples of 4.
 #include "keep_bits.cuh"
@@ -21,7 +21,7 @@
 #error "this rung reads masks of bits"
 #endif
 
-// Heads whose numbers the planes cannot hold are computed by the `simple` rung. What is known of them lies before its workspace.
+// Heads whose values the planes cannot represent are computed by the `simple` rung. The Range of each head precedes that rung's workspace.
 __device__ inline bool planes_have_served(const AttentionParams& p, int b, int h_kv) {
     const Range& range = (reinterpret_cast<const Range*>(p.workspace) - p.B * p.Hkv)[b * p.Hkv + h_kv];
     return scores_fit(p, range) && !range.o_is_small;

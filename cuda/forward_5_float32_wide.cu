@@ -2,12 +2,12 @@
 // arXiv:2203.03341) for FlashAttention-3's loop (Shah et al., 2024, arXiv:2407.08608, Algorithm 1).  sm_90a.
 //
 // The idea: two warpgroups share 64 rows of Q. Each computes the scores of half of the keys of a tile, gives the other its part of P through shared
-// memory, and then computes half of O's columns over all keys of the tile. So no product is made twice. The pieces of K and V that a group multiplies by
-// are read by this group alone, and come through a ring of its own.
+// memory, and then computes half of O's columns over all keys of the tile. So no product is made twice. Each group reads its
+// own pieces of K and V, through its own ring.
 //
-// Change from forward_5_float32.cu: that. Q K^T is summed anew for each 64 columns of the head and added up in float32, as P V is for each tile: a sum on
-// the tensor cores drops what lies beyond its last bit, and 512 columns would be 96 such sums. The part of O that a tile adds is computed 64 columns
-// at a time, because there are no registers for all of it.
+// Change from forward_5_float32.cu: two groups for the same rows. Q K^T is summed separately for every 64 columns of the head and these sums are added
+// in float32, as P V is for each tile: tensor cores truncate each addition, and 512 columns would be 96 of them in a row. The part of O that a tile adds
+// is computed 64 columns at a time, because there are no registers for all of it.
 //
 // Serves float32, everything in the interface but windows and spans, positive scale; head sizes up to 512 that are multiples of 4.
 #include "keep_bits.cuh"
@@ -22,7 +22,7 @@
 #error "this rung reads masks of bits"
 #endif
 
-// Heads whose numbers the planes cannot hold are computed by the `simple` rung. What is known of them lies before its workspace.
+// Heads whose values the planes cannot represent are computed by the `simple` rung. The Range of each head precedes that rung's workspace.
 __device__ inline bool planes_have_served(const AttentionParams& p, int b, int h_kv) {
     const Range& range = (reinterpret_cast<const Range*>(p.workspace) - p.B * p.Hkv)[b * p.Hkv + h_kv];
     return scores_fit(p, range) && !range.o_is_small;
@@ -79,7 +79,7 @@ struct Barriers {
     uint64_t Q_full, full[CONSUMERS][RING], empty[CONSUMERS][RING], mask_full, mask_empty;
 };
 
-// Both groups are there.
+// Waits for both groups.
 __device__ inline void meet() { ptx::bar_sync(1, CONSUMERS * GROUP); }
 
 __global__ void __launch_bounds__(THREADS, 1)

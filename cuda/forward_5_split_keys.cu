@@ -22,6 +22,7 @@
 // Measured on an H200: 5 to 7 µs above a kernel that only reads the keys (LOG.md).
 //
 // Limits: float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale. Its backward is rung 3's: that needs O and LSE only.
+#include "score_mma.cuh"
 #include "tensor_core.cuh"
 
 #ifndef KEYS_FLOAT8
@@ -105,7 +106,12 @@ __device__ inline Steps steps_of(const Call& c, const Sequence& keys, int tile) 
 
 struct Scales {
     float score, value;  // of Q Kᵀ and of P V
-    float lowest;        // where a running maximum starts: times score · log2 e it does not overflow
+    float lowest;        // below every sum of products that is not hidden: times score · log2 e it does not overflow
+
+    // Where a running maximum starts, and what it is worth in base 2 and in base e.
+    __device__ float least_m() const { return SCORE ? LOWEST_LOG2 : lowest; }
+    __device__ float m_to_log2() const { return SCORE ? 1 : score * LOG2_E; }
+    __device__ float m_to_natural() const { return SCORE ? LN_2 : score; }
 };
 __device__ inline Scales scales_of(const Call& c, int h_kv) {
 #if KEYS_FLOAT8
@@ -134,15 +140,19 @@ using probability = element;
 // ---- the end of a row
 
 // Sums that were taken against different maxima, as one.
-__device__ inline float weight(const Scales& s, float m, float m_all) { return ptx::ex2((m - m_all) * (s.score * LOG2_E)); }
+__device__ inline float weight(const Scales& s, float m, float m_all) { return ptx::ex2((m - m_all) * s.m_to_log2()); }
 
 __device__ inline float final_factor(const Call& c, const Scales& s, int b, float m, float l) {
     const Sequence keys = sequence(c, b);
-    if (m == s.lowest && keys.length <= keys.start) return 0;  // nothing to attend
+    if (m == s.least_m() && keys.length <= keys.start) return 0;  // nothing to attend
+#if SCORE
+    return factor_of_scored_row(c.p, m, (DROPOUT ? c.p.keep_scale : 1.0f) / l) * s.value;
+#else
     return factor_of_row(c.p, m == s.lowest ? c.p.lowest : m, s.score * LOG2_E, (DROPOUT ? c.p.keep_scale : 1.0f) / l) * s.value;
+#endif
 }
 __device__ inline void store_lse(const Call& c, const Scales& s, int b, int h, int i, float m, float l) {
-    if (c.p.lse) c.p.lse[(static_cast<int64_t>(b) * c.p.H + h) * c.p.Nq + i] = m * s.score + logf(l);
+    if (c.p.lse) c.p.lse[(static_cast<int64_t>(b) * c.p.H + h) * c.p.Nq + i] = m * s.m_to_natural() + logf(l);
 }
 
 // ---- one block: one tile of packed rows against one split of the keys
@@ -243,21 +253,28 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     float m_rmem[M_TILES][2], l_rmem[M_TILES][2];  // of rows g and g + 8; l is this lane's share of the sum
     int i_rmem[M_TILES][2];                        // their queries
     [[maybe_unused]] int h_rmem[M_TILES][2];       // and heads
+    [[maybe_unused]] float slope_rmem[M_TILES][2];
     [[maybe_unused]] uint32_t hidden_origin[M_TILES][2], hidden_next[M_TILES][2];  // where their words of the mask begin; the next step's
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            m_rmem[m][r] = scales.lowest, l_rmem[m][r] = 0;
+            m_rmem[m][r] = scales.least_m(), l_rmem[m][r] = 0;
             const int row = min(row0 + 16 * m + 8 * r + g, rows - 1);
             i_rmem[m][r] = row / group, h_rmem[m][r] = h_kv * group + row % group;
+#if SCORE
+            slope_rmem[m][r] = slope_log2(p, b, h_rmem[m][r]);
+#endif
             if (MASK) {
                 hidden_origin[m][r] =
                     static_cast<uint32_t>(b * p.mask.stride_b + h_rmem[m][r] * p.mask.stride_h + i_rmem[m][r] * p.mask.stride_i);
                 hidden_next[m][r] = count ? static_cast<const uint32_t*>(p.mask.data)[hidden_origin[m][r] + step_of(0)] : 0;
             }
         }
-    const float scale_log2 = scales.score * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
+    const float scale_log2 = scales.m_to_log2();  // exp(scale · x) = 2^(scale_log2 · x)
+#if SCORE
+    const ScoreUnits units = {scales.score * LOG2_E, KEYS_FLOAT8 ? scales.score / p.scoring.softcap : p.scoring.scale_in_cap, scales.lowest};
+#endif
     [[maybe_unused]] const uint2 key = DROPOUT ? dropout_key(p) : uint2{};
 
     ptx::cp_async_wait_group<SLOTS - 1>();
@@ -266,6 +283,19 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     for (int n = 0; n < count; ++n) {
         const int j0 = step_of(n) * KEYS;
 
+#if SCORE
+        auto query = [&](int m, int r) {
+            int i = i_rmem[m][r], h = h_rmem[m][r];
+            float slope = slope_rmem[m][r];
+            if (BIASED && M_TILES > 1) {  // found again, which takes no registers in the rest of a step
+                const int row = min(row0 + 16 * m + 8 * r + static_cast<int>(ptx::tid_x()) % 32 / 4, rows - 1);
+                i = row / group, h = h_kv * group + row % group, slope = slope_log2(p, b, h);
+            }
+            return scored_query(p, b, h, i, i + offset - j0 - 2 * t, slope);
+        };
+        BiasOfTile<M_TILES, N_TILES> bias_rmem;
+        if (BIASED) load_bias_of_rows(bias_rmem, p, j0 + 2 * t, j0 + KEYS <= p.Nk, query);
+#endif
         float S_rmem[M_TILES][N_TILES][4] = {};  // S = Q Kᵀ, summed from 0 or from where the mask says
 #if MASK
 #pragma unroll
@@ -326,6 +356,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         }
 #endif
 
+#if SCORE
+        score_rows(S_rmem, bias_rmem, p, units, query);
+#endif
         // Hide what lies before the first key, beyond the diagonal or beyond the last key.
         const int first_visible = CAUSAL ? min(limit, row0 / group + offset + 1) : limit;
         if (j0 < keys.start || j0 + KEYS > first_visible) {
@@ -458,7 +491,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         for (int n = threadIdx.x; n < 16 * O_TILES; n += THREADS) {
             const int r = n / O_TILES, column = n % O_TILES * 8, row = row0 + 16 * m + r;
             if (row >= rows) continue;
-            float m_all = scales.lowest, l = 0, O[8] = {};
+            float m_all = scales.least_m(), l = 0, O[8] = {};
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) m_all = fmaxf(m_all, merge.ml[w][r].x);
 #pragma unroll
@@ -511,7 +544,7 @@ __global__ void __launch_bounds__(32 * MERGE_WARPS, HEAD_DIM > 128 ? 2 : 4) merg
     if (LAUNCHED_EARLY) ptx::griddepcontrol_wait();  // the forward has ended, and what it wrote is visible
 
     const Scales scales = scales_of(c, h_kv);
-    float m_all = scales.lowest, l = 0, O[LANE_COLUMNS][4] = {};
+    float m_all = scales.least_m(), l = 0, O[LANE_COLUMNS][4] = {};
     for (int from = warp; from < splits; from += W * AT_ONCE) {
         float2 ml[AT_ONCE];
         float4 x[AT_ONCE][LANE_COLUMNS];
@@ -520,7 +553,7 @@ __global__ void __launch_bounds__(32 * MERGE_WARPS, HEAD_DIM > 128 ? 2 : 4) merg
         for (int s = 0; s < AT_ONCE; ++s) {
             const int split = from + s * W;
             const int64_t place = first + static_cast<int64_t>(split) * c.rows;
-            ml[s] = split < splits ? *partial_ml(c, place) : make_float2(scales.lowest, 0);
+            ml[s] = split < splits ? *partial_ml(c, place) : make_float2(scales.least_m(), 0);
 #pragma unroll
             for (int n = 0; n < LANE_COLUMNS; ++n) {
                 const int column = 128 * n + 4 * lane;
@@ -553,7 +586,7 @@ __global__ void __launch_bounds__(32 * MERGE_WARPS, HEAD_DIM > 128 ? 2 : 4) merg
                 *reinterpret_cast<float4*>(&O_smem[warp][128 * n + 4 * lane]) = make_float4(O[n][0], O[n][1], O[n][2], O[n][3]);
         __syncthreads();  // all warps' sums are there
         if (warp > 0) return;
-        float m_new = scales.lowest;
+        float m_new = scales.least_m();
 #pragma unroll
         for (int w = 0; w < W; ++w) m_new = fmaxf(m_new, ml_smem[w].x);
         m_all = m_new, l = 0;

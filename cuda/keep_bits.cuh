@@ -1,8 +1,8 @@
-// Dropout in the hopper kernels: a bit for each of a lane's elements, drawn while the products that these elements come from are under way.
+// Dropout in the hopper kernels: a bit for each of a lane's elements, drawn while the products that compute these elements run.
 //
 // A call of Philox serves 4 rows × 4 columns, each 8 apart (dropout_bytes in common.cuh), but a lane has two rows of a warpgroup's accumulator. So the
-// rows of the tile are dealt out anew: two lanes of a warp, 16 apart, have the same four rows of a call, two each. One lane draws for its even
-// columns, the other for its odd ones, and they exchange what the other needs.
+// rows of the tile are permuted: two lanes of a warp, 16 apart, share the four rows of a call, two each. One lane draws for the even columns of
+// both, the other for the odd ones, and they exchange the bits.
 #pragma once
 
 #include <type_traits>

@@ -1,10 +1,10 @@
 // The order in which blocks take units of work of very different length, as spans and masks make them: the longest first (Graham, 1969), so that no
-// long one starts when the others end. A unit is a tile of Q in the forward, a tile of keys in the backward, numbered head by head; its length is the
+// long unit starts when the others are about to end. A unit is a tile of Q in the forward, a tile of keys in the backward, numbered head by head; its length is the
 // number of tiles that it visits.
 //
 // Sorted by length alone, units that share keys would lie far apart, and each would read them from memory anew. So lengths are sorted into classes, each
-// twice as long as the next, and within a class units keep their order. All that are shorter than a sixteenth of a block's share are one class: whichever
-// of them comes last, blocks end within that of each other.
+// twice as long as the next, and within a class units keep their order. All units shorter than a sixteenth of a block's share form one class:
+// whichever of them runs last, all blocks end within that time of each other.
 #pragma once
 
 #include "visible.cuh"

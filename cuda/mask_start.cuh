@@ -15,7 +15,7 @@ constexpr int BIT_COLUMNS = 128;
 __host__ __device__ inline bool one_row(const AttentionParams& p) { return p.mask.stride_i == 0; }
 
 // Map of the mask's rows of words, of which a box has `rows`. A row belongs to a query (MASK_OF_BITS) or to a key (MASK_OF_KEY_BITS). One row for
-// all queries is copied once: were it copied once for each, every multiprocessor would ask for the same 16 bytes over and over.
+// all queries is copied once; copied once for each, every multiprocessor would load the same 16 bytes over and over.
 inline cudaError_t make_mask_map(CUtensorMap* map, const AttentionParams& p, int rows) {
     const bool by_keys = MASK == MASK_OF_KEY_BITS;
     const int columns = by_keys ? p.Nq : p.Nk;

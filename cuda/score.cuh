@@ -1,13 +1,14 @@
-// What becomes of a score before the softmax: softcap, bias and ALiBi, in this order. Said here once, in the words of reference/score.py:
+// What happens to a score before the softmax: softcap, bias and ALiBi, in this order. Defined once, with the names of reference/score.py:
 //
 //     x = softcap · tanh(s / softcap) + bias[b, h, i, j] − slope · |i + diagonal − j|,    ∂x/∂s = 1 − tanh²(s / softcap)
 //
-// A kernel is compiled for those that a call has (SCORE); one without any has no trace of them.
+// A kernel is compiled for those that a call has (SCORE); a kernel without any contains no code for them.
 #pragma once
 
 #include "visible.cuh"
 
 constexpr bool CAPPED = (SCORE & SCORE_SOFTCAP) != 0, BIASED = (SCORE & SCORE_BIAS) != 0, SLOPED = (SCORE & SCORE_ALIBI) != 0;
+constexpr float LOWEST_LOG2 = -0x1.8p126f;  // where a running maximum in base 2 starts: below every finite bias that does not hide
 
 #if SCORE
 constexpr float HIDES = -0x1p126f;  // a bias below this hides its element, as a mask does
@@ -28,7 +29,7 @@ __device__ inline void store_as(void* x, int type, int64_t n, float value) {
         static_cast<__nv_bfloat16*>(x)[n] = static_cast<__nv_bfloat16>(value);
 }
 
-// What is the same for all scores of a head.
+// Values shared by all scores of a head.
 struct ScoreOfHead {
     int64_t bias;  // where its bias begins, in elements
     float slope;
@@ -59,5 +60,30 @@ __device__ inline float score(const AttentionParams& p, const ScoreOfHead& head,
     }
     if (SLOPED) s -= head.slope * static_cast<float>(abs(i + diagonal(p) - j));
     return s;
+}
+
+// ---- on tensor cores
+
+// What O is multiplied by at the end: 1 / l, or 0 for a row that may attend nothing. m is the row's largest score in base 2.
+//
+// m is rounded before it is subtracted, and the same under every later maximum, so that O = P V / l does not see the rounding, but P is larger by it:
+// up to |m| = 2³¹, which bfloat16 still holds. Beyond, O becomes NaN instead of a wrong number.
+__device__ inline float factor_of_scored_row(const AttentionParams& p, float m, float one_over_l) {
+    const bool dead = m == LOWEST_LOG2 && (MASK || CAUSAL || INTERVAL || BIASED || p.Nk == 0);  // where nothing hides, every score was −∞: NaN
+    return dead ? 0 : fabsf(m) < 0x1p31f ? one_over_l : CUDART_NAN_F;
+}
+
+// factor · tanh(y) / y for |y| ≤ 1, to 13 bits, without the unit that has the exponentials to compute: a polynomial in y². The unit's own tanh takes twice as long
+// there as an exponential.
+__device__ inline float tanh_over(float y, float factor = 1) {
+    const float u = y * y;
+    return fmaf(fmaf(fmaf(-0.02662968f * factor, u, 0.11889755f * factor), u, -0.33065430f * factor), u, 0.99991856f * factor);
+}
+__device__ inline float small_tanh(float y) { return y * tanh_over(y); }
+
+// The two elements of a pair.
+__device__ inline float2 floats_of(uint32_t pair) {
+    if (DTYPE == FLOAT16) return ptx::floats_of_pair(pair);
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 #endif

@@ -8,8 +8,6 @@
 
 #include "score.cuh"
 
-constexpr float LOWEST_LOG2 = -0x1.8p126f;  // where a running maximum in base 2 starts: below every finite bias that does not hide
-
 #if SCORE
 #include "keep_bits.cuh"
 #include "tensor_map.cuh"
@@ -19,24 +17,7 @@ constexpr bool ONLY_CAPPED = SCORE == SCORE_SOFTCAP;
 // A unit of what the hook leaves, in base 2.
 __device__ inline float unit_log2(const AttentionParams& p) { return ONLY_CAPPED ? p.scoring.cap_log2 : LOG2_E; }
 
-// What O is multiplied by at the end: 1 / l, or 0 for a row that may attend nothing. m is the row's largest score in base 2.
-//
-// m is rounded before it is subtracted, and the same under every later maximum, so that O = P V / l does not see the rounding, but P is larger by it:
-// up to |m| = 2³¹, which bfloat16 still holds. Beyond, O becomes NaN instead of a wrong number.
-__device__ inline float factor_of_scored_row(const AttentionParams& p, float m, float one_over_l) {
-    const bool dead = m == LOWEST_LOG2 && (MASK || CAUSAL || INTERVAL || BIASED || p.Nk == 0);  // where nothing hides, every score was −∞: NaN
-    return dead ? 0 : fabsf(m) < 0x1p31f ? one_over_l : CUDART_NAN_F;
-}
-
 // ---- softcap
-
-// factor · tanh(y) / y for |y| ≤ 1, to 13 bits, without the unit that has the exponentials to compute: a polynomial in y². The unit's own tanh takes twice as long
-// there as an exponential.
-__device__ inline float tanh_over(float y, float factor = 1) {
-    const float u = y * y;
-    return fmaf(fmaf(fmaf(-0.02662968f * factor, u, 0.11889755f * factor), u, -0.33065430f * factor), u, 0.99991856f * factor);
-}
-__device__ inline float small_tanh(float y) { return y * tanh_over(y); }
 
 // factor · tanh(s · in_cap) / (s · in_cap), to 12 bits, where |s · in_cap| ≤ LARGEST_1, as an attention's scores are under most caps: a polynomial in s².
 constexpr float LARGEST_1 = 0.3125f;
@@ -83,12 +64,6 @@ inline cudaError_t make_bias_map(CUtensorMap* map, const AttentionParams& p, int
     const Scoring& bias = p.scoring;
     const Tensor4 t = {const_cast<void*>(bias.bias), bias.stride_b, bias.stride_h, bias.stride_i};
     return make_tensor_map(map, t, p.B, p.H, one_bias_row(p) ? 1 : p.Nq, p.Nk, one_bias_row(p) ? 1 : rows);
-}
-
-// The two elements of a pair.
-__device__ inline float2 floats_of(uint32_t pair) {
-    if (DTYPE == FLOAT16) return ptx::floats_of_pair(pair);
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
 // ---- a tile

@@ -17,7 +17,7 @@ from torch import Tensor
 from flash_attention.backends import BACKENDS, check_name
 from flash_attention.backends.split_keys import Plan
 from flash_attention.build import BuildError
-from flash_attention.interface import DTYPES, flash_attention
+from flash_attention.interface import DTYPES, _checked_scores, flash_attention
 from flash_attention.reference.tiles import sum_dtype
 from flash_attention.scores import rotary as rotate
 
@@ -345,20 +345,18 @@ def attend_keys(
         starts, left = first if starts is None else torch.maximum(starts, first), None
     name = RUNG if backend is None and q.is_cuda else backend
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    scored = softcap is not None or alibi is not None
-    if scored and backend is not None and backend.split(":")[-1] == RUNG:
-        raise NotImplementedError(f"backend {backend!r} cannot serve this call: it has no softcap and alibi")
-    if name is not None and name.split(":")[-1] == RUNG and left is right is None and not scored:
+    softcap, _, alibi = _checked_scores(softcap, None, alibi, q, k)
+    if name is not None and name.split(":")[-1] == RUNG and left is right is None:
         most = capacity if longest is None else min(capacity, -(-max(longest, 1) // ROUNDED) * ROUNDED)
         try:
-            plan = Plan.of(BACKENDS[name], q, k, v, block_table is not None, most, causal, scale)
+            plan = Plan.of(BACKENDS[name], q, k, v, block_table is not None, most, causal, scale, softcap, alibi)
         except BuildError:
             if backend is not None or capturing:
                 raise
         else:
             reason = plan.why_not(k, v)
             if reason is None and (backend is not None or capturing or plan.worthwhile):
-                O, LSE = plan(q, k, v, lengths, starts, block_table, scales, return_lse)
+                O, LSE = plan(q, k, v, lengths, starts, block_table, scales, return_lse, alibi)
                 return (O, LSE) if return_lse else O
             if backend is not None:
                 raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}")

@@ -50,7 +50,9 @@ HOPPER = Rung(
     dropout=True,
     intervals=True,
     scores=("softcap", "bias", "alibi"),
+    bias_as_q=True,
     bias_up_to=128,
+    sums_bias=True,
     wide_backward=(128, "backward_4_hopper_wide.cu"),
     plain_backward=(192, "backward_4_hopper_192.cu"),
     tall_forward=((80, 96), "forward_4_hopper_tall.cu"),
@@ -64,6 +66,9 @@ HOPPER_WIDE = replace(
     pairs=(),
     intervals=False,
     scores=(),
+    bias_as_q=False,
+    bias_up_to=None,
+    sums_bias=False,
     wide_backward=None,
     plain_backward=None,
     tall_forward=None,
@@ -97,6 +102,8 @@ RUNGS: dict[str, Rung] = {
             multiple_of=8,
             masks=(("bits",), ("bits",)),
             dropout=True,
+            scores=("softcap", "bias", "alibi"),
+            bias_as_q=True,
             packs_heads=True,
             forward_workspace=True,
             float8_keys=True,
@@ -112,6 +119,8 @@ RUNGS: dict[str, Rung] = {
             masks=(("bits", "bytes"), ("bits",)),
             dropout=True,
             intervals=True,
+            scores=("softcap", "bias", "alibi"),
+            bias_as_q=True,
         ),
         HOPPER_WIDE,  # behind all that take narrower heads
         HOPPER_FLOAT32,
@@ -125,6 +134,7 @@ RUNGS: dict[str, Rung] = {
             dropout=True,
             intervals=True,
             scores=("softcap", "bias", "alibi"),
+            sums_bias=True,
         ),
         Rung(
             name="mma",
@@ -159,10 +169,15 @@ RUNGS: dict[str, Rung] = {
 }
 
 
-def adds_quickly(q: Tensor, v: Tensor) -> bool:
-    """Whether a bias of q's dtype is added by a kernel on tensor cores. PyTorch's own are faster than `simple`, which adds all others."""
+def adds_quickly(q: Tensor, v: Tensor, trained: bool = False) -> bool:
+    """Whether a bias of q's dtype, or `trained` one that needs a gradient, is added by a kernel on tensor cores. PyTorch's own are faster
+    than `simple`, which adds all others."""
     if not q.is_cuda:
         return True
     device = torch.cuda.get_device_properties(q.device)
-    narrow = HOPPER.bias_up_to is not None and max(q.shape[-1], v.shape[-1]) <= HOPPER.bias_up_to
-    return narrow and DTYPE_NAMES.get(q.dtype) in HOPPER.dtypes and HOPPER.runs_on(10 * device.major + device.minor)
+    for rung in (HOPPER, RUNGS["tensor_core"]):
+        narrow = max(q.shape[-1], v.shape[-1]) <= (rung.bias_up_to or rung.head_dims[-1])
+        sums = rung.sums_bias or not trained
+        if narrow and sums and DTYPE_NAMES.get(q.dtype) in rung.dtypes and rung.runs_on(10 * device.major + device.minor):
+            return True
+    return False

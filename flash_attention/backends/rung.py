@@ -36,7 +36,9 @@ class Rung:
     dropout: bool = False
     intervals: bool = False  # whether each row may see its own interval: windows, spans, parts of a longer sequence
     scores: tuple[str, ...] = ()  # which of softcap, bias and alibi its kernels apply
-    bias_up_to: int | None = None  # if set: a bias must have q's dtype (its tiles are copied by tensor map), and head sizes go up to this
+    bias_as_q: bool = False  # a bias must have q's dtype
+    bias_up_to: int | None = None  # if set: tiles of a bias are copied by tensor map, beside head sizes up to this
+    sums_bias: bool = False  # its own backward computes a bias' gradient
     teaching: bool = False  # a step of the ladder, taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
@@ -79,12 +81,12 @@ class Rung:
     def _why_no_bias(self, call: Call) -> str | None:
         if call.bias is None:
             return None
-        if self.bias_up_to is None:
-            if call.bias.dtype not in DTYPE_NAMES:
-                return f"it reads a bias in {', '.join(DTYPE_NAMES.values())}, got {call.bias.dtype}"
-            return None
-        if call.bias.dtype != call.q.dtype:
+        if call.bias.dtype not in DTYPE_NAMES:
+            return f"it reads a bias in {', '.join(DTYPE_NAMES.values())}, got {call.bias.dtype}"
+        if self.bias_as_q and call.bias.dtype != call.q.dtype:
             return f"it reads a bias of q's dtype, {call.q.dtype}, got {call.bias.dtype}"
+        if self.bias_up_to is None:
+            return None
         if call.head_dim > self.bias_up_to:
             return f"it serves a bias beside head sizes up to {self.bias_up_to}, got {call.head_dim}"
         if call.bias.shape[-1:] != call.k.shape[2:3]:
@@ -94,7 +96,7 @@ class Rung:
     def _sums_bias(self, call: Call) -> bool:
         """Whether its own backward computes the gradient of the call's bias; otherwise that of `simple` does."""
         special = call.mask is not None or call.has_dropout or call.visible == "interval" or 0 in call.q.shape
-        return self.bias_up_to is None or not special
+        return self.sums_bias and (self.bias_up_to is None or not special)
 
     @property
     def _simple(self) -> "Rung":
@@ -200,7 +202,7 @@ class Rung:
         if self.packs_heads:
             return which == FORWARD and worth_packing(call)
         if call.score:
-            return True  # below the rungs that change scores is `simple`
+            return True  # with scores changed, `hopper` is faster than `tensor_core` for few rows too
         if self.min_scores:
             B, H, Nq, _ = call.q.shape
             return B * H * Nq * call.k.shape[2] > next((scores for up_to, scores in self.min_scores if call.head_dim <= up_to), 0)
@@ -228,17 +230,17 @@ class Rung:
         n = self.multiple_of
         return (d == 1 or x.shape[3] == 1) and (n == 1 or not (b | h | i) % n)
 
-    def mask_forms(self, which: int, dropout: bool) -> tuple[str, ...]:
+    def mask_forms(self, which: int, dropout: bool, score: tuple[str, ...] = ()) -> tuple[str, ...]:
         """The forms in which this rung's forward or backward reads a mask, the usual one first."""
         # With dropout, only the first form: one call of Philox covers columns 8 apart, but the bytes that a thread reads at once are
-        # neighbours.
-        return self.masks[which][:1] if dropout else self.masks[which]
+        # neighbours. Where scores are changed too: with bytes, the keys of a tile are not in order.
+        return self.masks[which][:1] if dropout or score else self.masks[which]
 
     def _mask_form(self, which: int, call: Call) -> str | None:
         """The form in which the call's mask is best read."""
         if call.mask is None:
             return None
-        forms = self.mask_forms(which, call.has_dropout)
+        forms = self.mask_forms(which, call.has_dropout, call.score)
         return "bytes" if "bytes" in forms and call.mask_is_aligned and is_read_once(call.mask) else forms[0]
 
     def _pack_mask(self, mask: Tensor, by_keys: bool) -> Tensor:

@@ -26,29 +26,53 @@ class Plan(NamedTuple):
     worthwhile: bool = False  # whether the rung is the one to choose
 
     @classmethod
-    def of(cls, rung: Rung, q: Tensor, k: Tensor, v: Tensor, paged: bool, most: int, causal: bool, scale: float) -> "Plan":
+    def of(
+        cls,
+        rung: Rung,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        paged: bool,
+        most: int,
+        causal: bool,
+        scale: float,
+        softcap: float | None = None,
+        alibi: Tensor | None = None,
+    ) -> "Plan":
         """q (B, H, Nq, D). k and v (B, Hkv, N, D or Dv), or in pages (pages, Hkv, page_size, D or Dv). causal: the last query of a sequence
-        sees its last key. most: no sequence has more keys; the number of splits depends on it.
+        sees its last key. most: no sequence has more keys; the number of splits depends on it. alibi: float32 (B, H).
 
         Raises:
             BuildError: the kernel cannot be built.
         """
         if not q.is_cuda:
-            return cls._made(rung, q, k, v, paged, most, causal, scale)
+            return cls._made(rung, q, k, v, paged, most, causal, scale, softcap, alibi)
         forms = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, q.device)
-        key = rung, *forms, paged, most, causal, scale
+        key = rung, *forms, paged, most, causal, scale, softcap, None if alibi is None else alibi.stride()
         if (plan := _kept.get(key)) is None:
-            plan = cls._made(rung, q, k, v, paged, most, causal, scale)
+            plan = cls._made(rung, q, k, v, paged, most, causal, scale, softcap, alibi)
             if len(_kept) >= CAPACITY:
                 _kept.clear()
             _kept[key] = plan
         return plan
 
     @classmethod
-    def _made(cls, rung: Rung, q: Tensor, k: Tensor, v: Tensor, paged: bool, most: int, causal: bool, scale: float) -> "Plan":
-        B, settings = q.shape[0], Settings(scale, right=0 if causal else None)
+    def _made(
+        cls,
+        rung: Rung,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        paged: bool,
+        most: int,
+        causal: bool,
+        scale: float,
+        softcap: float | None,
+        alibi: Tensor | None,
+    ) -> "Plan":
+        B, settings = q.shape[0], Settings(scale, right=0 if causal else None, softcap=softcap)
         keys, values = (Form.of(x)._replace(shape=torch.Size((B, x.shape[1], most, x.shape[3]))) for x in (k, v))
-        call = Call(Form.of(q), keys, values, None, None, settings)
+        call = Call(Form.of(q), keys, values, None, None, settings, alibi=Form.of(alibi))
         reason = rung.why_not(call)
         if reason is None and any(not rung.reads(x) or any(n * x.dtype.itemsize % 16 for n in x.stride[:3]) for x in (keys, values)):
             reason = f"it reads rows of 16-byte multiples, got strides {k.stride()} and {v.stride()} of {k.dtype}"
@@ -75,18 +99,19 @@ class Plan(NamedTuple):
         block_table: Tensor | None,
         scales: Tensor | None = None,
         lse: bool = True,
+        alibi: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """→ O (B, H, Nq, Dv), LSE (B, H, Nq) if asked for. Of k and v nothing is copied, and nothing waits for the device.
 
         lengths, starts: int32 (B,), the keys [start, length) of each sequence. block_table: int32 (B, pages of a sequence) where keys lie
-        in pages. scales: float32 (2, Hkv), of float8 keys and values.
+        in pages. scales: float32 (2, Hkv), of float8 keys and values. alibi: float32 (B, H), as the plan was made for.
         """
         table = (address(block_table), block_table.stride(0), k.shape[2], k.shape[0]) if block_table is not None else (0, 0, 0, 0)
         of_heads = (0, 0) if scales is None else (scales.data_ptr(), scales.data_ptr() + 4 * k.shape[1])
         keys = KEYS.pack(lengths.data_ptr(), address(starts), *table, *of_heads)
         if self.is_plain and q.data_ptr() % 16 == 0:
             return self.forward.repeat(q, k, v, lse, keys)
-        return self.forward(q, k, v, None, None, None, keys=keys)
+        return self.forward(q, k, v, None, None, None, alibi=alibi, keys=keys)
 
 
 _kept: dict[Hashable, Plan] = {}

@@ -238,7 +238,8 @@ def attention(
     documents begin and the last one ends, unless a mask separates them. Keys and values are not repeated for grouped-query attention.
 
     A float attention_mask and position_bias (T5) are added to the scores, softcap (Gemma 2) caps them, s_aux (H,) are sinks (gpt-oss): each
-    with its gradient. On a GPU, PyTorch's `scaled_dot_product_attention` serves what is added where `hopper` cannot.
+    with its gradient. On a GPU, PyTorch's `scaled_dot_product_attention` serves what is added where no kernel on tensor cores
+    does, as a bias' gradient above 128 columns.
 
     Raises:
         NotImplementedError: a keyword is set that is not in HARMLESS. TypeError: the mask is neither bool nor float. Otherwise as
@@ -257,7 +258,9 @@ def attention(
     if others:
         pattern = _check(module, query, attention_mask, pattern, others)
     # What is added to the scores, where PyTorch's own kernels are faster.
-    to_torch = softcap is None and s_aux is None and not cuda.adds_quickly(query, value)
+    is_added = [x for x in (attention_mask, position_bias) if isinstance(x, Tensor) and x.is_floating_point()]
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in is_added)
+    to_torch = softcap is None and s_aux is None and not cuda.adds_quickly(query, value, trained)
     attended = slice(None)
     options: dict[str, Any] = {}
     dense = indices is not None or (position_bias is not None and to_torch)
