@@ -1,12 +1,11 @@
 """Kernels compile on a machine without a GPU: no spill, no warning; they load, agree with Python on the struct, and refuse politely.
-Libraries are found, compiled, noted, refused and pruned as flash_attention/build says; where one cannot be built, another rung serves.
+Libraries are found, compiled, noted, refused and pruned as flash_attention/build says. (Where one cannot be built: check_fallback.py.)
 
 python checks/check_build.py [--full]
 
-One file because its three parts follow a library's life: it is compiled, it is found again, another rung serves where it cannot be built.
+One file because its two parts follow a library's life: it is compiled, and it is found again.
 """
 
-import contextlib
 import ctypes
 import itertools
 import json
@@ -18,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -26,13 +24,12 @@ import pytest
 import torch
 from harness import run_alone
 
-from flash_attention import build, flash_attention
-from flash_attention.backends import choose, cuda, libraries, masks, reference, rotary
+from flash_attention import build
+from flash_attention.backends import cuda, masks, rotary
 from flash_attention.backends.launch import NO_INTERVAL, NO_KEYS, NO_MASK, NO_TENSOR, PARAMS, SETTINGS
 from flash_attention.backends.rotary import ROTARY
 from flash_attention.build import BuildError, Specialisation
 from flash_attention.build.__main__ import ARCHS, main, specialisations, usual_set
-from flash_attention.call import Call, Form, Settings
 
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
 
@@ -523,184 +520,6 @@ def check_command(place, monkeypatch, capsys):
     monkeypatch.setenv("RETURNS", "1")
     assert run("--check") == 1
     assert "could not compile" in capsys.readouterr().out
-
-
-# ---- choosing where some kernels cannot be built: on the CPU, with rungs that look up libraries, then leave the work to the reference
-
-
-@pytest.fixture
-def rungs(monkeypatch):
-    """hopper, tensor_core and simple serve tensors on the CPU, unless a file that one needs is one of `broken`. `tried`: files from which
-    something was to be built; `served`: which rung has computed what."""
-    state = SimpleNamespace(broken=set(), tried=[], served=[])
-
-    def build_one(kernel: Specialisation):
-        state.tried.append(kernel.file)
-        if kernel.file in state.broken:
-            raise BuildError(f"nvcc could not compile {kernel}")
-        return SimpleNamespace(params_size=lambda: (masks.PACK_PARAMS if kernel.file == masks.PACK_MASK else PARAMS).size)
-
-    def plan(rung, which: int, call):
-        rung._libraries(which, call)
-        compute = reference.plan(which, call)
-
-        def served(*tensors):
-            state.served.append(f"{rung.name} {('forward', 'backward')[which]}")
-            return compute(*tensors)
-
-        return served
-
-    def no_library(*_):
-        return SimpleNamespace(attention=SimpleNamespace(), workspace_floats=SimpleNamespace(), pack_mask=SimpleNamespace())
-
-    monkeypatch.setattr(build, "failures", {})
-    monkeypatch.setattr("flash_attention.backends._warned", set())
-    monkeypatch.setattr(build, "build", build_one)
-    monkeypatch.setattr(build, "loaded", lambda built: SimpleNamespace(params_size=built.params_size, **vars(no_library())))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a stand-in")
-    for name, value in (
-        ("why_not", lambda rung, call: libraries.why_no_kernels(rung, 0)),
-        ("worthwhile", lambda rung, *call: rung.name in ("hopper", "tensor_core", "simple")),
-        ("plan", plan),
-    ):
-        monkeypatch.setattr(cuda.Rung, name, value)
-    forget(libraries.library, masks.pack_mask_library, libraries.why_no_kernels)
-    yield state
-    forget(libraries.library, masks.pack_mask_library, libraries.why_no_kernels)
-
-
-def gradients(backend: str, q, k, v, **options) -> tuple:
-    torch.manual_seed(0)
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    O = flash_attention(q, k, v, backend=backend, **options)
-    return O, *torch.autograd.grad(O.sum(), (q, k, v))
-
-
-FORWARDS = ["forward_4_hopper.cu", "forward_3_tensor_core.cu", "forward_1_simple.cu"]
-BACKWARDS = [file.replace("forward", "backward") for file in FORWARDS]
-
-
-@contextlib.contextmanager
-def warned(*texts: str):
-    """Exactly these warnings, each of which holds its text."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    caught = [str(warning.message) for warning in caught]
-    assert len(caught) == len(texts), caught
-    for text, got in zip(texts, caught, strict=True):
-        assert text in got, got
-
-
-OPTIONS = {"plain": {}, "causal, dropout": {"causal": True, "dropout_p": 0.3}, "mask": {"mask": torch.arange(40).reshape(2, 20) % 3 > 0}}
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize(
-    ("broken", "served"),
-    [
-        ([], ("hopper", "hopper")),
-        (FORWARDS[:1], ("tensor_core", "hopper")),
-        (FORWARDS[:2], ("simple", "hopper")),
-        (BACKWARDS[:1], ("hopper", "tensor_core")),
-        (BACKWARDS[:2], ("hopper", "simple")),
-        (FORWARDS[:1] + BACKWARDS[1:2], ("tensor_core", "hopper")),
-        (FORWARDS[:2] + BACKWARDS[:2], ("simple", "simple")),
-    ],
-    ids=lambda x: " ".join(x) if isinstance(x, tuple) else f"{len(x)} broken",
-)
-def check_next_rung(rungs, broken, served, options):
-    """What cannot be built is served by the next rung, forward and backward each on its own, with one warning that says why, and is not
-    tried again."""
-    q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
-    truth = gradients("reference", q, k, v, **options)
-    rungs.broken.update(broken)
-    failed = [kind for kind, name in zip((FORWARDS, BACKWARDS), served, strict=True) if name != "hopper"]
-    with warned(*(f"flash_attention runs on {served[kind is BACKWARDS]}: hopper" for kind in failed)):
-        for _ in range(3):
-            rungs.served.clear()
-            assert all(map(torch.equal, gradients("cuda", q, k, v, **options), truth))
-            assert rungs.served == [f"{served[0]} forward", f"{served[1]} backward"]
-    assert len(rungs.tried) == len(set(rungs.tried)), f"built again: {rungs.tried}"
-
-
-def check_mask_cannot_be_packed(rungs):
-    """Without pack_mask.cu, a rung that reads bytes serves a masked call, and others are as they were."""
-    q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
-    rungs.broken.add(masks.PACK_MASK)
-    with warned("runs on simple: hopper, tensor_core: nvcc could not compile pack_mask.cu sm_90a"):
-        for _ in range(2):
-            flash_attention(q, k, v, OPTIONS["mask"]["mask"], backend="cuda")
-    flash_attention(q, k, v, backend="cuda")
-    assert rungs.served == ["simple forward", "simple forward", "hopper forward"]
-
-
-def check_by_name(rungs):
-    """A rung asked for by name does not give way, in the backward neither; a group that has nothing left says why."""
-    q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
-    rungs.broken.update((FORWARDS[1], *BACKWARDS))
-    for _ in range(2):
-        with pytest.raises(BuildError, match=r"could not compile forward_3_tensor_core\.cu"):
-            flash_attention(q, k, v, backend="tensor_core")
-        with pytest.raises(BuildError, match=r"could not compile backward_4_hopper\.cu"):
-            gradients("hopper", q, k, v)
-    assert len(rungs.tried) == len(set(rungs.tried)) == 3
-    with pytest.raises(NotImplementedError, match=r"hopper: .*backward_4_hopper.*tensor_core: .*backward_3.*simple: .*backward_1"):
-        gradients("cuda", q, k, v)
-
-
-def check_ops_and_transforms(rungs):
-    """The ops, which compiled graphs call with the name as it was asked for, and functorch take the next rung, too."""
-    q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
-    O, LSE = reference.forward(Settings(0.25), q, k, v, None, None, None)
-    rungs.broken.update((FORWARDS[0], BACKWARDS[0]))
-    with warned("runs on tensor_core: hopper"):
-        for _ in range(2):
-            results = torch.ops.flash_attention.forward(q, k, v, None, None, None, *Settings(0.25, backend="cuda"))
-            assert torch.equal(results[0], O)
-            assert torch.equal(results[1], LSE)
-    with warned("runs on tensor_core: hopper"):
-        torch.ops.flash_attention.backward(O, None, q, k, v, None, None, O, LSE, None, *Settings(0.25, backend="cuda"))
-    with warned():
-        torch.func.grad(lambda q: flash_attention(q, k, v, backend="cuda").sum())(q)
-    assert {name.split()[0] for name in rungs.served} == {"tensor_core"}
-    with pytest.raises(BuildError):
-        torch.ops.flash_attention.forward(q, k, v, None, None, None, *Settings(0.25, backend="hopper"))
-
-
-def check_none_takes_the_reference(rungs, monkeypatch):
-    """None on a CUDA device, where no kernel can be built: the reference, one warning, and each reason once."""
-    q = Form(torch.Size((2, 3, 20, 16)), (960, 320, 16, 1), torch.float16, torch.device("cuda:0"))
-    call = Call(q, q, q, None, None, Settings(1.0))
-    assert choose(None, call) == "hopper"
-
-    def no_nvcc(kernel: Specialisation):
-        rungs.tried.append(kernel.file)
-        raise BuildError("nvcc was not found")
-
-    monkeypatch.setattr(build, "build", no_nvcc)
-    with contextlib.suppress(BuildError):
-        build.load(Specialisation("forward_4_hopper.cu", "90a", 64, "float16"), PARAMS.size)
-    with warned("flash_attention runs on the slow reference: hopper, tensor_core, simple: nvcc was not found"):
-        assert [choose(None, call) for _ in range(3)] == ["reference"] * 3
-    assert rungs.tried == FORWARDS
-
-
-def check_another_system(rungs, monkeypatch):
-    """On Windows a plain call runs on the reference, a kernel asked for by name is refused, and nothing is built; each says why."""
-    monkeypatch.setattr(sys, "platform", "win32")
-    q = Form(torch.Size((2, 3, 20, 16)), (960, 320, 16, 1), torch.float16, torch.device("cuda:0"))
-    call = Call(q, q, q, None, None, Settings(1.0))
-    reason = "the kernels need Linux (on Windows: WSL 2), this is win32"
-    with pytest.warns(UserWarning, match="slow reference.*" + re.escape(reason)):
-        assert choose(None, call) == "reference"
-    with pytest.raises(NotImplementedError, match=re.escape(reason)):
-        choose("hopper", call)
-    monkeypatch.undo()
-    monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(BuildError, match=re.escape(reason)):
-        build.build(Specialisation("forward_1_simple.cu", "75", 64, "float16"))
 
 
 if __name__ == "__main__":
