@@ -258,7 +258,8 @@ def attention(
     if others:
         pattern = _check(module, query, attention_mask, pattern, others)
     # What is added to the scores, where PyTorch's own kernels are faster.
-    is_added = [x for x in (attention_mask, position_bias) if isinstance(x, Tensor) and x.is_floating_point()]
+    given = (None if isinstance(attention_mask, ImpliedMask) else attention_mask), position_bias
+    is_added = [x for x in given if x is not None and x.is_floating_point()]
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in is_added)
     to_torch = softcap is None and s_aux is None and not cuda.adds_quickly(query, value, trained)
     attended = slice(None)
