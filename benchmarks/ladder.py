@@ -70,7 +70,7 @@ def lines_changed(before: str, after: str) -> int:
 
 
 def count(name: str, b: int, h: int, n: int, d: int) -> dict[str, Any]:
-    """A row of the table: the forward of one rung, dense, float16."""
+    """A row of the table: the forward of one rung, dense, float16. (Those of the fifth step are for other calls.)"""
     q, k, v = torch.randn(3, b, h, n, d, dtype=torch.float16).unbind()
     with torch.no_grad(), emulated.counting() as counts:
         flash_attention(q, k, v, backend=f"emulated:{name}")
@@ -106,7 +106,7 @@ def main() -> None:
     if reason := BACKENDS["emulated:mma"].why_not(Call.of(x, x, x, None, None, Settings(1.0))):
         parser.error(reason)
     torch.manual_seed(0)
-    rows = [count(name, 1, 1, arguments.n, arguments.d) for name in ladder()]
+    rows = [count(name, 1, 1, arguments.n, arguments.d) for name in ladder() if cuda.RUNGS[name].files[cuda.FORWARD] < "forward_5"]
     print(report.table(rows, COLUMNS))
     if arguments.json:
         report.write_json(arguments.json, {}, {"b": 1, "h": 1, "n": arguments.n, "d": arguments.d, "dtype": "float16"}, rows)
