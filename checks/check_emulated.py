@@ -207,7 +207,7 @@ def check_last_heads_start_together(monkeypatch):
 
 def check_last_tiles_come_one_by_one(monkeypatch):
     """A causal forward whose pairs of tiles do not fill a round: the tiles of its last rounds, here those in the middle of the first head
-    and all of the others, are dealt out one by one, and each once."""
+    and all of the others, are assigned one by one, and each once."""
     monkeypatch.setattr(emulated, "SM_COUNT", 4)  # nine tiles, so five units a head: of fifteen, one round in units, then 23 tiles
     case = Case(B=1, H=3, Hkv=1, Nq=1030, Nk=515, D=80, dtype=torch.bfloat16, causal=True)
     problem = Problem.of(case, target("hopper"))

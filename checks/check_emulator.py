@@ -26,7 +26,7 @@ if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
     pytest.skip(reason, allow_module_level=True)
 
 FAULTS = Path(__file__).with_name("emulator_faults.cu")
-EARLY = "|reads shared byte .*, which nobody has written"  # where a reader may come before the writer
+EARLY = "|reads shared byte .*, which no thread has written"  # where a reader may come before the writer
 
 
 def race(one: str, other: str) -> str:
@@ -45,9 +45,9 @@ REPORTS = {
     "barrier_of_two_sizes": "comes to barrier 4 for (64|128) threads, others for (64|128)",
     "beyond_global": "writes 4 bytes outside of all memory that it was given.*; data ends at byte 16384, this is byte 16[0-9]+ of it",
     "far_beyond_global": "reads 4 bytes outside of all memory that it was given: ",
-    "unwritten_global": "reads byte 4096 of data, which nobody has written|reads byte 4[0-9]+ of data",
+    "unwritten_global": "reads byte 4096 of data, which no thread has written|reads byte 4[0-9]+ of data",
     "beyond_shared": "writes byte 49155 of dynamic shared memory, of which the launch asked for 49152|writes byte .* of dynamic shared",
-    "unwritten_shared": "thread 122 reads shared byte .*, which nobody has written",
+    "unwritten_shared": "thread 122 reads shared byte .*, which no thread has written",
     "misaligned": "at an address that is not a multiple of 16",
     "cp_async_not_awaited": race("cp.async of thread [0-9]+ .*writes", "thread [0-9]+ reads"),
     "cp_async_of_others": race("cp.async of thread [0-9]+ .*writes", "thread [0-9]+ reads") + EARLY,
@@ -71,7 +71,7 @@ REPORTS = {
     "product_of_wrong_rows": "begins within a swizzle's pattern",
     "product_beyond_shared": "a product of warpgroup 0 .* of dynamic shared memory, of which the launch asked for 49152",
     "product_of_three_warps": "the threads of a warpgroup do different things",
-    "registers_of_nobody": "wait for 240 registers, of which the block has",
+    "registers_beyond_the_block": "wait for 240 registers, of which the block has",
     "turn_taken_twice": "hangs:\n  thread 0 waits for a number in global memory to be other than [24]",
 }
 SEEDS = range(8)
@@ -81,7 +81,7 @@ NOT_BY_CLANG = {  # it does not tell of these accesses as g++ does
     "product_not_awaited": "a thread's own arrays are not instrumented",
     "product_of_touched_registers": "a thread's own arrays are not instrumented",
 }
-NO_LINE_BY_CLANG = ("registers_of_nobody",)  # two calls made into one have none
+NO_LINE_BY_CLANG = ("registers_beyond_the_block",)  # two calls made into one have none
 
 
 @functools.cache
@@ -137,7 +137,7 @@ def check_fault_is_reported(name):
 
 def check_right_twins_are_not():
     names = faults().fault_names().decode().split()
-    assert set(REPORTS) | {"depends_on_order", "box_that_nobody_swizzled"} == set(names)
+    assert set(REPORTS) | {"depends_on_order", "box_read_as_unswizzled"} == set(names)
     for name in names:
         for seed in SEEDS:
             try:
@@ -163,8 +163,8 @@ def check_swizzled_box():
         .view(torch.float32)
         .flatten()
     )
-    assert torch.equal(run_fault("box_that_nobody_swizzled", False, 0)[1024:1152], data)
-    assert not torch.equal(run_fault("box_that_nobody_swizzled", True, 0)[1024:1152], data)
+    assert torch.equal(run_fault("box_read_as_unswizzled", False, 0)[1024:1152], data)
+    assert not torch.equal(run_fault("box_read_as_unswizzled", True, 0)[1024:1152], data)
 
 
 def check_half_types():

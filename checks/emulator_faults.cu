@@ -284,7 +284,7 @@ __global__ void box_misplaced(Faults f) {
     ptx::mbarrier_wait(tile.full, 0);
 }
 template <bool BROKEN>
-__global__ void box_that_nobody_swizzled(Faults f) {  // the box's second row is read where a plain one would lie
+__global__ void box_read_as_unswizzled(Faults f) {  // the box's second row is read where a plain one would lie
     const Tile tile = begin(1, 128);
     if (threadIdx.x == 0) {
         ptx::mbarrier_arrive_expect_tx(tile.full, 512);
@@ -387,7 +387,7 @@ __global__ void product_of_three_warps(Faults f) {
 // ---- registers, turns
 
 template <bool BROKEN>
-__global__ void registers_of_nobody(Faults f) {  // 128 threads with 255 each at the start leave 32896
+__global__ void registers_beyond_the_block(Faults f) {  // 128 threads with 255 each at the start leave 32896
     if (threadIdx.x / 128 == 0) ptx::setmaxnreg_dec<BROKEN ? 152 : 24>();
     else ptx::setmaxnreg_inc<240>();
 }
@@ -406,9 +406,9 @@ __global__ void turn_taken_twice(Faults f) {
     X(barrier_of_two_sizes) X(depends_on_order) X(beyond_global) X(far_beyond_global) X(unwritten_global) X(beyond_shared)                   \
     X(unwritten_shared) X(misaligned) X(cp_async_not_awaited) X(cp_async_of_others) X(cp_async_over_readers) X(cp_async_at_the_end)          \
     X(bulk_not_awaited) X(bulk_over_readers) X(released_before_it_is_read) X(bytes_too_many) X(arrivals_too_few) X(arrivals_too_many) X(barrier_not_fenced)                \
-    X(store_without_fence) X(store_not_awaited) X(box_misplaced) X(box_that_nobody_swizzled) X(product_not_awaited)                          \
+    X(store_without_fence) X(store_not_awaited) X(box_misplaced) X(box_read_as_unswizzled) X(product_not_awaited)                          \
     X(product_of_written_tile) X(product_without_fence) X(product_of_copied_tile) X(product_of_touched_registers) X(product_of_wrong_rows) X(product_beyond_shared) X(product_of_three_warps)          \
-    X(registers_of_nobody) X(turn_taken_twice)
+    X(registers_beyond_the_block) X(turn_taken_twice)
 
 extern "C" const char* fault_names() {
 #define NAME(fault) #fault " "
@@ -434,7 +434,7 @@ extern "C" int fault(const char* name, float* data, int* counter, int broken) {
     if (wanted == #fault) kernel = broken ? fault<true> : fault<false>;
     FAULTS(PICK)
     if (!kernel) return cudaErrorInvalidValue;
-    const bool turns = wanted == "turn_taken_twice", registers = wanted == "registers_of_nobody";
+    const bool turns = wanted == "turn_taken_twice", registers = wanted == "registers_beyond_the_block";
     launch_kernel(kernel, turns ? 3 : 1, registers ? 384 : 128, 48 * 1024, nullptr, f);
     return cudaGetLastError();
 }

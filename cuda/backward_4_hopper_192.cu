@@ -48,7 +48,7 @@ struct Barriers {
     uint64_t KV_full, Q_full[STAGES], Q_empty[STAGES], dO_full[STAGES], dO_empty[STAGES];
 };
 
-// LEAVES_OUT: whether a mask leaves out tiles. The code without it is as fast as if nobody had looked.
+// LEAVES_OUT: whether a mask leaves out tiles. The code for false is that of a kernel without the look.
 template <bool LEAVES_OUT>
 __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     extern __shared__ __align__(1024) uint8_t smem[];

@@ -59,7 +59,7 @@ __device__ inline auto& shared_if_equal(float (&first)[N], float (&second)[M]) {
     else return second;
 }
 
-// LEAVES_OUT: whether a mask leaves out tiles. The code without it is as fast as if nobody had looked.
+// LEAVES_OUT: whether a mask leaves out tiles. The code for false is that of a kernel without the look.
 template <bool LEAVES_OUT>
 __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     extern __shared__ __align__(1024) uint8_t smem[];

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const Shared shared(smem, barriers, works, j0);
 #if LISTED
     if (schedule.seen.words != nullptr) ptx::griddepcontrol_wait();  // what has been found of the mask is visible
-    const bool leaves_out = uniform(schedule.leaves_out());  // the loops without it are as fast as if nobody had looked
+    const bool leaves_out = uniform(schedule.leaves_out());  // the loops for false have the code of a call without the look
 #endif
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < Q_STAGES; ++stage) {

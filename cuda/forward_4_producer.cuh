@@ -9,7 +9,7 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
     int m = 0, q = 0, n = 0;  // of all works, tiles of Q, tiles of keys
     auto next_with_keys = [&] {
         Work work;
-        while (schedule.template deal<LEAVES_OUT>(p, m++, work))
+        while (schedule.template get_work<LEAVES_OUT>(p, m++, work))
             if (work.k_tiles > 0) return work;
         return Work{};
     };
@@ -92,6 +92,6 @@ __device__ inline void write_rows_without_keys(const AttentionParams& p, const S
     }
 #endif
     Work work;
-    for (int m = 0; schedule.deal<false>(p, m, work); ++m) write(work);
+    for (int m = 0; schedule.get_work<false>(p, m, work); ++m) write(work);
 #endif
 }

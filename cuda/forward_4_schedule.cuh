@@ -31,8 +31,8 @@ __device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
 }
 
 #if INTERVAL
-// How the tiles of Q are dealt out to blocks. With spans, from a queue, the longest first (longest_first.cuh). With a window alone most are equally long,
-// and only a head's first ones are shorter: those of all heads come last, and fill what the others leave.
+// Which block computes which tiles of Q. With spans, blocks take them from a queue, the longest first (longest_first.cuh). With a window alone most are
+// equally long, and only a head's first tiles are shorter: those of all heads are assigned last, and fill the gaps that the others leave.
 struct Schedule {
     int units, q_tiles;
     int short_tiles;  // of a head, that see fewer columns than the others
@@ -41,7 +41,7 @@ struct Schedule {
 
     // The block's m-th work. False if there are not so many.
     template <bool>
-    __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
+    __device__ bool get_work(const AttentionParams& p, int m, Work& work) const {
         int unit = p.seen.spans == nullptr ? m * gridDim.x + blockIdx.x : order.take(units);
         if (unit >= units) return false;
         if (p.seen.spans == nullptr) unit = placed(unit);
@@ -92,10 +92,11 @@ inline cudaError_t prepare_schedule(const Schedule& schedule, const AttentionPar
     return error;
 }
 #else
-// How the tiles of Q are dealt out to blocks: units, head by head, so that at any time few heads' K and V are read. A unit is a tile, or causal a pair,
-// one from the end of the sequence and one from its start: pairs are equally long. (Of an odd number of tiles the last has no partner: it is as long.)
+// Which block computes which tiles of Q: units, assigned head by head, so that at any time few heads' K and V are read. A unit is a tile or, in a causal
+// call, a pair, one from the end of the sequence and one from its start: pairs are equally long. (Of an odd number of tiles the last has no partner: it
+// is as long as a pair.)
 //
-// Pairs that do not fill a round would leave most blocks idle for a whole pair. So a causal call deals out the tiles of its last rounds one by one, the
+// Pairs that do not fill a round would leave most blocks idle for a whole pair. So a causal call assigns the tiles of its last rounds one by one, the
 // longest of all heads first, every other round from the last block to the first: what a block has more in one round it has less in the next, and what
 // is left over are the shortest tiles (Graham, 1969, of lengths that are known: no queue is needed).
 struct Schedule {
@@ -115,7 +116,7 @@ struct Schedule {
 #endif
     // The block's m-th work. False if there are not so many. LEAVES_OUT: whether the mask leaves out some tile.
     template <bool LEAVES_OUT>
-    __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
+    __device__ bool get_work(const AttentionParams& p, int m, Work& work) const {
 #if LISTED
         if constexpr (LEAVES_OUT) {
             const int tile = order.take(p.B * p.H * q_tiles);
@@ -156,7 +157,7 @@ private:
 #else
         bh = unit / of_head;
         // Turned by one place a round: where the blocks are a multiple of a head's units, a block would otherwise have the same one of every head, and
-        // some are shorter. Not where a head's last units are dealt out as single tiles, which are to be those in the middle.
+        // some are shorter. Not where a head's last units are assigned as single tiles, which are to be those in the middle.
         const int place = (unit + (bh == first ? 0 : bh * of_head / blocks)) % of_head;
 #endif
         tile = CAUSAL && m % 2 == 0 ? q_tiles - 1 - place : CAUSAL ? place - q_tiles % 2 : place;

@@ -95,7 +95,7 @@ struct Schedule {
     int mask_bytes;        // that come with a tile of K
 
     // The block's m-th work. False if it has fewer.
-    __device__ bool deal(const AttentionParams& p, int m, Work& work) const {
+    __device__ bool get_work(const AttentionParams& p, int m, Work& work) const {
         const int blocks = gridDim.x, n = (CAUSAL ? m / 2 : m) * blocks + blockIdx.x;
         if (n >= units) return false;
         const int unit = n / parts, bh = unit / of_head, first = bh * of_head;
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         // The next work, from the m-th on, that has keys; or one without keys, if none is left.
         auto next_with_keys = [&](int& m) {
             Work work;
-            while (schedule.deal(p, m++, work))
+            while (schedule.get_work(p, m++, work))
                 if (work.k_tiles > 0) return work;
             return Work{};
         };
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         } else if (threadIdx.x / 32 == 1) {
             // ---- an otherwise idle warp: writes O = 0 for works without keys
             Work work;
-            for (int m = 0; schedule.deal(p, m, work); ++m)
+            for (int m = 0; schedule.get_work(p, m, work); ++m)
                 for (int i = work.i0; work.k_tiles == 0 && i < min(p.Nq, work.i0 + BLOCK_Q); ++i) {
                     element* O = head_of(p.o, work.b, work.h) + i * p.o.stride_n;
                     for (int d = work.part * PART + threadIdx.x % 32; d < min(p.Dv, (work.part + 1) * PART); d += 32) O[d] = element(0.0f);

@@ -1,10 +1,10 @@
 // Which tiles a mask leaves to visit, in the hopper kernels: a tile in which nothing may be attended is neither copied nor computed. A small kernel
-// looks through the mask's bits, a tile at a time, and stops at the first that may be attended; so a mask without structure costs next to nothing.
+// looks through the mask's bits, a tile at a time, and stops at the first element that may be attended; so a mask without structure costs next to
+// nothing.
 //
-// What it leaves is a bit for each tile: of a tile of Q (forward) or of keys (backward) a line of bits, one for each tile of the other. Those who copy
-// and those who compute walk through them from the last tile to the first, each for itself: the next set bit costs no read. Where every tile is
-// visited, the kernels run loops of their own, which know of no bits and are as fast as if nobody had looked. Where a call is so small that the look
-// would not pay, there are no lines.
+// Its result is a bit for each tile: a tile of Q (forward) or of keys (backward) has a line of bits, one for each tile of the other side. The producer
+// and the consumers each walk through the bits from the last tile to the first; finding the next set bit reads no memory. Where every tile is visited,
+// the kernels run loops that do not read the bits and have the code of a call without the look. Calls so small that the look would not pay have no lines.
 //
 // Not with intervals, which say themselves what is visited, nor with a bias: the forward must know a tile ahead where to copy it from, and the
 // backward has no registers left.
@@ -18,7 +18,7 @@
 #if LISTED
 // A line for each tile of Q or, in a backward, of keys, of each head whose mask is its own.
 struct alignas(16) SeenTiles {
-    uint32_t* words;  // [lines, of_line]; NULL: nobody has looked, and every tile is visited
+    uint32_t* words;  // [lines, of_line]; NULL: the mask was not looked through, and every tile is visited
     int* lengths;     // [lines]: how many tiles each visits, those that the diagonal hides left out
     int tiles, of_line;
 

@@ -4,7 +4,7 @@
 // begins. ptx::mbarrier_wait(barrier, parity) waits for the end of the phase with this parity: 0, 1, 0, 1, … The consumers wait for full(stage), whose
 // phase the copy's bytes complete, then compute, then arrive at empty(stage), 128 arrivals. Tile n is in stage n % 2, in its round n / 2.
 // ptx::mbarrier_arrive_expect_tx(barrier, bytes) arrives at "full" and announces bytes; ptx::cp_async_bulk(to, from, bytes, barrier) copies them.
-// To write: the producer's loop over the tiles. In a stage's first round nobody has to empty it: the phase "before the first" counts as over, and its
+// To write: the producer's loop over the tiles. In a stage's first round no group has to empty it: the phase "before the first" counts as over, and its
 // parity is 1.
 // To check: python exercises/check.py 7 (on a GPU: compute capability 9.0 and newer)
 #include "exercise.cuh"

@@ -101,7 +101,7 @@ HINTS = (
         "barrier after it.",
     ),
     (
-        r"reads shared byte \d+, which nobody has written",
+        r"reads shared byte \d+, which no thread has written",
         "A thread reads shared memory before another has written it: a __syncthreads() is missing between the stores and the loads.",
     ),
     (
@@ -343,7 +343,7 @@ PIPELINE = Task(
     ),
     hints=(
         (
-            r"thread \d+ reads shared byte \d+, which nobody has written",
+            r"thread \d+ reads shared byte \d+, which no thread has written",
             "A thread reads what a copy is still to bring: wait for the copy's group, and, for other threads' copies, meet at a "
             "barrier after it.",
         ),
@@ -380,7 +380,7 @@ WGMMA = Task(
         ),
         (r"no wgmma\.fence since", "ptx::wgmma_fence() must come between the last use of S_rmem and the first product."),
         (
-            r"begins within a swizzle's pattern|a product of warpgroup .* nobody has written|a product of warpgroup .* dynamic",
+            r"begins within a swizzle's pattern|a product of warpgroup .* no thread has written|a product of warpgroup .* dynamic",
             "A descriptor points beside a tile: 32 bytes a step of 16 columns, four steps a panel, panels PANEL_BYTES apart.",
         ),
         (

@@ -325,7 +325,7 @@ def check_groups_left(answer: Callable) -> None:
 
 @exercise
 def check_stages_for_latency(answer: Callable) -> None:
-    """A ring, cycle by cycle: with so many stages nobody waits in the long run, with one less somebody does."""
+    """A ring, cycle by cycle: with so many stages neither side waits in the long run, with one less one of them does."""
 
     def waits(stages: int, latency: int, cycles: int) -> bool:
         done: list[int] = []

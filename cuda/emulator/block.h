@@ -1,7 +1,7 @@
 // A block: its threads, who of them can go on, and in which order they do.
 //
 // A thread runs until it has to wait for others. Who goes on then is drawn (or, if the launch is traced, is who has the least time): another lane of the warp, or another warp; so is when a copy or a product that
-// is under way takes effect. All that is drawn comes from one seed. If nobody can go on and nothing is under way, the block hangs, and the error says
+// is under way takes effect. All that is drawn comes from one seed. If no thread can go on and nothing is under way, the block hangs, and the error says
 // who waits for what.
 #pragma once
 

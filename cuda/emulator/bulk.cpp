@@ -77,7 +77,7 @@ static int engine_barrier(uint32_t address, void* site) {
     return n;
 }
 
-// From now until the phase is over, nobody may look at these bytes, and whoever has used them must be known to be done.
+// From now until the phase is over, no thread may read these bytes, and all their readers must be known to have finished.
 static void announce(uint32_t address, int bytes, int alignment, int barrier, void* site) {
     Block& block = *current;
     uint8_t* to = block.shared.at(address, bytes, alignment, "the copy engine", site);

@@ -16,7 +16,7 @@ static const Memory& access_global(Block& block, uintptr_t at, unsigned bytes, b
             for (uintptr_t n = at - memory.first; n < at - memory.first + bytes; ++n) {
                 if (write) memory.written[n] = true;
                 else if (!memory.written[n])
-                    fail("thread %d reads byte %lld of %s, which nobody has written: @%x", block.running, (long long)n, memory.name.c_str(), site_offset(site));
+                    fail("thread %d reads byte %lld of %s, which no thread has written: @%x", block.running, (long long)n, memory.name.c_str(), site_offset(site));
             }
         return memory;
     }

@@ -6,7 +6,7 @@ namespace emulator {
 
 void Shared::begin(uint8_t* at, uint32_t all, uint32_t dynamic_from, uint32_t dynamic_bytes, uint32_t limit) {
     window = at, bytes = all, dynamic_at = dynamic_from, dynamic_end = dynamic_from + dynamic_bytes, dynamic_limit = limit;
-    // What nobody has written is NaN in every type.
+    // What no thread has written is NaN in every type.
     memset(window, 0xff, dynamic_end), memset(window + dynamic_limit, 0xff, bytes - dynamic_limit);
     granules.assign((bytes + 3) / 4, Granule{0, {0, 0}, 0, {0, 0}, NOBODY, {NOBODY, NOBODY}, 0, {0, 0}, 0, false});
 }
@@ -38,7 +38,7 @@ void Shared::access(uint32_t offset, int count, const Access& by) {
 }
 
 void Shared::access(Granule& g, uint32_t mask, uint32_t offset, const Access& by) {
-    // The same thread once more, with nobody in between.
+    // The same thread once more, with no other in between.
     if (!by.write && g.reader[0] == by.who && g.read_tick[0] == by.when && (g.read_bytes[0] & mask) == mask) return;
     if (g.reserved) fail("%s accesses an mbarrier, at shared byte %u, as if it were data: @%x", who_is(by.who, by.when).c_str(), offset, site_offset(by.site));
     if (g.writer != NOBODY && g.write_bytes & mask && by.seen[g.writer] < g.write_tick) report(g, -1, offset, by);
@@ -58,7 +58,7 @@ void Shared::access(Granule& g, uint32_t mask, uint32_t offset, const Access& by
         return;
     }
     if ((g.written & mask) != mask && !by.may_be_garbage)
-        fail("%s reads shared byte %u, which nobody has written: @%x", who_is(by.who, by.when).c_str(), offset, site_offset(by.site));
+        fail("%s reads shared byte %u, which no thread has written: @%x", who_is(by.who, by.when).c_str(), offset, site_offset(by.site));
     Block& block = *current;
     if (by.async && g.writer < block.clocks.threads && !block.clocks.fenced(g.writer, g.write_tick, by.seen[g.writer]))
         fail("%s reads shared byte %u, at @%x, which thread %d wrote at @%x with no fence.proxy.async since: the engine may not see it", who_is(by.who, by.when).c_str(), offset,

@@ -69,7 +69,7 @@ struct Timing {
     void spend(double issue, double own = 0) { lane().segment.issue += issue, lane().segment.own += own; }
     void shared(uint32_t offset, int bytes, bool write);
     void global(const void*, int bytes, bool write, void* site);
-    // Its segment ends here, and it goes on when nobody else has an earlier time.
+    // Its segment ends here, and it goes on when no other thread has an earlier time.
     void meet(void* site);
 
     // ---- all threads of a warp or warpgroup, the last of which calls: their segments end here, and they have the same time

@@ -56,7 +56,7 @@ struct BulkGroups {
         uint32_t group;
         std::function<void()> store;
     };
-    std::deque<Store> under_way;  // in order; those that nobody has waited for
+    std::deque<Store> under_way;  // in order; those that no thread has waited for
     uint32_t committed = 0;
 };
 
