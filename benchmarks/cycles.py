@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.ladder import ladder
+from benchmarks.ladder import ladder, takes_plain_calls
 from flash_attention import command_line, flash_attention
 from flash_attention.backends import cuda
 
@@ -47,13 +47,9 @@ B, N = 4, 4096
 def launches() -> list[tuple[str, str, int, int]]:
     """(rung, part, H, D) of each kernel that is profiled, in the order of their launches."""
     return [
-        *((name, "forward", 16, 64) for name in ladder() if _takes_the_case(cuda.RUNGS[name])),
+        *((name, "forward", 16, 64) for name in ladder() if takes_plain_calls(cuda.RUNGS[name])),
         *(("hopper", part, 2048 // d, d) for d in (64, 128, 256) for part in ("forward", "backward")),
     ]
-
-
-def _takes_the_case(rung: cuda.Rung) -> bool:
-    return 64 in rung.head_dims and "bfloat16" in rung.dtypes and not rung.packs_heads
 
 
 def launch_all() -> None:

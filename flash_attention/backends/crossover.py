@@ -13,11 +13,15 @@ PACKED_START, HEAD_START = 400, 200
 MOST_QUERIES = 256  # more have not been timed
 
 
+def _multiprocessors(call: Call) -> int:
+    return libraries.sm_count(call.q.device.index) if call.q.device.type == "cuda" else 132  # an H200's
+
+
 def worth_packing(call: Call) -> bool:
     """Whether tiles that pack the heads of a group, with keys split evenly over the multiprocessors, take less time than tiles of one head,
     which are spread over the multiprocessors whole."""
     (B, H, Nq, _), (_, Hkv, Nk, _) = call.q.shape, call.k.shape
-    multiprocessors = libraries.sm_count(call.q.device.index) if call.q.device.type == "cuda" else 132  # an H200's
+    multiprocessors = _multiprocessors(call)
     kinds = next((kinds for up_to, kinds in PACKED_TILES if call.head_dim <= up_to), PACKED_TILES[-1][1])
     packed = Nq * (H // Hkv)
     rows, cost = next((kind for kind in kinds if packed <= kind[0]), kinds[-1])
@@ -35,7 +39,7 @@ def worth_tall(call: Call) -> bool:
     B, H, Nq, D = call.q.shape
     causal = call.visible == "causal"
     kind = 0 if D % 16 or call.v.shape[3] % 16 else 1 if call.head_dim <= 80 else 2
-    multiprocessors = libraries.sm_count(call.q.device.index) if call.q.device.type == "cuda" else 132  # an H200's
+    multiprocessors = _multiprocessors(call)
 
     def rounds(rows: int) -> int:
         tiles = -(-Nq // rows)

@@ -45,31 +45,12 @@ class Plan(NamedTuple):
         Raises:
             BuildError: the kernel cannot be built.
         """
-        if not q.is_cuda:
-            return cls._made(rung, q, k, v, paged, most, causal, scale, softcap, alibi)
-        forms = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, q.device)
-        key = rung, *forms, paged, most, causal, scale, softcap, None if alibi is None else alibi.stride()
-        if (plan := _kept.get(key)) is None:
-            plan = cls._made(rung, q, k, v, paged, most, causal, scale, softcap, alibi)
-            if len(_kept) >= CAPACITY:
-                _kept.clear()
-            _kept[key] = plan
-        return plan
-
-    @classmethod
-    def _made(
-        cls,
-        rung: Rung,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        paged: bool,
-        most: int,
-        causal: bool,
-        scale: float,
-        softcap: float | None,
-        alibi: Tensor | None,
-    ) -> "Plan":
+        key: Hashable = None
+        if q.is_cuda:
+            forms = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, q.device)
+            key = rung, *forms, paged, most, causal, scale, softcap, None if alibi is None else alibi.stride()
+            if (plan := _kept.get(key)) is not None:
+                return plan
         B, settings = q.shape[0], Settings(scale, right=0 if causal else None, softcap=softcap)
         keys, values = (Form.of(x)._replace(shape=torch.Size((B, x.shape[1], most, x.shape[3]))) for x in (k, v))
         call = Call(Form.of(q), keys, values, None, None, settings, alibi=Form.of(alibi))
@@ -79,9 +60,15 @@ class Plan(NamedTuple):
         if reason is None and paged and k.shape[2] % PAGE_MULTIPLE:
             reason = f"it reads pages of a multiple of {PAGE_MULTIPLE} keys, got {k.shape[2]}"
         if reason:
-            return cls(rung, call, reason, None)
-        forward: Forward = rung.plan(FORWARD, call)  # type: ignore[assignment]  # of FORWARD
-        return cls(rung, call, None, forward, q.is_cuda and forward.is_plain, rung.worthwhile(call))
+            plan = cls(rung, call, reason, None)
+        else:
+            forward: Forward = rung.plan(FORWARD, call)  # type: ignore[assignment]  # of FORWARD
+            plan = cls(rung, call, None, forward, q.is_cuda and forward.is_plain, rung.worthwhile(call))
+        if key is not None:
+            if len(_kept) >= CAPACITY:
+                _kept.clear()
+            _kept[key] = plan
+        return plan
 
     def why_not(self, k: Tensor, v: Tensor) -> str | None:
         """Why the kernel cannot serve the call, or cannot read these keys where they lie, or None."""
