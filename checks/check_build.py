@@ -120,9 +120,9 @@ def without_comments(source: str) -> str:
 
 
 def made_from(kernel: Specialisation) -> str:
-    """A hash of all that the compiler's report on a kernel depends on: its sources but for comments, its constants and the compiler."""
+    """A hash of all that the compiler's report on a kernel depends on: its sources but for comments, its constants and the compilers."""
     sources = (part for name in sorted(included(kernel.file)) for part in (name, without_comments((build.SOURCES / name).read_text())))
-    return build._hash(*kernel.flags(), build._version(build.find_nvcc()), *sources, digits=16)
+    return build._hash(*kernel.flags(), build.compilers(build.find_nvcc()), *sources, digits=16)
 
 
 @needs_nvcc

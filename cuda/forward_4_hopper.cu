@@ -109,9 +109,7 @@ extern "C" int attention(const AttentionParams* params) {
 #endif
     const int mask_bytes = !MASK ? 0 : one_row(p) ? static_cast<int>(sizeof(BitRow)) : MASK_BYTES;
     Schedule schedule = schedule_of(p, mask_bytes);
-#if INTERVAL
-    if (error == cudaSuccess) error = prepare_schedule(schedule, p);
-#elif LISTED
+#if INTERVAL || LISTED
     if (error == cudaSuccess) error = prepare_schedule(schedule, p);
 #endif
     if (error != cudaSuccess) return error;

@@ -113,6 +113,20 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2
 }
 #endif
 
+// Row r of a lane's two becomes 2^(scale_log2 · S − m_log2). Returns the sum of this lane's share.
+__device__ inline float exponentials_of_row(float (&S_rmem)[BLOCK_K / 2], int r, float scale_log2, float m_log2) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < BLOCK_K / 8; ++i)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            float& x = S_rmem[4 * i + 2 * r + c];
+            x = ptx::ex2(fmaf(x, scale_log2, -m_log2));
+            sum += x;
+        }
+    return sum;
+}
+
 #if SCORE
 // S, scored, becomes 2^(scale_log2 · S + shift − m), m its rows' maximum so far in base 2; alpha is what O must be multiplied by. l is this lane's share of
 // the sum. shift[r] is added to all of a row.
@@ -128,17 +142,7 @@ __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2],
         m_new = fmaxf(m_rmem[r], fmaf(m_new, scale_log2, SLOPED ? shift[r] : 0));
         alpha[r] = ptx::ex2(m_rmem[r] - m_new);
         m_rmem[r] = m_new;
-        const float m_log2 = SLOPED ? m_new - shift[r] : m_new;
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < BLOCK_K / 8; ++i)
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                float& x = S_rmem[4 * i + 2 * r + c];
-                x = ptx::ex2(fmaf(x, scale_log2, -m_log2));
-                sum += x;
-            }
-        l_rmem[r] = l_rmem[r] * alpha[r] + sum;
+        l_rmem[r] = l_rmem[r] * alpha[r] + exponentials_of_row(S_rmem, r, scale_log2, SLOPED ? m_new - shift[r] : m_new);
     }
 }
 #else
@@ -172,19 +176,7 @@ __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2],
         }
         return raised;
     };
-    auto exponentials = [&](int r) {
-        const float m_log2 = m_rmem[r] * scale_log2;
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < BLOCK_K / 8; ++i)
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                float& x = S_rmem[4 * i + 2 * r + c];
-                x = ptx::ex2(fmaf(x, scale_log2, -m_log2));
-                sum += x;
-            }
-        l_rmem[r] = l_rmem[r] * alpha[r] + sum;
-    };
+    auto exponentials = [&](int r) { l_rmem[r] = l_rmem[r] * alpha[r] + exponentials_of_row(S_rmem, r, scale_log2, m_rmem[r] * scale_log2); };
     const bool first_raised = raise(0);
     exponentials(0);
     const bool second_raised = raise(1);  // found under the exponentials of the first row, which take longer
