@@ -402,7 +402,7 @@ TABLE = {
         ("of_lane(keys.stop - 2 * t)", "of_lane(keys.stop - 2 * t - 1)", WINDOW),
         ("min(column % 8, 2)", "min(column % 8, 1)", WINDOW),
         ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
-        ("        l_rmem[r] = l_rmem[r] * alpha[r] + sum;\n    };", "        l_rmem[r] += sum;\n    };", SHARP),
+        ("(int r) { l_rmem[r] = l_rmem[r] * alpha[r] +", "(int r) { l_rmem[r] = l_rmem[r] +", SHARP),
         ("largest > m_rmem[r] + above);", "largest > m_rmem[r] + 100 * above);", case(sharp=20)),
     ],
     ("hopper", "forward_4_epilogue.cuh"): [
