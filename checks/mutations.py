@@ -402,7 +402,9 @@ TABLE = {
         ("of_lane(keys.stop - 2 * t)", "of_lane(keys.stop - 2 * t - 1)", WINDOW),
         ("min(column % 8, 2)", "min(column % 8, 1)", WINDOW),
         ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
-        ("(int r) { l_rmem[r] = l_rmem[r] * alpha[r] +", "(int r) { l_rmem[r] = l_rmem[r] +", SHARP),
+    ],
+    ("hopper", "lazy_softmax.cuh"): [
+        ("l_rmem[r] = l_rmem[r] * alpha[r] + sum;", "l_rmem[r] = l_rmem[r] + sum;", SHARP),
         ("largest > m_rmem[r] + above);", "largest > m_rmem[r] + 100 * above);", case(sharp=20)),
     ],
     ("hopper", "forward_4_epilogue.cuh"): [
@@ -529,6 +531,10 @@ TABLE = {
         ("work.part == 0 && t == 0 && i < p.Nq)", "work.part == 0 && t == 0 && i <= p.Nq)", HEAD_512),
         ("(K_PANELS < RING ? K_PANELS : RING) - 1) hand_out(work);", "K_PANELS - 1) hand_out(work);", HEAD_512),
         ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", HEAD_512),
+    ],
+    ("hopper_wide", "lazy_softmax.cuh"): [
+        ("largest > m_rmem[r] + above);", "largest > m_rmem[r] + 100 * above);", case(D=320, sharp=20)),
+        ("m_rmem[r] = m_new;", ";", HEAD_512),
     ],
     ("hopper_wide", "backward_split.cuh"): [
         ("max(0, j0 - (p.Nk - p.Nq)) / BLOCK * BLOCK", "max(0, j0 - (p.Nk - p.Nq) + BLOCK) / BLOCK * BLOCK", HEAD_512_CAUSAL),

@@ -38,7 +38,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     const int lane = threadIdx.x % 32;
     const Rows rows(p, lane);
     const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
-    [[maybe_unused]] const float above = SCORE ? ABOVE_M : fminf(ABOVE_M / scale_log2, 0x1p100f);  // lost in rounding beside p.lowest, whatever the scale
+    [[maybe_unused]] const float above = above_m(scale_log2);
 
     float O_rmem[V_HEAD_DIM / 2];  // not yet divided by l
     float S_rmem[BLOCK_K / 2];
@@ -156,9 +156,9 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
 #endif
 #if SCORE
-        softmax(S_rmem, m_rmem, l_rmem, alpha, unit_log2(p), above, shift, await_O);
+        softmax<LAZY>(S_rmem, m_rmem, l_rmem, alpha, unit_log2(p), above, shift, await_O);
 #else
-        softmax(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, shift, await_O);
+        softmax<LAZY>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, shift, await_O);
 #endif
         round();
     };
