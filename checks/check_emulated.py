@@ -199,7 +199,8 @@ def check_wide_heads_do_not_depend_on_order(D, causal):
     same_in_any_order(case, target("hopper"), orders=3)
 
 
-@pytest.mark.parametrize(("D", "SMs"), [(128, 6), only_full(192, 6), (256, 8)])  # three, four and five tiles of keys: the last four or two heads of six
+# Three, four and five tiles of keys: the last four, two and two heads of six.
+@pytest.mark.parametrize(("D", "SMs"), [(128, 6), only_full(192, 6), (256, 8)])
 def check_last_heads_start_together(D, SMs, monkeypatch):
     """A causal backward above D 64 gives its last heads to blocks in another order: every head and tile of keys still has one."""
     monkeypatch.setattr(emulated, "SM_COUNT", SMs)
