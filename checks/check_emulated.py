@@ -199,10 +199,12 @@ def check_wide_heads_do_not_depend_on_order(D, causal):
     same_in_any_order(case, target("hopper"), orders=3)
 
 
-def check_last_heads_start_together(monkeypatch):
-    """A causal backward at D 128 gives its last heads to blocks in another order: every head and tile of keys still has one."""
-    monkeypatch.setattr(emulated, "SM_COUNT", 6)  # three tiles of keys, so four heads of the six
-    against_truth(Case(B=2, H=3, Nq=130, Nk=300, D=128, dtype=torch.float16, causal=True), target("hopper"))
+# Three, four and five tiles of keys: the last four, two and two heads of six.
+@pytest.mark.parametrize(("D", "SMs"), [(128, 6), only_full(192, 6), (256, 8)])
+def check_last_heads_start_together(D, SMs, monkeypatch):
+    """A causal backward above D 64 gives its last heads to blocks in another order: every head and tile of keys still has one."""
+    monkeypatch.setattr(emulated, "SM_COUNT", SMs)
+    against_truth(Case(B=2, H=3, Nq=130, Nk=300, D=D, dtype=torch.float16, causal=True), target("hopper"))
 
 
 def check_last_tiles_come_one_by_one(monkeypatch):

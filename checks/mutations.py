@@ -25,6 +25,7 @@ MASKED = case(mask="heads share", causal=True)
 READ_ONCE = case(mask="full", Nk=304)  # each byte of the mask by one block, so it is not packed
 SHARP = case(sharp=5)  # maxima grow
 WIDE = case(D=128)
+WIDE = case(D=128, Nq=400)
 WIDE_MASKED = case(D=128, mask="heads share")
 WIDEST = case(D=256, H=1)
 WIDEST_MASKED = case(D=256, H=1, mask="heads share")
@@ -62,6 +63,7 @@ TILE_STOP = case(Nk=150, window=(None, 62))
 BLIND_SPANS = case(Nk=128, spans="some blind")
 ANY_SPANS = case(Nk=150, spans="any")
 WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
+WIDE_WINDOW_TURNS = case(D=128, Nk=700, window=(200, 0))  # deterministic
 MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
 LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 MASKED_WINDOW = case(window=(70, 30), mask="heads share")
@@ -458,8 +460,16 @@ TABLE = {
         ("ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();", "ptx::wgmma_wait_group<2>();", PLAIN),
         ("ptx::wgmma_wait_group<1>();  // dV and dQ are there", "ptx::wgmma_wait_group<2>();", PLAIN),
         ("ptx::wgmma_wait_group<0>();  // both are there", "ptx::wgmma_wait_group<1>();  //", CAUSAL),
-        ("row + (BY_ROWS ? 64 : 0), BY_ROWS ? 0 : COLUMNS", "row, 0", case(D=128, causal=True)),
+        ("row + 64, 0, dQ_rmem", "row, 0, dQ_rmem", CAUSAL),
         ("dS_smem + now.n % 2 * Tile_dS::BYTES;", "dS_smem;", case(Nq=700)),
+        ("ptx::mbarrier_wait(barrier(barriers.dS_full, n % 2), n / 2 & 1);", NO_WAIT, WIDE),
+        ("ptx::mbarrier_wait(barrier(barriers.dS_empty, now.n % 2), (now.n / 2 & 1) ^ 1);", NO_WAIT, WIDE),
+        ("ptx::mbarrier_arrive(barrier(barriers.dS_empty, n % 2));", ";", WIDE),
+        ("ptx::fence_proxy_async();  // what this thread wrote of dS, for the next tile", NO_BARRIER, WIDE),
+        ("ptx::wgmma_wait_group<2>();  // dQ is there", "ptx::wgmma_wait_group<3>();  //", WIDE),
+        ("start_dQ_before(dQ_rmem, now.n - 1);\n            ptx::wgmma_fence();", "start_dQ_before(dQ_rmem, now.n - 1);", WIDE),
+        ("row_before = static_cast<int64_t>(now.bh) * Workspace(p).rows + i0;", "row_before = i0;", WIDE),
+        ("turn_before = now.turn(p, maps, k_tile);", ";", WIDE_WINDOW_TURNS),
         ("consumer * 8 + warp * 2 + lane / 8 % 2", "consumer * 8 + warp * 2 + lane / 16", PLAIN),
         ("k / 4 * Tile_dS::PANEL_BYTES + k % 4 * 32", "k * 32", PLAIN),
         ("ptx::advance(K_part, k * 16 * ROW_BYTES)", "ptx::advance(K_part, k * 32)", PLAIN),
