@@ -668,7 +668,7 @@ SCORED = {
         ("if (O_EARLY) O_is_there();", ";", HALF_SLOPED),
     ],
     ("hopper", "forward_4_schedule.cuh"): [
-        ("return (tile < 0 ? tile + k_tiles : tile) * BLOCK_K;", "return tile * BLOCK_K;", HALF_SLOPED),
+        ("return (tile < 0 ? tile + k_tiles : tile) * BLOCK_K;", "return tile * BLOCK_K;", case(Nq=300, alibi=True)),
         ("unit / together % of_head;", "unit % of_head;", case(B=2, Nq=300, Nk=70, bias="batches share", bias_as_q=True)),
     ],
     ("hopper", "forward_4_epilogue.cuh"): [

@@ -9,7 +9,7 @@
 constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL && !BIASED;
 
 // Where scores are changed, O's product is over before the exponentials begin; rounding P then has both rows' to run under.
-constexpr bool O_EARLY = SCORE && HEAD_DIM == 64;
+constexpr bool O_EARLY = SCORE != 0;
 
 // S = Q Kᵀ, under way: this consumer's 64 rows of Q.
 __device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& shared, int consumer, const Slot_Q& slot_Q, const Slot_KV& slot) {
