@@ -326,7 +326,9 @@ SMALL_CASES = {
     "tensor_core": [
         Case(B=2, H=2, Hkv=1, Nq=70, Nk=90, D=24, bias="keys", mask="full", **EVERYTHING, **HALF16),
         Case(B=1, H=2, Nq=70, Nk=90, D=32, bias="matrix", alibi=True, window=(20, 7), **FROZEN, **BF16),
-        Case(B=2, H=2, Hkv=1, Nq=70, Nk=150, D=32, bias="heads share", softcap=2.0, mask="full", dropout_p=0.25, **HALF16),  # with its gradient
+        Case(
+            B=2, H=2, Hkv=1, Nq=70, Nk=150, D=32, bias="heads share", softcap=2.0, mask="full", dropout_p=0.25, **HALF16
+        ),  # with its gradient
     ],
     "split_keys": [
         Case(B=1, H=4, Hkv=1, Nq=5, Nk=301, D=24, bias="hiding", mask="dead rows", **EVERYTHING, **BF16),

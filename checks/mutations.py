@@ -304,7 +304,11 @@ TABLE = {
         ("DROPOUT ? p.keep_scale : 1;", "1;", case(bias="keys", dropout_p=0.5, bias_as_q=True)),
         ("|| j >= bias.bias_j ||", "||", HALF_BIASED),
         ("see_some(j0(), BLOCK_K); }", "see_whole(j0(), BLOCK_K); }", case(bias="keys", window=(70, 30), bias_as_q=True)),
-        ("j0() < stop_of_rows(p, i0(), BLOCK_Q);", "j0() + BLOCK_K <= stop_of_rows(p, i0(), BLOCK_Q);", case(bias="full", causal=True, bias_as_q=True)),
+        (
+            "j0() < stop_of_rows(p, i0(), BLOCK_Q);",
+            "j0() + BLOCK_K <= stop_of_rows(p, i0(), BLOCK_Q);",
+            case(bias="full", causal=True, bias_as_q=True),
+        ),
     ],
     ("tensor_core", "score_mma.cuh"): [
         ("ptx::cvt_pair<__half>(fmaf(-s0, s0, 1), fmaf(-s1, s1, 1));", "ptx::cvt_pair<__half>(1, 1);", HALF_CAPPED),
