@@ -121,9 +121,9 @@ constexpr bool LAZY = CONSUMERS == 2 || !MASK;
 // softmax() of scores that softcap alone changes, in one pass. ORDER: the degree in y² of the polynomial that tanh y is y times of, so that S becomes
 // 2^(factor(S²) · S − m) by a product, ORDER FMAs and softmax's own; 0: tanh as the unit has it. NEW_MAXIMUM: m is brought up to date; a tanh grows with
 // its argument, so the largest S of a row gives its m. round() is called at the end, because what follows a branch cannot run under what comes before it.
-template <int ORDER, bool NEW_MAXIMUM, class AwaitO, class Round>
+template <int ORDER, bool NEW_MAXIMUM, class AwaitO, class RescaleO, class Round>
 __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p,
-                                      const AwaitO& await_O, const Round& round) {
+                                      const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {
     const float scale_log2 = p.scale * LOG2_E, in_cap = p.scoring.scale_in_cap;
     auto capped = [&](float s, float minus_m) {
         if (ORDER == 0) return fmaf(ptx::tanh(s * in_cap), p.scoring.cap_log2, minus_m);
@@ -155,9 +155,10 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
         l_rmem[r] = NEW_MAXIMUM ? l_rmem[r] * alpha[r] + sum : l_rmem[r] + sum;
     };
     if (NEW_MAXIMUM) set_m(0);
+    await_O();
     exponentials(0);
     if (NEW_MAXIMUM) set_m(1);
-    await_O([] { return NEW_MAXIMUM; });
+    rescale_O([] { return NEW_MAXIMUM; });
     exponentials(1);
     round();
 }
@@ -166,20 +167,24 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
 constexpr float SIZE_ABOVE_M = DTYPE == FLOAT16 ? 8 : 24;
 
 // capped_softmax() if softcap is all there is, and the warp's rows see the whole tile. Whether it was.
-template <class AwaitO, class Round>
+template <class AwaitO, class RescaleO, class Round>
 __device__ inline bool softmax_of_capped(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const Rows& rows,
-                                         const Work& work, int j0, const AwaitO& await_O, const Round& round) {
+                                         const Work& work, int j0, const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {
     if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return false;
     const AttentionParams& p = rows.p;
-    float size = 0;
+    // Four maxima at a time, so that each waits less for the one before; three groups of causal rows have registers for one.
+    constexpr int AT_ONCE = CAUSAL && CONSUMERS > 2 ? 1 : 4;
+    float size = 0, sizes[AT_ONCE] = {};
 #pragma unroll
-    for (int i = 0; i < BLOCK_K / 2; ++i) size = fmaxf(size, fabsf(S_rmem[i]));
+    for (int i = 0; i < BLOCK_K / 2; ++i) sizes[i % AT_ONCE] = fmaxf(sizes[i % AT_ONCE], fabsf(S_rmem[i]));
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) size = fmaxf(size, sizes[i]);
     const float in_cap = size * p.scoring.scale_in_cap;
     // A capped score exceeds neither the score nor the cap.
-    const bool near_m = fminf(size * (p.scale * LOG2_E), p.scoring.cap_log2) <= fminf(m_rmem[0], m_rmem[1]) + SIZE_ABOVE_M;
+    const bool near_m = fminf(in_cap, 1) * p.scoring.cap_log2 <= fminf(m_rmem[0], m_rmem[1]) + SIZE_ABOVE_M;
     auto all = [](bool of_lane) { return __all_sync(0xffffffff, of_lane); };
     auto capped = [&](auto order, auto new_maximum) {
-        capped_softmax<decltype(order)::value, decltype(new_maximum)::value>(S_rmem, m_rmem, l_rmem, alpha, p, await_O, round);
+        capped_softmax<decltype(order)::value, decltype(new_maximum)::value>(S_rmem, m_rmem, l_rmem, alpha, p, await_O, rescale_O, round);
     };
     using std::false_type, std::true_type;
     using Order0 = std::integral_constant<int, 0>;

@@ -291,10 +291,10 @@ __global__ void __launch_bounds__(THREADS, 1)
                         if (8 * i + c >= columns) S_rmem[4 * i + 2 * r + c] = -CUDART_INF_F;
             }
         };
-        // S becomes P. await_O(whether alpha is not 1 everywhere) is called in the course of it.
-        auto exponentials = [&](int i0, int j0, const auto& await_O) {
+        // S becomes P. rescale_O(whether alpha is not 1 everywhere) is called in the course of it.
+        auto exponentials = [&](int i0, int j0, const auto& rescale_O) {
             hide(i0, j0);
-            softmax<true>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, {}, await_O);
+            softmax<true>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, {}, [] {}, rescale_O);
         };
         // Draws what dropout keeps of the tile.
         [[maybe_unused]] KeepBits<BLOCK_K> keep;

@@ -14,12 +14,12 @@ constexpr float ABOVE_M = 8;
 __device__ inline float above_m(float scale_log2) { return SCORE ? ABOVE_M : fminf(ABOVE_M / scale_log2, 0x1p100f); }
 
 // S becomes 2^(scale_log2 · (S − m)), m near its rows' maximum so far; l is this lane's share of the sum. m and `above` are in units of S; but of scores
-// that are changed they are in base 2, and S becomes 2^(scale_log2 · S + shift − m). await_O(raised) is called once, and multiplies O by alpha if some m
-// was raised: before the second row's exponentials, which leave room for rounding the first row's P, for which P's registers must be free.
-// LAZY: otherwise every tile sets m, and O is awaited after all exponentials, which takes fewer registers.
-template <bool LAZY, int SIZE, class AwaitO>
+// that are changed they are in base 2, and S becomes 2^(scale_log2 · S + shift − m). await_O() is called before all exponentials. rescale_O(raised), which
+// multiplies O by alpha if some m was raised, is called before the second row's: they leave room for rounding the first row's P, for which P's registers
+// must be free. LAZY: otherwise every tile sets m, and O is rescaled after all exponentials, which takes fewer registers.
+template <bool LAZY, int SIZE, class AwaitO, class RescaleO>
 __device__ inline void softmax(float (&S_rmem)[SIZE], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], float scale_log2, float above,
-                               [[maybe_unused]] const float (&shift)[2], const AwaitO& await_O) {
+                               [[maybe_unused]] const float (&shift)[2], const AwaitO& await_O, const RescaleO& rescale_O) {
     constexpr bool SHIFTED = (SCORE & SCORE_ALIBI) != 0;
     // Whether row r of some lane has a new m.
     auto raise = [&](int r) {
@@ -53,10 +53,11 @@ __device__ inline void softmax(float (&S_rmem)[SIZE], float (&m_rmem)[2], float 
         l_rmem[r] = l_rmem[r] * alpha[r] + sum;
     };
     const bool first_raised = raise(0);
+    await_O();
     exponentials(0);
     const bool second_raised = raise(1);  // found under the exponentials of the first row, which take longer
     auto raised = [&] { return first_raised || second_raised; };
-    if (LAZY) await_O(raised);
+    if (LAZY) rescale_O(raised);
     exponentials(1);
-    if (!LAZY) await_O(raised);
+    if (!LAZY) rescale_O(raised);
 }
