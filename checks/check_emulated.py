@@ -77,6 +77,27 @@ def check_intervals(name, Nq, Nk, causal, window, spans, mask):
     against_truth(replace(case, dropout_p=0.25 if mask else 0.0), target(name))
 
 
+DEAD_ROWS, BLIND_SPANS = {"mask": "dead rows"}, {"spans": "some blind"}
+
+
+@pytest.mark.parametrize(
+    ("D", "hiding"),
+    [
+        (64, DEAD_ROWS),
+        only_full(64, BLIND_SPANS),
+        only_full(128, DEAD_ROWS),
+        (128, BLIND_SPANS),
+        (192, DEAD_ROWS),
+        only_full(192, BLIND_SPANS),
+        (256, DEAD_ROWS),
+    ],
+)
+def check_what_comes_back_to_dead_rows(D, hiding):
+    """NaN in the gradients of rows that attend nothing, which hopper's own kernels drop."""
+    case = Case(B=1, H=2, Hkv=1, Nq=150, Nk=140, D=D, dtype=torch.float16, **hiding)
+    against_truth(case, target("hopper"), bad=float("nan"))
+
+
 @pytest.mark.parametrize("name", ("simple", "tensor_core", "hopper"))
 def check_parts_of_a_whole(name):
     """Offsets: rows and columns out of a larger call see, and lose to dropout, what they do there."""

@@ -64,6 +64,10 @@ ANY_SPANS = case(Nk=150, spans="any")
 WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
 MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
 LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
+# NaN comes back to rows that attend nothing.
+DEAD_ROWS = case(mask="dead rows")
+NAN_COMES_BACK = (DEAD_ROWS,)
+TRANSPOSED = case(mask="transposed")
 MASKED_WINDOW = case(window=(70, 30), mask="heads share")
 
 CAPPED = case(softcap=1.5, dtype=torch.float32)
@@ -480,7 +484,22 @@ TABLE = {
         ("end_bh((b_kv_h + 1) * (p.H / p.Hkv))", "end_bh(b_kv_h * (p.H / p.Hkv) + 1)", STRUCTURED_GROUPED),
         ("if (LEAVES_OUT) unit = maps.order.units[unit];", "if (LEAVES_OUT) unit = maps.order.units[unit / 2];", STRUCTURED),
     ],
+    ("hopper", "pack_mask.cu"): [
+        ("__syncthreads();  // every column is there", "//", MASKED),
+        ("if (i + n >= p.Nq) bytes[n] = uint4{};", "if (false) bytes[n] = uint4{};", MASKED),
+        ("may[w] = may[w] >> 1 | nonzero;", "may[w] = may[w] << 1 | nonzero;", MASKED),
+        ("part & bit ? low : high, bit * READERS);", "part & bit ? low : high, bit * 4);", MASKED),
+        ("(part & bit ? low : high) = other;", "high = other;", MASKED),
+        ("columns.x = ~ptx::prmt(first[0], last[0], 0x5410)", "columns.x = ~ptx::prmt(first[0], last[0], 0x1054)", MASKED),
+        ("word / (4 * READERS) * 4 + word % 4;", "word / (4 * READERS) * 4;", MASKED),
+        ("std::swap(p.stride_i, p.stride_j), std::swap(p.Nq, p.Nk);", "std::swap(p.stride_i, p.stride_j);", TRANSPOSED),
+        ("p.by_keys = !p.by_keys;", "", TRANSPOSED),
+    ],
     ("hopper", "backward_hopper.cuh"): [
+        ("if (!__any_sync(0xffffffff, dead)) return;", "return;", DEAD_ROWS),
+        ("LSE_smem[n / (ROW_BYTES / 4) % Tile::ROWS] ==", "LSE_smem[n / ROW_BYTES % Tile::ROWS] ==", DEAD_ROWS),
+        ("ptx::fence_proxy_async();  // this thread's part\n", "\n", DEAD_ROWS),
+        ("meet();                    // no dO of a dead row is left", "//", DEAD_ROWS),
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
         ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
         ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),

@@ -205,6 +205,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #endif
             multiply(S_rmem, K_smem, Q_tile, !MASK);
             ptx::mbarrier_wait(barrier(barriers.dO_full, stage), slot.parity);
+            drop_dead<Tile_Q>(dO_tile, rows_smem + stage * 2 * BLOCK_Q);
             multiply(dP_rmem, V_smem, dO_tile, true);
 
             // Dropout, while they are: what it keeps of the tile.

@@ -67,6 +67,23 @@ constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240
 // All groups of consumers are there.
 __device__ inline void meet() { ptx::bar_sync(1, CONSUMERS * GROUP); }
 
+// Where rows may attend nothing, the kernel drops what comes back to them (Rung.drops_dead): their P is 0, but 0·NaN is NaN, so dO becomes 0 in shared
+// memory before it is multiplied. Such a row's LSE is ∞. LSE_smem: [BLOCK_Q], of the tile. All groups of consumers take part.
+constexpr bool DROPS_DEAD = (MASK || INTERVAL) && !(SCORE & SCORE_BIAS);
+template <class Tile>
+__device__ inline void drop_dead(uint32_t dO_smem, const float* LSE_smem) {
+    if (!DROPS_DEAD) return;
+    bool dead = false;
+#pragma unroll
+    for (int row = ptx::tid_x() % 32; row < BLOCK_Q; row += 32) dead |= LSE_smem[row] == CUDART_INF_F;
+    if (!__any_sync(0xffffffff, dead)) return;  // every warp finds the same
+#pragma unroll 1
+    for (int n = ptx::tid_x() - GROUP; n < Tile::BYTES / 4; n += CONSUMERS * GROUP)
+        if (LSE_smem[n / (ROW_BYTES / 4) % Tile::ROWS] == CUDART_INF_F) ptx::st_shared(dO_smem + 4 * n, 0);
+    ptx::fence_proxy_async();  // this thread's part
+    meet();                    // no dO of a dead row is left
+}
+
 // Deterministic: blocks add to a tile in the order of their keys, `row` the tile's first in the workspace. They start in that order too, so the one
 // waited for is running or done.
 __device__ inline void take_turn(const AttentionParams& p, const Workspace& workspace, int64_t row, int turn) {

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(32 * WARPS) pack_by_keys_kernel(const __grid_c
     columns.x = ~ptx::prmt(first[0], last[0], 0x5410), columns.y = ~ptx::prmt(first[0], last[0], 0x7632);
     columns.z = ~ptx::prmt(first[1], last[1], 0x5410), columns.w = ~ptx::prmt(first[1], last[1], 0x7632);
     *reinterpret_cast<uint4*>(&bits_smem[warp][4 * lane]) = columns;
-    __syncthreads();
+    __syncthreads();  // every column is there
 
     // Two threads store a column's 256 bits.
     const int chunk = threadIdx.x % 2, word = threadIdx.x / 2;
