@@ -66,7 +66,11 @@ MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
 LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 # NaN comes back to rows that attend nothing.
 DEAD_ROWS = case(mask="dead rows")
-NAN_COMES_BACK = (DEAD_ROWS,)
+DEAD_SPANS = case(Nk=130, spans="some blind")
+DEAD_FIRST = case(Nk=90, window=(30, 0))
+DEAD_LAST = case(Nq=200, Nk=80, window=(10, 50), spans=None)
+DEAD_CAUSAL = case(Nk=90, causal=True)
+NAN_COMES_BACK = DEAD_ROWS, DEAD_SPANS, DEAD_FIRST, DEAD_LAST, DEAD_CAUSAL
 TRANSPOSED = case(mask="transposed")
 MASKED_WINDOW = case(window=(70, 30), mask="heads share")
 
@@ -310,6 +314,12 @@ TABLE = {
         ("-0.33065430f * factor", "-0.23065430f * factor", case(softcap=6.0)),
     ],
     ("tensor_core", "backward_workspace.cuh"): [
+        ("p.lse[row] == -CUDART_INF_F ? uint4{} : dO_rmem;", "dO_rmem;", DEAD_ROWS),
+        ("if (MASK || SCORE & SCORE_BIAS) return true;", "if (SCORE & SCORE_BIAS) return true;", DEAD_ROWS),
+        ("return p.seen.spans != nullptr ||", "return", DEAD_SPANS),
+        ("(p.seen.right >= 0 && first + p.seen.right < 0)", "false", DEAD_FIRST),
+        ("(p.seen.left >= 0 && last - p.seen.left >= p.Nk)", "false", DEAD_LAST),
+        ("return CAUSAL && p.Nq > p.Nk;", "return CAUSAL && p.Nq > p.Nk + 100;", DEAD_CAUSAL),
         ("__syncwarp();  // the warp's rows are written", "//", PLAIN),
         ("dQ[e] = make_float4(0, 0, 0, 0);", ";", PLAIN),
         ("int lanes = ROW_LANES / 2; lanes > 0", "int lanes = ROW_LANES / 4; lanes > 0", PLAIN),
@@ -496,10 +506,6 @@ TABLE = {
         ("p.by_keys = !p.by_keys;", "", TRANSPOSED),
     ],
     ("hopper", "backward_hopper.cuh"): [
-        ("if (!__any_sync(0xffffffff, dead)) return;", "return;", DEAD_ROWS),
-        ("LSE_smem[n / (ROW_BYTES / 4) % Tile::ROWS] ==", "LSE_smem[n / ROW_BYTES % Tile::ROWS] ==", DEAD_ROWS),
-        ("ptx::fence_proxy_async();  // this thread's part\n", "\n", DEAD_ROWS),
-        ("meet();                    // no dO of a dead row is left", "//", DEAD_ROWS),
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
         ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
         ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),

@@ -22,8 +22,9 @@ constexpr int N_TILES = BLOCK_Q / 8;
 // the hook for scores leaves no register for the other way.
 constexpr bool DS_BY_KEYS = HEAD_DIM > 64 && (MASK || SCORE == (SCORE_SOFTCAP | SCORE_BIAS | SCORE_ALIBI));
 using Tile_dS = std::conditional_t<DS_BY_KEYS, SwizzledTile<BLOCK_K, BLOCK_Q>, SwizzledTile<BLOCK_Q, BLOCK_K>>;
-// Causal, one group adds its part of dQ before it asks for dK, the other one after: one adds while the other multiplies. Not where blocks take turns.
-constexpr bool ALTERNATES = CAUSAL && !MASK && !DROPOUT && !SCORE;
+// Causal, with intervals, and where a mask leaves out tiles, one group adds its part of dQ before it asks for dK, the other one after: one adds while
+// the other multiplies. Not where blocks take turns.
+constexpr bool ALTERNATES = (CAUSAL || INTERVAL) && !MASK && !DROPOUT && !SCORE;
 constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // what each row sees
 using Tile_bias = SwizzledTile<BLOCK_Q, BLOCK_K>;
 constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
@@ -205,7 +206,6 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #endif
             multiply(S_rmem, K_smem, Q_tile, !MASK);
             ptx::mbarrier_wait(barrier(barriers.dO_full, stage), slot.parity);
-            drop_dead<Tile_Q>(dO_tile, rows_smem + stage * 2 * BLOCK_Q);
             multiply(dP_rmem, V_smem, dO_tile, true);
 
             // Dropout, while they are: what it keeps of the tile.
@@ -416,7 +416,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 template <bool ALTERNATE>
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
 #if LISTED
-    if (leaves_out(maps)) return backward<false, true>(p, maps);
+    if (leaves_out(maps)) return backward<true, true>(p, maps);  // where blocks take turns, they visit every tile
 #endif
     backward<ALTERNATE, false>(p, maps);
 }

@@ -188,7 +188,6 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         };
         auto start_dP = [&](const Visited& at) {
             ptx::mbarrier_wait(barrier(barriers.dO_full, at.slot().stage), at.slot().parity);
-            drop_dead<Tile_dO>(dO_of(at.n), rows_smem + at.slot().stage * 2 * BLOCK_Q);
             multiply(std::integral_constant<int, V_HEAD_DIM>(), dP_rmem, dO_of(at.n), V_smem, true);
         };
         // Two registers of 8 keys each, to 16 keys of P or dS.

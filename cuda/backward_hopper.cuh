@@ -67,23 +67,6 @@ constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240
 // All groups of consumers are there.
 __device__ inline void meet() { ptx::bar_sync(1, CONSUMERS * GROUP); }
 
-// Where rows may attend nothing, the kernel drops what comes back to them (Rung.drops_dead): their P is 0, but 0·NaN is NaN, so dO becomes 0 in shared
-// memory before it is multiplied. Such a row's LSE is ∞. LSE_smem: [BLOCK_Q], of the tile. All groups of consumers take part.
-constexpr bool DROPS_DEAD = (MASK || INTERVAL) && !(SCORE & SCORE_BIAS);
-template <class Tile>
-__device__ inline void drop_dead(uint32_t dO_smem, const float* LSE_smem) {
-    if (!DROPS_DEAD) return;
-    bool dead = false;
-#pragma unroll
-    for (int row = ptx::tid_x() % 32; row < BLOCK_Q; row += 32) dead |= LSE_smem[row] == CUDART_INF_F;
-    if (!__any_sync(0xffffffff, dead)) return;  // every warp finds the same
-#pragma unroll 1
-    for (int n = ptx::tid_x() - GROUP; n < Tile::BYTES / 4; n += CONSUMERS * GROUP)
-        if (LSE_smem[n / (ROW_BYTES / 4) % Tile::ROWS] == CUDART_INF_F) ptx::st_shared(dO_smem + 4 * n, 0);
-    ptx::fence_proxy_async();  // this thread's part
-    meet();                    // no dO of a dead row is left
-}
-
 // Deterministic: blocks add to a tile in the order of their keys, `row` the tile's first in the workspace. They start in that order too, so the one
 // waited for is running or done.
 __device__ inline void take_turn(const AttentionParams& p, const Workspace& workspace, int64_t row, int turn) {
@@ -163,8 +146,8 @@ inline float* workspace_for_order(const AttentionParams& p) {
 }
 #endif
 
-// Of workspace.
-inline int64_t backward_floats(const AttentionParams& p) {
+// Of workspace, without a copy of dO and with it.
+inline int64_t floats_before_copy(const AttentionParams& p) {
 #if LISTED
     // Whether gradients must repeat may change after memory has been planned for, and is not asked.
     if (!worth_looking(p, BLOCK_Q, BLOCK_K)) return Workspace::floats(p);
@@ -175,10 +158,12 @@ inline int64_t backward_floats(const AttentionParams& p) {
     return Workspace::floats(p);
 #endif
 }
+inline int64_t backward_floats(const AttentionParams& p) { return floats_with_copy(p, floats_before_copy(p)); }
 
 // The kernel, and what comes before and after it. more: what else is launched with the same maps.
-inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int smem_bytes, const AttentionParams& p,
+inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int smem_bytes, const AttentionParams& call,
                                    cudaError_t (*more)(const AttentionParams&, const Maps&) = nullptr) {
+    const AttentionParams p = with_copy(call, floats_before_copy(call));
     const int64_t all_rows = Workspace::all_rows(p), k_blocks = tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B;
     if (!numbers_fit(p, {all_rows / PREPARE_ROWS, k_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
@@ -194,10 +179,10 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         seen_tiles = SeenTiles(workspace_for_seen(p), p, k_tiles, tiles_of(p.Nq, BLOCK_Q));
         const KeyTileLength length{seen_tiles, static_cast<int>(seen_tiles.lines(p))};
         if (const cudaError_t error = look<BLOCK_K, BLOCK_Q>(p, seen_tiles, length, order, k_blocks); error != cudaSuccess) return error;
-        launch_early(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);  // runs beside these
+        launch_prepare(call, p, true);  // runs beside these
     } else
 #endif
-    if (all_rows > 0) launch_kernel(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);
+    launch_prepare(call, p);
     if (k_blocks > 0) {
         // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);

@@ -106,6 +106,7 @@ RUNGS: dict[str, Rung] = {
             dropout=True,
             scores=("softcap", "bias", "alibi"),
             bias_as_q=True,
+            drops_dead=True,
             packs_heads=True,
             forward_workspace=True,
             float8_keys=True,
@@ -123,6 +124,7 @@ RUNGS: dict[str, Rung] = {
             intervals=True,
             scores=("softcap", "bias", "alibi"),
             bias_as_q=True,
+            drops_dead=True,
         ),
         HOPPER_WIDE,  # behind all that take narrower heads
         HOPPER_FLOAT32,
