@@ -68,9 +68,8 @@ LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 DEAD_ROWS = case(mask="dead rows")
 DEAD_SPANS = case(Nk=130, spans="some blind")
 DEAD_FIRST = case(Nk=90, window=(30, 0))
-DEAD_LAST = case(Nq=200, Nk=80, window=(10, 50), spans=None)
 DEAD_CAUSAL = case(Nk=90, causal=True)
-NAN_COMES_BACK = DEAD_ROWS, DEAD_SPANS, DEAD_FIRST, DEAD_LAST, DEAD_CAUSAL
+NAN_COMES_BACK = DEAD_ROWS, DEAD_SPANS, DEAD_FIRST, DEAD_CAUSAL
 TRANSPOSED = case(mask="transposed")
 MASKED_WINDOW = case(window=(70, 30), mask="heads share")
 
@@ -318,7 +317,6 @@ TABLE = {
         ("if (MASK || SCORE & SCORE_BIAS) return true;", "if (SCORE & SCORE_BIAS) return true;", DEAD_ROWS),
         ("return p.seen.spans != nullptr ||", "return", DEAD_SPANS),
         ("(p.seen.right >= 0 && first + p.seen.right < 0)", "false", DEAD_FIRST),
-        ("(p.seen.left >= 0 && last - p.seen.left >= p.Nk)", "false", DEAD_LAST),
         ("return CAUSAL && p.Nq > p.Nk;", "return CAUSAL && p.Nq > p.Nk + 100;", DEAD_CAUSAL),
         ("__syncwarp();  // the warp's rows are written", "//", PLAIN),
         ("dQ[e] = make_float4(0, 0, 0, 0);", ";", PLAIN),
