@@ -87,7 +87,6 @@ COMES_BACK = [  # rung, head size, what leaves rows that attend nothing
     only_full("hopper", 128, {"window": (30, 0)}),
     ("hopper", 192, {"mask": "dead rows"}),
     only_full("hopper", 256, {"mask": "dead rows"}),
-    only_full("hopper", 64, {"bias": "hiding", "bias_as_q": True}),
 ]
 
 
