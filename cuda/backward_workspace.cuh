@@ -51,14 +51,16 @@ inline bool may_be_dead(const AttentionParams& p) {
 #endif
     return CAUSAL && p.Nq > p.Nk;
 }
-// The copy, [B, H, Nq, Dv], begins `after` floats, rounded up to whole chunks, into a workspace of this many.
+// The copy, [B, H, Nq, Dv], comes `after` floats. It begins at a multiple of 512 bytes, as tensors do: the copy engine reads lines of the cache.
+inline int64_t begin_of_copy(int64_t after) { return tiles_of(after, 128) * 128; }
+// Of workspace.
 inline int64_t floats_with_copy(const AttentionParams& p, int64_t after) {
-    return may_be_dead(p) ? whole_chunks(after) + tiles_of(static_cast<int64_t>(p.B) * p.H * p.Nq * p.Dv, 2) : after;
+    return may_be_dead(p) ? begin_of_copy(after) + tiles_of(static_cast<int64_t>(p.B) * p.H * p.Nq * p.Dv, 2) : after;
 }
 // The call as the backward kernel gets it.
 inline AttentionParams with_copy(AttentionParams p, int64_t after) {
     const int64_t head = static_cast<int64_t>(p.Nq) * p.Dv;
-    if (may_be_dead(p)) p.d_o = {p.workspace + whole_chunks(after), p.H * head, head, p.Dv};
+    if (may_be_dead(p)) p.d_o = {p.workspace + begin_of_copy(after), p.H * head, head, p.Dv};
     return p;
 }
 
