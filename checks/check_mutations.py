@@ -18,7 +18,18 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Problem, Report, Target
-from mutations import IN_PARTS, MUTATIONS, NAN_COMES_BACK, SMALL_PARTS, TURNS, TURNS_FLOAT32, WINDOW_TURNS, Mutation, replaced
+from mutations import (
+    IN_PARTS,
+    MUTATIONS,
+    NAN_COMES_BACK,
+    SMALL_PARTS,
+    TURNS,
+    TURNS_FLOAT32,
+    WIDE_WINDOW_TURNS,
+    WINDOW_TURNS,
+    Mutation,
+    replaced,
+)
 
 from flash_attention import build
 from flash_attention.backends import BACKENDS, emulated
@@ -43,7 +54,7 @@ def caught_by(mutation: Mutation, folder: Path) -> str | None:
     if mutation.case in NAN_COMES_BACK:
         problem = problem.poisoned(float("nan"))
     emulated.options.sources = copy
-    taking_turns = mutation.case in (TURNS, TURNS_FLOAT32, WINDOW_TURNS)
+    taking_turns = mutation.case in (TURNS, TURNS_FLOAT32, WINDOW_TURNS, WIDE_WINDOW_TURNS)
     torch.use_deterministic_algorithms(taking_turns)
     first = None
     try:
