@@ -77,6 +77,26 @@ def check_intervals(name, Nq, Nk, causal, window, spans, mask):
     against_truth(replace(case, dropout_p=0.25 if mask else 0.0), target(name))
 
 
+COMES_BACK = [  # rung, head size, what leaves rows that attend nothing
+    ("tensor_core", 64, {"mask": "dead rows"}),
+    only_full("tensor_core", 128, {"spans": "some blind"}),
+    only_full("tensor_core", 64, {"causal": True}),
+    ("hopper", 64, {"causal": True}),
+    only_full("hopper", 64, {"mask": "dead rows", "dropout_p": 0.25}),
+    ("hopper", 128, {"spans": "some blind"}),
+    only_full("hopper", 128, {"window": (30, 0)}),
+    ("hopper", 192, {"mask": "dead rows"}),
+    only_full("hopper", 256, {"mask": "dead rows"}),
+]
+
+
+@pytest.mark.parametrize(("name", "D", "hiding"), COMES_BACK)
+def check_what_comes_back_to_dead_rows(name, D, hiding):
+    """NaN in the gradients of rows that attend nothing is dropped by the kernels themselves."""
+    case = Case(B=1, H=2, Hkv=1, Nq=150, Nk=90, D=D, dtype=torch.float16, **hiding)
+    against_truth(case, target(name), bad=float("nan"))
+
+
 @pytest.mark.parametrize("name", ("simple", "tensor_core", "hopper"))
 def check_parts_of_a_whole(name):
     """Offsets: rows and columns out of a larger call see, and lose to dropout, what they do there."""

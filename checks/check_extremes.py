@@ -15,6 +15,7 @@ from harness import (
     Problem,
     Report,
     Result,
+    against_truth,
     dtype_served,
     flash,
     naive,
@@ -49,11 +50,6 @@ def dead_problem(target, causal: bool, dropout_p: float = 0.0) -> tuple[Problem,
     return problem, dead
 
 
-def poisoned(problem: Problem, dead: torch.Tensor, bad: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """dO and dLSE with `bad` wherever a row attends nothing."""
-    return problem.dO.masked_fill(dead[..., None], bad), problem.dLSE.masked_fill(dead, bad)
-
-
 @BAD
 @CAUSAL
 def check_what_comes_back_to_dead_rows(target, causal, bad):
@@ -61,7 +57,8 @@ def check_what_comes_back_to_dead_rows(target, causal, bad):
     Through autograd, through the op, from naive attention."""
     problem, dead = dead_problem(target, causal)
     case, call = problem.case, (problem.q, problem.k, problem.v, problem.mask)
-    dO, dLSE = poisoned(problem, dead, bad)
+    worse = problem.poisoned(bad)
+    dO, dLSE = worse.dO, worse.dLSE
     report = Report(f"{target}: {bad} comes back to dead rows, {case}")
     result = flash(case, target, *call, dO, dLSE)
     report.expect("autograd", result, problem)
@@ -78,13 +75,22 @@ def check_what_comes_back_to_dead_rows(target, causal, bad):
 def check_with_dropout(target):
     """The same where dropout scales what is kept."""
     skip_unless_masks(target)
-    problem, dead = dead_problem(target, True, dropout_p=0.2)
+    problem, _ = dead_problem(target, True, dropout_p=0.2)
     report = Report(f"{target}: NaN comes back to dead rows, {problem.case}")
-    torch.manual_seed(problem.case.seed)
-    report.expect(
-        "autograd", flash(problem.case, target, problem.q, problem.k, problem.v, problem.mask, *poisoned(problem, dead, math.nan)), problem
-    )
+    report.expect("autograd", problem.poisoned(math.nan).answer(target), problem)
     report.verdict()
+
+
+HIDING = {"dead rows": {"mask": "dead rows"}, "key": {"mask": "key", "causal": True}, "some blind": {"spans": "some blind"}}
+
+
+@pytest.mark.parametrize("hiding", HIDING.values(), ids=HIDING)
+@pytest.mark.parametrize("D", (64, 128, 192, 256))
+@BAD
+def check_in_each_kernel(target, bad, D, hiding):
+    """The same for each way of hiding and for head sizes that have kernels of their own."""
+    case = Case(B=4, Nq=300, Nk=300, D=D, dtype=dtype_served(target), seed=2, **hiding)
+    against_truth(case, target, bad=bad)
 
 
 @BAD

@@ -18,7 +18,18 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Problem, Report, Target
-from mutations import IN_PARTS, MUTATIONS, SMALL_PARTS, TURNS, TURNS_FLOAT32, WIDE_WINDOW_TURNS, WINDOW_TURNS, Mutation, replaced
+from mutations import (
+    IN_PARTS,
+    MUTATIONS,
+    NAN_COMES_BACK,
+    SMALL_PARTS,
+    TURNS,
+    TURNS_FLOAT32,
+    WIDE_WINDOW_TURNS,
+    WINDOW_TURNS,
+    Mutation,
+    replaced,
+)
 
 from flash_attention import build
 from flash_attention.backends import BACKENDS, emulated
@@ -40,6 +51,8 @@ def caught_by(mutation: Mutation, folder: Path) -> str | None:
         replaced(copy / "parts_of_heads.cuh", SMALL_PARTS)
     target = Target(f"emulated:{mutation.rung}", "cpu")
     problem = Problem.of(mutation.case, target)
+    if mutation.case in NAN_COMES_BACK:
+        problem = problem.poisoned(float("nan"))
     emulated.options.sources = copy
     taking_turns = mutation.case in (TURNS, TURNS_FLOAT32, WINDOW_TURNS, WIDE_WINDOW_TURNS)
     torch.use_deterministic_algorithms(taking_turns)

@@ -423,6 +423,13 @@ class Problem:
         call, dropout = (q, k, v, mask, dO, dLSE), case.dropout(q.device.type)
         return cls(case, *call, naive(case, *call, dropout=dropout, dtype=torch.float64), naive(case, *call, dropout=dropout))
 
+    def poisoned(self, bad: float) -> "Problem":
+        """The same with `bad` in dO and dLSE wherever a row attends nothing."""
+        dead = self.truth.LSE.isneginf()
+        assert dead.any() and not dead.all()
+        dLSE = None if self.dLSE is None else self.dLSE.masked_fill(dead, bad)
+        return replace(self, dO=self.dO.masked_fill(dead[..., None], bad), dLSE=dLSE)
+
     def answer(self, target: Target) -> Result:
         """What the backend makes of it."""
         if self.case.dropout_p:
@@ -459,9 +466,11 @@ ALGORITHMS = {
 }
 
 
-def against_truth(case: Case, target: Target, slack: float = 1.0) -> tuple[Problem, Result]:
-    """O, LSE, dQ, dK and dV of one case on one backend, with random dO and dLSE, against the truth. Returns what was solved, and how."""
+def against_truth(case: Case, target: Target, slack: float = 1.0, bad: float | None = None) -> tuple[Problem, Result]:
+    """O, LSE, dQ, dK and dV of one case on one backend, with random dO and dLSE, against the truth. Returns what was solved, and how.
+    bad: what comes back to rows that attend nothing."""
     problem = Problem.of(case, target)
+    problem = problem if bad is None else problem.poisoned(bad)
     answer = problem.answer(target)
     report = Report(f"{target}: {case}")
     report.expect("flash_attention", answer, problem, slack)

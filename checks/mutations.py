@@ -66,6 +66,13 @@ WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
 WIDE_WINDOW_TURNS = case(D=128, Nk=700, window=(200, 0))  # deterministic
 MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
 LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
+# NaN comes back to rows that attend nothing.
+DEAD_ROWS = case(mask="dead rows")
+DEAD_SPANS = case(Nk=130, spans="some blind")
+DEAD_FIRST = case(Nk=90, window=(30, 0))
+DEAD_CAUSAL = case(Nk=90, causal=True)
+NAN_COMES_BACK = DEAD_ROWS, DEAD_SPANS, DEAD_FIRST, DEAD_CAUSAL
+TRANSPOSED = case(mask="transposed")
 MASKED_WINDOW = case(window=(70, 30), mask="heads share")
 
 CAPPED = case(softcap=1.5, dtype=torch.float32)
@@ -328,6 +335,11 @@ TABLE = {
         ("-0.33065430f * factor", "-0.23065430f * factor", case(softcap=6.0)),
     ],
     ("tensor_core", "backward_workspace.cuh"): [
+        ("p.lse[row] == -CUDART_INF_F ? uint4{} : dO_rmem;", "dO_rmem;", DEAD_ROWS),
+        ("if (MASK || SCORE & SCORE_BIAS) return true;", "if (SCORE & SCORE_BIAS) return true;", DEAD_ROWS),
+        ("return p.seen.spans != nullptr ||", "return", DEAD_SPANS),
+        ("(p.seen.right >= 0 && first + p.seen.right < 0)", "false", DEAD_FIRST),
+        ("return CAUSAL && p.Nq > p.Nk;", "return CAUSAL && p.Nq > p.Nk + 100;", DEAD_CAUSAL),
         ("__syncwarp();  // the warp's rows are written", "//", PLAIN),
         ("dQ[e] = make_float4(0, 0, 0, 0);", ";", PLAIN),
         ("int lanes = ROW_LANES / 2; lanes > 0", "int lanes = ROW_LANES / 4; lanes > 0", PLAIN),
@@ -480,7 +492,8 @@ TABLE = {
         ("ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();", "ptx::wgmma_wait_group<2>();", PLAIN),
         ("ptx::wgmma_wait_group<1>();  // dV and dQ are there", "ptx::wgmma_wait_group<2>();", PLAIN),
         ("ptx::wgmma_wait_group<0>();  // both are there", "ptx::wgmma_wait_group<1>();  //", CAUSAL),
-        ("row + 64, 0, dQ_rmem", "row, 0, dQ_rmem", CAUSAL),
+        ("row + (BY_ROWS ? 64 : 0), BY_ROWS ?", "row, BY_ROWS ?", CAUSAL),
+        ("BY_ROWS ? 0 : COLUMNS, dQ_rmem", "0, dQ_rmem", case(D=128, Nq=400, Nk=500, mask="band")),
         ("dS_smem + now.n % 2 * Tile_dS::BYTES;", "dS_smem;", case(Nq=700)),
         ("ptx::mbarrier_wait(barrier(barriers.dS_full, n % 2), n / 2 & 1);", NO_WAIT, WIDE),
         ("ptx::mbarrier_wait(barrier(barriers.dS_empty, now.n % 2), (now.n / 2 & 1) ^ 1);", NO_WAIT, WIDE),
@@ -511,6 +524,17 @@ TABLE = {
         ),
         ("end_bh((b_kv_h + 1) * (p.H / p.Hkv))", "end_bh(b_kv_h * (p.H / p.Hkv) + 1)", STRUCTURED_GROUPED),
         ("if (LEAVES_OUT) unit = maps.order.units[unit];", "if (LEAVES_OUT) unit = maps.order.units[unit / 2];", STRUCTURED),
+    ],
+    ("hopper", "pack_mask.cu"): [
+        ("__syncthreads();  // every column is there", "//", MASKED),
+        ("if (i + n >= p.Nq) bytes[n] = uint4{};", "if (false) bytes[n] = uint4{};", MASKED),
+        ("may[w] = may[w] >> 1 | nonzero;", "may[w] = may[w] << 1 | nonzero;", MASKED),
+        ("part & bit ? low : high, bit * READERS);", "part & bit ? low : high, bit * 4);", MASKED),
+        ("(part & bit ? low : high) = other;", "high = other;", MASKED),
+        ("columns.x = ~ptx::prmt(first[0], last[0], 0x5410)", "columns.x = ~ptx::prmt(first[0], last[0], 0x1054)", MASKED),
+        ("word / (4 * READERS) * 4 + word % 4;", "word / (4 * READERS) * 4;", MASKED),
+        ("std::swap(p.stride_i, p.stride_j), std::swap(p.Nq, p.Nk);", "std::swap(p.stride_i, p.stride_j);", TRANSPOSED),
+        ("p.by_keys = !p.by_keys;", "", TRANSPOSED),
     ],
     ("hopper", "backward_hopper.cuh"): [
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),

@@ -35,12 +35,12 @@ constexpr int N_TILES = BLOCK_Q / 8;
 // the hook for scores leaves no register for the other way.
 constexpr bool DS_BY_KEYS = HEAD_DIM > 64 && (MASK || SCORE == (SCORE_SOFTCAP | SCORE_BIAS | SCORE_ALIBI));
 using Tile_dS = std::conditional_t<DS_BY_KEYS, SwizzledTile<BLOCK_K, BLOCK_Q>, SwizzledTile<BLOCK_Q, BLOCK_K>>;
-// Causal, one group adds its part of dQ before it asks for dK, the other one after: one adds while the other multiplies. Not where blocks take turns.
-constexpr bool ALTERNATES = CAUSAL && !DQ_LATE && !MASK && !DROPOUT && !SCORE;
+// Causal, with intervals, and where a mask leaves out tiles, one group adds its part of dQ before it asks for dK, the other one after: one adds while
+// the other multiplies. Not where blocks take turns.
+constexpr bool ALTERNATES = (CAUSAL || INTERVAL) && !DQ_LATE && !MASK && !DROPOUT && !SCORE;
 // A group computes 64 rows of dQ, or, where there are no more, half of the columns; beyond the head's last they are 0.
 constexpr bool BY_ROWS = BLOCK_Q == 128;
 constexpr int COLUMNS = BY_ROWS || HEAD_DIM > 64 ? 64 : 32;
-static_assert(BY_ROWS || !ALTERNATES);
 constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // what each row sees
 using Tile_bias = SwizzledTile<BLOCK_Q, BLOCK_K>;
 constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
@@ -448,7 +448,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 } else {
                     add(dK_rmem, dS_rmem, Q_tile);
                     ptx::wgmma_wait_group<1>();
-                    add_dQ<COLUMNS>(workspace, row + 64, 0, dQ_rmem);
+                    add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? 64 : 0), BY_ROWS ? 0 : COLUMNS, dQ_rmem);
                     ptx::wgmma_wait_group<0>();
                 }
             } else {
@@ -501,7 +501,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 template <bool ALTERNATE>
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
 #if LISTED
-    if (leaves_out(maps)) return backward<false, true>(p, maps);
+    if (leaves_out(maps)) return backward<true, true>(p, maps);  // where blocks take turns, they visit every tile
 #endif
     backward<ALTERNATE, false>(p, maps);
 }

@@ -146,8 +146,8 @@ inline float* workspace_for_order(const AttentionParams& p) {
 }
 #endif
 
-// Of workspace.
-inline int64_t backward_floats(const AttentionParams& p) {
+// Of workspace, without a copy of dO and with it.
+inline int64_t floats_before_copy(const AttentionParams& p) {
 #if LISTED
     // Whether gradients must repeat may change after memory has been planned for, and is not asked.
     if (!worth_looking(p, BLOCK_Q, BLOCK_K)) return Workspace::floats(p);
@@ -158,10 +158,12 @@ inline int64_t backward_floats(const AttentionParams& p) {
     return Workspace::floats(p);
 #endif
 }
+inline int64_t backward_floats(const AttentionParams& p) { return floats_with_copy(p, floats_before_copy(p)); }
 
 // The kernel, and what comes before and after it. more: what else is launched with the same maps.
-inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int smem_bytes, const AttentionParams& p,
+inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int smem_bytes, const AttentionParams& call,
                                    cudaError_t (*more)(const AttentionParams&, const Maps&) = nullptr) {
+    const AttentionParams p = with_copy(call, floats_before_copy(call));
     const int64_t all_rows = Workspace::all_rows(p), k_blocks = tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B;
     if (!numbers_fit(p, {all_rows / PREPARE_ROWS, k_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
@@ -177,10 +179,10 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         seen_tiles = SeenTiles(workspace_for_seen(p), p, k_tiles, tiles_of(p.Nq, BLOCK_Q));
         const KeyTileLength length{seen_tiles, static_cast<int>(seen_tiles.lines(p))};
         if (const cudaError_t error = look<BLOCK_K, BLOCK_Q>(p, seen_tiles, length, order, k_blocks); error != cudaSuccess) return error;
-        launch_early(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);  // runs beside these
+        launch_prepare(call, p, true);  // runs beside these
     } else
 #endif
-    if (all_rows > 0) launch_kernel(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);
+    launch_prepare(call, p);
     if (k_blocks > 0) {
         // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);

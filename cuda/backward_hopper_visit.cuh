@@ -159,7 +159,8 @@ struct Visit {
 #endif
 
 #if LISTED
-__device__ inline bool leaves_out(const Maps& maps) { return maps.seen_tiles.words != nullptr && !maps.order.none(); }
+// Found in the block's place in the order, which it reads in any case.
+__device__ inline bool leaves_out(const Maps& maps) { return maps.seen_tiles.words != nullptr && maps.order.units[blockIdx.x] != NO_ORDER; }
 template <bool LEAVES_OUT>
 using VisitOf = std::conditional_t<LEAVES_OUT, ListedVisit, Visit>;
 #else

@@ -40,13 +40,39 @@ struct Workspace {
 // other along the columns, each 512 contiguous bytes.
 __device__ inline int64_t fragment_offset(int64_t row, int column, int lane) { return row * HEAD_DIM + column * 16 + lane * 4; }
 
+// ---- rows that attend nothing: what comes back to them is dropped. It may be NaN, and though their P is 0, 0·NaN is NaN in dK and dV. Where a call may
+// have such rows, what comes before therefore writes a copy of dO in which they are 0, and the backward kernel reads that.
+
+inline bool may_be_dead(const AttentionParams& p) {
+    if (MASK || SCORE & SCORE_BIAS) return true;
+#if INTERVAL
+    const int64_t first = p.seen.diagonal, last = first + p.Nq - 1;  // where the first and the last row stand
+    return p.seen.spans != nullptr || (p.seen.right >= 0 && first + p.seen.right < 0) || (p.seen.left >= 0 && last - p.seen.left >= p.Nk);
+#endif
+    return CAUSAL && p.Nq > p.Nk;
+}
+// The copy, [B, H, Nq, Dv], comes `after` floats. It begins at a multiple of 512 bytes, as tensors do: the copy engine reads lines of the cache.
+inline int64_t begin_of_copy(int64_t after) { return tiles_of(after, 128) * 128; }
+// Of workspace.
+inline int64_t floats_with_copy(const AttentionParams& p, int64_t after) {
+    return may_be_dead(p) ? begin_of_copy(after) + tiles_of(static_cast<int64_t>(p.B) * p.H * p.Nq * p.Dv, 2) : after;
+}
+// The call as the backward kernel gets it.
+inline AttentionParams with_copy(AttentionParams p, int64_t after) {
+    const int64_t head = static_cast<int64_t>(p.Nq) * p.Dv;
+    if (may_be_dead(p)) p.d_o = {p.workspace + begin_of_copy(after), p.H * head, head, p.Dv};
+    return p;
+}
+
 // ---- before: Delta = rowsum(dO∘O) − dLSE (line 4), LSE in base 2, and zeros for dQ (line 3)
 
 constexpr int ROW_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // threads that sum one row, 8 columns each
 constexpr int PREPARE_THREADS = 256;
 constexpr int PREPARE_ROWS = PREPARE_THREADS / ROW_LANES;
 
-__global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ AttentionParams p) {
+// COPIES: to copy, in which rows that attend nothing are 0
+template <bool COPIES>
+__device__ inline void prepare(const AttentionParams& p, [[maybe_unused]] element* copy) {
     const Workspace workspace(p);
     const int blocks_per_head = workspace.rows / PREPARE_ROWS;
     const int i = blockIdx.x % blocks_per_head * PREPARE_ROWS + threadIdx.x / ROW_LANES;
@@ -60,6 +86,10 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_c
         const element *O = reinterpret_cast<const element*>(&O_rmem), *dO = reinterpret_cast<const element*>(&dO_rmem);
 #pragma unroll
         for (int d = 0; d < 8; ++d) Delta = fmaf(static_cast<float>(O[d]), static_cast<float>(dO[d]), Delta);
+        if (COPIES) {
+            const int64_t row = static_cast<int64_t>(bh) * p.Nq + i;
+            *reinterpret_cast<uint4*>(copy + row * p.Dv + column) = p.lse[row] == -CUDART_INF_F ? uint4{} : dO_rmem;
+        }
     }
 #pragma unroll
     for (int lanes = ROW_LANES / 2; lanes > 0; lanes /= 2) Delta += __shfl_xor_sync(0xffffffff, Delta, lanes);
@@ -91,6 +121,18 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_c
     // Launched early, it runs beside the kernels that look through the mask. One block waits for them, and with it what comes next.
     if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();
 #endif
+}
+__global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ AttentionParams p) { prepare<false>(p, nullptr); }
+__global__ void __launch_bounds__(PREPARE_THREADS) prepare_copying_kernel(const __grid_constant__ AttentionParams p, element* copy) { prepare<true>(p, copy); }
+
+// early: beside the kernel before. with: the call as the backward kernel gets it.
+inline void launch_prepare(const AttentionParams& p, const AttentionParams& with, bool early = false) {
+    const unsigned blocks = static_cast<unsigned>(Workspace::all_rows(p) / PREPARE_ROWS);
+    element* copy = static_cast<element*>(with.d_o.data);
+    if (blocks == 0) return;
+    if (!may_be_dead(p)) launch_kernel(prepare_kernel, blocks, PREPARE_THREADS, 0, p.stream, p);
+    else if (early) launch_early(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, copy);
+    else launch_kernel(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, copy);
 }
 
 // ---- after: dQ out of fragment order, scaled and rounded. One warp takes 16 rows, through shared memory so that it writes 16 bytes a lane.

@@ -12,11 +12,12 @@
 #if INTERVAL || MASK
 constexpr int ORDER_WARPS = 32;
 constexpr int CLASSES = 8;
+constexpr int NO_ORDER = -1;
 
 // In a workspace.
 struct alignas(16) Order {
     int* queue;  // how many units blocks have taken from it; of a mask's, whether there is none
-    int* units;  // [units]
+    int* units;  // [units]; each NO_ORDER if there is none
 
     Order() = default;
     __host__ __device__ Order(float* workspace) : queue(reinterpret_cast<int*>(workspace)), units(queue + 4) {}
@@ -68,7 +69,10 @@ __global__ void __launch_bounds__(32 * ORDER_WARPS)
     if constexpr (Length::SAYS_MOST) {
         for (int w = 0; w < ORDER_WARPS; ++w) shorter |= shorter_smem[w];
         if (threadIdx.x == 0) order.queue[1] = !shorter;
-        if (!shorter) return;
+        if (!shorter) {
+            for (int unit = threadIdx.x; unit < units; unit += 32 * ORDER_WARPS) order.units[unit] = NO_ORDER;
+            return;
+        }
     }
     const float shortest = sum / (16.0f * blocks);
     auto class_of = [&](int unit) {  // beyond the last unit: none

@@ -5,7 +5,10 @@
 // dimensions are packed once: Python passes 1 for their size, and stride 0 to the kernels that read the result.
 #include <stdint.h>
 
+#include <utility>
+
 #include "launch.cuh"
+#include "ptx.cuh"
 
 struct PackParams {
     const uint8_t* mask;                             // bool [B, H, Nq, Nk], any strides
@@ -45,6 +48,15 @@ __device__ inline uint32_t hidden_columns(const uint8_t* mask_gmem, int64_t stri
     return hidden;
 }
 
+// 16 columns, a byte each, for any stride; those beyond the row's end are 0.
+__device__ inline uint4 columns_one_by_one(const uint8_t* mask_gmem, int64_t stride_j, int j, int Nk) {
+    uint32_t words[4] = {};
+#pragma unroll
+    for (int c = 0; c < 16; ++c)
+        if (j + c < Nk && mask_gmem[(j + c) * stride_j]) words[c / 4] |= 1u << c % 4 * 8;
+    return {words[0], words[1], words[2], words[3]};
+}
+
 // ---- words of a query's keys: a warp takes COLUMNS columns of a row, and two lanes make a word
 
 constexpr int COLUMNS = 2048;
@@ -75,54 +87,84 @@ __global__ void __launch_bounds__(32 * WARPS) pack_mask_kernel(const __grid_cons
     }
 }
 
-// ---- words of a key's queries: a block takes QUERIES rows, a lane each, and KEYS columns
+// ---- words of a key's queries: a block takes QUERIES rows and KEYS columns, a warp 32 rows of these
 
 constexpr int QUERIES = 32 * WARPS, KEYS = 128;
+constexpr int READERS = KEYS / 16;  // lanes that read a row, a whole line of the cache, together
 
 __global__ void __launch_bounds__(32 * WARPS) pack_by_keys_kernel(const __grid_constant__ PackParams p, bool aligned) {
-    __shared__ uint4 bits_smem[KEYS][QUERIES / 128];
+    constexpr int ROW_WORDS = KEYS + 4;  // so that the rows of two chunks of 128 queries begin at other banks
+    __shared__ __align__(16) uint32_t bits_smem[WARPS][ROW_WORDS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int i_blocks = (p.Nq + QUERIES - 1) / QUERIES;
-    const int i0 = blockIdx.x % i_blocks * QUERIES, bh = blockIdx.x / i_blocks, j0 = block_along_keys() * KEYS;
-    const int i = i0 + threadIdx.x;
-    const uint8_t* mask_gmem = p.mask + bh / p.H * p.stride_b + bh % p.H * p.stride_h + min(i, p.Nq - 1) * p.stride_i;  // [Nk]
+    const uint32_t j_blocks = (p.Nk + KEYS - 1) / KEYS, i_blocks = (p.Nq + QUERIES - 1) / QUERIES;
+    const int j0 = blockIdx.x % j_blocks * KEYS, i0 = blockIdx.x / j_blocks % i_blocks * QUERIES, bh = blockIdx.x / j_blocks / i_blocks;
+    // A lane reads 16 columns of each of eight rows.
+    const int part = lane / READERS, j = j0 + lane % READERS * 16, i = i0 + warp * 32 + part * 8;
+    const uint8_t* mask_gmem = p.mask + bh / p.H * p.stride_b + bh % p.H * p.stride_h;
 
-    uint4 bytes[KEYS / 16];  // all loads are under way before the first is used
+    uint4 bytes[8];  // all loads are under way before the first is used
 #pragma unroll
-    for (int n = 0; n < KEYS / 16; ++n)
-        if (aligned && j0 + 16 * n + 16 <= p.Nk) bytes[n] = *reinterpret_cast<const uint4*>(mask_gmem + j0 + 16 * n);
-#pragma unroll
-    for (int n = 0; n < KEYS / 16; ++n) {
-        const int j = j0 + 16 * n;
-        uint32_t hidden = aligned && j + 16 <= p.Nk ? hidden_columns(bytes[n]) : hidden_columns(mask_gmem, p.stride_j, j, p.Nk);
-        if (i >= p.Nq) hidden = 0xffff;
-        // Lane c keeps bit c of every lane: a column becomes a word.
-        uint32_t word = 0;
-#pragma unroll
-        for (int c = 0; c < 16; ++c) {
-            const uint32_t column = __ballot_sync(0xffffffff, hidden >> c & 1);
-            if (lane == c) word = column;
-        }
-        if (lane < 16) reinterpret_cast<uint32_t*>(bits_smem[16 * n + lane])[warp] = word;
+    for (int n = 0; n < 8; ++n) {
+        const uint8_t* row = mask_gmem + (i + n) * p.stride_i;
+        if (i + n >= p.Nq) bytes[n] = uint4{};
+        else if (aligned && j + 16 <= p.Nk) bytes[n] = __ldcs(reinterpret_cast<const uint4*>(row + j));
+        else bytes[n] = columns_one_by_one(row, p.stride_j, j, p.Nk);
     }
-    __syncthreads();
+    // Bit n of byte c: row n of the eight may attend column c.
+    uint32_t may[4] = {};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const uint32_t words[4] = {bytes[n].x, bytes[n].y, bytes[n].z, bytes[n].w};
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            const uint32_t nonzero = ((words[w] & 0x7f7f7f7fu) + 0x7f7f7f7fu | words[w]) & 0x80808080u;
+            may[w] = may[w] >> 1 | nonzero;  // what the shift moves across bytes is 0
+        }
+    }
+    // Four lanes have the same columns of 32 rows, and exchange words: then lane `part` has word `part` of each of the four.
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            if (w & bit) continue;
+            uint32_t &low = may[w], &high = may[w + bit];
+            const uint32_t other = __shfl_xor_sync(0xffffffff, part & bit ? low : high, bit * READERS);
+            (part & bit ? low : high) = other;
+        }
+    // Bytes of four columns in four words of eight rows become four columns of 32 rows.
+    const uint32_t first[2] = {ptx::prmt(may[0], may[1], 0x5140), ptx::prmt(may[0], may[1], 0x7362)};
+    const uint32_t last[2] = {ptx::prmt(may[2], may[3], 0x5140), ptx::prmt(may[2], may[3], 0x7362)};
+    uint4 columns;  // 16 · (lane % READERS) + 4 · part + 0, 1, 2, 3
+    columns.x = ~ptx::prmt(first[0], last[0], 0x5410), columns.y = ~ptx::prmt(first[0], last[0], 0x7632);
+    columns.z = ~ptx::prmt(first[1], last[1], 0x5410), columns.w = ~ptx::prmt(first[1], last[1], 0x7632);
+    *reinterpret_cast<uint4*>(&bits_smem[warp][4 * lane]) = columns;
+    __syncthreads();  // every column is there
 
-    const int chunk = threadIdx.x % (QUERIES / 128), j = threadIdx.x / (QUERIES / 128);
-    const int chunks = (p.Nq + 127) / 128, first = i0 / 128 + chunk;  // of 128 queries
-    if (j0 + j < p.Nk && first < chunks) reinterpret_cast<uint4*>(p.bits)[(static_cast<int64_t>(bh) * p.Nk + j0 + j) * chunks + first] = bits_smem[j][chunk];
+    // Two threads store a column's 256 bits.
+    const int chunk = threadIdx.x % 2, word = threadIdx.x / 2;
+    const int column = j0 + word / 4 % READERS * 16 + word / (4 * READERS) * 4 + word % 4;
+    const int chunks = (p.Nq + 127) / 128, at = i0 / 128 + chunk;  // of 128 queries
+    if (column >= p.Nk || at >= chunks) return;
+    const uint4 bits = {bits_smem[4 * chunk][word], bits_smem[4 * chunk + 1][word], bits_smem[4 * chunk + 2][word], bits_smem[4 * chunk + 3][word]};
+    reinterpret_cast<uint4*>(p.bits)[(static_cast<int64_t>(bh) * p.Nk + column) * chunks + at] = bits;
 }
 
 extern "C" int pack_mask(const PackParams* params) {
-    const PackParams& p = *params;
+    PackParams p = *params;
+    if (p.stride_j != 1 && p.stride_i == 1) {  // the transpose of a mask with contiguous rows
+        std::swap(p.stride_i, p.stride_j), std::swap(p.Nq, p.Nk);
+        p.by_keys = !p.by_keys;
+    }
     const int64_t rows = static_cast<int64_t>(p.B) * p.H * p.Nq;
-    // Numbers of rows, and of columns up to the end of the last block, are ints.
-    if (rows > INT32_MAX || p.Nk > INT32_MAX - (1 << 20)) return cudaErrorInvalidConfiguration;
+    const int64_t key_blocks = (static_cast<int64_t>(p.Nq) + QUERIES - 1) / QUERIES * p.B * p.H * ((static_cast<int64_t>(p.Nk) + KEYS - 1) / KEYS);
+    // Numbers of rows, of blocks, and of columns up to the end of the last block, are ints.
+    const int most = INT32_MAX - (1 << 20);
+    if (rows > INT32_MAX || p.Nq > most || p.Nk > most || (p.by_keys && key_blocks > INT32_MAX)) return cudaErrorInvalidConfiguration;
     if (rows == 0 || p.Nk == 0) return cudaSuccess;
     const bool aligned = p.stride_j == 1 && (reinterpret_cast<int64_t>(p.mask) | p.stride_b | p.stride_h | p.stride_i) % 16 == 0;
     return on_device(p.device, [&] {
         if (p.by_keys) {
-            const dim3 blocks = grid((p.Nq + QUERIES - 1) / QUERIES * p.B * p.H, (p.Nk + KEYS - 1) / KEYS);
-            launch_kernel(pack_by_keys_kernel, blocks, 32 * WARPS, 0, p.stream, p, aligned);
+            launch_kernel(pack_by_keys_kernel, dim3(static_cast<unsigned>(key_blocks)), 32 * WARPS, 0, p.stream, p, aligned);
         } else {
             const dim3 blocks = grid((rows + WARPS - 1) / WARPS, (p.Nk + COLUMNS - 1) / COLUMNS);
             launch_kernel(pack_mask_kernel, blocks, 32 * WARPS, 0, p.stream, p, aligned);

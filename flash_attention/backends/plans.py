@@ -96,16 +96,14 @@ class Backward(NamedTuple):
     mask_form: str | None
     factor: float  # of q
     copied: tuple[bool, ...]  # of q, k, v, O, dO: which the kernel cannot read as they are
-    hides_dead: bool  # rows may attend nothing
+    hides_dead: bool  # rows may attend nothing, and the kernels do not drop what comes back to them
     workspace: int  # floats
     outputs_are_like: bool  # allocate.is_like, of dQ, dK and dV
 
     @classmethod
     def of(cls, rung: "Rung", call: Call, copied: tuple[bool, ...] = (False,) * 5) -> "Backward":
         factor, scale = positive(call.settings.scale)
-        visible = call.settings.visible(call.q.shape[2], call.k.shape[2], None)
-        hides_dead = call.mask is not None or call.spans is not None or call.bias is not None or visible.blinds
-        dO = call.dO
+        hides_dead, dO = rung.must_hide_dead(call), call.dO
         if hides_dead:
             hidden = hide_dead(torch.empty(dO.shape[:3], dtype=torch.bool, device="meta"), dO.empty())[0]
             dO = dO._replace(stride=hidden.stride())
@@ -120,7 +118,7 @@ class Backward(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Nothing but memory is needed before the launch, and nothing after it."""
-        special = self.hides_dead or self.call.spans is not None or self.call.has_dropout or self.call.score
+        special = self.hides_dead or self.mask_form is not None or self.call.spans is not None or self.call.has_dropout or self.call.score
         return self.factor == 1 and not any(self.copied) and not special
 
     def repeat(self, q: Tensor, k: Tensor, v: Tensor, LSE: Tensor, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
