@@ -126,7 +126,7 @@ class Call(NamedTuple):
     @property
     def score(self) -> tuple[str, ...]:
         """The arguments that change scores before the softmax, by name."""
-        given = {"softcap": self.settings.softcap, "bias": self.bias, "alibi": self.alibi}
+        given = {"softcap": self.settings.softcap, "bias": self.bias, "alibi": self.alibi}  # named as attention.h's SCORE_ bits
         return tuple(name for name, x in given.items() if x is not None)
 
     @property

@@ -145,7 +145,7 @@ def flash_attention2_backward(
     visible = Visible(Nq, Nk) if visible is None else visible
     S_memory, dP_memory = fast_memory(Q, K, block_q, block_k), fast_memory(Q, K, block_q, block_k)
     P_memory, dS_memory = (S_memory, dP_memory) if observe is None else (torch.empty_like(S_memory), torch.empty_like(dP_memory))
-    derivative_memory = None if score is None or score.softcap is None else torch.empty_like(S_memory)
+    derivative_memory = torch.empty_like(S_memory) if score is not None and score.has_derivative else None
     dQ = Q.new_zeros(Q.shape, dtype=dtype)  # line 3
     dK, dV = K.new_empty(K.shape), V.new_empty(V.shape)
     dead = LSE.isneginf()  # rows that attend nothing: P = 2^(S − ∞) = 0
@@ -177,7 +177,7 @@ def flash_attention2_backward(
             if dBias is not None:
                 score.add_gradient_(dBias, dS, i, j)
             if derivative is not None:
-                dS.mul_(derivative)  # through the softcap
+                dS.mul_(derivative)  # from the changed score to the product that it was
             add_matmul_(dQ[:, :, i], dS, Kj * scale)  # line 15
             add_matmul_mT_(dKj, dS, Qi)  # line 16; Qi carries the scale
             if observe is not None:

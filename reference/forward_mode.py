@@ -64,7 +64,7 @@ def flash_attention2_jvp(
     mask = broadcast_mask(mask, B, H, Nq, Nk)
     visible = Visible(Nq, Nk) if visible is None else visible
     P_memory, tX_memory = fast_memory(Q, K, block_q, block_k), fast_memory(Q, K, block_q, block_k)
-    derivative_memory = None if score is None or score.softcap is None else torch.empty_like(P_memory)
+    derivative_memory = torch.empty_like(P_memory) if score is not None and score.has_derivative else None
     tO, tLSE = torch.empty_like(O), torch.empty_like(LSE)
     LSE = (LSE * LOG2_E).masked_fill_(LSE.isneginf(), math.inf)  # rows that attend nothing: P = 2^(S − ∞) = 0
 

@@ -39,6 +39,11 @@ class Score:
         """None where scores stay as they are."""
         return None if softcap is None and bias is None and alibi is None else Score(softcap, bias, alibi, diagonal)
 
+    @property
+    def has_derivative(self) -> bool:
+        """Whether ∂x/∂s is anything but 1."""
+        return self.softcap is not None
+
     # ---- plain and differentiable, for naive attention and derivatives
 
     def __call__(self, S: Tensor, i: slice, j: slice) -> Tensor:
@@ -51,6 +56,14 @@ class Score:
         if self.alibi is not None:
             S = S - self._slopes(S) * self._distance(S, i, j)
         return S
+
+    def derivatives(self, S: Tensor) -> tuple[Tensor, Tensor] | None:
+        """∂x/∂s and ∂²x/∂s² at scores S; None where they are 1 and 0."""
+        if self.softcap is None:
+            return None
+        capped = (S / self.softcap).tanh()
+        first = 1 - capped * capped
+        return first, capped * first * (-2 / self.softcap)
 
     def sees(self, i: slice, j: slice) -> Tensor | None:
         """Rows i and columns j as a mask, True = the bias does not hide it; None without a bias."""
@@ -72,7 +85,7 @@ class Score:
             S.add_(bias.to(S.dtype).masked_fill(bias < HIDES, -math.inf), alpha=LOG2_E)
         if self.alibi is not None:
             S.addcmul_(self._slopes(S), self._distance(S, i, j), value=-LOG2_E)
-        return None if self.softcap is None else derivative
+        return derivative if self.has_derivative else None
 
     def add_gradient_(self, dBias: Tensor, dX: Tensor, i: slice, j: slice) -> None:
         """dBias, shaped as the bias, += dX (B, H, rows, columns), summed over what was broadcast."""

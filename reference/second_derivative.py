@@ -150,9 +150,9 @@ def _rows(
 
     from_dS = scale * (gQ @ K.mT + Q @ gK.mT)  # what dQ and dK hand back to dS
     from_dX, dS = from_dS, dX
-    if score is not None and score.softcap is not None:
-        capped = (X / score.softcap).tanh()
-        first = 1 - capped * capped  # f′; f″ = −2/softcap · tanh · f′
+    derivatives = None if score is None else score.derivatives(X)
+    if derivatives is not None:
+        first, second = derivatives  # f′ and f″
         from_dX, dS = from_dS * first, dX * first
     if bias is not None:
         from_dX = from_dX + (gB if may is None else torch.where(dead, 0, gB))
@@ -161,8 +161,8 @@ def _rows(
     from_P = from_dX * inner - weight * dP + (dO @ gV.mT) * Z
     through_softmax = P * (from_P - (P * from_P).sum(-1, keepdim=True))
     from_X = through_softmax
-    if score is not None and score.softcap is not None:
-        from_X = first * (from_X - from_dS * dX * capped * (2 / score.softcap))
+    if derivatives is not None:
+        from_X = first * from_X + second * from_dS * dX
     from_X = scale * from_X
 
     to_dO, to_dLSE = T @ gV + from_dP @ V, weight.squeeze(-1)

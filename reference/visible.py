@@ -117,6 +117,16 @@ class Visible:
         return S
 
     @property
+    def is_limited(self) -> bool:
+        """Whether anything but the mask may hide an element."""
+        return self.right is not None or self.hides_earlier
+
+    @property
+    def hides_earlier(self) -> bool:
+        """Whether a row may not see columns before its own: then few tiles are seen whole."""
+        return self.left is not None or self.spans is not None
+
+    @property
     def blinds(self) -> bool:
         """Whether some row may see nothing at all."""
         if self.spans is not None or self.Nk == 0:

@@ -230,9 +230,9 @@ def second_backward_vjp(settings: Settings, cotangents, inputs, needed, mask, sp
 def _options(settings: Settings, q: Tensor, k: Tensor, spans, seed, bias: Tensor | None, alibi: Tensor | None) -> dict:
     """Of second_derivative.py."""
     Nq, Nk = q.shape[2], k.shape[2]
-    limited = spans is not None or settings.left is not None or settings.right is not None
+    visible = settings.visible(Nq, Nk, spans)
     return {
-        "visible": settings.visible(Nq, Nk, spans) if limited else None,
+        "visible": visible if visible.is_limited else None,
         "score": settings.score(Nq, Nk, bias, alibi),
         "scale": settings.scale,
         "dropout": _dropout(settings, seed, slice(0, q.shape[0]), slice(0, q.shape[1]), (0, 0)),
@@ -250,7 +250,7 @@ def _block_sizes(visible: Visible, settings: Settings) -> tuple[int, int]:
     """Rows and columns of a tile: fewer rows where the edge of what rows see cuts tiles, so that fewer hidden scores are computed."""
     if settings.block_size is not None:
         return settings.block_size, settings.block_size
-    if visible.left is not None or visible.spans is not None:
+    if visible.hides_earlier:
         return NARROW_Q, NARROW_K
     return (flash2 if visible.right is None else flash2_causal).BLOCK_Q, flash2.BLOCK_K
 
@@ -281,7 +281,7 @@ def _large(matmuls: int, q: Tensor, k: Tensor, visible: Visible, settings: Setti
         return False
     B, H, Nq, D = q.shape
     flops = 2 * matmuls * B * H * Nq * k.shape[2] * D
-    if visible.left is not None or visible.spans is not None:
+    if visible.hides_earlier:
         flops *= _seen(visible)
     step = min(B * H * _tile(q, k, _block_sizes(visible, settings)), WORKER_SET)
     return flops >= WORKER_FLOPS * max(2, torch.get_num_threads()) and step >= WORKER_STEP

@@ -41,7 +41,6 @@ ENVIRONMENT = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")  # that 
 
 DTYPE_NUMBER = {"float32": 0, "float16": 1, "bfloat16": 2}  # as in attention.h
 MASK_NUMBER = {None: 0, "bits": 1, "bytes": 2, "key bits": 3}  # as in attention.h
-SCORE_NUMBER = {"softcap": 1, "bias": 2, "alibi": 4}  # as in attention.h
 
 log = logging.getLogger("flash_attention")
 
@@ -82,7 +81,7 @@ class Specialisation(NamedTuple):
         if self.float8_keys:
             values["KEYS_FLOAT8"] = 1
         if self.score:
-            values["SCORE"] = sum(SCORE_NUMBER[name] for name in self.score)
+            values["SCORE"] = sum(_score_bits()[name] for name in self.score)
         return [f"-D{name}={value}" for name, value in values.items()]
 
     def flags(self) -> list[str]:
@@ -95,6 +94,13 @@ class Specialisation(NamedTuple):
         flags |= {"float8 keys": self.float8_keys, **dict.fromkeys(self.score, True)}
         size = f"D {self.head_dim}" + (f" Dv {self.v_head_dim}" if self.v_head_dim else "")
         return " ".join([self.file, f"sm_{self.arch}", size, self.dtype, *(name for name, on in flags.items() if on)])
+
+
+@functools.cache
+def _score_bits() -> dict[str, int]:
+    """attention.h's SCORE_ constants, by the name of the argument."""
+    text = (SOURCES / "attention.h").read_text(encoding="utf-8")
+    return {name.lower(): int(bit) for name, bit in re.findall(r"#define SCORE_(\w+) (\d+)", text)}
 
 
 def arch_number(arch: str) -> int:
