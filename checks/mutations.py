@@ -407,14 +407,14 @@ TABLE = {
     ],
     ("hopper", "forward_4_epilogue.cuh"): [
         ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
-        ("ptx::fence_proxy_async();  // of what this lane has stored", NO_BARRIER, PLAIN),
-        ("if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there", "//", case(D=256, Nq=300)),
+        ("ptx::fence_proxy_async();  // for what this lane has stored", NO_BARRIER, PLAIN),
+        ("if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // the previous contents", "//", case(D=256, Nq=300)),
         ("(panel + more) * 64, work.i0", "panel * 64, work.i0", WIDE),
     ],
     ("hopper", "forward_4_consumer.cuh"): [
         ("release(barriers.K_empty, now.stage);", ";", MANY_TILES),
         ("await_V(before);", NO_WAIT, PLAIN),
-        ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", PLAIN),
+        ("ptx::wgmma_wait_group<1>();  // S is complete", "ptx::wgmma_wait_group<2>();", PLAIN),
         ("ptx::wgmma_wait_group<0>();\n                        if (raised()) {", "if (raised()) {", SHARP),
         ("if (raised()) {", "if (raised() && false) {", SHARP),
         (
@@ -430,7 +430,7 @@ TABLE = {
             PLAIN,
         ),
         ("if (consumer == CONSUMERS - 1) your_turn(0);", ";", PLAIN),
-        ("if (consumer == 0) my_turn();  // meets", "//", PLAIN),
+        ("if (consumer == 0) my_turn();  // matches", "//", PLAIN),
         ("O_rmem[i] *= alpha[i >> 1 & 1];", ";", SHARP),
         ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
     ],

@@ -1,6 +1,6 @@
 // The forward of `hopper`, fourth part: what a thread does with its part of S between the two products, all of it in registers.
 //
-// Of a group's 64 × BLOCK_K accumulators a thread has those of two rows, ROW_STEP apart: S_rmem[4i + 2r + c] is row r, column 8i + 2t + c of the tile.
+// Of a group's 64 × BLOCK_K accumulators, a thread holds those of two rows, ROW_STEP apart: S_rmem[4i + 2r + c] is row r, column 8i + 2t + c of the tile.
 #pragma once
 
 #include "forward_4_schedule.cuh"
@@ -15,7 +15,7 @@ struct Rows {
     __device__ Rows(const AttentionParams& p, int lane)
         : p(p), t(lane % 4), first(RowOrder::row((threadIdx.x - GROUP) / 32 * 16 + lane / 4)), offset(diagonal(p)) {}
 
-    // How many of the tile's columns, from its first, a row sees.
+    // How many of the tile's columns, counted from its first, a row sees.
     __device__ int visible(int i0, int j0, int r) const { return (CAUSAL ? min(p.Nk, i0 + first + ROW_STEP * r + offset + 1) : p.Nk) - j0; }
 #if INTERVAL
     // Whether some row does not see the whole tile.
@@ -25,14 +25,14 @@ struct Rows {
         const Interval keys = keys_of_row(p, work.b, work.h, work.i0 + first + ROW_STEP * r);
         return Interval{keys.start - j0, keys.stop - j0};
     }
-    // How many of a lane's columns, 0, 1, 8, 9, 16 … from its first, lie before this one.
+    // How many of a lane's columns (0, 1, 8, 9, 16 … counted from its first) lie before this one.
     __device__ static int of_lane(int column) { return column <= 0 ? 0 : column / 8 * 2 + min(column % 8, 2); }
 #else
     __device__ bool cut(const Work& work, int j0) const { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? work.i0 + offset + 1 : p.Nk); }
 #endif
 
 #if MASK
-    // Under a mask S's sums start from its bits, so that nothing has to be hidden later. mask: [BLOCK_Q] BitRow, or one for all rows.
+    // Initialises the accumulators of S from the mask's bits, so that nothing has to be hidden later. mask: [BLOCK_Q] BitRow, or one for all rows.
     __device__ void start(float (&S_rmem)[BLOCK_K / 2], const uint8_t* mask, const Work& work, int j0) const {
         const bool edge = LIMITED && cut(work, j0);
         const bool shared = one_row(p);
@@ -49,13 +49,13 @@ struct Rows {
     }
 #endif
 
-    // Without a mask, in a tile that is cut: what a row does not see becomes −∞.
+    // Without a mask, in a tile that rows see only in part: scores that a row does not see become −∞.
     __device__ void hide(float (&S_rmem)[BLOCK_K / 2], const Work& work, int j0) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
 #if INTERVAL
             const Interval keys = interval(work, j0, r);
-            // A bit for each of this lane's columns, in their order: R2P tests seven at a time, which two limits would not be.
+            // A bit for each of this lane's columns, in their order: the instruction R2P tests seven bits at once; two comparisons a column would cost more.
             const uint32_t seen = first_bits(of_lane(keys.stop - 2 * t)) & ~first_bits(of_lane(keys.start - 2 * t));
 #pragma unroll
             for (int n = 0; n < BLOCK_K / 4; ++n)
@@ -73,11 +73,11 @@ struct Rows {
 };
 
 #if SCORE
-// S becomes what softmax is taken of, in units of unit_log2() and but for shift[r], which is in base 2; then what the rows do not see becomes −∞.
-// bias: where this lane reads that of its rows.
+// Applies softcap, bias and ALiBi to S. The result is in units of unit_log2(), without shift[r], which applies to the whole row and is in base 2.
+// Scores that the rows do not see become −∞. bias: the shared address from which this lane reads its rows' bias.
 __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2], const Rows& rows, const Work& work, int j0, float slope, uint32_t bias) {
     const AttentionParams& p = rows.p;
-    const int from_start = work.i0 + rows.offset - j0, distance = from_start + rows.first;  // of the first row, or the lane's, from the tile's first column
+    const int from_start = work.i0 + rows.offset - j0, distance = from_start + rows.first;  // from the tile's first column, of its first row; of the lane's
     Slopes slopes(slope, {distance, distance + ROW_STEP}, -1, from_start - (BLOCK_K - 1), from_start + BLOCK_Q - 1);
     auto apply = [&](auto small, auto rows_share) {
         score_tile<BLOCK_K, decltype(small)::value, decltype(rows_share)::value>(
@@ -90,7 +90,7 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2
                 }
             });
     };
-    constexpr bool MAY_BE_SMALL = CAPPED && (!ONLY_CAPPED || MASK);  // after a softcap alone only in a tile that is cut
+    constexpr bool MAY_BE_SMALL = CAPPED && (!ONLY_CAPPED || MASK);  // with softcap alone, only a tile seen in part comes here
     [[maybe_unused]] float largest = 0;
     if (MAY_BE_SMALL)
 #pragma unroll
@@ -113,7 +113,7 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2
 }
 #endif
 
-// Row r of a lane's two becomes 2^(scale_log2 · S − m_log2). Returns the sum of this lane's share.
+// Row r of a lane's two becomes 2^(scale_log2 · S − m_log2). Returns the sum of this lane's columns.
 __device__ inline float exponentials_of_row(float (&S_rmem)[BLOCK_K / 2], int r, float scale_log2, float m_log2) {
     float sum = 0;
 #pragma unroll
@@ -128,8 +128,8 @@ __device__ inline float exponentials_of_row(float (&S_rmem)[BLOCK_K / 2], int r,
 }
 
 #if SCORE
-// S, scored, becomes 2^(scale_log2 · S + shift − m), m its rows' maximum so far in base 2; alpha is what O must be multiplied by. l is this lane's share of
-// the sum. shift[r] is added to all of a row.
+// Scores S that score_rows() has changed become 2^(scale_log2 · S + shift − m), where m is the row's running maximum in base 2. O must be multiplied by
+// alpha. l is the sum over this lane's columns. shift[r] applies to the whole row.
 __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], float scale_log2,
                                const float (&shift)[2]) {
 #pragma unroll
@@ -137,7 +137,7 @@ __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2],
         float m_new = -CUDART_INF_F;
 #pragma unroll
         for (int i = 0; i < BLOCK_K / 8; ++i) m_new = fmaxf(m_new, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
-        m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
+        m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // over the four lanes of a row
         m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
         m_new = fmaxf(m_rmem[r], fmaf(m_new, scale_log2, SLOPED ? shift[r] : 0));
         alpha[r] = ptx::ex2(m_rmem[r] - m_new);
@@ -146,20 +146,20 @@ __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2],
     }
 }
 #else
-// So far, in base 2, scores may lie above the m of their row before it is raised: P and l are up to 2⁸ times as large, O = P V / l and the LSE are the same.
-// Few tiles after the first then touch m and O at all (as in FlashAttention-4).
+// By how much, in base 2, a score may exceed its row's m before m is raised. P and l are then up to 2⁸ times as large, but O = P V / l and the LSE are the
+// same, and few tiles after the first have to rescale O (as in FlashAttention-4).
 constexpr float ABOVE_M = 8;
-// Registers of three groups under a mask do not suffice for that: there every tile sets m, and O is awaited after all exponentials.
+// Three groups under a mask do not have enough registers for that: there every tile updates m, and O is awaited after all exponentials.
 constexpr bool LAZY = CONSUMERS == 2 || !MASK;
 
-// S becomes 2^(scale_log2 · (S − m)), m near its rows' maximum so far; l is this lane's share of the sum. `above` is ABOVE_M in units of S: beside
-// p.lowest, where m starts, it is lost in rounding, so that any score that may be attended raises that. Before the second row's exponentials
-// await_O(raised) is called, which multiplies O by alpha if some m was raised: they leave room for rounding the first row's P, for which P's registers
-// must be free.
+// S becomes 2^(scale_log2 · (S − m)), where m is at most `above` below the row's running maximum; l is the sum over this lane's columns. `above` is ABOVE_M
+// in units of S. Added to p.lowest, where m starts, it is lost in rounding, so the first score that may be attended always raises m. await_O(raised), which
+// multiplies O by alpha if some m was raised, is called before the second row's exponentials: once O is complete, P's registers are free, and the first
+// row's P can be rounded into them while the second row's exponentials run.
 template <class AwaitO>
 __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], float scale_log2, float above,
                                const AwaitO& await_O) {
-    // Whether row r of some lane has a new m.
+    // Updates m of row r; returns whether it was raised in some lane.
     auto raise = [&](int r) {
         float largest = fmaxf(S_rmem[2 * r], S_rmem[2 * r + 1]);
 #pragma unroll
@@ -168,9 +168,9 @@ __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2],
         alpha[r] = 1;
         if (raised) {
             float m_new = fmaxf(m_rmem[r], largest);
-            m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
+            m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // over the four lanes of a row
             m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
-            if (LAZY && m_new <= m_rmem[r] + above) m_new = m_rmem[r];  // another row's was raised: this one's bits do not depend on that
+            if (LAZY && m_new <= m_rmem[r] + above) m_new = m_rmem[r];  // another row's m was raised: this row's result must not depend on that
             alpha[r] = ptx::ex2((m_rmem[r] - m_new) * scale_log2);
             m_rmem[r] = m_new;
         }
@@ -179,7 +179,7 @@ __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2],
     auto exponentials = [&](int r) { l_rmem[r] = l_rmem[r] * alpha[r] + exponentials_of_row(S_rmem, r, scale_log2, m_rmem[r] * scale_log2); };
     const bool first_raised = raise(0);
     exponentials(0);
-    const bool second_raised = raise(1);  // found under the exponentials of the first row, which take longer
+    const bool second_raised = raise(1);  // computed under the exponentials of the first row, which take longer
     auto raised = [&] { return first_raised || second_raised; };
     if (LAZY) await_O(raised);
     exponentials(1);
@@ -188,9 +188,9 @@ __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2],
 #endif
 
 #if SCORE
-// softmax() of scores that softcap alone changes, in one pass. ORDER: the degree in y² of the polynomial that tanh y is y times of, so that S becomes
-// 2^(factor(S²) · S − m) by a product, ORDER FMAs and softmax's own; 0: tanh as the unit has it. NEW_MAXIMUM: m is brought up to date; a tanh grows with
-// its argument, so the largest S of a row gives its m.
+// softmax() for scores that softcap alone changes, in one pass. ORDER: tanh y is computed as y times a polynomial of this degree in y², so that S becomes
+// 2^(factor(S²) · S − m) with one multiplication, ORDER FMAs and softmax's own FMA; 0: by the hardware's tanh. NEW_MAXIMUM: m is updated. tanh is
+// monotonic, so the largest S of a row gives its m.
 template <int ORDER, bool NEW_MAXIMUM>
 __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p) {
     const float scale_log2 = p.scale * LOG2_E, in_cap = p.scoring.scale_in_cap;
@@ -205,14 +205,14 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
             float largest = -CUDART_INF_F;
 #pragma unroll
             for (int i = 0; i < BLOCK_K / 8; ++i) largest = fmaxf(largest, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));  // the four lanes of a row
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));  // over the four lanes of a row
             largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
             const float m_new = fmaxf(m_rmem[r], capped(largest, 0));
             alpha[r] = ptx::ex2(m_rmem[r] - m_new);
             m_rmem[r] = m_new;
         }
         float sum = 0;
-        // The condition, which always holds, keeps the compiler from taking a tanh far ahead of its exponential: too many registers.
+        // The condition, which always holds, keeps the compiler from computing a tanh long before its exponential, which would take too many registers.
         if (ORDER > 0 || p.scale > 0) {
 #pragma unroll
             for (int i = 0; i < BLOCK_K / 8; ++i)
@@ -227,10 +227,10 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
     }
 }
 
-// So far, in base 2, scores may lie above the m of their row before it is brought up to date: P and l are larger by as much, O = P V / l is the same.
+// By how much, in base 2, a score may exceed its row's m before m is updated: P and l are larger by the same factor, and O = P V / l is the same.
 constexpr float ABOVE_M = DTYPE == FLOAT16 ? 8 : 24;
 
-// capped_softmax() if softcap is all there is, and the warp's rows see the whole tile. Whether it was.
+// Runs capped_softmax() if nothing but softcap changes scores and the warp's rows see the whole tile. Returns whether it did.
 __device__ inline bool softmax_of_capped(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const Rows& rows,
                                          const Work& work, int j0) {
     if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return false;
@@ -254,7 +254,8 @@ __device__ inline bool softmax_of_capped(float (&S_rmem)[BLOCK_K / 2], float (&m
 }
 #endif
 
-// The accumulators of S, in pairs, are the A operand of O += P V as they lie: P_rmem[k] is that of 16 keys. `keep`: what dropout keeps of them.
+// The accumulators of S, rounded to pairs, are already laid out as the A operand of O += P V: P_rmem[k] is the operand for 16 keys. `keep`: the elements
+// that dropout keeps.
 __device__ inline void round_P(uint32_t (&P_rmem)[BLOCK_K / 16][4], const float (&S_rmem)[BLOCK_K / 2], const KeepBits<BLOCK_K>& keep) {
 #pragma unroll
     for (int k = 0; k < BLOCK_K / 16; ++k)
@@ -265,10 +266,10 @@ __device__ inline void round_P(uint32_t (&P_rmem)[BLOCK_K / 16][4], const float 
         }
 }
 
-// Draws what dropout keeps of the tile.
+// Draws which elements of the tile dropout keeps.
 __device__ inline void draw(KeepBits<BLOCK_K>& keep, const AttentionParams& p, const Work& work, int j0) {
     if (!DROPOUT) return;
-    const int thread = ptx::tid_x() - GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+    const int thread = ptx::tid_x() - GROUP;  // re-read here, so that values derived from it occupy no registers before
     const int row = RowOrder::row(thread / 32 * 16 + thread % 32 / 4);
     keep.draw_rows(p, work.b, work.h, work.i0 + row, j0, thread % 32);
 }
