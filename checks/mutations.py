@@ -315,7 +315,7 @@ TABLE = {
     ],
     ("split_keys", "forward_5_split_keys.cu"): [
         ("ptx::cp_async_wait_group<SLOTS - 2>();", "ptx::cp_async_wait_group<SLOTS - 1>();", ONE_QUERY),
-        ("__syncwarp();  // the tile is there for every lane", "//", ONE_QUERY),
+        ("__syncwarp();  // the tile is visible to every lane", "//", ONE_QUERY),
         ("__syncthreads();  // Q is there for every thread", "//", ONE_QUERY),
         ("__syncthreads();  // every warp is done with Q, its ring", "//", FEW_ROWS),
         ("__syncthreads();  // all warps' sums are there", "//", ONE_QUERY, 0),
