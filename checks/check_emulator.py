@@ -55,7 +55,7 @@ REPORTS = {
     "cp_async_at_the_end": "ended without waiting for its cp.async",
     "bulk_not_awaited": race("the copy engine, for phase 0 .*writes", "thread [0-9]+ reads") + EARLY,
     "bulk_over_readers": race("the copy engine, for phase 1 .*writes", "thread [0-9]+ reads"),
-    "released_before_it_is_read": "the copy engine, for phase 1 .*writes .*, which thread [0-9]+ reads at .*: it has told so, but",
+    "released_before_it_is_read": "the copy engine, for phase 1 .*writes .*, which thread [0-9]+ reads at .*: it has arrived since, but",
     "bytes_too_many": "hangs:\n  threads 0–127 wait for phase 0 of the mbarrier .* where 1 of 1|0 of 1 arrivals and 16 bytes are missing",
     "arrivals_too_few": "hangs:\n  threads 0–127 wait for phase 0 of the mbarrier .* where 1 of 128 arrivals and 0 bytes are missing",
     "arrivals_too_many": race("the copy engine, for phase 1 .*writes", "thread [0-9]+ reads"),

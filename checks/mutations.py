@@ -450,7 +450,7 @@ TABLE = {
         ("const bool cut = now.cut;", "const bool cut = false;", WINDOW),
         ("told_smem[stage] = at;", ";", WINDOW),
         ("ptx::fence_proxy_async();  // this thread's part of dS", NO_BARRIER, PLAIN),
-        ("meet();                    // dS is whole", "//", PLAIN),
+        ("meet();                    // dS is complete", "//", PLAIN),
         ("ptx::wgmma_wait_group<0>();  // dK too", "ptx::wgmma_wait_group<1>();  //", MANY_TILES),
         ("ptx::mbarrier_arrive(barrier(barriers.empty, stage));", ";", case(Nq=700)),
         ("ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();", "ptx::wgmma_wait_group<2>();", PLAIN),

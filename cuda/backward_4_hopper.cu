@@ -10,7 +10,7 @@
 #include "common.cuh"
 
 constexpr int BLOCK_K = 128;                        // 64 for each of two groups
-// The accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers, with what an interval and the hook for scores take.
+// The accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers with the values that intervals and the hook for scores need.
 constexpr bool FEW_REGISTERS = INTERVAL || (SCORE && (MASK || DROPOUT || (SCORE != SCORE_SOFTCAP && SCORE != SCORE_ALIBI)));
 constexpr int BLOCK_Q = HEAD_DIM <= 64 && !FEW_REGISTERS ? 128 : 64;
 constexpr int CONSUMERS = 2, HALVES = 1;
@@ -18,13 +18,13 @@ static_assert(HEAD_DIM <= 128 && HEAD_DIM % 16 == 0 && V_HEAD_DIM == HEAD_DIM, "
 #include "backward_hopper.cuh"
 
 constexpr int N_TILES = BLOCK_Q / 8;
-// dS in shared memory: its rows are queries, as dQ = dS K reads them. In wide heads they are keys under a mask, which is 5 % faster there, and where
-// the hook for scores leaves no register for the other way.
+// dS in shared memory: its rows are queries, as dQ = dS K reads them. In wide heads its rows are keys instead under a mask, which is 5 % faster there, and
+// where the hook for scores leaves no registers for the first layout.
 constexpr bool DS_BY_KEYS = HEAD_DIM > 64 && (MASK || SCORE == (SCORE_SOFTCAP | SCORE_BIAS | SCORE_ALIBI));
 using Tile_dS = std::conditional_t<DS_BY_KEYS, SwizzledTile<BLOCK_K, BLOCK_Q>, SwizzledTile<BLOCK_Q, BLOCK_K>>;
-// Causal, one group adds its part of dQ before it asks for dK, the other one after: one adds while the other multiplies. Not where blocks take turns.
+// Causal: one group adds its part of dQ before it issues dK, the other group after: one adds while the other multiplies. Not when blocks take turns.
 constexpr bool ALTERNATES = CAUSAL && !MASK && !DROPOUT && !SCORE;
-constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // what each row sees
+constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // the interval that each row sees
 using Tile_bias = SwizzledTile<BLOCK_Q, BLOCK_K>;
 constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
 #include "backward_hopper_bias.cuh"
@@ -37,7 +37,7 @@ struct Barriers {
     uint64_t KV_full, Q_full[STAGES], dO_full[STAGES], empty[STAGES];
 };
 
-// LEAVES_OUT: whether a mask leaves out tiles. The code for false is that of a kernel without the look.
+// LEAVES_OUT: whether the mask lets tiles be skipped. For false, the code is the same as without a scan of the mask.
 template <bool ALTERNATE, bool LEAVES_OUT>
 __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
@@ -76,7 +76,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        // ---- the producer: one thread asks for every tile
+        // ---- the producer: one thread issues all loads
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             const Workspace workspace(p);
@@ -98,10 +98,10 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                     load_boxes<Tile_Q>(tile, map, i0, at.bh % p.H, at.bh / p.H, full);
                     ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
                 };
-                ptx::mbarrier_wait(barrier(barriers.empty, stage), slot.parity ^ 1);  // passes at once in the first round
+                ptx::mbarrier_wait(barrier(barriers.empty, stage), slot.parity ^ 1);  // returns immediately in the first round
                 const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES;
 #if INTERVAL
-                told_smem[stage] = at;  // seen by those who have waited for "full"
+                told_smem[stage] = at;  // visible to threads that have waited for "full"
 #endif
 #if SCORE & SCORE_BIAS
                 const int bias_bytes = one_bias_row(p) ? Tile_bias::PANELS * ROW_BYTES : BIAS_BYTES;
@@ -130,7 +130,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         // ---- the consumers: 64 keys each
         ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
         const int consumer = group - 1, warp = threadIdx.x % GROUP / 32, lane = threadIdx.x % 32, t = lane % 4;
-        const int place = consumer * 64 + warp * 16 + lane / 4;  // in the tile of keys; this thread has it and the one 8 further,
+        const int place = consumer * 64 + warp * 16 + lane / 4;  // in the tile of keys; this thread holds it and the row 8 further on,
         const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
         const uint32_t group_rows = consumer * 64 * ROW_BYTES;       // the group's rows of K and V
         [[maybe_unused]] const uint32_t dS_lane = Tile_dS::offset(lane % 8 + lane / 16 * 8, consumer * 8 + warp * 2 + lane / 8 % 2);  // for stmatrix
@@ -149,7 +149,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 ptx::ldmatrix_x4_trans(pairs, ptx::smem_address(tile) + Tile_bias::offset(row, (consumer * 4 + warp) * 2 + lane / 8 % 2));
                 return;
             }
-            // The rows of an accumulator are keys in another order than memory has them.
+            // The rows of an accumulator are keys, permuted.
             auto at = [&](int row, int key) {
                 return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(tile + Tile_bias::offset(one_row ? 0 : row, key / 8) + key % 8 * 2));
             };
@@ -207,10 +207,10 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::mbarrier_wait(barrier(barriers.dO_full, stage), slot.parity);
             multiply(dP_rmem, V_smem, dO_tile, true);
 
-            // Dropout, while they are: what it keeps of the tile.
+            // While these products run: which elements of the tile dropout keeps.
             [[maybe_unused]] KeepBits<BLOCK_Q> keep;
             if (DROPOUT) {
-                const int thread = ptx::tid_x() - GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+                const int thread = ptx::tid_x() - GROUP;  // re-read here, so that values derived from it occupy no registers before
                 keep.draw_keys(p, now.bh / p.H, now.bh % p.H, j0 + RowOrder::row(thread / 32 * 16 + thread % 32 / 4), i0, thread % 32);
             }
 
@@ -229,7 +229,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 }
             };
 #if INTERVAL
-            // Once all of P is there: one branch a tile, under which nothing else has to wait.
+            // Once all of P is computed, so that there is one branch per tile and nothing else waits for it.
             auto hide_P = [&] {
 #pragma unroll
                 for (int n = 0; n < N_TILES; ++n) {
@@ -237,7 +237,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #pragma unroll
                     for (int r = 0; r < 2; ++r) {
                         const unsigned j = j0 + first_row + ROW_STEP * r;
-                        if (j - rows.x >= rows.y) S_rmem[4 * n + 2 * r] = 0;  // unsigned: also what lies before the first
+                        if (j - rows.x >= rows.y) S_rmem[4 * n + 2 * r] = 0;  // unsigned: columns before the first are hidden too
                         if (j - rows.z >= rows.w) S_rmem[4 * n + 2 * r + 1] = 0;
 #if SCORE
                         P_rmem[n / 2][n % 2 * 2 + r] &= (j - rows.x < rows.y ? 0xffffu : 0) | (j - rows.z < rows.w ? 0xffff0000u : 0);
@@ -253,10 +253,10 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             };
 #endif
 #if SCORE
-            // P; S is overwritten with the factor of dS: P, or with softcap P times the cap's derivative.
+            // P; S is overwritten with the factor of dS: P, or with softcap P times the derivative of the cap.
             const float slope = SLOPED ? slope_of_head(p, now.bh / p.H, now.bh % p.H) : 0;
             auto score_P = [&] {
-                // What is hidden falls below all scores first, as under a mask; a tanh would forget it.
+                // Hidden scores are first set far below all others, as a mask does; the tanh would lose that.
                 constexpr bool HIDES_FIRST = !INTERVAL && !MASK && CAUSAL;
                 if (HIDES_FIRST && cut) {
 #pragma unroll
@@ -283,7 +283,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                     });
             };
 #endif
-            // dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end, as it is in dV.
+            // dS = P∘(dP − Delta). With dropout, dS = P∘(keep_scale · kept dP − Delta); the factor keep_scale is applied at the end, as for dV.
             auto make_dS = [&](int n) {
                 const float2 Delta = *reinterpret_cast<const float2*>(Delta_smem + 8 * n);
 #pragma unroll
@@ -298,7 +298,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             };
             ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();  // Sᵀ is there
 #if !INTERVAL && !MASK && !SCORE
-            // What is hidden has P = 2^−∞ = 0: one branch a tile, before the exponentials, which then run on without any.
+            // Hidden scores become −∞, so that P = 2^−∞ = 0: one branch per tile, before the exponentials, which then have none.
             if (cut) {
 #pragma unroll
                 for (int n = 0; n < N_TILES; ++n)
@@ -337,7 +337,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             for (int n = 0; n < N_TILES; ++n)
                 if (!DROPOUT) make_dS(n);
 
-            // dV += Pᵀ dO and dK += dSᵀ Q: the rows of dO and Q are the sum's index
+            // dV += Pᵀ dO and dK += dSᵀ Q: the summation index runs over the rows of dO and Q
             auto add = [&](float(&C)[HEAD_DIM / 2], const uint32_t(&A)[BLOCK_Q / 16][4], uint32_t B) {
                 const uint64_t b = ptx::descriptor(uniform(B), Tile_Q::PANEL_BYTES);
 #pragma unroll
@@ -347,8 +347,8 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::wgmma_fence();
             add(dV_rmem, P_rmem, dO_tile);
             ptx::fence_proxy_async();  // this thread's part of dS
-            meet();                    // dS is whole, and both groups are done with the other one
-            // dQ = dS K: a group computes 64 rows, or, where there are no more, half of the columns; beyond the head's last they are 0
+            meet();                    // dS is complete, and both groups have finished reading the other dS buffer
+            // dQ = dS K: a group computes 64 rows or, if the tile has only 64, half of the columns; columns beyond the head's last are 0
             constexpr bool BY_ROWS = BLOCK_Q == 128;
             constexpr int COLUMNS = BY_ROWS || HEAD_DIM > 64 ? 64 : 32;
             float dQ_rmem[COLUMNS / 2];
@@ -394,7 +394,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::mbarrier_arrive(barrier(barriers.empty, stage));
         }
 
-        // dK and dV out through the places of K and V, so that global stores are 16 bytes wide.
+        // dK and dV are stored by way of the buffers of K and V, so that global stores are 16 bytes wide.
         meet();  // both groups are done with K
         const float dV_scale = DROPOUT ? p.keep_scale : 1.0f, dK_scale = p.scale * dV_scale;
 #pragma unroll
