@@ -200,7 +200,7 @@ TABLE = {
         ("V_smem + stage);\n        ptx::wgmma_wait_group<0>();", "V_smem + stage);", PLAIN),
     ],
     ("wgmma", "wgmma.cuh"): [
-        ("ptx::wgmma_fence();  // whatever", "//", PLAIN),
+        ("ptx::wgmma_fence();  // earlier accesses", "//", PLAIN),
         ("d / 4 * Tile_B::PANEL_BYTES + d % 4 * 32), d > 0);", "d * 32), d > 0);", WIDE),
         ("d % 4 * 32), d > 0);", "d % 4 * 32), 1);", PLAIN),
         ("k * 16 * ROW_BYTES, Tile_B::PANEL_BYTES)", "k * 16 * ROW_BYTES)", WIDE),
@@ -227,7 +227,7 @@ TABLE = {
     ],
     ("ping_pong", "forward_3e_ping_pong.cu"): [
         ("if (consumer == CONSUMERS - 1) your_turn();", "", PLAIN),
-        ("if (consumer == 0) my_turn();  // meets", "//", PLAIN),
+        ("if (consumer == 0) my_turn();  // matches", "//", PLAIN),
         (
             "            issue_PV(tile - 1);\n            issue_QK(tile);",
             "            issue_QK(tile);\n            issue_PV(tile);",
@@ -245,7 +245,7 @@ TABLE = {
         ("__syncthreads();  // K (and V) are there for every thread", "//", PLAIN),
         ("__syncwarp();  // every lane is done reading Q", NO_BARRIER, PLAIN),
         ("__syncwarp();  // the warp's rows are written", "//", PLAIN),
-        ("if (k_tiles > first_tile) {  // where", "if (true) {  // where", BLIND_ROWS),
+        ("if (k_tiles > first_tile) {  // if", "if (true) {  // if", BLIND_ROWS),
         ("if (__any_sync(0xffffffff, grew))", "if (false)", SHARP),
         ("i0 + warp_row + 16 * m + 8 * r + g + offset + 1) : p.Nk)", "i0 + warp_row + 16 * m + 8 * r + g + offset) : p.Nk)", CAUSAL),
         ("__syncthreads();  // V is there for every thread", "//", WIDEST),

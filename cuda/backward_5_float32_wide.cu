@@ -376,8 +376,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 add(dP_rmem, part_rmem[(PANELS - 1) % 2]);
             }
 
-            // ---- P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys; beyond the end of the rows LSE is ∞. dS = P∘(dP − Delta). With dropout,
-            // dS = P∘(keep_scale · kept dP − Delta); the factor keep_scale is applied at the end, as for dV.
+            // ---- P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys; beyond the end of the rows LSE is ∞. dS = P∘(dP − Delta). With
+            // dropout, dS = P∘(keep_scale · kept dP − Delta); the factor keep_scale is applied at the end, as for dV.
             const bool cut = j0 + BLOCK > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk);
             const int64_t columns = static_cast<int64_t>(b * p.H + now.h) * workspace.rows + i0 + other0 + 2 * t;
             meet();  // both groups are done with the last tile's dS
