@@ -70,7 +70,7 @@ def check_pages_are_taken_as_they_are_needed():
     cache[0].append(k[:, :, :1], k[:, :, :1])
     assert cache.block_table[:, :3].tolist() == [[0, 2, 5], [1, 3, 5]]
     before = cache.keys.clone()
-    expect_error(lambda: cache[0].append(k, k), MemoryError, ["2 pages more", "1 are left"])
+    expect_error(lambda: cache[0].append(k, k), MemoryError, ["2 more pages", "1 are left"])
     assert torch.equal(cache.keys, before) and cache[0].lengths.tolist() == [17, 17] and (cache.block_table[:, 2] == 5).all()
     cache.clear()
     cache[0].append(k[:, :, :3], k[:, :, :3])
