@@ -1,6 +1,6 @@
-"""The contenders: normal attention, flash attention (one contender for each backend), PyTorch's scaled_dot_product_attention (on CUDA
-one for each of its kernels), its FlexAttention under a dense mask, a window or documents, and FlashAttention-3, all called in the same
-way."""
+"""Who is measured: normal attention, flash attention (one contender for each backend), PyTorch's scaled_dot_product_attention (on CUDA
+one for each of its kernels), its FlexAttention under a dense mask, a window or documents, and FlashAttention-3 and -4 where they are
+installed, all made callable in the same way."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import flash_attention_3
+from benchmarks import flash_attention_3, flash_attention_4
 from benchmarks.case import Case, Inputs, call_of, visible_rows
 from flash_attention import flash_attention
 from flash_attention.backends import BACKENDS, choose, emulated, no_gradients
@@ -28,7 +28,7 @@ SDPA_KERNELS = {
 
 
 class Contender(NamedTuple):
-    type: str  # one of TYPES, "flex", "fa3", or "plain": flash without the case's changes of scores
+    type: str  # one of TYPES, "flex", "fa3", "fa4", or "plain": flash without what the case does to scores
     backend: str = ""  # of flash: a name in BACKENDS; of sdpa: one in SDPA_KERNELS, or "" for the one PyTorch picks
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Runner:
 
     def __init__(self, contender: Contender, case: Case, inputs: Inputs):
         self.contender, self.case, self.inputs = contender, case, inputs
-        kinds = {"normal": _normal, "flash": _flash, "plain": _plain, "sdpa": _sdpa, "flex": _flex, "fa3": _fa3}
+        kinds = {"normal": _normal, "flash": _flash, "plain": _plain, "sdpa": _sdpa, "flex": _flex, "fa3": _fa3, "fa4": _fa4}
         attend = kinds[contender.type](contender.backend, case, inputs)
         q, k, v, dO = inputs[:4]
         trained = (inputs.bias,) if case.bias_gradient and contender.type != "plain" else ()
@@ -93,6 +93,8 @@ def why_not(contender: Contender, case: Case) -> str | None:
         return "on a CPU it has no backward"
     if contender.type == "fa3":
         return flash_attention_3.why_not(case)
+    if contender.type == "fa4":
+        return flash_attention_4.why_not(case)
     if contender.type == "flash" and case.backward and (reason := no_gradients(BACKENDS.get(contender.backend))):
         return reason
     if contender.type != "normal":
@@ -120,7 +122,7 @@ def refusal(runner: Runner) -> str | None:
         torch.cuda.empty_cache()
         return "out of memory"
     except RuntimeError as error:
-        if type not in ("sdpa", "flex", "fa3"):
+        if type not in ("sdpa", "flex", "fa3", "fa4"):
             raise
         return " ".join(str(error).splitlines()[:2])  # the second line of a compiler's message is the informative one
     return None
@@ -267,3 +269,7 @@ def _allowed(case: Case) -> Callable:
 
 def _fa3(backend: str, case: Case, inputs: Inputs) -> Callable:
     return lambda q, k, v: flash_attention_3.attend(q, k, v, case.causal, case.window, case.documents)
+
+
+def _fa4(backend: str, case: Case, inputs: Inputs) -> Callable:
+    return lambda q, k, v: flash_attention_4.attend(q, k, v, case.causal, case.window)

@@ -44,8 +44,8 @@ def why_not(case: Case) -> str | None:
         return "it runs on compute capability 9.0 alone"
     if max(case.d, case.dv or 0) > 256:
         return "it takes head sizes up to 256"
-    if case.mask != "none" or case.as_mask or case.dropout_p:
-        return "it takes no mask and no dropout"
+    if case.mask != "none" or case.as_mask or case.dropout_p or case.scored():
+        return "it takes no mask and no dropout, and changed scores are not measured with it"
     return None if operators() else f"it was found in neither {' nor '.join(PLACES)}"
 
 

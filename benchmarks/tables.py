@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.contenders import Contender
 from benchmarks.cycles import COLUMNS as CYCLES
 from benchmarks.decode import PLAIN
-from benchmarks.gpu_targets import CUDNN, FA2, FA3, FIGURES, FLEX, NORMAL
+from benchmarks.gpu_targets import CUDNN, FA2, FA3, FA4, FIGURES, FLEX, GRID_RIVALS, NAMES, NORMAL
 from benchmarks.ladder import COLUMNS as LADDER
 from flash_attention.command_line import run
 
@@ -70,13 +71,14 @@ def h200_grid(content: dict[str, Any]) -> str:
         if not cells:
             continue
         kinds = {(row["case"]["d"], row["case"]["causal"]) for row in cells if row["case"]}
-        columns = [("n", f"{name} {part} × FA2 / × cuDNN / × FA3, N", "")]
+        rivals = [rival for rival in GRID_RIVALS if any(row.get(f"over {rival}") for row in rows)]
+        columns = [("n", f"{name} {part} {' / '.join(f'× {NAMES[rival]}' for rival in rivals)}, N", "")]
         columns += [(f"{d} {causal}", f"D {d}{' causal' if causal else ''}", "") for d, causal in sorted(kinds)]
         lines: dict[int, dict[str, str]] = {}
         for row in cells:
             if case := row["case"]:
-                lines.setdefault(case["q_len"], {"n": str(case["q_len"])})[f"{case['d']} {case['causal']}"] = _ratios(row)
-        means = [f"{row['label'].capitalize()}: {_ratios(row)}." for row in cells if not row["case"]]
+                lines.setdefault(case["q_len"], {"n": str(case["q_len"])})[f"{case['d']} {case['causal']}"] = _ratios(row, rivals)
+        means = [f"{row['label'].capitalize()}: {_ratios(row, rivals)}." for row in cells if not row["case"]]
         blocks.append("\n\n".join([report.markdown([lines[n] for n in sorted(lines)], columns), *means]))
     return "\n\n".join(blocks)
 
@@ -166,9 +168,11 @@ def summary(grid: Rows, targets: Rows, intervals: Rows, decode: Rows, cpu: Rows)
         ("dense and causal, D 64 and 128, N 512 to 16384", narrow, FA2, "FlashAttention-2"),
         ("", narrow, CUDNN, "cuDNN"),
         ("", narrow, FA3, "FlashAttention-3"),
+        ("", narrow, FA4, "FlashAttention-4"),
         ("dense and causal, D 256, N 1024 to 16384", wide, FA2, "FlashAttention-2"),
         ("", wide, CUDNN, "cuDNN"),
         ("", wide, FA3, "FlashAttention-3"),
+        ("", wide, FA4, "FlashAttention-4"),
         ("windows and documents, causal, D 128, N 16384", given, FA3, "FlashAttention-3"),
         ("", given, FLEX, "FlexAttention"),
         ("a dense mask, D 64 and 128, N 4096", masked, CUDNN, "cuDNN"),
@@ -181,7 +185,8 @@ def summary(grid: Rows, targets: Rows, intervals: Rows, decode: Rows, cpu: Rows)
     ]
     lines = ["| case | beside | forward | backward | both |", "|---|---|---|---|---|"]
     for case, rows, rival, name in kinds:
-        lines.append(f"| {case} | {name} | {' | '.join(_spread(rows, part, f'over {rival}') for part in PARTS)} |")
+        if any(row.get(f"over {rival}") for row in rows):
+            lines.append(f"| {case} | {name} | {' | '.join(_spread(rows, part, f'over {rival}') for part in PARTS)} |")
     return "\n".join(lines)
 
 
@@ -204,8 +209,8 @@ def _gpu(environment: dict[str, Any]) -> str:
     return f"{report.describe(environment)}, driver {environment['driver'] or 'unknown'}, ptxas {environment['ptxas'] or 'unknown'}"
 
 
-def _ratios(row: dict[str, Any]) -> str:
-    return " / ".join(f"{row[key]:.2f}" if row.get(key) else "–" for key in (f"over {FA2}", f"over {CUDNN}", f"over {FA3}"))
+def _ratios(row: dict[str, Any], rivals: list[Contender]) -> str:
+    return " / ".join(f"{row[f'over {rival}']:.2f}" if row.get(f"over {rival}") else "–" for rival in rivals)
 
 
 TABLES = {

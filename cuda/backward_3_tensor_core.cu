@@ -61,6 +61,8 @@ static_assert(!ONE_BARRIER || STAGES == (P_IN_REGISTERS ? 2 : 3), "with one barr
 constexpr int PADDED_TO = 64;  // rows of a head in the workspace
 #include "backward_workspace.cuh"
 
+#include "backward_3_bias.cuh"
+
 // ---- the backward itself
 
 struct Keys {
@@ -166,152 +168,23 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         const int i0 = now.tile * BLOCK_Q;
         const uint32_t Q_smem = QdO_smem + now.stage * 2 * Tile_Q::BYTES, dO_smem = Q_smem + Tile_Q::BYTES;
         const float* LSE_smem = rows_smem + now.stage * 2 * BLOCK_Q + warp_q * PASSES * Q_COLUMNS;
-        const float* Delta_smem = LSE_smem + BLOCK_Q;
         const uint32_t P_smem = dS_stage + S_STAGES * Tile_S::BYTES;
 #if INTERVAL
         const bool tile_cut = !visits.bounds(p, now.h, now.tile).see_whole(j0, BLOCK_K);
 #else
         const bool tile_cut = j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk);  // by the end of the keys or the diagonal
 #endif
+        const Pair pair = {b, now.h, i0, j0, offset, tile_cut, Q_smem, dO_smem, K_smem, V_smem, LSE_smem, LSE_smem + BLOCK_Q, K_lane_a, Q_lane_b};
 #pragma unroll PASS_UNROLL
         for (int pass = 0; pass < PASSES; ++pass) {
             const uint32_t pass_rows = (warp_q * PASSES + pass) * Q_COLUMNS * ROW_BYTES;
-#if MASK
-            // Lane l loads the word of row l of the 32 × 32 bits that this pass needs. It is used after the product that follows.
-            const uint32_t* mask_gmem = static_cast<const uint32_t*>(p.mask.data) + b * p.mask.stride_b + now.h * p.mask.stride_h;
-            const int mask_row = i0 + (warp_q * PASSES + pass) * Q_COLUMNS + ptx::tid_x() % Q_COLUMNS;
-            const uint32_t mask_word = mask_gmem[min(mask_row, p.Nq - 1) * p.mask.stride_i + (j0 + warp_k * K_ROWS) / 32];
-#endif
-#if SCORE
-            float slope = 0;  // read where it is used
-            auto query = [&](int n, int e) {
-                const int lane = ptx::tid_x() % 32;
-                const int i = i0 + (warp_q * PASSES + pass) * Q_COLUMNS + 8 * n + lane % 4 * 2 + e;
-                return scored_query(p, b, now.h, i, i + offset - j0 - warp_k * K_ROWS - lane / 4, slope);
-            };
-            BiasOfTile<M_TILES, N_TILES> bias_rmem;
-            auto load_bias = [&] { load_bias_of_columns(bias_rmem, p, j0 + warp_k * K_ROWS + ptx::tid_x() % 32 / 4, query); };
-            if (BIASED && BIAS_EARLY) load_bias();
-#endif
-#if DROPOUT
-            const uint2 key = dropout_key(p);  // re-read in every pass, which is cheaper than keeping it in two registers
-#endif
-            // line 10: Sᵀ = K Qᵀ
-            float S_rmem[M_TILES][N_TILES][4] = {};
-            warp_matmul<D_STEPS>(
-                S_rmem, [&](auto& a, int k, int m) { ptx::ldmatrix_x4(a, K_smem + warp_rows + Tile_K::step(K_lane_a, k) + m * 16 * ROW_BYTES); },
-                [&](auto& b, int k, int n) { ptx::ldmatrix_x4(b, Q_smem + pass_rows + Tile_Q::step(Q_lane_b, k) + n * 16 * ROW_BYTES); });
-
-            // line 13: dPᵀ = V dOᵀ. It overlaps the exponentials below; with dropout it comes after them, because there are not enough registers.
-            float dP_rmem[M_TILES][N_TILES][4] = {};
-            auto multiply_dP = [&] {
-                warp_matmul<D_STEPS>(
-                    dP_rmem, [&](auto& a, int k, int m) { ptx::ldmatrix_x4(a, V_smem + warp_rows + Tile_K::step(K_lane_a, k) + m * 16 * ROW_BYTES); },
-                    [&](auto& b, int k, int n) { ptx::ldmatrix_x4(b, dO_smem + pass_rows + Tile_Q::step(Q_lane_b, k) + n * 16 * ROW_BYTES); });
-            };
-            if (!DROPOUT) multiply_dP();
-
-            lane = ptx::tid_x() % 32;              // re-read, here and below, so that values computed from it take no registers in the rest of a step
-            const int g = lane / 4, t = lane % 4;  // this lane's row and column pair in an 8×8 fragment
-
-#if SCORE
-            uint32_t derivative_rmem[M_TILES][N_TILES][2];
-            if (BIASED && !BIAS_EARLY) load_bias();
-            slope = slope_log2(p, b, now.h);
-            score_columns(S_rmem, derivative_rmem, bias_rmem, p, score_units(p), query);
-#endif
-            // line 11: P = exp(scale · S − LSE); it overwrites S
-#pragma unroll
-            for (int n = 0; n < N_TILES; ++n) {
-                const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + pass * Q_COLUMNS + 8 * n + 2 * t);
-#pragma unroll
-                for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        S_rmem[m][n][2 * r] = ptx::ex2(fmaf(S_rmem[m][n][2 * r], SCORE ? 1 : scale_log2, -LSE.x));
-                        S_rmem[m][n][2 * r + 1] = ptx::ex2(fmaf(S_rmem[m][n][2 * r + 1], SCORE ? 1 : scale_log2, -LSE.y));
-                    }
-            }
-
-#if MASK
-            const bool cut = (LIMITED && tile_cut) || __any_sync(0xffffffff, mask_word != 0);  // bits beyond Nk are set
-#else
-            const bool cut = tile_cut;
-#endif
-            // Hide what may not be attended: row j0 + … + 16·m + 8·r + g of Sᵀ, column i0 + … + 8·n + 2·t + e.
-            if (cut) {
-                const int j = j0 + warp_k * K_ROWS + g, i = i0 + (warp_q * PASSES + pass) * Q_COLUMNS + 2 * t;
-#pragma unroll
-                for (int n = 0; n < N_TILES; ++n)
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        uint32_t hidden = 0;  // bits of this lane's keys, from its first
-#if MASK
-                        hidden = __shfl_sync(0xffffffff, mask_word, 8 * n + 2 * t + e) >> (warp_k * K_ROWS % 32 + g);
-#endif
-#if INTERVAL
-                        const Interval seen = keys_of_row(p, b, now.h, i + 8 * n + e);
-                        hidden |= ~first_bits(seen.stop - j) | first_bits(seen.start - j);
-#else
-                        if (CAUSAL || !MASK) hidden |= ~first_bits((CAUSAL ? min(p.Nk, i + 8 * n + e + offset + 1) : p.Nk) - j);
-#endif
-#pragma unroll
-                        for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-                            for (int r = 0; r < 2; ++r)
-                                if (hidden >> (16 * m + 8 * r) & 1) S_rmem[m][n][2 * r + e] = 0;
-                    }
-            }
-
-#if DROPOUT
-            // Dropped elements get a negative sign on their P until it is rounded below: dS needs |P| of all elements, dV only that of kept ones.
-            // A call of Philox serves 32 × 32 elements 8 apart: two calls (e = 0, 1) give a lane's share of them.
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int i = i0 + (warp_q * PASSES + pass) * Q_COLUMNS, j = j0 + warp_k * K_ROWS;
-                const uint4 bytes = dropout_bytes(key, batch(), now.h, global_row(p, i / 32 * 32 + 2 * t + e), global_column(p, j / 32 * 32 + g));
-                const bool second = Q_COLUMNS == 16 && i % 32 == 16;  // 16 columns take two of the four words,
-                const int shift = K_ROWS == 16 ? j % 32 : 0;          // 16 rows two of a word's four bytes
-                const uint32_t words[4] = {(second ? bytes.z : bytes.x) >> shift, (second ? bytes.w : bytes.y) >> shift, bytes.z >> shift,
-                                           bytes.w >> shift};
-#pragma unroll
-                for (int n = 0; n < N_TILES; ++n)
-#pragma unroll
-                    for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-                        for (int r = 0; r < 2; ++r) {
-                            const int byte = 8 * (2 * m + r);
-                            if ((words[n] & 0xffu << byte) < static_cast<uint32_t>(p.drop_below) << byte) S_rmem[m][n][2 * r + e] *= -1;
-                        }
-            }
-#endif
-            if (DROPOUT) multiply_dP();
-
-            // line 14: dS = P∘(dP − Delta), then both are rounded to pairs. With dropout, dS = P∘(keep_scale · kept dP − Delta); the factor keep_scale
-            // is applied at the end, as for dV.
-            uint32_t P_rmem[M_TILES][N_TILES][2], dS_rmem[M_TILES][N_TILES][2];
-#pragma unroll
-            for (int n = 0; n < N_TILES; ++n) {
-                const float2 Delta = *reinterpret_cast<const float2*>(Delta_smem + pass * Q_COLUMNS + 8 * n + 2 * t);
-#pragma unroll
-                for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        float P0 = S_rmem[m][n][2 * r], P1 = S_rmem[m][n][2 * r + 1];
-                        float dP0 = dP_rmem[m][n][2 * r], dP1 = dP_rmem[m][n][2 * r + 1];
-                        if (DROPOUT) dP0 = P0 < 0 ? 0 : dP0, dP1 = P1 < 0 ? 0 : dP1;
-                        float dS0 = fabsf(P0) * (dP0 - Delta.x), dS1 = fabsf(P1) * (dP1 - Delta.y);
-#if SCORE
-                        if (CAPPED) {
-                            const float2 derivative = ptx::floats_of_pair(derivative_rmem[m][n][r]);
-                            dS0 *= derivative.x, dS1 *= derivative.y;
-                        }
-#endif
-                        dS_rmem[m][n][r] = ptx::cvt_pair<element>(dS0, dS1);
-                        if (DROPOUT) P0 = fmaxf(P0, 0), P1 = fmaxf(P1, 0);
-                        P_rmem[m][n][r] = ptx::cvt_pair<element>(P0, P1);
-                    }
-            }
+            float S_rmem[M_TILES][N_TILES][4] = {}, dP_rmem[M_TILES][N_TILES][4] = {};
+            uint32_t P_rmem[M_TILES][N_TILES][2], dS_rmem[M_TILES][N_TILES][2];  // rounded to pairs
+            scores_of_part<false>(p, scale_log2, pair, warp_k, warp_q, pass, batch, S_rmem, dP_rmem, [&](int m, int n, int r, float P0, float P1, float dS0, float dS1) {
+                dS_rmem[m][n][r] = ptx::cvt_pair<element>(dS0, dS1);
+                if (DROPOUT) P0 = fmaxf(P0, 0), P1 = fmaxf(P1, 0);
+                P_rmem[m][n][r] = ptx::cvt_pair<element>(P0, P1);
+            });
 
             // dSᵀ, and Pᵀ for warps that share these rows, to shared memory.
 #pragma unroll
@@ -428,8 +301,8 @@ extern "C" int attention(const AttentionParams* params) {
     if (!q_fits || !units_fit(p.k, p.B, p.Hkv, p.Nk) || !units_fit(p.v, p.B, p.Hkv, p.Nk)) return cudaErrorInvalidValue;
     const int64_t all_rows = Workspace::all_rows(p), k_blocks = tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B;
     if (!numbers_fit(p, {all_rows / PREPARE_ROWS, k_blocks})) return cudaErrorInvalidConfiguration;
-#if SCORE
-    if (p.scoring.d_bias) return cudaErrorInvalidValue;  // another rung's
+#if SCORE & SCORE_BIAS
+    if (p.scoring.d_bias && !numbers_fit(p, {BiasPart::count(p.scoring)})) return cudaErrorInvalidConfiguration;
 #endif
     DeviceGuard guard(p.device);
     cudaError_t error = cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
@@ -439,6 +312,10 @@ extern "C" int attention(const AttentionParams* params) {
 #endif
     if (all_rows > 0) launch_kernel(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), PREPARE_THREADS, 0, p.stream, p);
     if (k_blocks > 0) launch_kernel(backward_kernel, static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream, p, p.scale * LOG2_E);
+#if SCORE & SCORE_BIAS
+    if (p.scoring.d_bias) error = launch_dbias(p);
+    if (error != cudaSuccess) return error;
+#endif
     if (all_rows > 0) launch_kernel(finish_dq_kernel, static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p);
     return cudaGetLastError();
 }

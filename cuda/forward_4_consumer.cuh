@@ -38,9 +38,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     const int lane = threadIdx.x % 32;
     const Rows rows(p, lane);
     const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
-#if !SCORE
-    [[maybe_unused]] const float above = fminf(ABOVE_M / scale_log2, 0x1p100f);  // too small to change p.lowest when added to it, whatever the scale
-#endif
+    [[maybe_unused]] const float above = SCORE ? ABOVE_M : fminf(ABOVE_M / scale_log2, 0x1p100f);  // too small to change p.lowest when added to it, whatever the scale
 
     float O_rmem[V_HEAD_DIM / 2];  // not yet divided by l
     float S_rmem[BLOCK_K / 2];
@@ -140,13 +138,13 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         multiply_QK(S_rmem, shared, consumer, Slot_Q(q), Slot_KV(n));
         your_turn((consumer + 1) % CONSUMERS);
     };
-    // S becomes the P that will be rounded. On the way it calls await_O(raised), where raised() says whether some alpha is not 1.
+    // S becomes P. await_O(whether alpha is not 1 everywhere) is called in the course of it.
     auto exponentials = [&](const Work& work, int tile, const auto& await_O) {
         const int j0 = j0_of(work, tile);
-#if SCORE
-        auto raised = [&] { return (HEAD_DIM == 64 && SCORE != SCORE_SOFTCAP) || __any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1); };
-        if (softmax_of_capped(S_rmem, m_rmem, l_rmem, alpha, rows, work, j0)) return await_O(raised);
+        auto round = [&] { round_P(P_rmem, S_rmem, keep); };
         float shift[2];
+#if SCORE
+        if (softmax_of_capped(S_rmem, m_rmem, l_rmem, alpha, rows, work, j0, await_O, round)) return;
 #endif
 #if SCORE & SCORE_BIAS
         ptx::mbarrier_wait(bias_full, n & 1);
@@ -158,11 +156,11 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
 #endif
 #if SCORE
-        softmax(S_rmem, m_rmem, l_rmem, alpha, unit_log2(p), shift);
-        await_O(raised);
+        softmax(S_rmem, m_rmem, l_rmem, alpha, unit_log2(p), above, shift, await_O);
 #else
-        softmax(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, await_O);
+        softmax(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, shift, await_O);
 #endif
+        round();
     };
 
     if (consumer == CONSUMERS - 1) your_turn(0);
@@ -189,7 +187,6 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             release(barriers.K_empty, Slot_KV(n).stage);
             if (tile + 1 == work.k_tiles) release_Q(slot_Q);
             exponentials(work, tile, [](const auto&) {});
-            round_P(P_rmem, S_rmem, keep);
             ++tile, ++n;
             for (; tile < work.k_tiles; ++tile, ++n) {
                 const Slot_KV now(n), before(n - 1);
@@ -216,7 +213,6 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                     ptx::wgmma_wait_group<0>();  // O is complete
                     release(barriers.V_empty, before.stage);
                 });
-                round_P(P_rmem, S_rmem, keep);
             }
             // The last product, then the first of the next work item, which runs while O is stored. If there is no next item, it multiplies stale data and
             // the result is ignored: the compiler does not keep a product in flight across a branch.

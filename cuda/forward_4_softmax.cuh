@@ -127,43 +127,26 @@ __device__ inline float exponentials_of_row(float (&S_rmem)[BLOCK_K / 2], int r,
     return sum;
 }
 
-#if SCORE
-// Scores S that score_rows() has changed become 2^(scale_log2 · S + shift − m), where m is the row's running maximum in base 2. O must be multiplied by
-// alpha. l is the sum over this lane's columns. shift[r] applies to the whole row.
-__device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], float scale_log2,
-                               const float (&shift)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        float m_new = -CUDART_INF_F;
-#pragma unroll
-        for (int i = 0; i < BLOCK_K / 8; ++i) m_new = fmaxf(m_new, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
-        m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // over the four lanes of a row
-        m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
-        m_new = fmaxf(m_rmem[r], fmaf(m_new, scale_log2, SLOPED ? shift[r] : 0));
-        alpha[r] = ptx::ex2(m_rmem[r] - m_new);
-        m_rmem[r] = m_new;
-        l_rmem[r] = l_rmem[r] * alpha[r] + exponentials_of_row(S_rmem, r, scale_log2, SLOPED ? m_new - shift[r] : m_new);
-    }
-}
-#else
 // By how much, in base 2, a score may exceed its row's m before m is raised. P and l are then up to 2⁸ times as large, but O = P V / l and the LSE are the
 // same, and few tiles after the first have to rescale O (as in FlashAttention-4).
 constexpr float ABOVE_M = 8;
 // Three groups under a mask do not have enough registers for that: there every tile updates m, and O is awaited after all exponentials.
 constexpr bool LAZY = CONSUMERS == 2 || !MASK;
 
-// S becomes 2^(scale_log2 · (S − m)), where m is at most `above` below the row's running maximum; l is the sum over this lane's columns. `above` is ABOVE_M
-// in units of S. Added to p.lowest, where m starts, it is lost in rounding, so the first score that may be attended always raises m. await_O(raised), which
-// multiplies O by alpha if some m was raised, is called before the second row's exponentials: once O is complete, P's registers are free, and the first
-// row's P can be rounded into them while the second row's exponentials run.
+// m_rmem and `above`, which is ABOVE_M, are in units of S; but of scores that are changed in base 2, where S becomes 2^(scale_log2 · S + shift − m).
+// S becomes 2^(scale_log2 · (S − m)), m near its rows' maximum so far; l is this lane's share of the sum. Beside where m starts, `above` is lost in
+// rounding, so that any score that may be attended raises that. Before the second row's exponentials await_O(raised) is called, which multiplies O by
+// alpha if some m was raised: they leave room for rounding the first row's P, for which P's registers must be free.
 template <class AwaitO>
 __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], float scale_log2, float above,
-                               const AwaitO& await_O) {
+                               [[maybe_unused]] const float (&shift)[2], const AwaitO& await_O) {
+    constexpr bool SHIFTED = SCORE && SLOPED;
     // Updates m of row r; returns whether it was raised in some lane.
     auto raise = [&](int r) {
         float largest = fmaxf(S_rmem[2 * r], S_rmem[2 * r + 1]);
 #pragma unroll
         for (int i = 1; i < BLOCK_K / 8; ++i) largest = fmaxf(largest, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
+        if (SCORE) largest = fmaf(largest, scale_log2, SHIFTED ? shift[r] : 0);
         const bool raised = !LAZY || __any_sync(0xffffffff, largest > m_rmem[r] + above);
         alpha[r] = 1;
         if (raised) {
@@ -171,12 +154,15 @@ __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2],
             m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // over the four lanes of a row
             m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
             if (LAZY && m_new <= m_rmem[r] + above) m_new = m_rmem[r];  // another row's m was raised: this row's result must not depend on that
-            alpha[r] = ptx::ex2((m_rmem[r] - m_new) * scale_log2);
+            alpha[r] = ptx::ex2(SCORE ? m_rmem[r] - m_new : (m_rmem[r] - m_new) * scale_log2);
             m_rmem[r] = m_new;
         }
         return raised;
     };
-    auto exponentials = [&](int r) { l_rmem[r] = l_rmem[r] * alpha[r] + exponentials_of_row(S_rmem, r, scale_log2, m_rmem[r] * scale_log2); };
+    auto exponentials = [&](int r) {
+        const float m_log2 = SHIFTED ? m_rmem[r] - shift[r] : SCORE ? m_rmem[r] : m_rmem[r] * scale_log2;
+        l_rmem[r] = l_rmem[r] * alpha[r] + exponentials_of_row(S_rmem, r, scale_log2, m_log2);
+    };
     const bool first_raised = raise(0);
     exponentials(0);
     const bool second_raised = raise(1);  // computed under the exponentials of the first row, which take longer
@@ -185,32 +171,30 @@ __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2],
     exponentials(1);
     if (!LAZY) await_O(raised);
 }
-#endif
 
 #if SCORE
 // softmax() for scores that softcap alone changes, in one pass. ORDER: tanh y is computed as y times a polynomial of this degree in y², so that S becomes
 // 2^(factor(S²) · S − m) with one multiplication, ORDER FMAs and softmax's own FMA; 0: by the hardware's tanh. NEW_MAXIMUM: m is updated. tanh is
-// monotonic, so the largest S of a row gives its m.
-template <int ORDER, bool NEW_MAXIMUM>
-__device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p) {
+// monotonic, so the largest S of a row gives its m. round() is called at the end, because what follows a branch cannot run under what comes before it.
+template <int ORDER, bool NEW_MAXIMUM, class AwaitO, class Round>
+__device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p,
+                                      const AwaitO& await_O, const Round& round) {
     const float scale_log2 = p.scale * LOG2_E, in_cap = p.scoring.scale_in_cap;
     auto capped = [&](float s, float minus_m) {
         if (ORDER == 0) return fmaf(ptx::tanh(s * in_cap), p.scoring.cap_log2, minus_m);
         return fmaf(s, ORDER == 1 ? tanh_over_1(s, in_cap, scale_log2) : tanh_over(s * in_cap, scale_log2), minus_m);
     };
+    auto set_m = [&](int r) {
+        float largest = -CUDART_INF_F;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        alpha[r] = 1;
-        if (NEW_MAXIMUM) {
-            float largest = -CUDART_INF_F;
-#pragma unroll
-            for (int i = 0; i < BLOCK_K / 8; ++i) largest = fmaxf(largest, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));  // over the four lanes of a row
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
-            const float m_new = fmaxf(m_rmem[r], capped(largest, 0));
-            alpha[r] = ptx::ex2(m_rmem[r] - m_new);
-            m_rmem[r] = m_new;
-        }
+        for (int i = 0; i < BLOCK_K / 8; ++i) largest = fmaxf(largest, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));  // over the four lanes of a row
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+        const float m_new = fmaxf(m_rmem[r], capped(largest, 0));
+        alpha[r] = ptx::ex2(m_rmem[r] - m_new);
+        m_rmem[r] = m_new;
+    };
+    auto exponentials = [&](int r) {
         float sum = 0;
         // The condition, which always holds, keeps the compiler from computing a tanh long before its exponential, which would take too many registers.
         if (ORDER > 0 || p.scale > 0) {
@@ -224,15 +208,22 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
                 }
         }
         l_rmem[r] = NEW_MAXIMUM ? l_rmem[r] * alpha[r] + sum : l_rmem[r] + sum;
-    }
+    };
+    if (NEW_MAXIMUM) set_m(0);
+    exponentials(0);
+    if (NEW_MAXIMUM) set_m(1);
+    await_O([] { return NEW_MAXIMUM; });
+    exponentials(1);
+    round();
 }
 
-// By how much, in base 2, a score may exceed its row's m before m is updated: P and l are larger by the same factor, and O = P V / l is the same.
-constexpr float ABOVE_M = DTYPE == FLOAT16 ? 8 : 24;
+// So far, in base 2, the size of a score may lie above the m of its row before that is brought up to date: P and l are larger by as much.
+constexpr float SIZE_ABOVE_M = DTYPE == FLOAT16 ? 8 : 24;
 
 // Runs capped_softmax() if nothing but softcap changes scores and the warp's rows see the whole tile. Returns whether it did.
+template <class AwaitO, class Round>
 __device__ inline bool softmax_of_capped(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const Rows& rows,
-                                         const Work& work, int j0) {
+                                         const Work& work, int j0, const AwaitO& await_O, const Round& round) {
     if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return false;
     const AttentionParams& p = rows.p;
     float size = 0;
@@ -240,15 +231,22 @@ __device__ inline bool softmax_of_capped(float (&S_rmem)[BLOCK_K / 2], float (&m
     for (int i = 0; i < BLOCK_K / 2; ++i) size = fmaxf(size, fabsf(S_rmem[i]));
     const float in_cap = size * p.scoring.scale_in_cap;
     // A capped score exceeds neither the score nor the cap.
-    const bool near_m = fminf(size * (p.scale * LOG2_E), p.scoring.cap_log2) <= fminf(m_rmem[0], m_rmem[1]) + ABOVE_M;
+    const bool near_m = fminf(size * (p.scale * LOG2_E), p.scoring.cap_log2) <= fminf(m_rmem[0], m_rmem[1]) + SIZE_ABOVE_M;
     auto all = [](bool of_lane) { return __all_sync(0xffffffff, of_lane); };
-    if (all(near_m && in_cap <= LARGEST_1 && has_tanh_over_1(p))) capped_softmax<1, false>(S_rmem, m_rmem, l_rmem, alpha, p);
+    auto capped = [&](auto order, auto new_maximum) {
+        capped_softmax<decltype(order)::value, decltype(new_maximum)::value>(S_rmem, m_rmem, l_rmem, alpha, p, await_O, round);
+    };
+    using std::false_type, std::true_type;
+    using Order0 = std::integral_constant<int, 0>;
+    using Order1 = std::integral_constant<int, 1>;
+    using Order3 = std::integral_constant<int, 3>;
+    if (all(near_m && in_cap <= LARGEST_1 && has_tanh_over_1(p))) capped(Order1(), false_type());
     else if (all(in_cap <= 1)) {
-        if (all(near_m)) capped_softmax<3, false>(S_rmem, m_rmem, l_rmem, alpha, p);
-        else capped_softmax<3, true>(S_rmem, m_rmem, l_rmem, alpha, p);
+        if (all(near_m)) capped(Order3(), false_type());
+        else capped(Order3(), true_type());
     } else {
-        if (all(near_m)) capped_softmax<0, false>(S_rmem, m_rmem, l_rmem, alpha, p);
-        else capped_softmax<0, true>(S_rmem, m_rmem, l_rmem, alpha, p);
+        if (all(near_m)) capped(Order0(), false_type());
+        else capped(Order0(), true_type());
     }
     return true;
 }

@@ -2,7 +2,7 @@
 
 A step is one tile of keys against one tile of queries. What is known of a multiprocessor is read from the emulator's cost model
 (cuda/emulator/model.h), tile sizes from the kernels, the backward's instructions from the profiler's counts (results/h200_cycles.json).
-Three numbers are fitted (`FITTED`), each to one measured step, and one clock for all; nothing else is.
+Two numbers of the backward are fitted (`FITTED`), each to one measured step, and one clock for all; nothing else is.
 """
 
 import itertools
@@ -20,7 +20,6 @@ KNOWN = {name: float(value) for name, value in re.findall(r"X\((\w+), ([\d.]+), 
 MULTIPROCESSORS = 132  # of an H100 or H200
 GROUP_ROWS = 64  # of Q, in the forward, that a group of four warps computes
 FITTED = {
-    "LATENCY": 65.0,  # cycles of a forward step that nothing below accounts for: to D 128
     "EXPOSED": 1.24,  # × the backward's instructions that no product hides: to D 128
     "REDUCED": 13.3,  # bytes of dQ a cycle that a multiprocessor adds up in global memory, while all do: to D 256
 }
@@ -42,13 +41,7 @@ class Step:
         return self.busy["tensor cores"] / self.cycles
 
 
-def grows(tiles: int, rows: int = 16) -> float:
-    """The share of steps in which a maximum grows in some of a warp's rows, for random scores: the n-th tile raises one with probability
-    1 / n."""
-    return sum(1 - (1 - 1 / n) ** rows for n in range(1, tiles + 1)) / tiles
-
-
-def forward_step(D: int, groups: int | None = None, keys: int | None = None, stages: int = 2, N: int = 4096) -> Step:
+def forward_step(D: int, groups: int | None = None, keys: int | None = None, stages: int = 2) -> Step:
     """A step of the forward: `groups` tiles of 64 queries against one of `keys` keys. None: as forward_4_tiles.cuh has it."""
     tiles = constants("forward_4_tiles.cuh", HEAD_DIM=D)
     groups, keys = groups or tiles["CONSUMERS"], keys or tiles["BLOCK_K"]
@@ -56,8 +49,7 @@ def forward_step(D: int, groups: int | None = None, keys: int | None = None, sta
     product = 2 * GROUP_ROWS * keys * D / KNOWN["TENSOR_FLOP"]  # S, and O as much
     scores = GROUP_ROWS * keys // 128  # of a thread
     exponentials = (scores + 2) * KNOWN["EXPONENTIAL"]
-    rescale = 1 if D == 64 else grows(N // keys)
-    instructions = 4.5 * scores + rescale * D / 2 + 2.5 * (D + keys) / 16 + 110  # counted in the machine code, a warp's
+    instructions = 4.5 * scores + 2.5 * (D + keys) / 16 + 110  # counted in the machine code, a warp's; O is rescaled too rarely to count
     held = 2 * product - KNOWN["WGMMA_DEPTH"] * D / 2  # until the last four products of O are all that is left
     # ---- what all need of shared memory: operands of S (64 rows of Q and all of K, 16 columns at a time), of O (V alone), and the copies
     S_operands = D / 16 * 32 * (GROUP_ROWS + keys) / KNOWN["SHARED_BYTES"]
@@ -72,7 +64,7 @@ def forward_step(D: int, groups: int | None = None, keys: int | None = None, sta
     cycles = groups * 2 * product * 1.5
     for _ in range(400):
         tensor = sum(max(product, shared_by(copied, operands, cycles)) for operands in (S_operands, O_operands))
-        chain = FITTED["LATENCY"]
+        chain = 0.0
         for need, unit in ((held, tensor), (exponentials, exponentials), (instructions, instructions)):
             chain += shared_by((groups - 1) * unit, need, cycles)
         cycles += 0.1 * (max(chain, groups * tensor, bytes_copied / KNOWN["L2_BYTES"]) - cycles)
@@ -140,7 +132,7 @@ def measured(part: str, D: int) -> dict[str, float] | None:
 def problem_cycles(part: str, D: int, B: int, H: int, N: int) -> float:
     """The main kernel of a whole dense problem: the multiprocessors take works in rounds, and the last round is as long as any."""
     works, steps = shape(part, D, B, H, N)
-    step = forward_step(D, N=N) if part == "forward" else backward_step(D)
+    step = forward_step(D) if part == "forward" else backward_step(D)
     return math.ceil(works / MULTIPROCESSORS) * (steps * step.cycles + (BETWEEN if part == "forward" else 0))
 
 

@@ -104,6 +104,7 @@ RUNGS: dict[str, Rung] = {
             dropout=True,
             scores=("softcap", "bias", "alibi"),
             bias_as_q=True,
+            sums_bias=True,
             packs_heads=True,
             forward_workspace=True,
             float8_keys=True,
@@ -121,6 +122,7 @@ RUNGS: dict[str, Rung] = {
             intervals=True,
             scores=("softcap", "bias", "alibi"),
             bias_as_q=True,
+            sums_bias=True,
         ),
         HOPPER_WIDE,  # behind all that take narrower heads
         HOPPER_FLOAT32,
@@ -169,15 +171,12 @@ RUNGS: dict[str, Rung] = {
 }
 
 
-def adds_quickly(q: Tensor, v: Tensor, trained: bool = False) -> bool:
-    """Whether a bias of q's dtype, or `trained` one that needs a gradient, is added by a kernel on tensor cores. PyTorch's own are faster
-    than `simple`, which adds all others."""
+def adds_quickly(q: Tensor, v: Tensor) -> bool:
+    """Whether a bias of q's dtype is added, and its gradient summed, by kernels on tensor cores. PyTorch's own are faster than `simple`,
+    which adds all others."""
     if not q.is_cuda:
         return True
     device = torch.cuda.get_device_properties(q.device)
-    for rung in (HOPPER, RUNGS["tensor_core"]):
-        narrow = max(q.shape[-1], v.shape[-1]) <= (rung.bias_up_to or rung.head_dims[-1])
-        sums = rung.sums_bias or not trained
-        if narrow and sums and DTYPE_NAMES.get(q.dtype) in rung.dtypes and rung.runs_on(10 * device.major + device.minor):
-            return True
-    return False
+    rung = RUNGS["tensor_core"]
+    narrow = max(q.shape[-1], v.shape[-1]) <= rung.head_dims[-1]
+    return narrow and DTYPE_NAMES.get(q.dtype) in rung.dtypes and rung.runs_on(10 * device.major + device.minor)

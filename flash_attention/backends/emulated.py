@@ -244,9 +244,8 @@ class EmulatedRung(cuda.Rung):
             return f"the emulator needs Linux, this is {sys.platform}"
         return None if emulated.find_compiler() else "the emulator needs a C++ compiler (g++ or clang++), and none was found"
 
-    @property
-    def _simple(self) -> cuda.Rung:
-        return RUNGS["emulated:simple"]
+    def _other(self, name: str) -> cuda.Rung:
+        return RUNGS[f"emulated:{name}"]
 
     def _pack_mask(self, mask: Tensor, by_keys: bool) -> Tensor:
         return masks.pack_mask(mask, by_keys, _launch_pack_mask)

@@ -94,15 +94,21 @@ class Rung:
         return None
 
     def _sums_bias(self, call: Call) -> bool:
-        """Whether its own backward computes the gradient of the call's bias; otherwise that of `simple` does."""
+        """Whether its own backward computes the gradient of the call's bias; otherwise `_summing` another's does."""
         special = call.mask is not None or call.has_dropout or call.visible == "interval" or 0 in call.q.shape
         return self.sums_bias and (self.bias_up_to is None or not special)
 
-    @property
-    def _simple(self) -> "Rung":
+    def _summing(self, call: Call) -> "Rung":
+        """The rung whose backward computes the gradient of the call's bias where this one's does not."""
+        fast = self._other("tensor_core")
+        if fast.why_not(call) or (build.failures and fast.why_not_built(BACKWARD, call)):
+            return self._other("simple")
+        return fast
+
+    def _other(self, name: str) -> "Rung":
         from flash_attention.backends.cuda import RUNGS  # which is made of rungs
 
-        return RUNGS["simple"]
+        return RUNGS[name]
 
     def _why_no_interval(self, call: Call) -> str | None:
         settings = call.settings
@@ -219,7 +225,7 @@ class Rung:
         if which == BACKWARD and (reason := self.why_no_backward()):
             raise NotImplementedError(f"backend {self.name!r} gives no gradients: {reason}")
         if which == BACKWARD and call.to_bias and not self._sums_bias(call):
-            return self._simple.plan(which, call)
+            return self._summing(call).plan(which, call)
         return (Forward, Backward)[which].of(self, call)
 
     # ---- what the kernels can read in place

@@ -240,7 +240,7 @@ def attention(
 
     A float attention_mask and position_bias (T5) are added to the scores, softcap (Gemma 2) caps them, s_aux (H,) are sinks (gpt-oss): each
     with its gradient. On a GPU, PyTorch's `scaled_dot_product_attention` serves what is added where no kernel on tensor cores
-    does, as a bias' gradient above 128 columns.
+    does, as in float32 or above 256 columns.
 
     Raises:
         NotImplementedError: a keyword is set that is not in HARMLESS. TypeError: the mask is neither bool nor float. Otherwise as
@@ -258,11 +258,8 @@ def attention(
         pattern = Pattern(None if window is None else window - 1, 0 if causal else None, Nk - Nq)
     if others:
         pattern = _check(module, query, attention_mask, pattern, others)
-    # A mask or bias that is added to the scores, where PyTorch's own kernels are faster.
-    given = (None if isinstance(attention_mask, ImpliedMask) else attention_mask), position_bias
-    is_added = [x for x in given if x is not None and x.is_floating_point()]
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in is_added)
-    to_torch = softcap is None and s_aux is None and not cuda.adds_quickly(query, value, trained)
+    # Where PyTorch's own kernels add to the scores faster.
+    to_torch = softcap is None and s_aux is None and not cuda.adds_quickly(query, value)
     attended = slice(None)
     options: dict[str, Any] = {}
     dense = indices is not None or (position_bias is not None and to_torch)

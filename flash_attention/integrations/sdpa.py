@@ -167,7 +167,7 @@ def _is_mask(mask, query: Tensor, value: Tensor) -> bool:
     if mask.dtype == torch.bool:
         return True
     added = mask.dtype == query.dtype and mask.dtype in DTYPES and not _autocasts(query.device.type)
-    return added and cuda.adds_quickly(query, value, mask.requires_grad and torch.is_grad_enabled())
+    return added and cuda.adds_quickly(query, value)
 
 
 def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
