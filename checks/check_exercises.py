@@ -1,4 +1,4 @@
-"""The exercises: solutions pass, blanks fail, typical mistakes get their words, and what a learner can type is answered.
+"""The exercises: solutions pass, blanks fail, typical mistakes get their messages, and every command line gets an answer.
 
 python checks/check_exercises.py
 """
@@ -81,7 +81,7 @@ def check_every_exercise_says_what_it_is_about():
 @pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc")
 @pytest.mark.parametrize("number", TASKS)
 def check_nvcc_takes_the_solution(number, tmp_path):
-    """What the emulator runs, nvcc compiles too."""
+    """nvcc compiles everything that the emulator runs."""
     text = TASKS[number].path.read_text(encoding="utf-8")
     start, end = text.index("// ---- yours\n") + len("// ---- yours\n"), text.index("// ---- end of yours")
     file = tmp_path / TASKS[number].file

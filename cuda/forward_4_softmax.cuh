@@ -55,7 +55,7 @@ struct Rows {
         for (int r = 0; r < 2; ++r) {
 #if INTERVAL
             const Interval keys = interval(work, j0, r);
-            // A bit for each of this lane's columns, in their order: the instruction R2P tests seven bits at once; two comparisons a column would cost more.
+            // A bit for each of this lane's columns, in their order: the instruction R2P tests seven bits at once, cheaper than two comparisons per column.
             const uint32_t seen = first_bits(of_lane(keys.stop - 2 * t)) & ~first_bits(of_lane(keys.start - 2 * t));
 #pragma unroll
             for (int n = 0; n < BLOCK_K / 4; ++n)
@@ -133,10 +133,11 @@ constexpr float ABOVE_M = 8;
 // Three groups under a mask do not have enough registers for that: there every tile updates m, and O is awaited after all exponentials.
 constexpr bool LAZY = CONSUMERS == 2 || !MASK;
 
-// m_rmem and `above`, which is ABOVE_M, are in units of S; but of scores that are changed in base 2, where S becomes 2^(scale_log2 · S + shift − m).
-// S becomes 2^(scale_log2 · (S − m)), m near its rows' maximum so far; l is this lane's share of the sum. Beside where m starts, `above` is lost in
-// rounding, so that any score that may be attended raises that. Before the second row's exponentials await_O(raised) is called, which multiplies O by
-// alpha if some m was raised: they leave room for rounding the first row's P, for which P's registers must be free.
+// S becomes 2^(scale_log2 · (S − m)), where m is at most `above` below the row's running maximum; l is the sum over this lane's columns. m and `above`,
+// which is ABOVE_M, are in units of S. With changed scores they are in base 2 instead, and S becomes 2^(scale_log2 · S + shift − m). Added to m's start
+// value, `above` is lost in rounding, so the first score that may be attended always raises m. await_O(raised), which multiplies O by alpha if some m was
+// raised, is called before the second row's exponentials: once O is complete, P's registers are free, and the first row's P can be rounded into them while
+// the second row's exponentials run.
 template <class AwaitO>
 __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], float scale_log2, float above,
                                [[maybe_unused]] const float (&shift)[2], const AwaitO& await_O) {
@@ -175,7 +176,7 @@ __device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2],
 #if SCORE
 // softmax() for scores that softcap alone changes, in one pass. ORDER: tanh y is computed as y times a polynomial of this degree in y², so that S becomes
 // 2^(factor(S²) · S − m) with one multiplication, ORDER FMAs and softmax's own FMA; 0: by the hardware's tanh. NEW_MAXIMUM: m is updated. tanh is
-// monotonic, so the largest S of a row gives its m. round() is called at the end, because what follows a branch cannot run under what comes before it.
+// monotonic, so the largest S of a row gives its m. round() is called at the end, inside the caller's branch: the compiler overlaps no instructions across one.
 template <int ORDER, bool NEW_MAXIMUM, class AwaitO, class Round>
 __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p,
                                       const AwaitO& await_O, const Round& round) {
@@ -217,7 +218,7 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
     round();
 }
 
-// So far, in base 2, the size of a score may lie above the m of its row before that is brought up to date: P and l are larger by as much.
+// By how much, in base 2, a score's magnitude may exceed its row's m before m is updated: P and l are larger by the same factor.
 constexpr float SIZE_ABOVE_M = DTYPE == FLOAT16 ? 8 : 24;
 
 // Runs capped_softmax() if nothing but softcap changes scores and the warp's rows see the whole tile. Returns whether it did.
