@@ -1,4 +1,4 @@
-"""Mistakes that a kernel's author could make, as data: a place in cuda/, what stands there, what instead, and the case that must show it.
+"""Mistakes that a kernel's author could make, as data: a file of cuda/, the text before and after, and the case that must show the mistake.
 
 check_mutations.py applies each to a copy and expects the emulator to report it, or the result to be wrong. One file because it is one list.
 """
@@ -22,7 +22,7 @@ BLIND_ROWS = case(Nq=300, Nk=150, causal=True)  # the first rows see nothing
 GROUPED = case(H=4, Hkv=2)
 DROPOUT = case(dropout_p=0.25)
 MASKED = case(mask="heads share", causal=True)
-READ_ONCE = case(mask="full", Nk=304)  # each byte of the mask by one block, so it is not packed
+READ_ONCE = case(mask="full", Nk=304)  # each byte of the mask is read by one block, so it is not packed
 SHARP = case(sharp=5)  # maxima grow
 WIDE = case(D=128)
 WIDE_MASKED = case(D=128, mask="heads share")
@@ -75,7 +75,7 @@ HALF_SLOPED = case(alibi=True)
 HALF_BIASED = case(B=2, Nk=150, bias="batches share", bias_as_q=True)
 HALF_KEY_BIAS = case(B=2, Nk=150, bias="keys", bias_as_q=True)
 
-# hopper looks through these masks for tiles that they hide whole.
+# hopper scans these masks for tiles that they hide entirely.
 BAND = case(Nq=400, Nk=500, mask="band")
 BLIND_BAND = case(Nq=500, Nk=150, mask="band")  # tiles of Q that see nothing
 LONG_BAND = case(H=1, Nq=70, Nk=4300, mask="band")  # more tiles of keys than a word has bits
@@ -92,7 +92,7 @@ FEW_BIASED = case(H=4, Hkv=2, Nq=3, Nk=301, bias="batches share", bias_as_q=True
 
 NO_BARRIER, NO_WAIT = "", ""
 
-# (rung, file): what stands there (once, or the place given), what instead, the case
+# (rung, file): text before (which occurs once, or the number of occurrences before it is given), text after, the case
 TABLE = {
     ("simple", "forward_1_simple.cu"): [
         ("__syncthreads();  // all threads have finished reading the previous chunks", "//", FLOAT32),
@@ -688,7 +688,7 @@ SCORED = {
 
 
 def replaced(path: Path, places: Iterable[tuple[str, str]]) -> None:
-    """Writes into the file what is to stand in each of these places."""
+    """Replaces each text in the file, which must occur once."""
     text = path.read_text()
     for before, after in places:
         assert text.count(before) == 1, f"{path.name} has {before!r} {text.count(before)} times, not once"
@@ -698,7 +698,7 @@ def replaced(path: Path, places: Iterable[tuple[str, str]]) -> None:
 
 @dataclass(frozen=True)
 class Mutation:
-    """`before`, which stands once in the file (or `place` times before it), becomes `after`."""
+    """`before`, which occurs once in the file (or is occurrence number `place`, counted from 0), becomes `after`."""
 
     rung: str
     file: str
