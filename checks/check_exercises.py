@@ -47,7 +47,7 @@ def check_typical_mistakes_get_their_words():
 def check_as_handed_out():
     """An untouched exercise: exit code 1, and a message."""
     run = check("1")
-    assert run.returncode == 1 and "not yet" in run.stdout and "Nothing of the output was written" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 1 and "not yet" in run.stdout and "The kernel has written no output" in run.stdout, run.stdout + run.stderr
 
 
 def check_a_solution_by_itself():

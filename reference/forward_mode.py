@@ -6,9 +6,8 @@ Written out for a row, with a dot for a tangent, f the softcap and B the bias (s
     LSE = log Σ exp(x)    P = exp(x − LSE)     LSĖ = Σ P∘ẋ,       Ṗ = P∘(ẋ − LSĖ)
     O = (P∘Z) V                                Ȯ = (Ṗ∘Z) V + (P∘Z) V̇ = (P∘ẋ∘Z) V + (P∘Z) V̇ − LSĖ · O
 
-so that each tile adds (P∘ẋ∘Z) V + (P∘Z) V̇ to one sum and P∘ẋ to another, and −LSĖ · O comes at the end. P is recomputed from LSE, as in
-the
-backward: no running maximum, nothing to rescale. A tile takes five products, where the forward takes two; memory is linear in N.
+so that each tile adds (P∘ẋ∘Z) V + (P∘Z) V̇ to one sum and P∘ẋ to another, and −LSĖ · O is added at the end. P is recomputed from LSE, as
+in the backward: no running maximum, nothing to rescale. A tile takes five products, where the forward takes two; memory is linear in N.
 
 `second_derivative` computes the same differentiably; this is for tangents that are not differentiated again.
 """
