@@ -320,7 +320,7 @@ def check_layer():
 # ---- skipping
 
 
-def check_tiles_nobody_sees_are_not_computed():
+def check_hidden_tiles_are_not_computed():
     """Counted by `observe`, forward and backward: a window and documents visit only tiles in which some row sees something."""
     from flash_attention.reference import flash2
 

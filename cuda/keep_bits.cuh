@@ -12,15 +12,15 @@
 #include "tensor_core.cuh"
 
 // Of 32 rows, position 16·h + 4·w + r holds row 8·w + 4·h + r (h < 2, w < 4, r < 4).
-struct DealtRows {
+struct PermutedRows {
     static constexpr int AT_ONCE = 4;  // consecutive positions with consecutive rows
     __host__ __device__ static constexpr int row(int position) { return (position & ~28) | (position & 12) << 1 | (position & 16) >> 2; }
     __host__ __device__ static constexpr int distance(int positions) { return row(positions); }
 };
-using RowOrder = std::conditional_t<DROPOUT, DealtRows, InOrder>;
+using RowOrder = std::conditional_t<DROPOUT, PermutedRows, InOrder>;
 constexpr int ROW_STEP = RowOrder::distance(8);  // between a lane's two rows of an accumulator
 template <class Tile, class Order>
-constexpr int BOX_ROWS = std::is_same_v<Order, DealtRows> ? DealtRows::AT_ONCE : Tile::ROWS;  // of the tensor map from which a tile comes
+constexpr int BOX_ROWS = std::is_same_v<Order, PermutedRows> ? PermutedRows::AT_ONCE : Tile::ROWS;  // of the tensor map from which a tile comes
 
 // Issues the loads of a tile; its first row is row `first` of head h of batch b. A tile may hold the head in parts of PART columns, each with its own
 // panels: then panels do not begin at every 64th column.

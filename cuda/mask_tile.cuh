@@ -48,7 +48,7 @@ struct MaskOfBits {
 
 // In each GROUP of keys, rows 8n + 2t and 8n + 2t + 1 of the tile (n = 0, 1, …), lane t's columns, are keys RUN·t + 2n and RUN·t + 2n + 1.
 template <int BLOCK_K>
-struct Dealt {
+struct PermutedKeys {
     static constexpr int GROUP = BLOCK_K < 64 ? BLOCK_K : 64, RUN = GROUP / 4;
     __device__ static int row(int r) { return r % 8 / 2 * RUN + r / 8 * 2 + r % 2; }                             // of the first 16
     __device__ static constexpr int distance(int rows) { return rows / GROUP * GROUP + rows % GROUP / 4; }      // rows: a multiple of 16
@@ -56,7 +56,7 @@ struct Dealt {
 
 template <int THREADS, int ROWS_PER_WARP, int BLOCK_K>
 struct MaskOfBytes {
-    using Order = Dealt<BLOCK_K>;
+    using Order = PermutedKeys<BLOCK_K>;
     static constexpr int UNIT = 16;                        // of offsets, in bytes: 32 bits of them reach 64 GB
     static constexpr int RUN = Order::RUN;                 // bytes that a lane copies at once
     static constexpr int RUNS = BLOCK_K / Order::GROUP;    // of them in a lane's part of a row

@@ -85,7 +85,8 @@ def check(archs: list[str], head_dims: list[int] | None, jobs: int, file: Path |
         compilers = build.compilers(build.find_nvcc() or "nvcc").splitlines()
         results[arch] = {"kernels": len(wanted), "complaints": found, "failed": failed, "compilers": compilers}
         if file:
-            file.write_text(json.dumps(results, indent=1) + "\n")
+            rows = (f"{json.dumps(arch)}: {json.dumps(result)}" for arch, result in results.items())  # one row a line
+            file.write_text("{\n" + ",\n".join(rows) + "\n}\n")
     return good
 
 
