@@ -199,10 +199,12 @@ def check_wide_heads_do_not_depend_on_order(D, causal):
     same_in_any_order(case, target("hopper"), orders=3)
 
 
-def check_last_heads_start_together(monkeypatch):
-    """A causal backward at D 128 assigns its last heads in a different order: every head and tile of keys still gets a block."""
-    monkeypatch.setattr(emulated, "SM_COUNT", 6)  # three tiles of keys, so four heads of the six
-    against_truth(Case(B=2, H=3, Nq=130, Nk=300, D=128, dtype=torch.float16, causal=True), target("hopper"))
+# Three, four and five tiles of keys: the last four, two and two heads of six.
+@pytest.mark.parametrize(("D", "SMs"), [(128, 6), only_full(192, 6), (256, 8)])
+def check_last_heads_start_together(D, SMs, monkeypatch):
+    """A causal backward above D 64 gives its last heads to blocks in another order: every head and tile of keys still has one."""
+    monkeypatch.setattr(emulated, "SM_COUNT", SMs)
+    against_truth(Case(B=2, H=3, Nq=130, Nk=300, D=D, dtype=torch.float16, causal=True), target("hopper"))
 
 
 def check_last_tiles_come_one_by_one(monkeypatch):
@@ -218,24 +220,24 @@ def check_last_tiles_come_one_by_one(monkeypatch):
     report.verdict()
 
 
-@pytest.mark.parametrize("D", (64, 128))
-def check_maxima_that_rise_late(D):
-    """Scores that grow from the first tile of keys visited to the last, by less than the threshold that raises a row's m, and by more.
-    Raising one row's m changes no bit of another row."""
+@pytest.mark.parametrize("name, D", (("hopper", 64), ("hopper", 128), ("hopper_wide", 320)))
+def check_maxima_that_rise_late(name, D):
+    """Scores that grow from the tile of keys visited first to the one visited last, by less than what raises a row's m, and by more. That
+    another row's m is raised changes no bit of a row."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 400, D).unbind()
     q, k = q[:, :, :200].abs(), torch.linspace(1, 0, 400)[:, None] * torch.rand(1, 1, 400, D)
     for growth in (0.5, 2.0, 20.0):
         inputs = [x.bfloat16() for x in (growth * q, k, v)]
-        O, LSE = flash_attention(*inputs, return_lse=True, backend="emulated:hopper")
+        O, LSE = flash_attention(*inputs, return_lse=True, backend=f"emulated:{name}")
         Q, K, V = (x.double() for x in inputs)
         S = Q @ K.mT / D**0.5
-        report = Report(f"scores that grow, D {D}, by {growth}")
+        report = Report(f"scores that grow, {name}, D {D}, by {growth}")
         report.compare("emulated", "O", O, S.softmax(-1) @ V, 2e-2)
         report.compare("emulated", "LSE", LSE, S.logsumexp(-1), 1e-4)
         report.verdict()
         inputs[0][:, :, 1::2] *= 0 if growth == 20.0 else 20
-        assert torch.equal(flash_attention(*inputs, backend="emulated:hopper")[:, :, ::2], O[:, :, ::2])
+        assert torch.equal(flash_attention(*inputs, backend=f"emulated:{name}")[:, :, ::2], O[:, :, ::2])
 
 
 @pytest.mark.parametrize("kind", range(2))

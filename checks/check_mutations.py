@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Problem, Report, Target
-from mutations import IN_PARTS, MUTATIONS, SMALL_PARTS, TURNS, TURNS_FLOAT32, WINDOW_TURNS, Mutation, replaced
+from mutations import IN_PARTS, MUTATIONS, SMALL_PARTS, TURNS, TURNS_FLOAT32, WIDE_WINDOW_TURNS, WINDOW_TURNS, Mutation, replaced
 
 from flash_attention import build
 from flash_attention.backends import BACKENDS, emulated
@@ -41,7 +41,7 @@ def caught_by(mutation: Mutation, folder: Path) -> str | None:
     target = Target(f"emulated:{mutation.rung}", "cpu")
     problem = Problem.of(mutation.case, target)
     emulated.options.sources = copy
-    taking_turns = mutation.case in (TURNS, TURNS_FLOAT32, WINDOW_TURNS)
+    taking_turns = mutation.case in (TURNS, TURNS_FLOAT32, WINDOW_TURNS, WIDE_WINDOW_TURNS)
     torch.use_deterministic_algorithms(taking_turns)
     first = None
     try:

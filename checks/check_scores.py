@@ -326,7 +326,9 @@ SMALL_CASES = {
     "tensor_core": [
         Case(B=2, H=2, Hkv=1, Nq=70, Nk=90, D=24, bias="keys", mask="full", **EVERYTHING, **HALF16),
         Case(B=1, H=2, Nq=70, Nk=90, D=32, bias="matrix", alibi=True, window=(20, 7), **FROZEN, **BF16),
-        Case(B=1, H=2, Nq=50, Nk=70, D=32, bias="keys", **HALF16),  # with a gradient, which the backward of `simple` gives
+        Case(
+            B=2, H=2, Hkv=1, Nq=70, Nk=150, D=32, bias="heads share", softcap=2.0, mask="full", dropout_p=0.25, **HALF16
+        ),  # with its gradient
     ],
     "split_keys": [
         Case(B=1, H=4, Hkv=1, Nq=5, Nk=301, D=24, bias="hiding", mask="dead rows", **EVERYTHING, **BF16),
@@ -348,6 +350,15 @@ TENSOR_CORE_CASES = [
     Case(B=1, H=1, Nq=100, Nk=150, D=256, softcap=2.0, alibi=True, causal=True, **HALF16),
     Case(B=1, H=2, Nq=150, Nk=304, D=64, mask="full", alibi=True, **HALF16),  # of which each byte is read once
     Case(B=1, H=2, Nq=150, Nk=203, D=128, bias="full", **EVERYTHING, **HALF16),
+    # With the bias' gradient.
+    Case(B=2, H=2, Nq=100, Nk=300, D=64, bias="batches share", **HALF16),
+    Case(B=2, H=4, Hkv=2, Nq=300, Nk=203, D=64, bias="keys", causal=True, **BF16),
+    Case(B=2, H=4, Hkv=2, Nq=150, Nk=200, D=64, bias="matrix", softcap=2.0, alibi=True, **HALF16),
+    Case(B=1, H=2, Nq=150, Nk=208, D=64, bias="hiding", mask="dead rows", **BF16),
+    Case(B=1, H=2, Nq=150, Nk=203, D=128, bias="full", alibi=True, window=(70, 30), dropout_p=0.25, **BF16),
+    Case(B=2, H=2, Nq=70, Nk=90, D=32, bias="number", spans="any", softcap=2.0, **HALF16),
+    Case(B=1, H=2, Nq=150, Nk=150, D=192, bias="transposed", causal=True, **BF16),
+    Case(B=2, H=2, Nq=70, Nk=150, D=256, bias="rows", dropout_p=0.25, scale=-0.1, **BF16),
 ]
 SPLIT_KEYS_CASES = [
     Case(B=1, H=4, Hkv=2, Nq=3, Nk=300, D=32, alibi=True, causal=True, **BF16),
@@ -402,6 +413,15 @@ def check_on_tensor_cores(name, case, in_sample):
             assert all(torch.equal(x, y) for x, y in zip(first, problem.answer(target), strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def check_who_sums_a_bias(emulator):
+    """What `hopper` does not combine with a bias' gradient, here a mask, is the backward of `tensor_core`'s."""
+    case, target = Case(B=1, H=1, Nq=20, Nk=40, D=64, bias="matrix", **BF16), Target("emulated:hopper", "cpu")
+    for mask, file in ((None, "backward_4_hopper.cu"), ("full", "backward_3_tensor_core.cu")):
+        with emulated.counting() as counts:
+            Problem.of(replace(case, mask=mask), target).answer(target)
+        assert [count.file for count in counts][-1] == file
 
 
 def check_what_hopper_refuses():

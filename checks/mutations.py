@@ -25,6 +25,7 @@ MASKED = case(mask="heads share", causal=True)
 READ_ONCE = case(mask="full", Nk=304)  # each byte of the mask is read by one block, so it is not packed
 SHARP = case(sharp=5)  # maxima grow
 WIDE = case(D=128)
+WIDE = case(D=128, Nq=400)
 WIDE_MASKED = case(D=128, mask="heads share")
 WIDEST = case(D=256, H=1)
 WIDEST_MASKED = case(D=256, H=1, mask="heads share")
@@ -62,6 +63,7 @@ TILE_STOP = case(Nk=150, window=(None, 62))
 BLIND_SPANS = case(Nk=128, spans="some blind")
 ANY_SPANS = case(Nk=150, spans="any")
 WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
+WIDE_WINDOW_TURNS = case(D=128, Nk=700, window=(200, 0))  # deterministic
 MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
 LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 MASKED_WINDOW = case(window=(70, 30), mask="heads share")
@@ -285,10 +287,30 @@ TABLE = {
         ("__syncthreads();  // every warp is done with K and V", NO_BARRIER, PLAIN),
         ("__syncthreads();  // whole rows are written", "//", PLAIN),
         ("if (ONE_BARRIER) dS_stage ^= dS_smem ^ (dS_smem + Tile_S::BYTES);", ";", PLAIN),
+    ],
+    ("tensor_core", "backward_3_scores.cuh"): [
         ("~first_bits(seen.stop - j) | first_bits(seen.start - j);", "~first_bits(seen.stop - j);", WINDOW),
         ("if (DROPOUT) dP0 = P0 < 0 ? 0 : dP0, dP1 = P1 < 0 ? 0 : dP1;", ";", DROPOUT),
         ("dS0 *= derivative.x, dS1 *= derivative.y;", "dS0 *= derivative.y, dS1 *= derivative.x;", HALF_CAPPED),
-        ("i, i + offset - j0 - warp_k * K_ROWS - lane / 4, slope);", "i, i + offset - j0 - warp_k * K_ROWS, slope);", HALF_SLOPED),
+        ("pair.j0 - warp_k * K_ROWS - lane / 4, slope);", "pair.j0 - warp_k * K_ROWS, slope);", HALF_SLOPED),
+        ("if (CAPPED && !BEFORE_CAP) {", "if (CAPPED) {", case(bias="full", softcap=1.5, bias_as_q=True)),
+    ],
+    ("tensor_core", "backward_3_bias.cuh"): [
+        ("p.scoring.bias_b == 1 ? Interval{0, p.B}", "false ? Interval{0, p.B}", HALF_BIASED),
+        ("kv_head(p, next.h) == kv_head(p, at.h) && next.j", "next.j", case(H=4, Hkv=2, bias="matrix", bias_as_q=True)),
+        ("if (at.run < DBIAS_STAGES) {", "if (at.run < 1) {", HALF_KEY_BIAS),
+        ("ptx::cp_async_wait_group<DBIAS_STAGES - 1>();", "ptx::cp_async_wait_group<DBIAS_STAGES>();", HALF_BIASED),
+        ("__syncthreads();  // all warps have finished reading the pair", NO_BARRIER, HALF_KEY_BIAS),
+        ("__syncthreads();  // all sums are there", NO_BARRIER, HALF_BIASED),
+        ("sum_rmem[pass][m][n][2 * r] += dS0;", "sum_rmem[pass][m][n][2 * r] = dS0;", HALF_BIASED),
+        ("DROPOUT ? p.keep_scale : 1;", "1;", case(bias="keys", dropout_p=0.5, bias_as_q=True)),
+        ("|| j >= bias.bias_j ||", "||", HALF_BIASED),
+        ("see_some(j0(), BLOCK_K); }", "see_whole(j0(), BLOCK_K); }", case(bias="keys", window=(70, 30), bias_as_q=True)),
+        (
+            "j0() < stop_of_rows(p, i0(), BLOCK_Q);",
+            "j0() + BLOCK_K <= stop_of_rows(p, i0(), BLOCK_Q);",
+            case(bias="full", causal=True, bias_as_q=True),
+        ),
     ],
     ("tensor_core", "score_mma.cuh"): [
         ("ptx::cvt_pair<__half>(fmaf(-s0, s0, 1), fmaf(-s1, s1, 1));", "ptx::cvt_pair<__half>(1, 1);", HALF_CAPPED),
@@ -402,7 +424,9 @@ TABLE = {
         ("of_lane(keys.stop - 2 * t)", "of_lane(keys.stop - 2 * t - 1)", WINDOW),
         ("min(column % 8, 2)", "min(column % 8, 1)", WINDOW),
         ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
-        ("(int r) { l_rmem[r] = l_rmem[r] * alpha[r] +", "(int r) { l_rmem[r] = l_rmem[r] +", SHARP),
+    ],
+    ("hopper", "lazy_softmax.cuh"): [
+        ("l_rmem[r] = l_rmem[r] * alpha[r] + sum;", "l_rmem[r] = l_rmem[r] + sum;", SHARP),
         ("largest > m_rmem[r] + above);", "largest > m_rmem[r] + 100 * above);", case(sharp=20)),
     ],
     ("hopper", "forward_4_epilogue.cuh"): [
@@ -414,8 +438,8 @@ TABLE = {
     ("hopper", "forward_4_consumer.cuh"): [
         ("release(barriers.K_empty, now.stage);", ";", MANY_TILES),
         ("await_V(before);", NO_WAIT, PLAIN),
-        ("ptx::wgmma_wait_group<1>();  // S is complete", "ptx::wgmma_wait_group<2>();", PLAIN),
-        ("ptx::wgmma_wait_group<0>();\n                        if (raised()) {", "if (raised()) {", SHARP),
+        ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", PLAIN),
+        ("ptx::wgmma_wait_group<0>();\n                        multiply_O(raised);", "multiply_O(raised);", SHARP),
         ("if (raised()) {", "if (raised() && false) {", SHARP),
         (
             "ptx::wgmma_fence();\n#pragma unroll\n    for (int k = 0; k < BLOCK_K / 16; ++k)",
@@ -456,8 +480,16 @@ TABLE = {
         ("ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();", "ptx::wgmma_wait_group<2>();", PLAIN),
         ("ptx::wgmma_wait_group<1>();  // dV and dQ are there", "ptx::wgmma_wait_group<2>();", PLAIN),
         ("ptx::wgmma_wait_group<0>();  // both are there", "ptx::wgmma_wait_group<1>();  //", CAUSAL),
-        ("row + (BY_ROWS ? 64 : 0), BY_ROWS ? 0 : COLUMNS", "row, 0", case(D=128, causal=True)),
+        ("row + 64, 0, dQ_rmem", "row, 0, dQ_rmem", CAUSAL),
         ("dS_smem + now.n % 2 * Tile_dS::BYTES;", "dS_smem;", case(Nq=700)),
+        ("ptx::mbarrier_wait(barrier(barriers.dS_full, n % 2), n / 2 & 1);", NO_WAIT, WIDE),
+        ("ptx::mbarrier_wait(barrier(barriers.dS_empty, now.n % 2), (now.n / 2 & 1) ^ 1);", NO_WAIT, WIDE),
+        ("ptx::mbarrier_arrive(barrier(barriers.dS_empty, n % 2));", ";", WIDE),
+        ("ptx::fence_proxy_async();  // what this thread wrote of dS, for the next tile", NO_BARRIER, WIDE),
+        ("ptx::wgmma_wait_group<2>();  // dQ is there", "ptx::wgmma_wait_group<3>();  //", WIDE),
+        ("start_dQ_before(dQ_rmem, now.n - 1);\n            ptx::wgmma_fence();", "start_dQ_before(dQ_rmem, now.n - 1);", WIDE),
+        ("row_before = static_cast<int64_t>(now.bh) * Workspace(p).rows + i0;", "row_before = i0;", WIDE),
+        ("turn_before = now.turn(p, maps, k_tile);", ";", WIDE_WINDOW_TURNS),
         ("consumer * 8 + warp * 2 + lane / 8 % 2", "consumer * 8 + warp * 2 + lane / 16", PLAIN),
         ("k / 4 * Tile_dS::PANEL_BYTES + k % 4 * 32", "k * 32", PLAIN),
         ("ptx::advance(K_part, k * 16 * ROW_BYTES)", "ptx::advance(K_part, k * 32)", PLAIN),
@@ -529,6 +561,10 @@ TABLE = {
         ("work.part == 0 && t == 0 && i < p.Nq)", "work.part == 0 && t == 0 && i <= p.Nq)", HEAD_512),
         ("(K_PANELS < RING ? K_PANELS : RING) - 1) hand_out(work);", "K_PANELS - 1) hand_out(work);", HEAD_512),
         ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", HEAD_512),
+    ],
+    ("hopper_wide", "lazy_softmax.cuh"): [
+        ("largest > m_rmem[r] + above);", "largest > m_rmem[r] + 100 * above);", case(D=320, sharp=20)),
+        ("m_rmem[r] = m_new;", ";", HEAD_512),
     ],
     ("hopper_wide", "backward_split.cuh"): [
         ("max(0, j0 - (p.Nk - p.Nq)) / BLOCK * BLOCK", "max(0, j0 - (p.Nk - p.Nq) + BLOCK) / BLOCK * BLOCK", HEAD_512_CAUSAL),
@@ -641,15 +677,18 @@ SCORED = {
         ("if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return", "if (!ONLY_CAPPED || MASK) return", HALF_CAPPED),
         ("shift[r] = slopes.first[r] * LOG2_E;", "shift[r] = 0;", case(alibi=True, causal=True)),
         ("S = MASK && S < p.lowest ? -CUDART_INF_F : x[c];", "S = x[c];", case(softcap=1.5, mask="heads share")),
-        ("fmaf(m_new, scale_log2, SLOPED ? shift[r] : 0)", "m_new * scale_log2", case(alibi=True, causal=True)),
+        ("SHIFTED ? m_rmem[r] - shift[r] :", "SHIFTED ? m_rmem[r] :", case(alibi=True, causal=True)),
+        ("alpha[r] = ptx::ex2(SCORE ? m_rmem[r] - m_new :", "alpha[r] = ptx::ex2(", case(alibi=True, sharp=5)),
     ],
     ("hopper", "forward_4_consumer.cuh"): [
         ("ptx::mbarrier_wait(bias_full, n & 1);", NO_WAIT, HALF_BIASED),
         ("ask_bias(work, j0_of(work, tile + 1));", "ask_bias(work, j0_of(work, tile));", HALF_BIASED),
         ("        __syncwarp();\n        if (lane > 0) return;", "        if (lane > 0) return;", HALF_BIASED),
         ("            enter(work);", "            ;", case(H=4, alibi=True)),
+        ("if (O_EARLY) O_is_there();", ";", HALF_SLOPED),
     ],
     ("hopper", "forward_4_schedule.cuh"): [
+        ("return (tile < 0 ? tile + k_tiles : tile) * BLOCK_K;", "return tile * BLOCK_K;", case(Nq=300, alibi=True)),
         ("unit / together % of_head;", "unit % of_head;", case(B=2, Nq=300, Nk=70, bias="batches share", bias_as_q=True)),
     ],
     ("hopper", "forward_4_epilogue.cuh"): [

@@ -24,7 +24,7 @@ struct BiasPart {
 
     __device__ explicit BiasPart(const Scoring& bias) {
         const int j_tiles = (bias.bias_j + BLOCK_K - 1) / BLOCK_K, i_tiles = (bias.bias_i + BLOCK_Q - 1) / BLOCK_Q;
-        const int block = blockIdx.x, rest = block / j_tiles;
+        const int block = ptx::ctaid_x(), rest = block / j_tiles;
         j0 = block % j_tiles * BLOCK_K, i0 = rest % i_tiles * BLOCK_Q;
         h = rest / i_tiles % bias.bias_h, b = rest / i_tiles / bias.bias_h;
     }
@@ -95,14 +95,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
     const uint32_t stages = ptx::smem_address(smem);
     const Scoring& bias = p.scoring;
     const Workspace workspace(p);
-    const BiasPart part(bias);
-    const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
-    const int warp_k = warp / WARPS_Q, warp_q = warp % WARPS_Q;
-    const uint32_t K_lane_a = Tile_K::lane_a(0, lane), Q_lane_b = Tile_Q::lane_b(0, lane);
+    const int warp = uniform(threadIdx.x / 32), warp_k = warp / WARPS_Q, warp_q = warp % WARPS_Q;
 
-    const SharedBy visits(p, part);
+    auto visits = [&] { return SharedBy(p, BiasPart(bias)); };  // made anew where it is used, which is cheaper than its registers
     auto load = [&](const Visit& at, int stage) {
-        if (visits.has(at)) {
+        if (visits().has(at)) {
             const uint32_t K_smem = stages + stage * DBIAS_STAGE_BYTES, Q_smem = K_smem + 2 * Tile_K::BYTES;
             if (at.run < DBIAS_STAGES) {  // else they lie there already
                 const int kv_h = kv_head(p, at.h);
@@ -122,18 +119,19 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
     };
 
     float sum_rmem[PASSES][M_TILES][N_TILES][4] = {};
-    Visit now = visits.first();
+    Visit now = visits().first();
     load(now, 0);
-    for (int stage = 0; visits.has(now); stage = DBIAS_STAGES - 1 - stage) {
-        const Visit next = visits.after(now);
+    for (int stage = 0; visits().has(now); stage = DBIAS_STAGES - 1 - stage) {
+        const Visit next = visits().after(now);
         if (DBIAS_STAGES == 2) load(next, 1 - stage);
         ptx::cp_async_wait_group<DBIAS_STAGES - 1>();
         __syncthreads();  // the pair is there, for every thread
         const uint32_t K_smem = stages + stage * DBIAS_STAGE_BYTES, Q_smem = K_smem + 2 * Tile_K::BYTES;
+        const int lane = ptx::tid_x() % 32;  // read anew in every visit, to save registers
         const float* LSE_smem =
             reinterpret_cast<const float*>(smem + stage * DBIAS_STAGE_BYTES + DBIAS_ROWS_AT) + warp_q * PASSES * Q_COLUMNS;
         const Pair pair = {now.b,  now.h,    now.i0(), now.j0(),           diagonal(p), now.cut(p), Q_smem, Q_smem + Tile_Q::BYTES, K_smem, K_smem + Tile_K::BYTES,
-                           LSE_smem, LSE_smem + BLOCK_Q, K_lane_a, Q_lane_b};
+                           LSE_smem, LSE_smem + BLOCK_Q, Tile_K::lane_a(0, lane), Tile_Q::lane_b(0, lane)};
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
             float S_rmem[M_TILES][N_TILES][4] = {}, dP_rmem[M_TILES][N_TILES][4] = {};
@@ -148,7 +146,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
         now = next;
     }
 
-    // By way of shared memory, so that rows are stored contiguously, and sums over rows or keys are completed.
+    // Through shared memory, so that rows leave as they lie in memory and sums over rows or keys meet.
+    const int lane = threadIdx.x % 32;
     float* sum_smem = reinterpret_cast<float*>(smem);  // [BLOCK_Q, SUM_STRIDE]
     const float scale = DROPOUT ? p.keep_scale : 1;    // left out of dS
 #pragma unroll
@@ -164,6 +163,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
                     sum_smem[column * SUM_STRIDE + row] = sum_rmem[pass][m][n][e] * scale;
                 }
     __syncthreads();  // all sums are there
+    const BiasPart part(bias);
     element* dBias = static_cast<element*>(bias.d_bias) + (static_cast<int64_t>(part.b) * bias.bias_h + part.h) * bias.bias_i * bias.bias_j;
     const bool all_i = bias.bias_i == 1, all_j = bias.bias_j == 1;
     for (int n = threadIdx.x; n < (all_i ? 1 : BLOCK_Q) * BLOCK_K; n += THREADS) {

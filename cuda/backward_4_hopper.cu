@@ -4,10 +4,23 @@
 // dPᵀ = V dOᵀ leave it with 64 rows of Pᵀ and dSᵀ, which in registers are already the A operands of dV += Pᵀ dO and dK += dSᵀ Q. Only dS goes
 // through shared memory, for dQ = dS K, which sums over the keys of both groups. dQ is added up in global memory, as in backward_3_tensor_core.cu.
 //
+// A group issues no product while its additions to dQ issue, so they should begin early, with much under way. Up to 64 columns a tile's dQ comes
+// between its dV and its dK, and the groups meet in each tile. Above, where registers suffice, a group computes dQ of the tile before, whose dS has
+// long been whole, ahead of this tile's dV and dK, and adds it while both of these run. The groups then wait for each other only where one is a whole
+// tile behind.
+//
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 128 that are multiples of 8.
 //
 // One file because its kernel is one schedule; what the three hopper backwards share is in backward_hopper.cuh.
 #include "common.cuh"
+
+// Whether dQ is the tile before's. Under a mask, and under most scores that are changed, registers do not suffice.
+#if HEAD_DIM > 64 && !MASK && \
+    (!SCORE || (!DROPOUT && !INTERVAL && (SCORE == SCORE_ALIBI || SCORE == SCORE_BIAS || (SCORE == SCORE_SOFTCAP && !CAUSAL))))
+#define DQ_LATE 1
+#else
+#define DQ_LATE 0
+#endif
 
 constexpr int BLOCK_K = 128;                        // 64 for each of two groups
 // The accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers with the values that intervals and the hook for scores need.
@@ -22,9 +35,13 @@ constexpr int N_TILES = BLOCK_Q / 8;
 // where the hook for scores leaves no registers for the first layout.
 constexpr bool DS_BY_KEYS = HEAD_DIM > 64 && (MASK || SCORE == (SCORE_SOFTCAP | SCORE_BIAS | SCORE_ALIBI));
 using Tile_dS = std::conditional_t<DS_BY_KEYS, SwizzledTile<BLOCK_K, BLOCK_Q>, SwizzledTile<BLOCK_Q, BLOCK_K>>;
-// Causal: one group adds its part of dQ before it issues dK, the other group after: one adds while the other multiplies. Not when blocks take turns.
-constexpr bool ALTERNATES = CAUSAL && !MASK && !DROPOUT && !SCORE;
-constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // the interval that each row sees
+// Causal, one group adds its part of dQ before it asks for dK, the other one after: one adds while the other multiplies. Not where blocks take turns.
+constexpr bool ALTERNATES = CAUSAL && !DQ_LATE && !MASK && !DROPOUT && !SCORE;
+// A group computes 64 rows of dQ, or, where there are no more, half of the columns; beyond the head's last they are 0.
+constexpr bool BY_ROWS = BLOCK_Q == 128;
+constexpr int COLUMNS = BY_ROWS || HEAD_DIM > 64 ? 64 : 32;
+static_assert(BY_ROWS || !ALTERNATES);
+constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // what each row sees
 using Tile_bias = SwizzledTile<BLOCK_Q, BLOCK_K>;
 constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
 #include "backward_hopper_bias.cuh"
@@ -32,9 +49,13 @@ constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
 constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_dS::BYTES + STAGES * (BIAS_BYTES + 2 * ROWS_BYTES + MASK_BYTES + SEEN_BYTES);
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
-// "full": the bytes have arrived (Q's barrier counts the mask's too). "empty": every computing thread has finished reading them.
+// "full": the bytes have arrived (Q's barrier counts the mask's too), or every computing thread has written its part. "empty": every computing thread has
+// finished reading them.
 struct Barriers {
     uint64_t KV_full, Q_full[STAGES], dO_full[STAGES], empty[STAGES];
+#if DQ_LATE
+    uint64_t dS_full[2], dS_empty[2];
+#endif
 };
 
 // LEAVES_OUT: whether the mask lets tiles be skipped. For false, the code is the same as without a scan of the mask.
@@ -60,7 +81,8 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 
     // One block computes dK and dV of BLOCK_K keys.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
-    const auto [k_tile, b_kv_h] = unit_of_block<LEAVES_OUT>(p, maps, k_tiles);
+    const Unit its = unit_of_block<LEAVES_OUT>(p, maps, k_tiles);
+    const int k_tile = its.k_tile, b_kv_h = its.b_kv_h;
     const int j0 = k_tile * BLOCK_K, offset = diagonal(p);                   // causal: row i sees columns j ≤ i + offset
 
     if (threadIdx.x == 0) {
@@ -70,6 +92,12 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::mbarrier_init(barrier(barriers.dO_full, stage), 1);
             ptx::mbarrier_init(barrier(barriers.empty, stage), GROUP * CONSUMERS);
         }
+#if DQ_LATE
+        for (int buffer = 0; buffer < 2; ++buffer) {
+            ptx::mbarrier_init(barrier(barriers.dS_full, buffer), GROUP * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.dS_empty, buffer), GROUP * CONSUMERS);
+        }
+#endif
         ptx::fence_mbarrier_init();
     }
     __syncthreads();
@@ -168,7 +196,40 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #else
         VisitOf<LEAVES_OUT> now(p, maps, k_tile, b_kv_h);
 #endif
+        // The group's part of dQ = dS K, under way; tile number n of the visit.
+        auto start_dQ = [&](float(&dQ_rmem)[COLUMNS / 2], int n) {
+            const uint64_t dS_part = ptx::descriptor(uniform(dS_smem + n % 2 * Tile_dS::BYTES + (BY_ROWS ? consumer * 64 * ROW_BYTES : 0)));
+            const uint64_t K_part = ptx::descriptor(uniform(K_smem + (BY_ROWS ? 0 : consumer * (COLUMNS == 64 ? Tile_K::PANEL_BYTES : 64))));
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < BLOCK_K / 16; ++k) {
+                const uint64_t K_k = ptx::advance(K_part, k * 16 * ROW_BYTES);
+                if constexpr (DS_BY_KEYS) ptx::wgmma_ss_transposed<element, COLUMNS>(dQ_rmem, ptx::advance(dS_part, k * 16 * ROW_BYTES), K_k, k > 0);
+                else ptx::wgmma_ss_transposed_b<element, COLUMNS>(dQ_rmem, ptx::advance(dS_part, k / 4 * Tile_dS::PANEL_BYTES + k % 4 * 32), K_k, k > 0);
+            }
+            ptx::wgmma_commit_group();
+        };
+#if DQ_LATE
+        // Of the tile before: its first row in the workspace, and how many blocks add to it first.
+        int64_t row_before = 0;
+        int turn_before = k_tile;
+        auto start_dQ_before = [&](float(&dQ_rmem)[COLUMNS / 2], int n) {
+            ptx::mbarrier_wait(barrier(barriers.dS_full, n % 2), n / 2 & 1);  // of both groups
+            start_dQ(dQ_rmem, n);
+        };
+        auto add_dQ_before = [&](const float(&dQ_rmem)[COLUMNS / 2], int n) {
+            ptx::mbarrier_arrive(barrier(barriers.dS_empty, n % 2));
+            const Workspace workspace(p);
+            take_turn(p, workspace, row_before, turn_before);
+            add_dQ<COLUMNS>(workspace, row_before, consumer * COLUMNS, dQ_rmem);
+            end_turn(p, workspace, row_before, turn_before);
+        };
+        // One tile of Q. The first is code of its own, because a branch between products that are under way would make each of them wait.
+        auto visit = [&](auto first) {
+            constexpr bool FIRST = decltype(first)::value;
+#else
         for (; now.more(); now.advance(p)) {
+#endif
             const Slot<STAGES> slot = now.slot();
             const int stage = slot.stage, i0 = now.tile * BLOCK_Q;
             const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, dO_tile = Q_tile + Tile_Q::BYTES;
@@ -296,6 +357,12 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 }
                 if (!DS_BY_KEYS && n % 2) ptx::stmatrix_x4_trans(dS_tile + dS_lane + n / 2 * 16 * ROW_BYTES, dS_rmem[n / 2]);
             };
+            auto await_dS_empty = [&] {
+#if DQ_LATE
+                ptx::mbarrier_wait(barrier(barriers.dS_empty, now.n % 2), (now.n / 2 & 1) ^ 1);
+#endif
+            };
+            if (DROPOUT) await_dS_empty();
             ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();  // Sᵀ is there
 #if !INTERVAL && !MASK && !SCORE
             // Hidden scores become −∞, so that P = 2^−∞ = 0: one branch per tile, before the exponentials, which then have none.
@@ -332,6 +399,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 if (DROPOUT) make_dS(n);
             }
 #endif
+            if (!DROPOUT) await_dS_empty();
             ptx::wgmma_wait_group<0>();  // so is dPᵀ
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n)
@@ -344,25 +412,30 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 for (int k = 0; k < BLOCK_Q / 16; ++k) ptx::wgmma_rs<element, HEAD_DIM>(C, A[k], ptx::advance(b, k * 16 * ROW_BYTES));
                 ptx::wgmma_commit_group();
             };
+#if DQ_LATE
+            float dQ_rmem[COLUMNS / 2];
+            if constexpr (!FIRST) start_dQ_before(dQ_rmem, now.n - 1);
+            ptx::wgmma_fence();
+            add(dV_rmem, P_rmem, dO_tile);
+            ptx::fence_proxy_async();  // what this thread wrote of dS, for the next tile
+            ptx::mbarrier_arrive(barrier(barriers.dS_full, now.n % 2));
+            ptx::wgmma_fence();
+            add(dK_rmem, dS_rmem, Q_tile);
+            if constexpr (!FIRST) {
+                ptx::wgmma_wait_group<2>();  // dQ is there; dV and dK run on
+                add_dQ_before(dQ_rmem, now.n - 1);
+            }
+            row_before = static_cast<int64_t>(now.bh) * Workspace(p).rows + i0;
+#if INTERVAL
+            turn_before = now.turn(p, maps, k_tile);
+#endif
+#else
             ptx::wgmma_fence();
             add(dV_rmem, P_rmem, dO_tile);
             ptx::fence_proxy_async();  // this thread's part of dS
-            meet();                    // dS is complete, and both groups have finished reading the other dS buffer
-            // dQ = dS K: a group computes 64 rows or, if the tile has only 64, half of the columns; columns beyond the head's last are 0
-            constexpr bool BY_ROWS = BLOCK_Q == 128;
-            constexpr int COLUMNS = BY_ROWS || HEAD_DIM > 64 ? 64 : 32;
+            meet();                    // dS is whole, and both groups are done with the other one
             float dQ_rmem[COLUMNS / 2];
-            const uint64_t dS_part = ptx::descriptor(uniform(dS_tile + (BY_ROWS ? consumer * 64 * ROW_BYTES : 0)));
-            const uint64_t K_part = ptx::descriptor(uniform(K_smem + (BY_ROWS ? 0 : consumer * (COLUMNS == 64 ? Tile_K::PANEL_BYTES : 64))));
-            ptx::wgmma_fence();
-#pragma unroll
-            for (int k = 0; k < BLOCK_K / 16; ++k) {
-                const uint64_t K_k = ptx::advance(K_part, k * 16 * ROW_BYTES);
-                if constexpr (DS_BY_KEYS) ptx::wgmma_ss_transposed<element, COLUMNS>(dQ_rmem, ptx::advance(dS_part, k * 16 * ROW_BYTES), K_k, k > 0);
-                else ptx::wgmma_ss_transposed_b<element, COLUMNS>(dQ_rmem, ptx::advance(dS_part, k / 4 * Tile_dS::PANEL_BYTES + k % 4 * 32), K_k, k > 0);
-            }
-            ptx::wgmma_commit_group();
-
+            start_dQ(dQ_rmem, now.n);
             const Workspace workspace(p);
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
             if constexpr (ALTERNATE) {
@@ -375,7 +448,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 } else {
                     add(dK_rmem, dS_rmem, Q_tile);
                     ptx::wgmma_wait_group<1>();
-                    add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? 64 : 0), BY_ROWS ? 0 : COLUMNS, dQ_rmem);
+                    add_dQ<COLUMNS>(workspace, row + 64, 0, dQ_rmem);
                     ptx::wgmma_wait_group<0>();
                 }
             } else {
@@ -390,9 +463,22 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? consumer * 64 : 0), BY_ROWS ? 0 : consumer * COLUMNS, dQ_rmem);
                 end_turn(p, workspace, row, turn);
             }
+#endif
             ptx::wgmma_wait_group<0>();  // dK too: done with Q and dO
             ptx::mbarrier_arrive(barrier(barriers.empty, stage));
+#if DQ_LATE
+        };
+        if (now.more()) {
+            visit(std::true_type());
+            for (now.advance(p); now.more(); now.advance(p)) visit(std::false_type());
+            float dQ_rmem[COLUMNS / 2];
+            start_dQ_before(dQ_rmem, now.n - 1);
+            ptx::wgmma_wait_group<0>();
+            add_dQ_before(dQ_rmem, now.n - 1);
         }
+#else
+        }
+#endif
 
         // dK and dV are stored by way of the buffers of K and V, so that global stores are 16 bytes wide.
         meet();  // both groups are done with K

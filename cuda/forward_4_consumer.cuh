@@ -8,7 +8,10 @@
 // A group skips tiles of keys that only rows of other groups see. With two groups there are hardly any; under a mask there are not enough registers.
 constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL && !BIASED;
 
-// Issues S = Q Kᵀ for this consumer's 64 rows of Q.
+// Where scores are changed, O's product is over before the exponentials begin; rounding P then has both rows' to run under.
+constexpr bool O_EARLY = SCORE != 0;
+
+// S = Q Kᵀ, under way: this consumer's 64 rows of Q.
 __device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& shared, int consumer, const Slot_Q& slot_Q, const Slot_KV& slot) {
     // Uniform, because descriptors belong in uniform registers.
     const uint64_t Q_rows = ptx::descriptor(uniform(shared.Q + slot_Q.stage * Tile_Q::BYTES + consumer * 64 * ROW_BYTES));
@@ -38,7 +41,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     const int lane = threadIdx.x % 32;
     const Rows rows(p, lane);
     const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
-    [[maybe_unused]] const float above = SCORE ? ABOVE_M : fminf(ABOVE_M / scale_log2, 0x1p100f);  // too small to change p.lowest when added to it, whatever the scale
+    [[maybe_unused]] const float above = above_m(scale_log2);
 
     float O_rmem[V_HEAD_DIM / 2];  // not yet divided by l
     float S_rmem[BLOCK_K / 2];
@@ -73,8 +76,8 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     };
     // First key of the work item's n-th tile; if TOLD, of the tile that arrived last.
     [[maybe_unused]] int j0_told = 0;
-    auto j0_of = [&](const Work& work, int n) { return TOLD ? j0_told : work.j0(n); };
-    // Waits for K and for the mask, with which the accumulators of S are initialised.
+    auto j0_of = [&](const Work& work, int n) { return TOLD ? j0_told : work.j0(p, n); };
+    // K, and the mask, from which S's sums start.
     auto await_K = [&](const Slot_KV& slot, [[maybe_unused]] const Work& work, [[maybe_unused]] int tile) {
         ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
         if (TOLD) j0_told = uniform(shared.j0[slot.stage]);
@@ -138,13 +141,13 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         multiply_QK(S_rmem, shared, consumer, Slot_Q(q), Slot_KV(n));
         your_turn((consumer + 1) % CONSUMERS);
     };
-    // S becomes P. await_O(whether alpha is not 1 everywhere) is called in the course of it.
-    auto exponentials = [&](const Work& work, int tile, const auto& await_O) {
+    // S becomes P. In the course of it await_O() is called, then rescale_O(whether alpha is not 1 everywhere).
+    auto exponentials = [&](const Work& work, int tile, const auto& await_O, const auto& rescale_O) {
         const int j0 = j0_of(work, tile);
         auto round = [&] { round_P(P_rmem, S_rmem, keep); };
         float shift[2];
 #if SCORE
-        if (softmax_of_capped(S_rmem, m_rmem, l_rmem, alpha, rows, work, j0, await_O, round)) return;
+        if (softmax_of_capped(S_rmem, m_rmem, l_rmem, alpha, rows, work, j0, await_O, rescale_O, round)) return;
 #endif
 #if SCORE & SCORE_BIAS
         ptx::mbarrier_wait(bias_full, n & 1);
@@ -156,9 +159,9 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
 #endif
 #if SCORE
-        softmax(S_rmem, m_rmem, l_rmem, alpha, unit_log2(p), above, shift, await_O);
+        softmax<LAZY>(S_rmem, m_rmem, l_rmem, alpha, unit_log2(p), above, shift, await_O, rescale_O);
 #else
-        softmax(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, shift, await_O);
+        softmax<LAZY>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, shift, await_O, rescale_O);
 #endif
         round();
     };
@@ -186,7 +189,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             m_rmem[0] = m_rmem[1] = SCORE ? LOWEST_LOG2 : p.lowest, l_rmem[0] = l_rmem[1] = 0;
             release(barriers.K_empty, Slot_KV(n).stage);
             if (tile + 1 == work.k_tiles) release_Q(slot_Q);
-            exponentials(work, tile, [](const auto&) {});
+            exponentials(work, tile, [] {}, [](const auto&) {});
             ++tile, ++n;
             for (; tile < work.k_tiles; ++tile, ++n) {
                 const Slot_KV now(n), before(n - 1);
@@ -200,18 +203,28 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                 ptx::wgmma_wait_group<1>();  // S is complete
                 release(barriers.K_empty, now.stage);
                 if (tile + 1 == work.k_tiles) release_Q(slot_Q);
-                exponentials(work, tile, [&](const auto& raised) {
-                    // The compiler would move the wait for O ahead of the exponentials that should overlap O's product, but it moves nothing over a
-                    // branch. So the wait has a condition, which always holds. (With changed scores, D 64 is 2 to 4 % faster without it.)
-                    if ((SCORE && HEAD_DIM == 64) || scale_log2 > 0) {
-                        ptx::wgmma_wait_group<0>();
-                        if (raised()) {
-#pragma unroll
-                            for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
-                        }
-                    }
-                    ptx::wgmma_wait_group<0>();  // O is complete
+                auto O_is_there = [&] {
+                    ptx::wgmma_wait_group<0>();
                     release(barriers.V_empty, before.stage);
+                };
+                auto multiply_O = [&](const auto& raised) {
+                    if (raised()) {
+#pragma unroll
+                        for (int i = 0; i < V_HEAD_DIM / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
+                    }
+                };
+                auto await_O = [&] {
+                    if (O_EARLY) O_is_there();
+                };
+                exponentials(work, tile, await_O, [&](const auto& raised) {
+                    if (O_EARLY) return multiply_O(raised);
+                    // The compiler would put the wait for O before the exponentials that O's product should run under, but moves it over no branch:
+                    // the condition always holds.
+                    if (scale_log2 > 0) {
+                        ptx::wgmma_wait_group<0>();
+                        multiply_O(raised);
+                    }
+                    O_is_there();
                 });
             }
             // The last product, then the first of the next work item, which runs while O is stored. If there is no next item, it multiplies stale data and

@@ -12,10 +12,17 @@ struct Work {
     int first_tile;
     Interval all;  // that every row sees
 
-    __device__ int j0(int n) const { return (first_tile + k_tiles - 1 - n) * BLOCK_K; }
+    __device__ int j0(const AttentionParams&, int n) const { return (first_tile + k_tiles - 1 - n) * BLOCK_K; }
+#elif (SCORE & SCORE_ALIBI) && !CAUSAL
+    // First key of the n-th tile, where the mask leaves out none: from the rows' diagonal down, then from the last tile on. Near it are the largest scores,
+    // after which few maxima rise.
+    __device__ int j0(const AttentionParams& p, int n) const {
+        const int tile = min(max(0, i0 + BLOCK_Q - 1 + diagonal(p)) / BLOCK_K, k_tiles - 1) - n;
+        return (tile < 0 ? tile + k_tiles : tile) * BLOCK_K;
+    }
 #else
-    // First key of the n-th tile, if the mask lets none be skipped.
-    __device__ int j0(int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
+    // First key of the n-th tile, where the mask leaves out none.
+    __device__ int j0(const AttentionParams&, int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
 #endif
 };
 
@@ -241,8 +248,8 @@ inline cudaError_t prepare_schedule(Schedule& schedule, const AttentionParams& p
 template <bool LEAVES_OUT>
 struct Walk {
     __device__ Walk(const AttentionParams&, const Work&) {}
-    // First key of the n-th one.
-    __device__ int next(const AttentionParams&, const Schedule&, const Work& work, int n) const { return work.j0(n); }
+    // First key of the n-th.
+    __device__ int next(const AttentionParams& p, const Schedule&, const Work& work, int n) const { return work.j0(p, n); }
 };
 #if LISTED
 template <>

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "forward_4_schedule.cuh"
+#include "lazy_softmax.cuh"
 
 // The thread's two rows of the tile of Q, and what they see. r: 0 or 1.
 struct Rows {
@@ -113,73 +114,16 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2
 }
 #endif
 
-// Row r of a lane's two becomes 2^(scale_log2 · S − m_log2). Returns the sum of this lane's columns.
-__device__ inline float exponentials_of_row(float (&S_rmem)[BLOCK_K / 2], int r, float scale_log2, float m_log2) {
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < BLOCK_K / 8; ++i)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            float& x = S_rmem[4 * i + 2 * r + c];
-            x = ptx::ex2(fmaf(x, scale_log2, -m_log2));
-            sum += x;
-        }
-    return sum;
-}
-
-// By how much, in base 2, a score may exceed its row's m before m is raised. P and l are then up to 2⁸ times as large, but O = P V / l and the LSE are the
-// same, and few tiles after the first have to rescale O (as in FlashAttention-4).
-constexpr float ABOVE_M = 8;
-// Three groups under a mask do not have enough registers for that: there every tile updates m, and O is awaited after all exponentials.
+// Registers of three groups under a mask do not suffice for maxima that are left alone.
 constexpr bool LAZY = CONSUMERS == 2 || !MASK;
 
-// S becomes 2^(scale_log2 · (S − m)), where m is at most `above` below the row's running maximum; l is the sum over this lane's columns. m and `above`,
-// which is ABOVE_M, are in units of S. With changed scores they are in base 2 instead, and S becomes 2^(scale_log2 · S + shift − m). Added to m's start
-// value, `above` is lost in rounding, so the first score that may be attended always raises m. await_O(raised), which multiplies O by alpha if some m was
-// raised, is called before the second row's exponentials: once O is complete, P's registers are free, and the first row's P can be rounded into them while
-// the second row's exponentials run.
-template <class AwaitO>
-__device__ inline void softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], float scale_log2, float above,
-                               [[maybe_unused]] const float (&shift)[2], const AwaitO& await_O) {
-    constexpr bool SHIFTED = SCORE && SLOPED;
-    // Updates m of row r; returns whether it was raised in some lane.
-    auto raise = [&](int r) {
-        float largest = fmaxf(S_rmem[2 * r], S_rmem[2 * r + 1]);
-#pragma unroll
-        for (int i = 1; i < BLOCK_K / 8; ++i) largest = fmaxf(largest, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
-        if (SCORE) largest = fmaf(largest, scale_log2, SHIFTED ? shift[r] : 0);
-        const bool raised = !LAZY || __any_sync(0xffffffff, largest > m_rmem[r] + above);
-        alpha[r] = 1;
-        if (raised) {
-            float m_new = fmaxf(m_rmem[r], largest);
-            m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // over the four lanes of a row
-            m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
-            if (LAZY && m_new <= m_rmem[r] + above) m_new = m_rmem[r];  // another row's m was raised: this row's result must not depend on that
-            alpha[r] = ptx::ex2(SCORE ? m_rmem[r] - m_new : (m_rmem[r] - m_new) * scale_log2);
-            m_rmem[r] = m_new;
-        }
-        return raised;
-    };
-    auto exponentials = [&](int r) {
-        const float m_log2 = SHIFTED ? m_rmem[r] - shift[r] : SCORE ? m_rmem[r] : m_rmem[r] * scale_log2;
-        l_rmem[r] = l_rmem[r] * alpha[r] + exponentials_of_row(S_rmem, r, scale_log2, m_log2);
-    };
-    const bool first_raised = raise(0);
-    exponentials(0);
-    const bool second_raised = raise(1);  // computed under the exponentials of the first row, which take longer
-    auto raised = [&] { return first_raised || second_raised; };
-    if (LAZY) await_O(raised);
-    exponentials(1);
-    if (!LAZY) await_O(raised);
-}
-
 #if SCORE
-// softmax() for scores that softcap alone changes, in one pass. ORDER: tanh y is computed as y times a polynomial of this degree in y², so that S becomes
-// 2^(factor(S²) · S − m) with one multiplication, ORDER FMAs and softmax's own FMA; 0: by the hardware's tanh. NEW_MAXIMUM: m is updated. tanh is
-// monotonic, so the largest S of a row gives its m. round() is called at the end, inside the caller's branch: the compiler overlaps no instructions across one.
-template <int ORDER, bool NEW_MAXIMUM, class AwaitO, class Round>
+// softmax() of scores that softcap alone changes, in one pass. ORDER: the degree in y² of the polynomial that tanh y is y times of, so that S becomes
+// 2^(factor(S²) · S − m) by a product, ORDER FMAs and softmax's own; 0: tanh as the unit has it. NEW_MAXIMUM: m is brought up to date; a tanh grows with
+// its argument, so the largest S of a row gives its m. round() is called at the end, because what follows a branch cannot run under what comes before it.
+template <int ORDER, bool NEW_MAXIMUM, class AwaitO, class RescaleO, class Round>
 __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p,
-                                      const AwaitO& await_O, const Round& round) {
+                                      const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {
     const float scale_log2 = p.scale * LOG2_E, in_cap = p.scoring.scale_in_cap;
     auto capped = [&](float s, float minus_m) {
         if (ORDER == 0) return fmaf(ptx::tanh(s * in_cap), p.scoring.cap_log2, minus_m);
@@ -211,9 +155,10 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
         l_rmem[r] = NEW_MAXIMUM ? l_rmem[r] * alpha[r] + sum : l_rmem[r] + sum;
     };
     if (NEW_MAXIMUM) set_m(0);
+    await_O();
     exponentials(0);
     if (NEW_MAXIMUM) set_m(1);
-    await_O([] { return NEW_MAXIMUM; });
+    rescale_O([] { return NEW_MAXIMUM; });
     exponentials(1);
     round();
 }
@@ -221,21 +166,25 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
 // By how much, in base 2, a score's magnitude may exceed its row's m before m is updated: P and l are larger by the same factor.
 constexpr float SIZE_ABOVE_M = DTYPE == FLOAT16 ? 8 : 24;
 
-// Runs capped_softmax() if nothing but softcap changes scores and the warp's rows see the whole tile. Returns whether it did.
-template <class AwaitO, class Round>
+// capped_softmax() if softcap is all there is, and the warp's rows see the whole tile. Whether it was.
+template <class AwaitO, class RescaleO, class Round>
 __device__ inline bool softmax_of_capped(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const Rows& rows,
-                                         const Work& work, int j0, const AwaitO& await_O, const Round& round) {
+                                         const Work& work, int j0, const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {
     if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return false;
     const AttentionParams& p = rows.p;
-    float size = 0;
+    // Four maxima at a time, so that each waits less for the one before; three groups of causal rows have registers for one.
+    constexpr int AT_ONCE = CAUSAL && CONSUMERS > 2 ? 1 : 4;
+    float size = 0, sizes[AT_ONCE] = {};
 #pragma unroll
-    for (int i = 0; i < BLOCK_K / 2; ++i) size = fmaxf(size, fabsf(S_rmem[i]));
+    for (int i = 0; i < BLOCK_K / 2; ++i) sizes[i % AT_ONCE] = fmaxf(sizes[i % AT_ONCE], fabsf(S_rmem[i]));
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) size = fmaxf(size, sizes[i]);
     const float in_cap = size * p.scoring.scale_in_cap;
     // A capped score exceeds neither the score nor the cap.
-    const bool near_m = fminf(size * (p.scale * LOG2_E), p.scoring.cap_log2) <= fminf(m_rmem[0], m_rmem[1]) + SIZE_ABOVE_M;
+    const bool near_m = fminf(in_cap, 1) * p.scoring.cap_log2 <= fminf(m_rmem[0], m_rmem[1]) + SIZE_ABOVE_M;
     auto all = [](bool of_lane) { return __all_sync(0xffffffff, of_lane); };
     auto capped = [&](auto order, auto new_maximum) {
-        capped_softmax<decltype(order)::value, decltype(new_maximum)::value>(S_rmem, m_rmem, l_rmem, alpha, p, await_O, round);
+        capped_softmax<decltype(order)::value, decltype(new_maximum)::value>(S_rmem, m_rmem, l_rmem, alpha, p, await_O, rescale_O, round);
     };
     using std::false_type, std::true_type;
     using Order0 = std::integral_constant<int, 0>;

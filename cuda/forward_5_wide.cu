@@ -16,6 +16,7 @@
 #include <algorithm>
 
 #include "keep_bits.cuh"
+#include "lazy_softmax.cuh"
 #include "mask_start.cuh"
 #include "ptx_hopper.cuh"
 #include "swizzle.cuh"
@@ -213,6 +214,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int first_row = RowOrder::row((threadIdx.x - GROUP) / 32 * 16 + lane / 4);
         const int offset = p.Nk - p.Nq;             // causal: row i sees columns j ≤ i + offset
         const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
+        const float above = above_m(scale_log2);
 
         float O_rmem[PART / 2];  // not yet divided by l
         float S_rmem[BLOCK_K / 2];
@@ -277,42 +279,25 @@ __global__ void __launch_bounds__(THREADS, 1)
                 ptx::wgmma_rs<element, PART>(O_rmem, P_rmem[k], ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_V::PANEL_BYTES));
             ptx::wgmma_commit_group();
         };
-        // S becomes 2^(scale_log2 · (S − m)); alpha is what O must be multiplied by.
-        auto softmax = [&](int i0, int j0) {
-            if (!MASK && cut(i0, j0)) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const int columns = visible(i0, j0, r) - 2 * t;  // from this lane's first
-#pragma unroll
-                    for (int i = 0; i < BLOCK_K / 8; ++i)
-#pragma unroll
-                        for (int c = 0; c < 2; ++c)
-                            if (8 * i + c >= columns) S_rmem[4 * i + 2 * r + c] = -CUDART_INF_F;
-                }
-            }
+        // Without a mask, in a tile that is cut: what a row does not see becomes −∞.
+        auto hide = [&](int i0, int j0) {
+            if (MASK || !cut(i0, j0)) return;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                float m_new = m_rmem[r];
-#pragma unroll
-                for (int i = 0; i < BLOCK_K / 8; ++i) m_new = fmaxf(m_new, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
-                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
-                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
-                alpha[r] = ptx::ex2((m_rmem[r] - m_new) * scale_log2);
-                m_rmem[r] = m_new;
-                const float m_log2 = m_new * scale_log2;
-                float sum = 0;
+                const int columns = visible(i0, j0, r) - 2 * t;  // from this lane's first
 #pragma unroll
                 for (int i = 0; i < BLOCK_K / 8; ++i)
 #pragma unroll
-                    for (int c = 0; c < 2; ++c) {
-                        float& x = S_rmem[4 * i + 2 * r + c];
-                        x = ptx::ex2(fmaf(x, scale_log2, -m_log2));
-                        sum += x;
-                    }
-                l_rmem[r] = l_rmem[r] * alpha[r] + sum;
+                    for (int c = 0; c < 2; ++c)
+                        if (8 * i + c >= columns) S_rmem[4 * i + 2 * r + c] = -CUDART_INF_F;
             }
         };
-        // Draws which elements of the tile dropout keeps.
+        // S becomes P. rescale_O(whether alpha is not 1 everywhere) is called in the course of it.
+        auto exponentials = [&](int i0, int j0, const auto& rescale_O) {
+            hide(i0, j0);
+            softmax<true>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, {}, [] {}, rescale_O);
+        };
+        // Draws what dropout keeps of the tile.
         [[maybe_unused]] KeepBits<BLOCK_K> keep;
         auto draw = [&](const Work& work, int j0) {
             if (!DROPOUT) return;
@@ -344,7 +329,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             for (int i = 0; i < PART / 2; ++i) O_rmem[i] = 0;
             m_rmem[0] = m_rmem[1] = p.lowest, l_rmem[0] = l_rmem[1] = 0;
             finish_QK(work.k_tiles == 1);
-            softmax(work.i0, work.j0(0));
+            exponentials(work.i0, work.j0(0), [](const auto&) {});
             round_P();
             ++n;
             for (int tile = 1; tile < work.k_tiles; ++tile, ++n) {
@@ -353,18 +338,19 @@ __global__ void __launch_bounds__(THREADS, 1)
                 draw(work, work.j0(tile));
                 ptx::wgmma_wait_group<1>();  // S is there
                 finish_QK(tile + 1 == work.k_tiles);
-                softmax(work.i0, work.j0(tile));
-                // As in forward_4_hopper.cu: the condition, which always holds, keeps the wait for O behind the exponentials that should overlap its product.
-                if (scale_log2 > 0) {
-                    ptx::wgmma_wait_group<0>();
-                    // Most tiles do not raise any maximum.
-                    if (__any_sync(0xffffffff, alpha[0] != 1 || alpha[1] != 1)) {
+                exponentials(work.i0, work.j0(tile), [&](const auto& raised) {
+                    // As in forward_4_consumer.cuh: the condition, which always holds, keeps the wait for O behind the exponentials that its product should
+                    // run under.
+                    if (scale_log2 > 0) {
+                        ptx::wgmma_wait_group<0>();
+                        if (raised()) {
 #pragma unroll
-                        for (int i = 0; i < PART / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
+                            for (int i = 0; i < PART / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
+                        }
                     }
-                }
-                ptx::wgmma_wait_group<0>();  // O is there
-                release(barriers.V_empty);
+                    ptx::wgmma_wait_group<0>();  // O is there
+                    release(barriers.V_empty);
+                });
                 round_P();
             }
             multiply_PV(n - 1);

@@ -92,7 +92,7 @@ def _does_not_fit(D: int, groups: int, keys: int, stages: int) -> str | None:
 
 
 def backward_step(D: int) -> Step:
-    """A step of the backward. Its two groups meet in every step, so they do the same thing at the same time."""
+    """A step of the backward. Its two groups are at most a step apart, so they do the same thing at about the same time."""
     file = "backward_4_hopper.cu" if D <= 128 else "backward_4_hopper_wide.cu"
     tiles = constants(file, HEAD_DIM=D)
     keys, rows = tiles["BLOCK_K"], tiles["BLOCK_Q"]
