@@ -35,13 +35,13 @@ constexpr int N_TILES = BLOCK_Q / 8;
 // where the hook for scores leaves no registers for the first layout.
 constexpr bool DS_BY_KEYS = HEAD_DIM > 64 && (MASK || SCORE == (SCORE_SOFTCAP | SCORE_BIAS | SCORE_ALIBI));
 using Tile_dS = std::conditional_t<DS_BY_KEYS, SwizzledTile<BLOCK_K, BLOCK_Q>, SwizzledTile<BLOCK_Q, BLOCK_K>>;
-// Causal, one group adds its part of dQ before it asks for dK, the other one after: one adds while the other multiplies. Not where blocks take turns.
+// Causal: one group adds its part of dQ before it issues dK, the other group after: one adds while the other multiplies. Not when blocks take turns.
 constexpr bool ALTERNATES = CAUSAL && !DQ_LATE && !MASK && !DROPOUT && !SCORE;
 // A group computes 64 rows of dQ, or, where there are no more, half of the columns; beyond the head's last they are 0.
 constexpr bool BY_ROWS = BLOCK_Q == 128;
 constexpr int COLUMNS = BY_ROWS || HEAD_DIM > 64 ? 64 : 32;
 static_assert(BY_ROWS || !ALTERNATES);
-constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // what each row sees
+constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // the interval that each row sees
 using Tile_bias = SwizzledTile<BLOCK_Q, BLOCK_K>;
 constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
 #include "backward_hopper_bias.cuh"
@@ -433,7 +433,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::wgmma_fence();
             add(dV_rmem, P_rmem, dO_tile);
             ptx::fence_proxy_async();  // this thread's part of dS
-            meet();                    // dS is whole, and both groups are done with the other one
+            meet();                    // dS is complete, and both groups have finished reading the other dS buffer
             float dQ_rmem[COLUMNS / 2];
             start_dQ(dQ_rmem, now.n);
             const Workspace workspace(p);

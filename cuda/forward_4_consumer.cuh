@@ -11,7 +11,7 @@ constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL && !BIASED;
 // Where scores are changed, O's product is over before the exponentials begin; rounding P then has both rows' to run under.
 constexpr bool O_EARLY = SCORE != 0;
 
-// S = Q Kᵀ, under way: this consumer's 64 rows of Q.
+// Issues S = Q Kᵀ for this consumer's 64 rows of Q.
 __device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& shared, int consumer, const Slot_Q& slot_Q, const Slot_KV& slot) {
     // Uniform, because descriptors belong in uniform registers.
     const uint64_t Q_rows = ptx::descriptor(uniform(shared.Q + slot_Q.stage * Tile_Q::BYTES + consumer * 64 * ROW_BYTES));
@@ -77,7 +77,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     // First key of the work item's n-th tile; if TOLD, of the tile that arrived last.
     [[maybe_unused]] int j0_told = 0;
     auto j0_of = [&](const Work& work, int n) { return TOLD ? j0_told : work.j0(p, n); };
-    // K, and the mask, from which S's sums start.
+    // Waits for K and for the mask, with which the accumulators of S are initialised.
     auto await_K = [&](const Slot_KV& slot, [[maybe_unused]] const Work& work, [[maybe_unused]] int tile) {
         ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
         if (TOLD) j0_told = uniform(shared.j0[slot.stage]);

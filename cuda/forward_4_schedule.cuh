@@ -21,7 +21,7 @@ struct Work {
         return (tile < 0 ? tile + k_tiles : tile) * BLOCK_K;
     }
 #else
-    // First key of the n-th tile, where the mask leaves out none.
+    // First key of the n-th tile, if the mask lets none be skipped.
     __device__ int j0(const AttentionParams&, int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
 #endif
 };
@@ -248,7 +248,7 @@ inline cudaError_t prepare_schedule(Schedule& schedule, const AttentionParams& p
 template <bool LEAVES_OUT>
 struct Walk {
     __device__ Walk(const AttentionParams&, const Work&) {}
-    // First key of the n-th.
+    // First key of the n-th one.
     __device__ int next(const AttentionParams& p, const Schedule&, const Work& work, int n) const { return work.j0(p, n); }
 };
 #if LISTED

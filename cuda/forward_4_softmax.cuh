@@ -118,9 +118,9 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2
 constexpr bool LAZY = CONSUMERS == 2 || !MASK;
 
 #if SCORE
-// softmax() of scores that softcap alone changes, in one pass. ORDER: the degree in y² of the polynomial that tanh y is y times of, so that S becomes
-// 2^(factor(S²) · S − m) by a product, ORDER FMAs and softmax's own; 0: tanh as the unit has it. NEW_MAXIMUM: m is brought up to date; a tanh grows with
-// its argument, so the largest S of a row gives its m. round() is called at the end, because what follows a branch cannot run under what comes before it.
+// softmax() for scores that softcap alone changes, in one pass. ORDER: tanh y is computed as y times a polynomial of this degree in y², so that S becomes
+// 2^(factor(S²) · S − m) with one multiplication, ORDER FMAs and softmax's own FMA; 0: by the hardware's tanh. NEW_MAXIMUM: m is updated. tanh is
+// monotonic, so the largest S of a row gives its m. round() is called at the end, because what follows a branch cannot run under what comes before it.
 template <int ORDER, bool NEW_MAXIMUM, class AwaitO, class RescaleO, class Round>
 __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p,
                                       const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {
@@ -166,7 +166,7 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
 // By how much, in base 2, a score's magnitude may exceed its row's m before m is updated: P and l are larger by the same factor.
 constexpr float SIZE_ABOVE_M = DTYPE == FLOAT16 ? 8 : 24;
 
-// capped_softmax() if softcap is all there is, and the warp's rows see the whole tile. Whether it was.
+// Runs capped_softmax() if nothing but softcap changes scores and the warp's rows see the whole tile. Returns whether it did.
 template <class AwaitO, class RescaleO, class Round>
 __device__ inline bool softmax_of_capped(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const Rows& rows,
                                          const Work& work, int j0, const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {

@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             hide(i0, j0);
             softmax<true>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, {}, [] {}, rescale_O);
         };
-        // Draws what dropout keeps of the tile.
+        // Draws which elements of the tile dropout keeps.
         [[maybe_unused]] KeepBits<BLOCK_K> keep;
         auto draw = [&](const Work& work, int j0) {
             if (!DROPOUT) return;
