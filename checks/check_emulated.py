@@ -202,7 +202,7 @@ def check_wide_heads_do_not_depend_on_order(D, causal):
 # Three, four and five tiles of keys: the last four, two and two heads of six.
 @pytest.mark.parametrize(("D", "SMs"), [(128, 6), only_full(192, 6), (256, 8)])
 def check_last_heads_start_together(D, SMs, monkeypatch):
-    """A causal backward above D 64 gives its last heads to blocks in another order: every head and tile of keys still has one."""
+    """A causal backward above D 64 assigns the last heads' tiles to blocks in another order: every tile of every head still has a block."""
     monkeypatch.setattr(emulated, "SM_COUNT", SMs)
     against_truth(Case(B=2, H=3, Nq=130, Nk=300, D=D, dtype=torch.float16, causal=True), target("hopper"))
 
@@ -222,8 +222,8 @@ def check_last_tiles_come_one_by_one(monkeypatch):
 
 @pytest.mark.parametrize("name, D", (("hopper", 64), ("hopper", 128), ("hopper_wide", 320)))
 def check_maxima_that_rise_late(name, D):
-    """Scores that grow from the tile of keys visited first to the one visited last, by less than what raises a row's m, and by more. That
-    another row's m is raised changes no bit of a row."""
+    """Scores grow from the first tile of keys visited to the last, in some rows too little to raise m, in others enough. A raise in one
+    row must not change any bit of another row."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 400, D).unbind()
     q, k = q[:, :, :200].abs(), torch.linspace(1, 0, 400)[:, None] * torch.rand(1, 1, 400, D)

@@ -416,7 +416,7 @@ def check_on_tensor_cores(name, case, in_sample):
 
 
 def check_who_sums_a_bias(emulator):
-    """What `hopper` does not combine with a bias' gradient, here a mask, is the backward of `tensor_core`'s."""
+    """Where `hopper` cannot compute a bias' gradient, here with a mask, `tensor_core` computes the backward."""
     case, target = Case(B=1, H=1, Nq=20, Nk=40, D=64, bias="matrix", **BF16), Target("emulated:hopper", "cpu")
     for mask, file in ((None, "backward_4_hopper.cu"), ("full", "backward_3_tensor_core.cu")):
         with emulated.counting() as counts:

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
     const Workspace workspace(p);
     const int warp = uniform(threadIdx.x / 32), warp_k = warp / WARPS_Q, warp_q = warp % WARPS_Q;
 
-    auto visits = [&] { return SharedBy(p, BiasPart(bias)); };  // made anew where it is used, which is cheaper than its registers
+    auto visits = [&] { return SharedBy(p, BiasPart(bias)); };  // recomputed where it is used, which is cheaper than the registers it would take
     auto load = [&](const Visit& at, int stage) {
         if (visits().has(at)) {
             const uint32_t K_smem = stages + stage * DBIAS_STAGE_BYTES, Q_smem = K_smem + 2 * Tile_K::BYTES;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
         ptx::cp_async_wait_group<DBIAS_STAGES - 1>();
         __syncthreads();  // the pair is there, for every thread
         const uint32_t K_smem = stages + stage * DBIAS_STAGE_BYTES, Q_smem = K_smem + 2 * Tile_K::BYTES;
-        const int lane = ptx::tid_x() % 32;  // read anew in every visit, to save registers
+        const int lane = ptx::tid_x() % 32;  // re-read in every visit, to save registers
         const float* LSE_smem =
             reinterpret_cast<const float*>(smem + stage * DBIAS_STAGE_BYTES + DBIAS_ROWS_AT) + warp_q * PASSES * Q_COLUMNS;
         const Pair pair = {now.b,  now.h,    now.i0(), now.j0(),           diagonal(p), now.cut(p), Q_smem, Q_smem + Tile_Q::BYTES, K_smem, K_smem + Tile_K::BYTES,
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
         now = next;
     }
 
-    // Through shared memory, so that rows leave as they lie in memory and sums over rows or keys meet.
+    // Through shared memory, so that rows are stored contiguously, and partial sums over rows or keys can be added.
     const int lane = threadIdx.x % 32;
     float* sum_smem = reinterpret_cast<float*>(smem);  // [BLOCK_Q, SUM_STRIDE]
     const float scale = DROPOUT ? p.keep_scale : 1;    // left out of dS

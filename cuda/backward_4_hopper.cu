@@ -4,17 +4,17 @@
 // dPᵀ = V dOᵀ leave it with 64 rows of Pᵀ and dSᵀ, which in registers are already the A operands of dV += Pᵀ dO and dK += dSᵀ Q. Only dS goes
 // through shared memory, for dQ = dS K, which sums over the keys of both groups. dQ is added up in global memory, as in backward_3_tensor_core.cu.
 //
-// A group issues no product while its additions to dQ issue, so they should begin early, with much under way. Up to 64 columns a tile's dQ comes
-// between its dV and its dK, and the groups meet in each tile. Above, where registers suffice, a group computes dQ of the tile before, whose dS has
-// long been whole, ahead of this tile's dV and dK, and adds it while both of these run. The groups then wait for each other only where one is a whole
-// tile behind.
+// A group issues no product while it issues its additions to dQ, so these should begin early, while products are in flight. Up to 64 columns a tile's
+// dQ is computed between its dV and its dK, and the groups synchronise in each tile. Above 64, if registers suffice, a group computes dQ of the
+// previous tile, whose dS has long been complete, before this tile's dV and dK, and adds it while those two run. Then a group waits for the other only
+// if that is a whole tile behind.
 //
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 128 that are multiples of 8.
 //
 // One file because its kernel is one schedule; what the three hopper backwards share is in backward_hopper.cuh.
 #include "common.cuh"
 
-// Whether dQ is the tile before's. Under a mask, and under most scores that are changed, registers do not suffice.
+// Whether dQ is computed one tile late. With a mask, and with most changes of scores, there are too few registers.
 #if HEAD_DIM > 64 && !MASK && \
     (!SCORE || (!DROPOUT && !INTERVAL && (SCORE == SCORE_ALIBI || SCORE == SCORE_BIAS || (SCORE == SCORE_SOFTCAP && !CAUSAL))))
 #define DQ_LATE 1
@@ -37,7 +37,7 @@ constexpr bool DS_BY_KEYS = HEAD_DIM > 64 && (MASK || SCORE == (SCORE_SOFTCAP | 
 using Tile_dS = std::conditional_t<DS_BY_KEYS, SwizzledTile<BLOCK_K, BLOCK_Q>, SwizzledTile<BLOCK_Q, BLOCK_K>>;
 // Causal: one group adds its part of dQ before it issues dK, the other group after: one adds while the other multiplies. Not when blocks take turns.
 constexpr bool ALTERNATES = CAUSAL && !DQ_LATE && !MASK && !DROPOUT && !SCORE;
-// A group computes 64 rows of dQ, or, where there are no more, half of the columns; beyond the head's last they are 0.
+// A group computes 64 rows of dQ, or, if a tile has only 64 rows, half of the columns; columns beyond the head's last are 0.
 constexpr bool BY_ROWS = BLOCK_Q == 128;
 constexpr int COLUMNS = BY_ROWS || HEAD_DIM > 64 ? 64 : 32;
 static_assert(BY_ROWS || !ALTERNATES);
@@ -196,7 +196,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #else
         VisitOf<LEAVES_OUT> now(p, maps, k_tile, b_kv_h);
 #endif
-        // The group's part of dQ = dS K, under way; tile number n of the visit.
+        // Issues the group's part of dQ = dS K for tile number n of the visit.
         auto start_dQ = [&](float(&dQ_rmem)[COLUMNS / 2], int n) {
             const uint64_t dS_part = ptx::descriptor(uniform(dS_smem + n % 2 * Tile_dS::BYTES + (BY_ROWS ? consumer * 64 * ROW_BYTES : 0)));
             const uint64_t K_part = ptx::descriptor(uniform(K_smem + (BY_ROWS ? 0 : consumer * (COLUMNS == 64 ? Tile_K::PANEL_BYTES : 64))));
@@ -210,7 +210,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::wgmma_commit_group();
         };
 #if DQ_LATE
-        // Of the tile before: its first row in the workspace, and how many blocks add to it first.
+        // Of the previous tile: its first row in the workspace, and how many blocks add to it before this one.
         int64_t row_before = 0;
         int turn_before = k_tile;
         auto start_dQ_before = [&](float(&dQ_rmem)[COLUMNS / 2], int n) {
@@ -224,7 +224,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             add_dQ<COLUMNS>(workspace, row_before, consumer * COLUMNS, dQ_rmem);
             end_turn(p, workspace, row_before, turn_before);
         };
-        // One tile of Q. The first is code of its own, because a branch between products that are under way would make each of them wait.
+        // One tile of Q. The first tile has its own copy of the code, because at a branch between products in flight the compiler waits for each of them.
         auto visit = [&](auto first) {
             constexpr bool FIRST = decltype(first)::value;
 #else
@@ -245,7 +245,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             const bool cut = j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk);
 #endif
 
-            // Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, under way
+            // issue Sᵀ = K Qᵀ and dPᵀ = V dOᵀ
             float S_rmem[BLOCK_Q / 2], dP_rmem[BLOCK_Q / 2];
             auto multiply = [&](float(&C)[BLOCK_Q / 2], uint32_t A, uint32_t B, bool from_zero) {
                 const uint64_t a = ptx::descriptor(uniform(A + group_rows)), b = ptx::descriptor(uniform(B));
@@ -417,12 +417,12 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             if constexpr (!FIRST) start_dQ_before(dQ_rmem, now.n - 1);
             ptx::wgmma_fence();
             add(dV_rmem, P_rmem, dO_tile);
-            ptx::fence_proxy_async();  // what this thread wrote of dS, for the next tile
+            ptx::fence_proxy_async();  // what this thread stored of dS, for the next tile
             ptx::mbarrier_arrive(barrier(barriers.dS_full, now.n % 2));
             ptx::wgmma_fence();
             add(dK_rmem, dS_rmem, Q_tile);
             if constexpr (!FIRST) {
-                ptx::wgmma_wait_group<2>();  // dQ is there; dV and dK run on
+                ptx::wgmma_wait_group<2>();  // dQ is complete; dV and dK are still running
                 add_dQ_before(dQ_rmem, now.n - 1);
             }
             row_before = static_cast<int64_t>(now.bh) * Workspace(p).rows + i0;

@@ -18,9 +18,9 @@ __device__ inline Unit unit_of_block([[maybe_unused]] const AttentionParams& p, 
     if (LEAVES_OUT) unit = maps.order.units[unit];
 #endif
 #if CAUSAL && !INTERVAL && HEAD_DIM > 64
-    // So do those of the last few heads, two blocks for each multiprocessor: else the longest block of the last head would start when all others are
-    // nearly done. Not where a head's tiles of keys fill most of the multiprocessors: there is little to gain, and two such heads do not fit the cache
-    // together.
+    // So do those of the last few heads, two blocks for each multiprocessor: otherwise the longest block of the last head would start when all others
+    // have nearly finished. Not if one head's tiles of keys fill most of the multiprocessors: then there is little to gain, and two such heads do not fit
+    // the cache together.
     const int heads = p.B * p.Hkv, last = min(heads, p.sm_count / k_tiles * 2), block = static_cast<int>(unit) - (heads - last) * k_tiles;
     if (!LEAVES_OUT && 3 * k_tiles <= 2 * p.sm_count && block >= 0) return {block / last, heads - last + block % last};
 #endif

@@ -8,7 +8,7 @@
 // A group skips tiles of keys that only rows of other groups see. With two groups there are hardly any; under a mask there are not enough registers.
 constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL && !BIASED;
 
-// Where scores are changed, O's product is over before the exponentials begin; rounding P then has both rows' to run under.
+// If scores are changed, O's product has ended before the exponentials begin; then rounding P can overlap the exponentials of both rows.
 constexpr bool O_EARLY = SCORE != 0;
 
 // Issues S = Q Kᵀ for this consumer's 64 rows of Q.
@@ -141,7 +141,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         multiply_QK(S_rmem, shared, consumer, Slot_Q(q), Slot_KV(n));
         your_turn((consumer + 1) % CONSUMERS);
     };
-    // S becomes P. In the course of it await_O() is called, then rescale_O(whether alpha is not 1 everywhere).
+    // Replaces S by P. Calls await_O() on the way, then rescale_O(whether some alpha is not 1).
     auto exponentials = [&](const Work& work, int tile, const auto& await_O, const auto& rescale_O) {
         const int j0 = j0_of(work, tile);
         auto round = [&] { round_P(P_rmem, S_rmem, keep); };
@@ -218,8 +218,8 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                 };
                 exponentials(work, tile, await_O, [&](const auto& raised) {
                     if (O_EARLY) return multiply_O(raised);
-                    // The compiler would put the wait for O before the exponentials that O's product should run under, but moves it over no branch:
-                    // the condition always holds.
+                    // The compiler would move the wait for O before the exponentials that should overlap O's product, but does not move it across a
+                    // branch. This condition always holds.
                     if (scale_log2 > 0) {
                         ptx::wgmma_wait_group<0>();
                         multiply_O(raised);

@@ -14,8 +14,8 @@ struct Work {
 
     __device__ int j0(const AttentionParams&, int n) const { return (first_tile + k_tiles - 1 - n) * BLOCK_K; }
 #elif (SCORE & SCORE_ALIBI) && !CAUSAL
-    // First key of the n-th tile, where the mask leaves out none: from the rows' diagonal down, then from the last tile on. Near it are the largest scores,
-    // after which few maxima rise.
+    // The first key of the n-th tile if the mask skips none: from the rows' diagonal down, then from the last tile down to it. The largest scores are near
+    // the diagonal; after them few maxima rise.
     __device__ int j0(const AttentionParams& p, int n) const {
         const int tile = min(max(0, i0 + BLOCK_Q - 1 + diagonal(p)) / BLOCK_K, k_tiles - 1) - n;
         return (tile < 0 ? tile + k_tiles : tile) * BLOCK_K;

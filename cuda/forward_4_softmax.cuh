@@ -114,13 +114,13 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2
 }
 #endif
 
-// Registers of three groups under a mask do not suffice for maxima that are left alone.
+// With a mask three groups have too few registers for the lazy maximum.
 constexpr bool LAZY = CONSUMERS == 2 || !MASK;
 
 #if SCORE
 // softmax() for scores that softcap alone changes, in one pass. ORDER: tanh y is computed as y times a polynomial of this degree in y², so that S becomes
 // 2^(factor(S²) · S − m) with one multiplication, ORDER FMAs and softmax's own FMA; 0: by the hardware's tanh. NEW_MAXIMUM: m is updated. tanh is
-// monotonic, so the largest S of a row gives its m. round() is called at the end, because what follows a branch cannot run under what comes before it.
+// monotonic, so the largest S of a row gives its m. round() is called at the end, because code after a branch cannot overlap code before it.
 template <int ORDER, bool NEW_MAXIMUM, class AwaitO, class RescaleO, class Round>
 __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p,
                                       const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {
@@ -172,7 +172,7 @@ __device__ inline bool softmax_of_capped(float (&S_rmem)[BLOCK_K / 2], float (&m
                                          const Work& work, int j0, const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {
     if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return false;
     const AttentionParams& p = rows.p;
-    // Four maxima at a time, so that each waits less for the one before; three groups of causal rows have registers for one.
+    // Four maxima at a time, so that each waits less for the previous one; three groups of causal rows have registers for only one.
     constexpr int AT_ONCE = CAUSAL && CONSUMERS > 2 ? 1 : 4;
     float size = 0, sizes[AT_ONCE] = {};
 #pragma unroll

@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 ptx::wgmma_rs<element, PART>(O_rmem, P_rmem[k], ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_V::PANEL_BYTES));
             ptx::wgmma_commit_group();
         };
-        // Without a mask, in a tile that is cut: what a row does not see becomes −∞.
+        // Without a mask, in a tile that is cut: elements that a row does not see become −∞.
         auto hide = [&](int i0, int j0) {
             if (MASK || !cut(i0, j0)) return;
 #pragma unroll
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                         if (8 * i + c >= columns) S_rmem[4 * i + 2 * r + c] = -CUDART_INF_F;
             }
         };
-        // S becomes P. rescale_O(whether alpha is not 1 everywhere) is called in the course of it.
+        // Replaces S by P. Calls rescale_O(whether some alpha is not 1) on the way.
         auto exponentials = [&](int i0, int j0, const auto& rescale_O) {
             hide(i0, j0);
             softmax<true>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, {}, [] {}, rescale_O);
@@ -339,8 +339,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 ptx::wgmma_wait_group<1>();  // S is there
                 finish_QK(tile + 1 == work.k_tiles);
                 exponentials(work.i0, work.j0(tile), [&](const auto& raised) {
-                    // As in forward_4_consumer.cuh: the condition, which always holds, keeps the wait for O behind the exponentials that its product should
-                    // run under.
+                    // As in forward_4_consumer.cuh: the condition, which always holds, keeps the wait for O after the exponentials that should overlap its
+                    // product.
                     if (scale_log2 > 0) {
                         ptx::wgmma_wait_group<0>();
                         if (raised()) {
@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                             for (int i = 0; i < PART / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
                         }
                     }
-                    ptx::wgmma_wait_group<0>();  // O is there
+                    ptx::wgmma_wait_group<0>();  // O is complete
                     release(barriers.V_empty);
                 });
                 round_P();
