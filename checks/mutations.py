@@ -677,11 +677,11 @@ SCORED = {
         ("if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return", "if (!ONLY_CAPPED || MASK) return", HALF_CAPPED),
         ("shift[r] = slopes.first[r] * LOG2_E;", "shift[r] = 0;", case(alibi=True, causal=True)),
         ("S = MASK && S < p.lowest ? -CUDART_INF_F : x[c];", "S = x[c];", case(softcap=1.5, mask="heads share")),
-        ],
-        ("hopper", "lazy_softmax.cuh"): [
-            ("SHIFTED ? m_rmem[r] - shift[r] :", "SHIFTED ? m_rmem[r] :", case(alibi=True, causal=True)),
-            ("alpha[r] = ptx::ex2(SCORE ? m_rmem[r] - m_new :", "alpha[r] = ptx::ex2(", case(alibi=True, sharp=5)),
-        ],
+    ],
+    ("hopper", "lazy_softmax.cuh"): [
+        ("SHIFTED ? m_rmem[r] - shift[r] :", "SHIFTED ? m_rmem[r] :", case(alibi=True, causal=True)),
+        ("alpha[r] = ptx::ex2(SCORE ? m_rmem[r] - m_new :", "alpha[r] = ptx::ex2(", case(alibi=True, sharp=5)),
+    ],
     ("hopper", "forward_4_consumer.cuh"): [
         ("ptx::mbarrier_wait(bias_full, n & 1);", NO_WAIT, HALF_BIASED),
         ("ask_bias(work, j0_of(work, tile + 1));", "ask_bias(work, j0_of(work, tile));", HALF_BIASED),
