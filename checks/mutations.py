@@ -667,6 +667,10 @@ SCORED = {
         ("further = c ? floats_of(pairs[n % 2 * 2 + r]).y", "further = c ? floats_of(pairs[n % 2 * 2 + r]).x", HALF_BIASED),
         ("fmaf(s * s, -0.32075847f", "fmaf(s * s, 0.32075847f", case(Nk=460, softcap=20.0)),
     ],
+    ("hopper", "lazy_softmax.cuh"): [
+        ("SHIFTED ? m_rmem[r] - shift[r] :", "SHIFTED ? m_rmem[r] :", case(alibi=True, causal=True)),
+        ("alpha[r] = ptx::ex2(SCORE ? m_rmem[r] - m_new :", "alpha[r] = ptx::ex2(", case(alibi=True, sharp=5)),
+    ],
     ("hopper", "forward_4_softmax.cuh"): [
         ("largest * p.scoring.scale_in_cap <= 1", "largest * p.scoring.scale_in_cap <= 4", case(softcap=1.5, alibi=True)),
         ("in_cap <= LARGEST_1 && has", "in_cap <= 4 && has", case(Nk=460, softcap=1.5)),
@@ -677,10 +681,6 @@ SCORED = {
         ("if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return", "if (!ONLY_CAPPED || MASK) return", HALF_CAPPED),
         ("shift[r] = slopes.first[r] * LOG2_E;", "shift[r] = 0;", case(alibi=True, causal=True)),
         ("S = MASK && S < p.lowest ? -CUDART_INF_F : x[c];", "S = x[c];", case(softcap=1.5, mask="heads share")),
-    ],
-    ("hopper", "lazy_softmax.cuh"): [
-        ("SHIFTED ? m_rmem[r] - shift[r] :", "SHIFTED ? m_rmem[r] :", case(alibi=True, causal=True)),
-        ("alpha[r] = ptx::ex2(SCORE ? m_rmem[r] - m_new :", "alpha[r] = ptx::ex2(", case(alibi=True, sharp=5)),
     ],
     ("hopper", "forward_4_consumer.cuh"): [
         ("ptx::mbarrier_wait(bias_full, n & 1);", NO_WAIT, HALF_BIASED),
