@@ -42,7 +42,7 @@ COLUMNS: list[report.Column] = [
 
 
 def main(causal: bool = False) -> int:
-    """→ exit code: 0; 1 if flash attention is wrong or nothing could be measured; 2 if the call is not one that can be made."""
+    """→ exit code: 0; 1 if flash attention is wrong or nothing could be measured; 2 if the arguments are wrong."""
     args = parse(causal)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -53,7 +53,7 @@ def main(causal: bool = False) -> int:
     todo = cases(args, causal)
     rows: list[Row] = []
     try:
-        # On a terminal only: elsewhere a bar is a mess of lines.
+        # Only on a terminal: elsewhere a progress bar writes many lines.
         style = {} if args.sweep else {"bar_format": "{elapsed}{postfix}", "leave": False}
         with tqdm(todo, disable=None, unit="length", **style) as bar:
             for case in bar:
@@ -67,7 +67,7 @@ def main(causal: bool = False) -> int:
                     say=lambda line: tqdm.write(line, file=sys.stdout),
                     progress=lambda doing, bar=bar, case=case: bar.set_postfix_str(f"{case.q_len}: {doing}"),
                 )
-                if args.json:  # after each length: whatever ends the run, what was measured is kept
+                if args.json:  # after each length, so that an interrupted run keeps what it has measured
                     report.write_json(args.json, environment, vars(args) | {"causal": causal}, rows)
     except WrongResult as wrong:
         print(wrong, file=sys.stderr)
@@ -132,7 +132,7 @@ def parse(causal: bool) -> argparse.Namespace:
 
 
 def cases(args: argparse.Namespace, causal: bool) -> list[Case]:
-    """One, or one for each length of the sweep."""
+    """One case, or one for each length of the sweep."""
     lengths = [(args.q_len, args.kv_len)]
     if args.sweep:
         lengths = [(SHORTEST << n,) * 2 for n in range((args.q_len // SHORTEST).bit_length())]
@@ -141,7 +141,7 @@ def cases(args: argparse.Namespace, causal: bool) -> list[Case]:
 
 
 def legend(case: Case, rows: list[Row], environment: dict) -> str:
-    """What the columns mean, in this run."""
+    """The legend of this run's columns."""
     repeats = sorted({row["repeats"] for row in rows if "repeats" in row})
     half = ", halved because causal" if case.causal else ""
     backward = "; a backward counts 2.5 times as much" if case.backward else ""

@@ -14,7 +14,7 @@ from flash_attention.spans import documents
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 MASKS = ("none", "key", "full")
-BIASES = {"none": "", "full": "bhqk", "batches share": "hqk", "heads share": "bqk", "keys": "hk"}  # the dimensions that each has of its own
+BIASES = {"none": "", "full": "bhqk", "batches share": "hqk", "heads share": "bqk", "keys": "hk"}  # not broadcast along these
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Case:
     dropout_p: float = 0.0
     backward: bool = False
     dv: int | None = None  # the head size of v, if it is another
-    window: int | None = None  # how many columns before its own a row sees
+    window: int | None = None  # how many columns before its own each row sees
     documents: tuple[int, ...] = ()  # lengths of documents packed one after another, each of which sees itself
-    as_mask: bool = False  # the window and the documents are given as the dense mask that they stand for
+    as_mask: bool = False  # the window and the documents are passed as an equivalent dense mask
     softcap: float | None = None
     alibi: bool = False
     bias: str = "none"  # one of BIASES
@@ -51,7 +51,7 @@ class Case:
         return replace(self, b=1, q_len=min(self.q_len, length), kv_len=min(self.kv_len, length), documents=())
 
     def scored(self) -> list[str]:
-        """What becomes of scores, in words."""
+        """What happens to scores, in words."""
         words = [f"softcap {self.softcap:g}"] if self.softcap is not None else []
         words += ["ALiBi"] if self.alibi else []
         if self.bias != "none":
@@ -123,14 +123,14 @@ def _visible(case: Case, spans: Tensor | None) -> Visible:
 
 
 def visible_rows(case: Case, inputs: Inputs, rows: slice) -> Tensor | None:
-    """(1, 1, rows, kv_len) bool: what these rows see by everything but the mask; None if that is all."""
+    """(1, 1, rows, kv_len) bool: what these rows see, ignoring the mask; None if that is everything."""
     if inputs.spans is None and case.window is None and not case.causal:
         return None
     return _visible(case, inputs.spans).dense(rows, slice(0, case.kv_len), case.device)
 
 
 def call_of(case: Case, inputs: Inputs) -> Call:
-    """The case as a backend is asked about it."""
+    """The case as a Call, to ask a backend about."""
     mask = broadcast_mask(inputs.mask, case.b, case.h, case.q_len, case.kv_len)
     spans = None if inputs.spans is None else inputs.spans.expand(case.b, case.h, case.q_len, 2)
     left, right = (None, None) if case.as_mask else (case.window, 0 if case.causal else None)
@@ -142,14 +142,14 @@ def call_of(case: Case, inputs: Inputs) -> Call:
 def tera_operations(case: Case, part: str) -> float:
     """Floating-point operations /1e12 of "forward", "backward" or both ("total"), as the field counts them: matrix products of
     2·b·h·q_len·kv_len·d each, two in a forward and five in a backward, halved if causal, whatever the mask; what a backward recomputes is
-    not counted. Of a window and documents, in the place of q_len·kv_len, the pairs that they let see each other."""
+    not counted. With a window or documents, q_len·kv_len is replaced by the number of visible pairs."""
     product, dv = 2 * case.b * case.h * _pairs(case), case.dv or case.d
     forward, backward = product * (case.d + dv), product * (3 * case.d + 2 * dv)
     return {"forward": forward, "backward": backward, "total": forward + backward}[part if case.backward else "forward"] / 1e12
 
 
 def _pairs(case: Case) -> float:
-    """Of a query and a key that may see each other."""
+    """The number of pairs of a query and a key that it sees."""
     if case.window is None and not case.documents:
         return case.q_len * case.kv_len / (2 if case.causal else 1)
     visible = _visible(case, documents(case.documents, causal=case.causal) if case.documents else None)

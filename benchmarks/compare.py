@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 class WrongResult(Exception):
-    """Flash attention's result is not attention: its time is worth nothing."""
+    """Flash attention's result is wrong, so its time means nothing."""
 
 
 def compare(
@@ -33,8 +33,8 @@ def compare(
 ) -> list[Row]:
     """A row for each contender that type and backend stand for (see `contenders`), with ms, TFLOP/s, MB and the ratios between them.
 
-    matmul_tflops: what a matrix product reaches on this device. profile: then profile one call of each. say is given lines worth printing,
-    progress what is being done.
+    matmul_tflops: what a matrix product reaches on this device. profile: also profile one call of each. say is called with lines to print,
+    progress with the current step.
 
     Raises:
         WrongResult: flash attention differs from normal attention by more than the tolerance.
@@ -85,7 +85,7 @@ def compare(
 
 
 def speed(case: Case, times: dict[str, list[float]]) -> Row:
-    """Medians in ms of what `time_alternating` measured, and the TFLOP/s they amount to."""
+    """Medians in ms of what `time_alternating` measured, and the corresponding TFLOP/s."""
     ms = {stage: median(every) for stage, every in times.items()}
     row = {"ms": ms["total"], "repeats": len(times["total"]), "tflops": tera_operations(case, "total") / (1e-3 * ms["total"])}
     if case.backward:
@@ -96,7 +96,7 @@ def speed(case: Case, times: dict[str, list[float]]) -> Row:
 
 
 def _add_ratios(rows: list[Row]) -> None:
-    """To normal attention and to the fastest of PyTorch's, where those were measured."""
+    """Ratios to normal attention and to the fastest of PyTorch's, if those were measured."""
     measured = [row for row in rows if "ms" in row]
     normal = next((row for row in measured if row["type"] == "normal"), None)
     sdpa = min((row["ms"] for row in measured if row["type"] == "sdpa"), default=None)

@@ -38,7 +38,7 @@ class Contender(NamedTuple):
 class Runner:
     """A contender with its inputs. Calling it runs every stage: the forward, then the backward if the case has one.
 
-    Whoever calls the stages one by one does so within `context()`.
+    Code that calls the stages one by one must do so within `context()`.
     """
 
     def __init__(self, contender: Contender, case: Case, inputs: Inputs):
@@ -49,12 +49,12 @@ class Runner:
         trained = (inputs.bias,) if case.bias_gradient and contender.type != "plain" else ()
         self.stages: dict[str, Callable[[Any], Any]] = {"forward": lambda _: attend(q, k, v)}
         if case.backward:
-            # With nothing accumulated into .grad: a call leaves nothing behind that the next one would have to add to.
+            # Nothing is accumulated into .grad, so a call leaves nothing behind that the next one would have to add to.
             self.stages["backward"] = lambda O: torch.autograd.grad(O, (q, k, v, *trained), dO)
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Gradients are recorded only if the case has a backward; PyTorch's kernel is the one asked for."""
+        """Records gradients only if the case has a backward, and selects PyTorch's kernel."""
         type, backend = self.contender
         chosen = sdpa_kernel(SDPA_KERNELS[backend]) if type == "sdpa" and backend else nullcontext()
         with torch.set_grad_enabled(self.case.backward), chosen:
@@ -69,7 +69,7 @@ class Runner:
 
 
 def contenders(type: str, backend: str | None, case: Case, inputs: Inputs) -> list[Contender]:
-    """Those that `type` (one of TYPES, or "all") and `backend` (None: the fastest; with "all": each that can serve) stand for.
+    """The contenders for a `type` (one of TYPES, or "all") and a `backend` (None: the fastest; with "all": each that can serve).
 
     Raises:
         NotImplementedError: the backend asked for cannot serve this case; the message says why.
@@ -81,14 +81,14 @@ def contenders(type: str, backend: str | None, case: Case, inputs: Inputs) -> li
         return [Contender("flash", choose(backend, call))]
     if type == "sdpa":
         return [Contender("sdpa")]
-    here = {name: each for name, each in BACKENDS.items() if name not in emulated.RUNGS}  # an emulator's time says nothing
+    here = {name: each for name, each in BACKENDS.items() if name not in emulated.RUNGS}  # the emulator's time means nothing
     flash = [name for name, each in here.items() if each.why_not(call) is None] if backend is None else [choose(backend, call)]
     sdpa = ["", *SDPA_KERNELS] if inputs.q.is_cuda else [""]
     return [Contender("normal"), *(Contender("flash", name) for name in flash), *(Contender("sdpa", name) for name in sdpa)]
 
 
 def why_not(contender: Contender, case: Case) -> str | None:
-    """Why this contender had better not be run here, or None."""
+    """Why this contender should not be run here, or None."""
     if contender.type == "flex" and torch.device(case.device).type != "cuda":
         return "on a CPU it has no backward"
     if contender.type == "fa3":
@@ -107,7 +107,7 @@ def why_not(contender: Contender, case: Case) -> str | None:
 
 
 def refusal(runner: Runner) -> str | None:
-    """Try one call: the reason if memory does not suffice or PyTorch has no such kernel for these inputs, None if it ran.
+    """Tries one call. → None if it ran, else why not: not enough memory, or PyTorch has no such kernel for these inputs.
 
     On a CPU, where a call can take long, only a kernel asked for by name is tried.
     """
@@ -124,7 +124,7 @@ def refusal(runner: Runner) -> str | None:
     except RuntimeError as error:
         if type not in ("sdpa", "flex", "fa3", "fa4"):
             raise
-        return " ".join(str(error).splitlines()[:2])  # the second line of a compiler's complaint is the one that says something
+        return " ".join(str(error).splitlines()[:2])  # the second line of a compiler's message is the informative one
     return None
 
 
@@ -143,8 +143,8 @@ def _free_memory(device: str) -> int | None:
 
 
 class CoinFlips:
-    """PyTorch's own random bits in the place of `flash_attention.reference.Dropout`, whose Philox is written to be read: timed with that,
-    normal attention would look slower than it is. Kept entries are not scaled here; that is done to V, which is smaller."""
+    """PyTorch's random bits instead of `flash_attention.reference.Dropout`, whose Philox is written for reading: with that, normal
+    attention would look slower than it is. Kept entries are not scaled here; V, which is smaller, is scaled instead."""
 
     def __init__(self, case: Case):
         self.keep, self.heads, self.device = 1 - case.dropout_p, (case.b, case.h), case.device
@@ -199,8 +199,8 @@ def _sdpa(backend: str, case: Case, inputs: Inputs) -> Callable:
         bias = inputs.bias.expand(case.b, case.h, case.q_len, case.kv_len)
         return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=bias)
     mask = inputs.mask[:, None, None, :] if case.mask == "key" else inputs.mask
-    # is_causal is aligned top-left and excludes a mask: wherever that is not what is asked for, PyTorch gets the whole matrix, made here,
-    # before the clock starts.
+    # is_causal is aligned top-left and excludes a mask: in all other cases PyTorch gets the whole matrix as a mask, made here, before the
+    # clock starts.
     is_causal = case.causal and mask is None and case.q_len == case.kv_len and case.window is None and not case.documents
     seen = None if is_causal or case.as_mask else visible_rows(case, inputs, slice(0, case.q_len))
     if seen is not None:
@@ -209,8 +209,8 @@ def _sdpa(backend: str, case: Case, inputs: Inputs) -> Callable:
 
 
 def _flex(backend: str, case: Case, inputs: Inputs) -> Callable:
-    """FlexAttention under a mask, (b, h or 1, q_len, kv_len) or of keys (b, kv_len), that it reads entry by entry, or with a window or
-    documents, which it computes; which blocks are empty is found here, before the clock starts."""
+    """FlexAttention under a mask, (b, h or 1, q_len, kv_len) or of keys (b, kv_len), which it reads entry by entry, or with a window or
+    documents, which it computes. Its map of empty blocks is made here, before the clock starts."""
     if scored := _scored(case, inputs):
         return _flex_scored(case, **scored)
     computed = case.window is not None or bool(case.documents)
@@ -228,7 +228,7 @@ def _flex(backend: str, case: Case, inputs: Inputs) -> Callable:
             return mask[b, h if heads > 1 else 0, i if rows > 1 else 0, j]
 
     blocks = create_block_mask(allowed, batches, heads, case.q_len, case.kv_len, device=case.device)
-    # For this shape alone, and never silently uncompiled.
+    # Compiled for this shape only; an error if it cannot be compiled.
     attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return lambda q, k, v: attend(q, k, v, block_mask=blocks)
 

@@ -1,11 +1,10 @@
-"""What flash attention in plain PyTorch must reach on a CPU, against normal attention and PyTorch's own, measured here and now.
+"""Targets for flash attention in plain PyTorch on a CPU, against normal attention and PyTorch's own, measured here and now.
 
     python -m benchmarks.cpu_targets [--quick] [--json FILE]
 
-float32, 2 threads, no mask. Each case in one process, the three taking turns; the median of 9, at N = 16384 of 5, and there of 3 for normal
-attention, one call of which takes tens of seconds. Forward cases record no gradients. Some cases again beside a process that keeps a core
-busy, without normal attention. Peak memory is that above the inputs, in a fresh
-process for each.
+float32, 2 threads, no mask. Each case runs in one process, the three taking turns; figures are medians of 9, at N = 16384 of 5, and there
+of 3 for normal attention, one call of which takes tens of seconds. Forward cases record no gradients. Some cases run again beside a process
+that keeps a core busy, without normal attention. Peak memory is that above the inputs, in a fresh process for each contender.
 """
 
 import argparse
@@ -87,14 +86,14 @@ def repeats(case: Case) -> dict[Contender, int]:
 
 
 def quick(case: Case) -> Case:
-    """The same at a length that takes a second; ratios grow with length, so the targets do not apply."""
+    """The same cases at lengths that take a second. Ratios grow with length, so the targets do not apply."""
     length = case.q_len // 8
     return replace(case, q_len=length, kv_len=length)
 
 
 @contextmanager
 def busy_process() -> Iterator[None]:
-    """Another program that computes without pause, on one core."""
+    """Another process that keeps one core busy."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield

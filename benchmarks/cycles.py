@@ -2,8 +2,8 @@
 
     python -m benchmarks.cycles --json results/h200_cycles.json
 
-Runs itself under ncu (Nsight Compute, part of the CUDA toolkit), which must be allowed to read the performance counters. Clocks stay as
-they are: cycles, unlike milliseconds, hardly depend on them. Each kernel is launched once, with a cold L2 cache.
+Runs itself under ncu (Nsight Compute, part of the CUDA toolkit), which needs permission to read the performance counters. Clocks are not
+locked: cycles, unlike milliseconds, hardly depend on them. Each kernel is launched once, with a cold L2 cache.
 
     ladder   every rung's forward, B 4 H 16 N 4096 D 64, bfloat16
     hopper   forward and backward, B 4 N 4096, H·D = 2048, D 64, 128, 256, bfloat16
@@ -53,7 +53,7 @@ def launches() -> list[tuple[str, str, int, int]]:
 
 
 def launch_all() -> None:
-    """What ncu watches."""
+    """The launches that ncu profiles."""
     torch.manual_seed(0)
     for rung, part, h, d in launches():
         if part == "backward":
@@ -70,7 +70,7 @@ def inputs(h: int, d: int) -> tuple[torch.Tensor, ...]:
 
 
 def rows(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """From ncu's CSV: a row a kernel."""
+    """Parses ncu's CSV: one row per kernel."""
     kernels: dict[int, dict[str, float]] = {}
     names = {metric: name for name, metric in METRICS.items()}
     for row in csv.DictReader(line for line in lines if line.startswith('"')):

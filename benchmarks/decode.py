@@ -1,4 +1,4 @@
-"""A few queries against many keys, as each generated token needs: how near to the speed of reading K and V once.
+"""A few queries against many keys, as for each generated token: how close to the speed of reading K and V once.
 
     python -m benchmarks.gpu_targets --only decode
 
@@ -45,7 +45,7 @@ class Shape(NamedTuple):
 
     @property
     def key_bytes(self) -> int:
-        """Of K and V, read once."""
+        """Bytes of K and V."""
         return 2 * self.B * self.Hkv * self.Nk * self.D * getattr(torch, self.dtype).itemsize
 
     def small(self) -> "Shape":
@@ -94,7 +94,7 @@ def calls(shape: Shape, pages: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor)
     for size in pages:
         cache = KeyValueCache(1, shape.B, shape.Hkv, shape.D, shape.Nk, dtype=q.dtype, device=q.device, page_size=size)
         cache.reserve(shape.Nk)
-        order = torch.randperm(cache.pages, device=q.device).view(cache.block_table.shape)  # as after many sequences have come and gone
+        order = torch.randperm(cache.pages, device=q.device).view(cache.block_table.shape)  # as after many sequences have started and ended
         cache.block_table.copy_(order)
         cache[0].append(k, v)
         found[f"{PAGES} of {size}"] = partial(attend, q, cache[0], backend=SPLIT_KEYS if q.is_cuda else None)
@@ -109,8 +109,8 @@ def calls(shape: Shape, pages: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor)
 
 
 def verified(shape: Shape, q: Tensor, k: Tensor, v: Tensor, O: Tensor) -> dict:
-    """The first and the last sequence, some heads and the last rows against the definition in float64; twice the error that it has in
-    this dtype."""
+    """Compares the first and the last sequence, some heads and the last rows with the definition in float64; tolerance: twice the
+    definition's own error in this dtype."""
     rows = min(shape.Nq, 4)
     past = torch.ones(rows, shape.Nk, dtype=torch.bool, device=q.device).tril(shape.Nk - rows)[None, None]
     error = allowed = 0.0
@@ -127,7 +127,7 @@ def verified(shape: Shape, q: Tensor, k: Tensor, v: Tensor, O: Tensor) -> dict:
 
 
 def run(shape: Shape, pages: tuple[int, ...], place) -> list[dict]:
-    """A row for each way of this project, with ratios to the best of the others, to contiguous keys and to the speed of a copy."""
+    """A row for each variant of this project, with ratios to the best of the others, to contiguous keys and to the speed of a copy."""
     shape = shape.small() if place.quick else shape
     pages = tuple(size for size in pages if size <= shape.Nk)
     random = torch.Generator(place.device).manual_seed(0)
@@ -143,7 +143,7 @@ def run(shape: Shape, pages: tuple[int, ...], place) -> list[dict]:
                 continue
             found[name] = {"check": check}
             running[name] = call
-            if name == FLOAT8:  # the error is that of what is kept: 4 bits of each number
+            if name == FLOAT8:  # the cache keeps 4 bits of each number, which dominates the error
                 check["passed"] = check["error"] <= 0.05
             if not check["passed"] and name.startswith((SPLIT_KEYS, "plain")):
                 raise WrongResult(f"{name} is wrong, {shape}: error {check['error']:.1e}, tolerance {check['tolerance']:.1e}")
@@ -151,7 +151,7 @@ def run(shape: Shape, pages: tuple[int, ...], place) -> list[dict]:
         clock = Clock(place.device)
         for _ in range(place.repeats or 30):
             for name, call in running.items():
-                clock.start(200.0)  # µs that the host may need
+                clock.start(200.0)  # µs allowed for the host
                 call()
                 clock.mark()
                 times[name] += clock.stop()

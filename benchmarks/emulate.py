@@ -17,15 +17,15 @@ from flash_attention.command_line import positive, run
 
 
 def formulae(b: int, h: int, n: int, d: int, causal: bool, backward: bool) -> dict[str, float]:
-    """What the algorithm needs, whatever the tiles: 2 products of the forward or 5 of the backward, an exponential a score, and each tensor
-    once through the memory (lesson 5)."""
+    """The algorithm's minimum, independent of tiles: 2 products in the forward or 5 in the backward, one exponential per score, and each
+    tensor read or written once (lesson 5)."""
     scores = b * h * n * (n + 1) / 2 if causal else b * h * n * n
     tensors = 8 if backward else 4  # q, k, v, O, and then dO, dQ, dK, dV
     return {"FLOP": (10 if backward else 4) * scores * d, "exponentials": scores, "bytes of 16-bit tensors": tensors * b * h * n * d * 2}
 
 
 def write_trace(traces: list[emulated_trace.Trace], file: Path) -> None:
-    """A line for each engine and warp, and the file."""
+    """Prints a line for each engine and warp, and writes the file."""
     for trace in traces:
         print(f"\n{trace.file}: {trace.cycles:,.0f} cycles of the model, {len(trace.events):,} events")
         print(*emulated_trace.summary(trace), sep="\n")
@@ -48,7 +48,7 @@ def main() -> None:
         "--trace",
         type=Path,
         metavar="FILE",
-        help="instead of counting: write what a cost model of one multiprocessor says happens when, for Perfetto or chrome://tracing",
+        help="instead of counting: write a timeline by the cost model of one multiprocessor, for Perfetto or chrome://tracing",
     )
     arguments = parser.parse_args()
 

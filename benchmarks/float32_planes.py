@@ -1,14 +1,14 @@
-"""How accurate is float32 attention whose matrix products are made of 16-bit ones? Tried in PyTorch, before and beside the kernels.
+"""How accurate is float32 attention whose matrix products consist of 16-bit ones? An experiment in PyTorch, made before the kernels.
 
     python -m benchmarks.float32_planes [--n 512] [--d 64]
 
-A float32 number is a sum of "planes", numbers with few bits: x = x0 + x1 (+ x2), each the rest of the one before, rounded. A product of two
-sums of planes is a sum of products of planes, of which the smallest are left out. What each way of doing so makes of O, dQ, dK and dV is
-compared with the same formulas in float64, beside naive attention in float32: the largest error, by the result's largest entry.
+A float32 number is a sum of "planes", numbers with few bits: x = x0 + x1 (+ x2), each the rounded remainder of those before. A product of
+two sums of planes is a sum of products of planes, of which the smallest are omitted. O, dQ, dK and dV of each variant are compared with the
+same formulas in float64, and so is naive attention in float32: the largest error, relative to the result's largest entry.
 
-"truncated" adds what a tensor core is said to do: 16 products are added to a sum that keeps 24 bits and drops the rest (Fasi et al., 2021,
-"Numerical behavior of NVIDIA tensor cores"). Where a sum runs over all keys the loss grows with their number; "restarted" sums 64 keys at a
-time, the small products first, and adds these sums in float32, as the kernels do.
+"truncated" also models a tensor core: 16 products are added to a sum that keeps 24 bits and drops the rest (Fasi et al., 2021, "Numerical
+behavior of NVIDIA tensor cores"). In a sum over all keys the loss grows with their number; "restarted" sums 64 keys at a time, the small
+products first, and adds these sums in float32, as the kernels do.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def rounded(x: Tensor, kind: str) -> Tensor:
-    """x in the kind's 16 (or TF32's 19) bits, as float32."""
+    """x rounded to the kind's 16 (or TF32's 19) bits, as float32."""
     if kind == "tf32":
         bits = x.view(torch.int32)
         return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
@@ -28,7 +28,7 @@ def rounded(x: Tensor, kind: str) -> Tensor:
 
 
 def power_of_two(largest: Tensor) -> Tensor:
-    """What brings a number of this size to between 2^14 and 2^15, exactly."""
+    """The power of two that scales a number of this size to between 2^14 and 2^15."""
     return torch.where(largest > 0, torch.exp2((14 - largest.double().log2().floor()).clamp(-120, 120)), 1).float()
 
 
@@ -96,14 +96,14 @@ def attention(q, k, v, dO, scale: float, matmul: Callable[[Tensor, Tensor], Tens
 
 
 def in_range(q: Tensor, k: Tensor, scale: float) -> bool:
-    """The kernels' question to q and k (planes.cuh: scores_fit): is what a pair of planes cannot hold of them nothing to a score?"""
+    """The kernels' test of q and k (scores_fit in planes.cuh): is what a pair of planes cannot represent negligible for every score?"""
     q_max, k_max = (x.abs().max() for x in (q, k))
     bound, scaled = q.shape[2] * scale * (q_max * k_max), scale / (power_of_two(q_max) * power_of_two(k_max))
     return bool(bound < 2**16 and 2**-90 < scaled < 2**60)
 
 
 def inputs(n: int, d: int) -> dict[str, list[Tensor]]:
-    """q, k, v, dO (2, n, d) that have something to say."""
+    """q, k, v, dO (2, n, d): inputs that show differences."""
     random = torch.Generator().manual_seed(0)
     plain = torch.randn(4, 2, n, d, generator=random)
 
@@ -137,7 +137,7 @@ def inputs(n: int, d: int) -> dict[str, list[Tensor]]:
 
 
 def errors(call: list[Tensor], scale: float, matmul: Callable[[Tensor, Tensor], Tensor]) -> str:
-    """The largest error of O, dQ, dK and dV, each by its largest entry."""
+    """The largest error of O, dQ, dK and dV, each relative to its largest entry."""
     truth = attention(*(x.double() for x in call), scale, torch.matmul)
     found = attention(*call, scale, matmul)
     parts = ((got.double() - want).abs().max() / want.abs().max() for got, want in zip(found, truth, strict=True))

@@ -1,8 +1,8 @@
-"""Tokens a second of a small random Llama that generates, by transformers with each of its caches: this project's attention beside sdpa.
+"""Tokens per second that a small random Llama generates in transformers, with each of its caches: this project's attention beside sdpa.
 
     python -m benchmarks.generate --json results/h200_generate.json
 
-bfloat16 on a GPU. Every new token is one query a head against all before it. Weights are random and the same for both; the two take turns.
+bfloat16 on a GPU. Every new token is one query per head against all tokens before it. Both use the same random weights and take turns.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def model_of(cache: str, quick: bool):
 
 
 def run(cache: str, B: int, prompt: int, tokens: int, device: str, quick: bool, repeats: int) -> dict:
-    """Tokens a second of each attention: those of all sequences, after the first, which the prompt gives."""
+    """Tokens per second of each attention, over all sequences, not counting the first token, which comes from the prompt."""
     from flash_attention.integrations.hugging_face import register
 
     model = model_of(cache, quick).to(device, torch.bfloat16 if device != "cpu" else torch.float32).eval()

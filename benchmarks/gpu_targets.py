@@ -1,4 +1,4 @@
-"""What the kernels must reach on an H200, against PyTorch's own attention and normal attention, measured here and now.
+"""Targets for the kernels on an H200, against PyTorch's own attention and normal attention, measured here and now.
 
     python -m benchmarks.gpu_targets [--only GROUP ...] [--json FILE]
     python -m benchmarks.gpu_targets --only rungs --json results/h200_rungs.json
@@ -20,7 +20,7 @@ alone. Kernels that are not compiled yet are compiled before the clock starts; `
     decode   a few queries against many keys (benchmarks/decode.py): the best of SDPA and FlashAttention-3, and the speed of a copy
     rungs    every rung of cuda/ (only when asked for: nothing to reach, it is the table of cuda/README.md)
 
-`--device cpu --quick` runs all of this where there is no GPU: small, with the reference as flash attention, judging nothing.
+`--device cpu --quick` runs all of this without a GPU: at small sizes, with the reference as flash attention, and without judging.
 
 One file because a group's cases and targets are read beside the code that measures and judges them.
 """
@@ -69,7 +69,7 @@ HOPPER, TENSOR_CORE, SIMPLE, WIDE, SPLIT_KEYS = "hopper", "tensor_core", "simple
 CHOSEN = "cuda"  # the rung that flash_attention() chooses itself
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 
-AT_MOST = ("ms", "memory_mb", "host_us")  # of all other figures more is better
+AT_MOST = ("ms", "memory_mb", "host_us")  # for all other figures more is better
 FIGURES: list[report.Column] = [
     ("ms", "ms", ".3f"),
     ("tflops", "TFLOP/s", ".3g"),
@@ -95,7 +95,7 @@ SUMMARY: list[report.Column] = [
 
 
 class Target(NamedTuple):
-    """What a figure of flash attention must reach, in one part of a call."""
+    """A target: what a figure of flash attention must reach, in one part of a call."""
 
     part: str
     figure: str  # a key of FIGURES
@@ -120,7 +120,7 @@ class Task(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a task runs, and how much of it."""
+    """Where tasks run, and at which scale."""
 
     device: str
     quick: bool
@@ -146,7 +146,7 @@ class Place(NamedTuple):
 Job = Callable[[Place], list[Row]]
 
 
-# ---- the groups: what is measured and what it must reach
+# ---- the groups: cases and targets
 
 
 def grid() -> list[Job]:
@@ -319,14 +319,14 @@ def run(task: Task, place: Place) -> list[Row]:
     case = place.fit(task.case)
     inputs = _inputs(case, task.one_mask)
     call = call_of(case, inputs)
-    # Elsewhere all names stand for the reference. Of several rungs those are left out that do not serve the case.
+    # Not on CUDA, all names stand for the reference. Rungs that do not serve the case are left out.
     flash = [place.flash(name) for name in task.flash]
     flash = [each for each in dict.fromkeys(flash) if len(flash) == 1 or BACKENDS[each.backend].why_not(call) is None]
     label = _label(case) + ((", one mask" if task.one_mask else ", a mask a head") if case.mask == "full" else "")
 
     def measured(case: Case, inputs: Inputs) -> dict[Contender, Row]:
         if FLEX in task.rivals:
-            torch.compiler.reset()  # else the ninth case would exceed what PyTorch compiles of one function
+            torch.compiler.reset()  # otherwise the ninth case would exceed PyTorch's limit of compilations per function
         runners, found = ready([*flash, *task.rivals], case, inputs)
         for contender, times in time_alternating(runners, place.repeats).items() if runners else ():
             found[contender] |= {"repeats": len(times["total"]), **{stage: median(each) for stage, each in times.items()}}
@@ -355,7 +355,7 @@ def run(task: Task, place: Place) -> list[Row]:
 
 
 def run_compare(case: Case, targets: tuple[Target, ...], place: Place) -> list[Row]:
-    """What bench.py measures at one length, of which flash attention's row is judged."""
+    """What bench.py measures at one length; flash attention's row is judged."""
     case = place.fit(case)
     flash = place.flash(CHOSEN)
     # Tensor cores multiply float16 as fast as bfloat16.
@@ -384,8 +384,8 @@ def run_host(case: Case, rival: Contender, place: Place) -> list[Row]:
 
 
 def run_decode(shape: few_queries.Shape, pages: tuple[int, ...], place: Place) -> list[Row]:
-    """Judges a plain call against the best of the others, and against a copy where there is work for all; pages and float8 against
-    contiguous keys."""
+    """Judges a plain call against the best of the others and, if there is work for all multiprocessors, against a copy; pages and float8
+    against contiguous keys."""
     rows = []
     for row in few_queries.run(shape, pages, place):
         targets = ()
@@ -400,7 +400,7 @@ def run_decode(shape: few_queries.Shape, pages: tuple[int, ...], place: Place) -
 
 
 def ready(contenders: Sequence[Contender], case: Case, inputs: Inputs) -> tuple[dict[Contender, Runner], dict[Contender, Row]]:
-    """Those that can run and compute the right thing; for each how far off it is, or why it was skipped.
+    """The contenders that run and are correct; and for each contender its error, or why it was skipped.
 
     Raises:
         WrongResult: flash attention differs from normal attention by more than the tolerance.
@@ -438,7 +438,7 @@ def _without_gradients(inputs: Inputs) -> Inputs:
 
 
 def _judged(row: Row, targets: tuple[Target, ...], place: Place) -> Row:
-    """The row with each of its part's targets: met, not met, or not judged."""
+    """The row, with the verdict for each target of its part: met, not met, or not judged."""
     judged = []
     for target in targets:
         if target.part == row["part"]:
@@ -471,11 +471,11 @@ def _written(lengths: tuple[int, ...]) -> str:
     return f"{len(lengths)} × {lengths[0]}" if len(set(lengths)) == 1 else str(list(lengths))
 
 
-# ---- telling
+# ---- the report
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """One line for each target of each group: the figure that is furthest from it, and where."""
+    """One line for each target of each group: the worst figure, and the case that has it."""
     judged: dict[tuple, list[tuple[Row, Row]]] = {}
     for row in rows:
         for target in row["targets"]:
@@ -535,7 +535,7 @@ def main() -> int:
         for job in tqdm(jobs, desc=group, disable=None):
             try:
                 found += job(place)
-            except WrongResult as error:  # its time is worth nothing; the other cases may still be right
+            except WrongResult as error:  # its time means nothing; the other cases may still be right
                 wrong.append(str(error))
         if group == "grid":
             found += grid_means(found, place)

@@ -1,4 +1,4 @@
-"""What each rung's forward does, counted by the emulator on one small problem: what explains the steps of the ladder. No GPU needed.
+"""What each rung's forward does, counted by the emulator on one small problem. These counts explain the steps of the ladder. No GPU needed.
 
 python -m benchmarks.ladder --json results/ladder_counts.json
 """
@@ -32,12 +32,12 @@ COLUMNS: list[report.Column] = [
 
 
 def ladder() -> list[str]:
-    """The names of its steps, lowest first: the order of their files."""
+    """The names of the ladder's rungs, lowest first: in the order of their files."""
     return [rung.name for rung in sorted(cuda.RUNGS.values(), key=lambda rung: rung.files[cuda.FORWARD])]
 
 
 def takes_plain_calls(rung: cuda.Rung) -> bool:
-    """16 bits, a head size of 64, many queries: what steps are compared by. The last ones are for other calls."""
+    """Whether a rung can be compared with the others: 16 bits, a head size of 64, many queries. The last rungs are for other calls."""
     return 64 in rung.head_dims and "bfloat16" in rung.dtypes and not rung.packs_heads
 
 
@@ -48,7 +48,7 @@ def changed_from(file: str) -> str | None:
 
 
 def parts_of(file: str) -> list[str]:
-    """A rung's file behind the parts that it is cut into: headers, read in the order in which they are included, that have its number."""
+    """A rung's parts, the headers with its number in the order in which they are included, and then its own file."""
     number = re.match(r"[a-z]+_\w+?_", file)[0]  # "forward_4_"
     files: list[str] = []
 
@@ -83,7 +83,7 @@ def count(name: str, b: int, h: int, n: int, d: int) -> dict[str, Any]:
     total = of_call.total
     file = cuda.RUNGS[name].files[cuda.FORWARD]
     before = changed_from(file)
-    # Of a warp's accesses only those of ldmatrix and stmatrix take 4 cycles at least, 512 bytes.
+    # Only a warp's ldmatrix and stmatrix, of 512 bytes, take at least 4 cycles.
     by_matrix = any(total.get(f"shared bytes by {instruction}") for instruction in ("ldmatrix", "stmatrix"))
     matrix = [place for place in of_call.shared.values() if by_matrix and place.least == 4 * place.instructions]
     copied = sum(total.get(f"global bytes by {path}", 0) for path in ("cp.async", "tensor map, to shared memory", "cp.async.bulk"))

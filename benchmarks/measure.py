@@ -1,4 +1,4 @@
-"""Time: the contenders take turns in one process, so that whatever slows the machine down for a while slows all of them down."""
+"""Timing. The contenders take turns in one process, so that a temporary slowdown of the machine affects all of them."""
 
 import math
 import time
@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.contenders import Contender, Runner
 
-LONG = 10.0  # seconds; a call that takes longer is not repeated more often than needed for a median
+LONG = 10.0  # seconds; a call that takes longer is repeated only as often as a median needs
 
 
 FLUSHES = 16  # at least; they keep an H200 busy for about half a millisecond
@@ -19,14 +19,14 @@ FLUSH_US = 25.0  # that one takes at least
 class Clock:
     """Time between marks, in ms: events on the current CUDA stream, the wall clock elsewhere.
 
-    On CUDA the GPU is kept busy first, while the host queues the call that is timed. So these are the GPU's times, as in a model whose host
-    is ahead of it. `host_time` measures the host alone.
+    On CUDA the GPU is first kept busy while the host queues the call that is timed. So these are GPU times, as in a model whose host runs
+    ahead of the GPU. `host_time` measures the host alone.
     """
 
     def __init__(self, device: str):
         self.cuda = torch.device(device).type == "cuda"
         if self.cuda:
-            # Twice the size of the L2 cache: writing it leaves nothing of the inputs there, as in a model, where other layers ran before.
+            # Twice the size of the L2 cache: writing it evicts the inputs, as other layers do in a model.
             self.device = torch.device(device)
             size = torch.cuda.get_device_properties(self.device).L2_cache_size
             self.flush = torch.empty(2 * size, dtype=torch.int8, device=self.device)
@@ -77,8 +77,8 @@ def time_alternating(
 ) -> dict[Contender, dict[str, list[float]]]:
     """ms of every repeat of every stage, after one call each to warm up. `progress` is told what runs next.
 
-    repeats: None takes as many as fit in about 2 s, at least 5 and at most 50; 3 if a call takes over 10 s. Of such a long call warming up
-    is a small part, so that the first call counts too.
+    repeats: None takes as many as fit in about 2 s, at least 5 and at most 50; 3 if a call takes over 10 s. Warming up is a small part of
+    such a long call, so the first call counts too.
     """
     clock = Clock(next(iter(runners.values())).case.device)
     times: dict[Contender, list[dict[str, float]]] = {}
@@ -86,11 +86,11 @@ def time_alternating(
     for contender, runner in runners.items():
         progress(f"{contender}, warming up")
         first[contender] = time_once(runner, clock)
-        longer = first[contender]["total"] >= 1e3  # the host is ahead anyway
+        longer = first[contender]["total"] >= 1e3  # the host runs ahead in any case
         host_us[contender] = 0.0 if longer else host_time(runner, calls=5) or 0.0
         times[contender] = [first[contender]] if first[contender]["total"] > 1e3 * LONG else []
     if repeats is None:
-        # A repeat takes the call and, before it, twice the host's time of flushing.
+        # A repeat consists of the call and, before it, twice the host's time to flush.
         seconds = [1e-3 * first[each]["total"] + 2e-6 * host_us[each] for each in first]
         repeats = 3 if max(seconds) > LONG else min(max(5, round(2 / max(sum(seconds), 1e-6))), 50)
     wanted = dict.fromkeys(runners, repeats) if isinstance(repeats, int) else repeats
@@ -100,14 +100,14 @@ def time_alternating(
         for contender, runner in runners.items():
             if len(times[contender]) >= wanted[contender]:
                 continue
-            if first[contender]["total"] > 1e3:  # for shorter calls, messages would follow too fast to be read
+            if first[contender]["total"] > 1e3:  # for shorter calls, messages would change too fast to be read
                 progress(f"{contender}, round {n} of {rounds}")
             times[contender].append(time_once(runner, clock, host_us[contender]))
     return {contender: {stage: [each[stage] for each in calls] for stage in calls[0]} for contender, calls in times.items()}
 
 
 def host_time(runner: Runner, calls: int) -> float | None:
-    """µs of the CPU's time that one call takes before it returns, while the GPU still works; None without a GPU."""
+    """µs of CPU time until one call returns, while the GPU still works; None without a GPU."""
     device = torch.device(runner.case.device)
     if device.type != "cuda":
         return None
@@ -126,7 +126,7 @@ def host_time(runner: Runner, calls: int) -> float | None:
 
 
 def matmul_limit(device: str, dtype: str, size: int | None = None) -> float:
-    """TFLOP/s of one large square matrix product in this dtype: what attention, which is matrix products, could reach at best.
+    """TFLOP/s of one large square matrix product in this dtype: an upper bound for attention, which consists of matrix products.
 
     size: of each side; None takes one that is large enough for the device to reach its full rate.
     """

@@ -26,8 +26,8 @@ if START.get_start_method() == "forkserver":
 
 
 def peak_memory(contender: Contender, case: Case) -> float | None:
-    """MB above the inputs at the worst moment of a call; what the contender has to make first, such as a mask, counts. None if the
-    system does not report it, or killed the process because memory ran out."""
+    """MB above the inputs at the peak of a call; whatever the contender has to make first, such as a mask, counts. None if the system does
+    not report it, or killed the process because memory ran out."""
     if torch.device(case.device).type == "cuda":
         return _cuda_peak(contender, case)
     ours, theirs = START.Pipe(duplex=False)
@@ -71,7 +71,7 @@ def _return_freed_pages() -> None:
 
 
 def _forget_peak() -> None:
-    """Linux: set the peak back to what is resident now. Where that is refused, the peak so far is a lower bound of what can be seen."""
+    """Linux: resets the peak to what is resident now. If that is refused, a later peak below the old one cannot be seen."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -16,7 +16,7 @@ def profile_call(runner: Runner) -> tuple[str, Path]:
     The trace lies in a folder of its own for each contender and kind of mask, so that one run does not overwrite another's:
     profiles/flash-causal/trace.json, profiles/normal-key-backward/trace.json.
     """
-    runner()  # what happens only once is not what one wants to see
+    runner()  # one-time work is not of interest
     cuda = torch.device(runner.case.device).type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:

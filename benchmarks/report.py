@@ -1,4 +1,4 @@
-"""What is told about a run: the machine and versions, aligned tables, JSON."""
+"""How a run is reported: the machine and versions, aligned tables, JSON."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def write_json(file: Path, environment: dict[str, Any], settings: dict[str, Any]
 
 
 def one_row_a_line(content: dict[str, Any]) -> str:
-    """The content as JSON with a line for each value, and for each row of a list of rows: a difference shows the rows that changed."""
+    """The content as JSON with one line for each value and for each row of a list of rows, so that a diff shows the rows that changed."""
     entries = []
     for key, value in content.items():
         rows = isinstance(value, list | tuple) and value and all(isinstance(row, dict) for row in value)
@@ -83,7 +83,7 @@ def _one_line(value: Any) -> str:
 
 
 def _cells(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> tuple[list[Column], list[list[str]]]:
-    """The columns that have a value somewhere; the headings, then each row as text."""
+    """The columns that have any value: the headings, then each row as text."""
     columns = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
     lines = [[_cell(row.get(key), form) for key, _, form in columns] for row in rows]
     return columns, [[heading for _, heading, _ in columns], *lines]
@@ -108,7 +108,7 @@ def ptxas_version() -> str | None:
 
 
 def _found(pattern: str, *command: str) -> str | None:
-    """What a program prints that fits the pattern's group, or None if it is not there, fails or says something else."""
+    """The part of a program's output that matches the pattern's group; None if the program is missing, fails or prints something else."""
     try:
         found = re.search(pattern, subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""A ring of GPUs beside one GPU on its share of the work: speed, balance, what travels, memory, and when copies stop hiding.
+"""A ring of GPUs, compared with one GPU on its share of the work: speed, balance, traffic, memory, and when copies are no longer hidden.
 
     torchrun --nproc_per_node 2 -m benchmarks.ring --json results/h200_ring_2.json  # bfloat16, H 16 on 8, D 128
     torchrun --nproc_per_node 2 -m benchmarks.ring --device cpu --length 2048       # a trial by gloo, float32
@@ -51,7 +51,7 @@ def both_passes(call: Callable, q: Tensor, k: Tensor, v: Tensor, dO: Tensor) -> 
 
 
 def share_alone(share: ring.Share, q: Tensor, k: Tensor, v: Tensor, dO: Tensor) -> None:
-    """The kernel calls of this rank's steps, on its own K and V, one after another. The values mean nothing."""
+    """The kernel calls of this rank's steps, on its own K and V, one after another. The results are meaningless."""
     for which in (FORWARD, BACKWARD):
         for owner in range(share.ranks):
             for part in share.parts(owner):
@@ -93,7 +93,7 @@ def operations(N: int, causal: bool, ranks: int = 1) -> float:
     return 3.5 * 4 * H * N * N * D / (2 if causal else 1) / ranks
 
 
-# ---- right, before fast
+# ---- correctness
 
 
 def check(device: torch.device, dtype: torch.dtype, causal: bool, contenders: dict[str, Callable]) -> float:
@@ -146,7 +146,7 @@ def measured_memory(call: Callable, q: Tensor, k: Tensor, v: Tensor, dO: Tensor)
     return {"forward": forward, "backward": backward}
 
 
-# ---- what travels, and when it stops hiding
+# ---- traffic, and when it is no longer hidden
 
 
 def link_speed(device: torch.device, count: int) -> float:
@@ -177,7 +177,7 @@ def on_paper(ranks: int, n: int, causal: bool, flops: float, link: float, itemsi
 
 
 def hidden_from(causal: bool, flops: float, link: float, itemsize: int = 2) -> int:
-    """Rows on each rank from which a forward's copies hide (a backward's do from 3 / 2.5 times as many)."""
+    """The least number of rows per rank that hides a forward's copies (a backward needs 3 / 2.5 times as many)."""
     return round(2 * HKV * D * itemsize / link * flops / (4 * H * D / (2 if causal else 1)))
 
 
@@ -254,7 +254,7 @@ def public_zigzag(kernels: Callable) -> Callable | None:
     return lambda q, k, v: zigzag_ring_flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2)
 
 
-# ---- all of it
+# ---- the whole benchmark
 
 
 def say(*words) -> None:
@@ -356,7 +356,7 @@ def main() -> None:
     for peer in list(peers):
         try:
             say(f"{peer}: largest error / allowed {check(device, dtype, True, {peer: peers[peer]}):.2f}")
-        except Exception as error:  # alike on every rank
+        except Exception as error:  # the same on every rank
             say(f"{peer} is left out: {type(error).__name__}: {error}")
             del peers[peer]
     link = link_speed(device, 2 * HKV * max(args.length) // ranks * D * dtype.itemsize)

@@ -63,7 +63,7 @@ def sweep(content: dict[str, Any]) -> str:
 
 
 def h200_grid(content: dict[str, Any]) -> str:
-    """The grid of each backend as ratios, N downwards and D across."""
+    """The grid of each backend as ratios: a row for each N, a column for each D."""
     rows = [row for row in content["results"] if row["group"] == "grid"]
     blocks = [_gpu(content["environment"]) + "; medians. × is how many times the speed of that one: above 1 is faster."]
     for name, part in product(dict.fromkeys(row["name"] for row in rows), ("forward", "backward")):
@@ -94,7 +94,7 @@ def h200_targets(content: dict[str, Any]) -> str:
 
 
 def h200_intervals(content: dict[str, Any]) -> str:
-    """Windows and documents, each part a line: speed, and ratios to those that were measured beside it."""
+    """Windows and documents, one line per part: speed, and ratios to the other contenders."""
     figures = [column for column in FIGURES if column[0] in ("ms", "tflops", "over fa3", "over flex")]
     columns: list[report.Column] = [("label", "case", ""), ("part", "", ""), *figures]
     rows = [row | {"label": row["label"].removeprefix("B 1 H 16 N 16384 D 128 bfloat16 causal ")} for row in content["results"]]
@@ -153,11 +153,11 @@ def h200_cycles(content: dict[str, Any]) -> str:
     return f"{case}\n\n{report.markdown(lines, CYCLES)}"
 
 
-SUMMARY = ("h200_grid", "h200_targets", "h200_intervals", "h200_decode", "cpu_targets")  # what the README's one table is drawn from
+SUMMARY = ("h200_grid", "h200_targets", "h200_intervals", "h200_decode", "cpu_targets")  # the files from which the README's table is made
 
 
 def summary(grid: Rows, targets: Rows, intervals: Rows, decode: Rows, cpu: Rows) -> str:
-    """What the kernels that a plain call takes reach beside each rival, from the slowest case of a kind to the fastest."""
+    """Ratios of the kernels that a plain call uses to each rival, from the slowest to the fastest case of each kind."""
     hopper = [row for row in grid if row["case"] and row["backend"] == "hopper"]
     narrow, wide = ([row for row in hopper if (row["case"]["d"] > 128) == beyond] for beyond in (False, True))
     given = [row for row in intervals if not row["case"]["as_mask"]]
@@ -195,13 +195,13 @@ def _few_queries(rows: Rows) -> Rows:
 
 
 def _spread(rows: Rows, part: str, ratio: str) -> str:
-    """The smallest and the largest ratio; – where there is none."""
+    """The smallest and the largest ratio, or –."""
     found = [row[ratio] for row in rows if _part(row) == part and row.get(ratio)]
     return f"{min(found):.2f} – {max(found):.2f}" if found else "–"
 
 
 def _part(row: dict[str, Any]) -> str:
-    """The CPU's rows have it at the beginning of their label."""
+    """A CPU row's part, which begins its label."""
     return row.get("part") or re.match(r"forward( \+ backward)?", row["label"])[0]
 
 
@@ -228,7 +228,7 @@ TABLES = {
 
 
 def filled(text: str) -> str:
-    """The text with every marker pair filled that has results."""
+    """The text, with every marker pair filled for which there are results."""
 
     def fill(found: re.Match) -> str:
         name = found.group(1)

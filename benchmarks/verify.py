@@ -1,4 +1,4 @@
-"""Check, then time: what a contender computes against normal attention in float64, on the very inputs that are timed."""
+"""Checks a contender before it is timed: against normal attention in float64, on the same inputs."""
 
 import math
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class Check(NamedTuple):
 
 
 def verify(contender: Contender, case: Case, inputs: Inputs) -> Check | None:
-    """Compare; None where that is impossible (PyTorch's dropout draws other random bits than the definition here).
+    """Compares a contender with the truth; None if that is impossible (PyTorch's dropout draws other random bits than the definition here).
 
     The tolerance is the field's rule, twice the error that normal attention makes in this dtype plus the noise floor
     2·max|(truth + 0.3 − 0.3) − truth|; but in float32 never less than 1e-6 of O's largest entry (or of 1) and 2e-6 of a gradient's, growing

@@ -1,4 +1,5 @@
-"""Command lines: what a script cannot do is said by argparse, with exit code 2, before anything is computed; never by a traceback.
+"""Command lines: a request that a script cannot serve is refused by argparse, with exit code 2, before anything is computed; never by a
+traceback.
 
 python checks/check_arguments.py
 """
@@ -32,7 +33,7 @@ def module(name: str):
     return sys.modules[name]
 
 
-# Script → what reads its command line, from sys.argv.
+# Script → the function that parses its command line, from sys.argv.
 SCRIPTS = {
     "checks/check_backward.py": lambda: script_arguments("a check"),
     "bench.py": lambda: module("bench").parse(causal=False),
@@ -49,7 +50,7 @@ NOT_A_PROBABILITY = ("1", "-0.1", "nan", "x")
 NOT_ABOVE_0 = ("0", "-1", "nan", "inf", "x")
 NO_DEVICE = ("cuda:99", "cuda:x", "cuda:-1", "meta", "cpu:1", "gpu", "", *(() if torch.cuda.is_available() else ("cuda",)))
 NOT_WRITABLE = ("/dev/null/figures.json", ".", str(ROOT / "README.md" / "figures.json"))
-# Script and the arguments it needs → an option → values it refuses.
+# Script and the arguments that it needs → option → values that it must refuse.
 REFUSED = {
     CHECK: {
         **dict.fromkeys(("--b", "--h", "--kv_heads", "--q_len", "--kv_len", "--d"), NOT_POSITIVE),
@@ -115,7 +116,7 @@ def check_refused(script, option, value, monkeypatch, capsys):
 
 
 def check_sanitize_without_a_gpu(monkeypatch, capsys):
-    """That nothing could be run is no report."""
+    """If nothing could be run, the script must not report success."""
     monkeypatch.setattr(sys, "argv", ["sanitize.py"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
@@ -124,7 +125,7 @@ def check_sanitize_without_a_gpu(monkeypatch, capsys):
 
 
 def check_sanitize_on_an_older_gpu(monkeypatch, capsys):
-    """A rung that does not run there is refused by name, and is not among those that run by default."""
+    """A rung that this GPU cannot run is refused by name, and is not among those that run by default."""
     script, asked = module("checks/sanitize.py"), []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
@@ -142,7 +143,7 @@ def check_sanitize_on_an_older_gpu(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", (None, *BACKENDS, *GROUPS))
 def check_backends_taken(name, monkeypatch):
-    """The scripts take every name that `flash_attention()` takes."""
+    """The scripts accept every backend name that `flash_attention()` accepts."""
     asked = [] if name is None else ["--backend", name]
     for script, needed in ((CHECK, []), ("bench.py", ["--type", "flash"])):
         monkeypatch.setattr(sys, "argv", [script, *needed, *asked])
@@ -151,7 +152,7 @@ def check_backends_taken(name, monkeypatch):
 
 @pytest.mark.parametrize("name", GROUPS)
 def check_backend_that_does_not_serve(name, monkeypatch, capsys):
-    """On a CPU a kernel serves nothing: its reason and exit code 2, from checks and benches. Exit code 1 would say that it is wrong."""
+    """On a CPU no kernel serves a call: checks and benches print the reason and exit with 2. Exit code 1 would mean a wrong result."""
     from check_forward import compare
 
     monkeypatch.setattr(
@@ -167,7 +168,7 @@ def check_backend_that_does_not_serve(name, monkeypatch, capsys):
 
 
 def check_exit_codes(monkeypatch, capsys):
-    """1 for what differs, 2 for what breaks off, 0 for neither."""
+    """Exit code 1 if results differ, 2 if the script raises, 0 otherwise."""
     monkeypatch.setattr(sys, "argv", ["check_forward.py", "--device", "cpu"])
     arguments = script_arguments("a check")
 
@@ -182,7 +183,7 @@ def check_exit_codes(monkeypatch, capsys):
 
 
 def check_whole_process():
-    """One script from outside: exit code 2 and no traceback. An unknown backend is no reason for pytest to check nothing and be content."""
+    """A script run as a process: exit code 2 and no traceback. pytest with an unknown backend must fail, not pass with no checks."""
     run = subprocess.run(
         [sys.executable, "checks/check_backward.py", "--kv_heads", "0"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -194,7 +195,7 @@ def check_whole_process():
 
 
 def check_values_taken(tmp_path, monkeypatch):
-    """The types refuse no value that a script can serve; an output may be in folders still to be made, or replace a file."""
+    """The types accept every value that a script can serve; an output may lie in folders that do not exist yet, or replace a file."""
     monkeypatch.chdir(tmp_path)
     assert [command_line.positive(text) for text in ("1", "007", "2147483647")] == [1, 7, 2147483647]
     assert command_line.seed("0") == 0 and command_line.seed(str(2**63 - 1)) == 2**63 - 1

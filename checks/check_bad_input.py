@@ -126,7 +126,7 @@ def check_bad_input(target, wrong, error, words):
 
 
 def check_good_input(target):
-    """What the wrong calls are made from is right, so that each fails for its own reason."""
+    """The call from which the wrong ones are made is valid, so that each fails for its own reason."""
     dtype = half_served(target)
     O = flash_attention(**{name: tensor(*shape, dtype=dtype).to(target.device) for name, shape in GOOD.items()}, backend=target.backend)
     assert O.shape == (B, H, Nq, D)
@@ -135,7 +135,7 @@ def check_good_input(target):
 
 @pytest.mark.parametrize("name", GOOD)
 def check_autocast_with_a_double(target, name):
-    """Autocast leaves float64 as it is, as it does for torch's own attention: beside other dtypes it is an error, whichever has it."""
+    """Autocast leaves float64 unchanged, as for torch's own attention: mixed with other dtypes it is an error, whichever tensor has it."""
     tensors = {each: tensor(*shape, dtype=torch.float32).to(target.device) for each, shape in GOOD.items()}
     tensors[name] = tensors[name].double()
     with torch.autocast(target.device, dtype=torch.bfloat16), pytest.raises(TypeError, match=r"one dtype.*torch\.float64"):
@@ -146,7 +146,7 @@ def check_autocast_with_a_double(target, name):
 
 
 def check_positional_options(target):
-    """Options go by name: a fifth positional argument is not silently taken for one of them."""
+    """Options are keyword-only: a fifth positional argument is not silently taken for one of them."""
     with pytest.raises(TypeError):
         flash_attention(*(tensor(*shape).to(target.device) for shape in GOOD.values()), None, True)
 
@@ -176,7 +176,7 @@ def check_masks_of_the_algorithms(algorithm):
 
 
 def check_choice(monkeypatch):
-    """Of the kernels that could serve a call the highest rung that is worthwhile is chosen; one asked for by name is taken."""
+    """Among the kernels that could serve a call, the highest worthwhile rung is chosen; one asked for by name is used."""
     monkeypatch.setattr(cuda.Rung, "why_not", lambda *call: None)
     few = {64: (128, 384), 72: (64, 192), 128: (64, 192), 136: (64, 256), 256: (64, 256)}  # rows by head size: without and with dropout
     for head_dim, limits in few.items():
@@ -188,7 +188,7 @@ def check_choice(monkeypatch):
 
 
 def check_choice_by_head_size(monkeypatch):
-    """On a GPU that has them all, each head size takes the kernels that are compiled closest to it."""
+    """On a GPU that can run all rungs, each head size uses the kernels with the closest compiled size."""
     monkeypatch.setattr(libraries, "why_no_kernels", lambda rung, device: None)
     monkeypatch.setattr(cuda.Rung, "device_type", "meta")
     for D, Dv, rung, compiled in (
@@ -212,7 +212,7 @@ def check_choice_by_head_size(monkeypatch):
 
 
 def check_choice_of_few_queries(monkeypatch):
-    """A token against a cache takes split_keys, and so do a few; a chunk of a prompt, dropout and backwards do not."""
+    """One token, or a few, against a cache use split_keys; a chunk of a prompt, dropout and backwards do not."""
     monkeypatch.setattr(cuda.Rung, "why_not", lambda *call: None)
     for B, H, Hkv, Nq, Nk, D, few in (
         (1, 32, 8, 1, 8192, 128, True),

@@ -26,7 +26,7 @@ FIELDS = {"name", "type", "backend", "b", "h", "q_len", "kv_len", "d", "dtype", 
 
 
 def python(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
-    # Whatever the other checks do on this machine at the same time, one thread does not have to wait for a second one.
+    # One thread, so that it never waits for a second one, whatever other checks run on this machine.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -71,7 +71,7 @@ sys.exit(bench.main())
 
 
 def check_memory_is_what_was_touched():
-    """200 MB written, then given back: the peak saw them, to 10 %. A second, smaller rise is not hidden by the first peak."""
+    """200 MB are written and freed: the peak includes them, to 10 %. A second, smaller rise is not hidden by the first peak."""
     program = """
 import torch
 from benchmarks.memory import peak_rise
@@ -87,7 +87,7 @@ print(peak_rise(lambda: torch.ones(50_000_000).sum()), peak_rise(lambda: torch.o
 
 
 def check_gpu_targets_on_a_cpu(tmp_path):
-    """Every group's whole path: ratios are those of the times beside them, contenders that cannot run here say why, nothing is judged."""
+    """Every group from end to end: ratios match the times beside them, contenders that cannot run here say why, nothing is judged."""
     arguments = "--device", "cpu", "--quick", "--only", *GROUPS, "--json", str(tmp_path / "targets.json")
     run = python("-m", "benchmarks.gpu_targets", *arguments)
     assert run.returncode == 0 and "grid, 7 cases without sdpa (cudnn): No viable backend" in run.stdout, run.stdout + run.stderr
@@ -119,7 +119,7 @@ def check_gpu_targets_on_a_cpu(tmp_path):
 
 @pytest.mark.parametrize("mask", ("full", "key"))
 def check_flex(mask, monkeypatch):
-    """The rival that no CPU run of the benches calls is given the same mask. Not compiled: that takes half a minute."""
+    """The rival that no benchmark calls on a CPU gets the same mask. Not compiled: that takes half a minute."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     case = Case(2, 3, 130, 200, 16, "float32", mask=mask)
     assert verify(gpu_targets.FLEX, case, random_inputs(case)).passed
@@ -139,7 +139,7 @@ sys.exit(gpu_targets.main())
 
 
 def check_targets_are_judged():
-    """By the worst of several; a missing figure is not judged; of times and memory less is better."""
+    """Targets are judged by the worst of several figures; a missing one is not judged; for times and memory, less is better."""
     place = gpu_targets.Place("cuda", False, {})
     targets = gpu_targets.Target("forward", "over flex", 1.2), gpu_targets.Target("forward", "memory_mb", 100)
 
@@ -157,7 +157,7 @@ def check_targets_are_judged():
 
 
 def check_tables_of_an_h200(tmp_path, monkeypatch):
-    """Made-up results between their markers, once and for all; markers without results are left as they are."""
+    """Made-up results are written between their markers, and writing again changes nothing; markers without results are left unchanged."""
     environment = {
         "device": "A GPU",
         "device_type": "cuda",

@@ -47,14 +47,15 @@ REGISTERS_TO_SPARE = {masks.PACK_MASK, ROTARY, "forward_1_simple.cu", *TEACHING}
 
 
 def facts(kernel: Specialisation) -> set:
-    """What a sample must have of each file: each value of each constant, but of one with registers to spare not each architecture."""
+    """What a sample must cover of each file: every value of every constant, but not every architecture of a kernel with registers to
+    spare."""
     constants = kernel._asdict()
     if kernel.file in REGISTERS_TO_SPARE:
         del constants["arch"]
     return {(kernel.file, name, value) for name, value in constants.items()}
 
 
-# Kernels in which registers are scarcest: each of these has spilled.
+# Kernels with the fewest registers to spare: each of these has spilled at some time.
 SCARCE = (
     Specialisation("pack_mask.cu", "80"),
     Specialisation("forward_3_tensor_core.cu", "100", 64, "bfloat16", causal=True),
@@ -91,7 +92,7 @@ def beyond_what_is_known(kernel: Specialisation, found: list[str]) -> list[str]:
 
 
 def covering_sample() -> list[Specialisation]:
-    """`SCARCE`, and as few others as have, with `LIBRARIES`, all `facts`, or nearly: always the one that adds most."""
+    """`SCARCE`, and nearly the fewest others that, with `LIBRARIES`, cover all `facts`: greedily the one that adds most."""
     everything = specialisations(list(ARCHS))
     random.Random(0).shuffle(everything)
     sample, missing = list(SCARCE), set().union(*map(facts, everything))
@@ -103,7 +104,7 @@ def covering_sample() -> list[Specialisation]:
     return sample
 
 
-INSPECTED = build.SOURCES.parent / "results" / "inspected.json"  # the sample's kernels that passed → `made_from` of that time
+INSPECTED = build.SOURCES.parent / "results" / "inspected.json"  # the sample's kernels that passed → their `made_from` at that time
 
 
 def included(file: str) -> set[str]:
@@ -120,7 +121,7 @@ def without_comments(source: str) -> str:
 
 
 def made_from(kernel: Specialisation) -> str:
-    """A hash of all that the compiler's report on a kernel depends on: its sources but for comments, its constants and the compilers."""
+    """A hash of everything that the compiler's report on a kernel depends on: sources without comments, constants and compilers."""
     sources = (part for name in sorted(included(kernel.file)) for part in (name, without_comments((build.SOURCES / name).read_text())))
     return build._hash(*kernel.flags(), build.compilers(build.find_nvcc()), *sources, digits=16)
 
@@ -192,7 +193,7 @@ LIBRARIES = (
 
 
 def params(B=1, H=1, Nq=1, Nk=1) -> bytes:
-    """A call whose tensors all have address and strides 0."""
+    """The parameters of a call whose tensors all have address 0 and strides 0."""
     settings = SETTINGS.pack(B, H, H, Nq, Nk, 32, 32, 1.0, 0, 1.0, -1e30)
     return PARAMS.pack(*8 * NO_TENSOR, NO_MASK, 0, 0, 0, 0, settings, False, 0, 132, 0, 0, NO_INTERVAL) + NO_KEYS
 
@@ -349,7 +350,7 @@ def check_compiler_output_is_shown(tmp_path, monkeypatch):
 
 
 def check_key(place, monkeypatch):
-    """Another name for another source, constant, compiler, host compiler or environment of nvcc's."""
+    """The name changes with the source, a constant, the compiler, the host compiler and nvcc's environment."""
     host = place.folder / "my g++"
     host.write_text("#!/bin/sh\necho $HOST_VERSION\n")
     host.chmod(0o755)
@@ -394,7 +395,7 @@ def check_without_nvcc(place, monkeypatch):
 
 
 def check_prebuilt_before_all(place, monkeypatch):
-    """With nvcc, too, a prebuilt kernel is taken, and what is missing is compiled into the cache, not among them."""
+    """With nvcc, too, a prebuilt kernel is used; a missing one is compiled into the cache, not into the folder of prebuilt ones."""
     prebuilt = place.folder / "prebuilt"
     prebuilt.mkdir(mode=0o755)
     theirs = build.build(KERNEL, into=prebuilt)
@@ -407,7 +408,7 @@ def check_prebuilt_before_all(place, monkeypatch):
 
 @pytest.mark.parametrize("mode", (0o770, 0o777, 0o707), ids=oct)
 def check_folders_of_others(place, monkeypatch, mode):
-    """What lies in a cache or a prebuilt folder is loaded and run: where group or others may write, it is refused, and so is a library."""
+    """Files in a cache or a prebuilt folder are loaded and run: a folder or a library that group or others may write to is refused."""
     prebuilt = place.folder / "prebuilt"
     prebuilt.mkdir(mode=0o755)
     library = build.build(KERNEL, into=prebuilt)
@@ -427,7 +428,7 @@ def check_folders_of_others(place, monkeypatch, mode):
 
 
 def check_prune(place, monkeypatch):
-    """Deletes what other sources or another compiler made, and old remains of interrupted builds; nothing that is in use."""
+    """Pruning deletes libraries of other sources or another compiler, and old remains of interrupted builds; nothing that is in use."""
     old_source = build.build(KERNEL)
     (build.SOURCES / "kernel.cu").write_text("// version 2\n")
     forget(build._hash_of_sources)
@@ -447,11 +448,11 @@ def check_prune(place, monkeypatch):
     assert set(deleted) == gone
     assert set(place.cache.iterdir()) == {kept, kept.with_suffix(".json"), *new}
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
-    assert not build.prune(), "without nvcc, whatever compiled the sources of now is of use"
+    assert not build.prune(), "without nvcc, libraries of the present sources are kept, whatever compiled them"
 
 
 def check_failures_are_remembered(place, monkeypatch):
-    """What cannot be built is tried once a process."""
+    """A kernel that cannot be built is tried only once per process."""
     monkeypatch.setenv("RETURNS", "1")
     for _ in range(2):
         with pytest.raises(BuildError, match=r"nvcc could not compile kernel\.cu sm_80"):
@@ -459,7 +460,7 @@ def check_failures_are_remembered(place, monkeypatch):
     assert len(place.runs()) == 1
     monkeypatch.setenv("RETURNS", "0")
     for _ in range(2):
-        with pytest.raises(BuildError, match="could not be loaded"):  # the stand-in's library is none
+        with pytest.raises(BuildError, match="could not be loaded"):  # the stand-in's output is not a library
             build.load(KERNEL._replace(arch="86"), 8)
     assert len(place.runs()) == 2
     shutil.rmtree(place.cache)

@@ -1,4 +1,5 @@
-"""The cache of keys and values: what is appended is what is attended, contiguous or in pages, padded or ragged; errors come before writing.
+"""The cache of keys and values: attention sees exactly what was appended, contiguous or in pages, padded or ragged; errors are raised
+before anything is written.
 
 python checks/check_cache.py
 """
@@ -16,11 +17,11 @@ EMULATED = "emulated:split_keys"
 WHY_NOT = BACKENDS[EMULATED]._why_no_kernels(0)
 needs_emulator = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 BACKEND_DTYPES = [(None, torch.float64), (None, torch.float32), pytest.param(EMULATED, torch.float16, marks=needs_emulator)]
-STEPS = ((45, None), (1, None), (5, [5, 0, 2]), (1, None), (100, [100, 1, 90]), (1, None), (3, None))  # tokens, of which so many are meant
+STEPS = ((45, None), (1, None), (5, [5, 0, 2]), (1, None), (100, [100, 1, 90]), (1, None), (3, None))  # n, counts
 
 
 def truth(q, k, v, starts, causal):
-    """Each sequence alone, by the definition in float64."""
+    """The truth: each sequence by itself, by the definition in float64."""
     rows = []
     for b, (keys, values) in enumerate(zip(k, v, strict=True)):
         seen = torch.ones(q.shape[2], keys.shape[1], dtype=torch.bool)
@@ -36,7 +37,7 @@ def truth(q, k, v, starts, causal):
 @pytest.mark.parametrize("page_size", (None, 16, 48))
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 def check_appends_and_attends(backend, dtype, page_size, starts):
-    """Two layers that grow by themselves; what no token was written to is NaN for the kernel, which must not look at it."""
+    """Two layers that grow independently; unwritten memory is NaN, and the kernel must not use it."""
     random = torch.Generator().manual_seed(0)
     B, H, Hkv, D, Dv = 3, 8, 2, 64, 40
     cache = KeyValueCache(2, B, Hkv, D, 200, Dv=Dv, dtype=dtype, page_size=page_size)
@@ -62,7 +63,7 @@ def check_appends_and_attends(backend, dtype, page_size, starts):
 
 
 def check_pages_are_taken_as_they_are_needed():
-    """And are all back after `clear`; nothing is written where none is left, in any layer."""
+    """Pages are all free again after `clear`; if none is left, nothing is written in any layer."""
     cache = KeyValueCache(1, 2, 1, 8, 100, page_size=16, pages=5)
     k = torch.ones(2, 1, 16, 8)
     cache[0].append(k, k)
@@ -70,7 +71,7 @@ def check_pages_are_taken_as_they_are_needed():
     cache[0].append(k[:, :, :1], k[:, :, :1])
     assert cache.block_table[:, :3].tolist() == [[0, 2, 5], [1, 3, 5]]
     before = cache.keys.clone()
-    expect_error(lambda: cache[0].append(k, k), MemoryError, ["2 pages more", "1 are left"])
+    expect_error(lambda: cache[0].append(k, k), MemoryError, ["2 more pages", "1 are left"])
     assert torch.equal(cache.keys, before) and cache[0].lengths.tolist() == [17, 17] and (cache.block_table[:, 2] == 5).all()
     cache.clear()
     cache[0].append(k[:, :, :3], k[:, :, :3])
@@ -121,7 +122,7 @@ def check_pages_that_the_kernel_does_not_read():
 
 @needs_emulator
 def check_kernel_sees_growth_without_the_host():
-    """The kernel reads lengths where they lie: what changes them behind the host's back, as a replayed graph does, is what it sees."""
+    """The kernel reads lengths on the device: it sees changes that the host does not know of, as from a replayed graph."""
     emulated.options.seed = 0
     cache = KeyValueCache(1, 2, 1, 64, 96, dtype=torch.float16)
     x = torch.randn(2, 1, 64, 64).half()
@@ -141,7 +142,7 @@ CUDA = pytest.param("split_keys", "cuda", marks=pytest.mark.skipif(not torch.cud
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
 @pytest.mark.parametrize(("backend", "device"), ((None, "cpu"), pytest.param(EMULATED, "cpu", marks=needs_emulator), CUDA))
 def check_float8(backend, device, dtype, page_size):
-    """Attention over the numbers that are kept is as exact as ever, and they are near to those appended, whatever their size."""
+    """Attention over the cached float8 numbers is as exact as usual, and these are close to the appended ones, whatever their size."""
     if backend and dtype == torch.float32:
         pytest.skip("the kernel computes in float16 and bfloat16")
     random = torch.Generator().manual_seed(0)
@@ -178,7 +179,7 @@ def check_float8(backend, device, dtype, page_size):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("page_size", (None, 16))
 def check_graph(page_size):
-    """A graph that appends a token and attends, replayed: lengths grow on the device, and each replay sees what is there by then."""
+    """A replayed graph that appends a token and attends: lengths grow on the device, and each replay sees all tokens so far."""
     if reason := BACKENDS["split_keys"]._why_no_kernels(0):
         pytest.skip(reason)
     B, H, Hkv, D, prompt, tokens = 2, 8, 2, 64, 40, 30
@@ -205,7 +206,8 @@ def check_graph(page_size):
 @pytest.mark.parametrize("interleaved", (False, True))
 @pytest.mark.parametrize("starts", (None, [3, 8, 0]))
 def check_rotary_and_scores(starts, interleaved):
-    """Keys and queries turn with their own positions, which padding does not count in; softcap and ALiBi: as each sequence by itself."""
+    """Keys and queries are rotated by their own positions, not counting padding; softcap and ALiBi give what each sequence gives by
+    itself."""
     B, H, Hkv, D, R, random = 3, 4, 2, 16, 8, torch.Generator().manual_seed(0)
     angles, slopes = torch.rand(64, R // 2, dtype=torch.float64, generator=random), torch.rand(B, H, generator=random)
     turn = {"rotary": (angles.cos(), angles.sin()), "interleaved": interleaved}
@@ -245,7 +247,7 @@ def check_rotary_and_scores(starts, interleaved):
 @pytest.mark.parametrize("float8", (False, True))
 @pytest.mark.parametrize(("backend", "device"), (pytest.param(EMULATED, "cpu", marks=needs_emulator), CUDA))
 def check_scores_by_the_kernel(backend, device, float8):
-    """Lengths that differ and float8 keys do not change what a cap and slopes mean: as the reference computes it with a mask and a bias."""
+    """A cap and slopes mean the same with different lengths and float8 keys: results match the reference with a mask and a bias."""
     B, H, Hkv, D, random = 3, 8, 2, 64, torch.Generator().manual_seed(0)
     cache = KeyValueCache(1, B, Hkv, D, 200, dtype=torch.float16, device=device, page_size=16, float8=float8)
     k, v = (torch.randn(B, Hkv, 180, D, generator=random).half().to(device) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Derivatives of any order, by any of PyTorch's ways to ask for them, and of the ops themselves: right, or an error.
+"""Derivatives of any order, by each of PyTorch's interfaces, and of the ops themselves: correct, or an error.
 
 python checks/check_derivatives.py [--backend reference]
 
@@ -61,7 +61,7 @@ def both(settings: dict, target: Target = CPU, **options):
 
 
 def same(what: str, ask, flash, normal, nonzero: bool = True) -> None:
-    """`ask`, a function of a function, gives the same of both."""
+    """`ask`, a function of a function, gives the same result for both."""
     got, want = ask(flash), ask(normal)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10, msg=lambda text: f"{what}: {text}")
     tensors = want if isinstance(want, tuple) else (want,)
@@ -72,7 +72,7 @@ def same(what: str, ask, flash, normal, nonzero: bool = True) -> None:
 
 
 def chain(f, inputs, orders: int):
-    """∇ of a smooth number of ∇ of … f, by torch.autograd."""
+    """Nested gradients of f: of a smooth function of the gradient, and so on, by torch.autograd."""
     x = [each.clone().requires_grad_() for each in inputs]
     value = f(*x)
     for order in range(orders):
@@ -109,7 +109,7 @@ def check_transforms_nest(settings, ways):
 
 @pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
 def check_vmap_and_grad(compiled):
-    """vmap inside of grad, outside, and both, also compiled: where an op without a rule would give zeros."""
+    """vmap inside grad, outside, and both, also compiled: an op without a rule would give zeros."""
     flash, normal, (q, k, v) = both({"causal": True, "Nq": 2, "Nk": 3})
     q3, k3 = (torch.stack([x, 2 * x, x.flip(-1)]) for x in (q, k))
     asked = {
@@ -130,7 +130,7 @@ def check_vmap_and_grad(compiled):
 
 
 def check_named_ways():
-    """What PyTorch offers by name: Hessians, products with them, directional derivatives, in both modes."""
+    """PyTorch's named functions: Hessians, products with them, directional derivatives, in both modes."""
     flash, normal, (q, k, v) = both({"causal": True, "Nq": 2, "Nk": 3})
     u = torch.ones_like(q) / 3
     asked = {
@@ -154,7 +154,7 @@ def check_named_ways():
 
 
 def check_dual_numbers():
-    """Forward mode as torch.autograd.forward_ad has it: of a value, and of a gradient."""
+    """Forward mode by torch.autograd.forward_ad: of a value, and of a gradient."""
     flash, normal, (q, k, v) = both({})
 
     def ask(f):
@@ -229,7 +229,7 @@ def check_ops(settings, name):
     forward_mode = name != "backward"
     options = {"fast_mode": True, "atol": 1e-5}
     assert torch.autograd.gradcheck(f, inputs, check_forward_ad=forward_mode, **options)
-    if name != "second_backward":  # whose second derivative is the fourth order, which check_orders has
+    if name != "second_backward":  # its second derivative is of fourth order: check_orders
         assert torch.autograd.gradgradcheck(f, inputs, check_fwd_over_rev=forward_mode, **options)
 
 
@@ -292,7 +292,7 @@ def check_surroundings():
 @pytest.mark.parametrize("changed", ("q", "k", "v", "O", "dO"))
 @pytest.mark.parametrize("order", (1, 2, 3))
 def check_changed_in_place(order, changed):
-    """A tensor that a derivative needs and that has been written to since is an error."""
+    """If a tensor that a derivative needs has been written to since, that is an error."""
     _, _, inputs = both({})
     x = [each.clone().requires_grad_() for each in (*inputs, torch.ones(1, 2, 3, 2, dtype=torch.float64))]
     q, k, v, dO = (each * 1 for each in x)
@@ -338,7 +338,7 @@ def check_memory_is_linear():
 
 
 def check_dead_rows_stop_nan():
-    """NaN that comes back to a row that attends nothing ends there: the other gradients of every order are those without it."""
+    """A NaN gradient of a row that attends nothing goes no further: other gradients, of every order, are unaffected."""
     _, _, (q, k, v) = both({})
     x = [each.requires_grad_() for each in (q, k, v)]
     mask = torch.tensor([[True, True], [False, False], [True, False]])[None, None]
@@ -367,7 +367,7 @@ def check_no_rows_no_columns(Nq, Nk):
 
 
 def check_forward_mode(target):
-    """On the reference right; a kernel has none and says so, never a silent zero."""
+    """Second derivatives are correct on the reference; a kernel raises an error, never a silent zero."""
     if target.backend == "reference":
         flash, normal, (q, k, v) = both({"causal": True, "Nq": 2, "Nk": 3}, target)
         for ask in (lambda f: jvp(f, (q, k, v), (2 * q, k, v))[1], lambda f: jacfwd(f)(q, k, v)):

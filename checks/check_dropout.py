@@ -86,7 +86,7 @@ def check_any_tile():
 
 @pytest.mark.parametrize("p", (0.001, 0.1, 0.25, 0.5, 0.9, 0.999))
 def check_rate(p):
-    """As many are dropped as the rounded probability says, to 5 standard deviations; what is kept is divided by its exact complement."""
+    """The fraction dropped is the rounded probability, to 5 standard deviations; kept entries are divided by its exact complement."""
     dropped = threshold(p) / 256
     assert abs(dropped - p) <= 1 / 256
     Z = dropout(p, heads=range(8)).tile(slice(0, 1000), slice(0, 500), torch.float64)
@@ -107,7 +107,7 @@ def check_edges_of_p():
     assert not (less & ~more).any(), "what a larger p keeps, a smaller one keeps too: both compare the same byte"
 
 
-# Neighbours of every kind: inside a Philox call's 4 × 4 grid, in the next call, in the next group of 32, far off.
+# Offsets between compared elements: inside a Philox call's 4 × 4 grid, in the next call, in the next group of 32, far away.
 STEPS = (1, 2, 7, 8, 16, 24, 32, 64, 256)
 LAGS = [*((0, n) for n in STEPS), *((n, 0) for n in STEPS), (1, 1), (8, 8), (1, -1), (32, 32)]
 
@@ -157,7 +157,7 @@ def check_dtypes_and_head_sizes(target, causal, D, dtype):
 
 @CAUSAL
 def check_many_heads(target, causal):
-    """More heads and batches than are worked on at once, and longer than a tile: the bits of each are those of its own number."""
+    """More heads and batches than are computed at once, and longer than a tile: each gets the bits of its own index."""
     against_truth(Case(B=3, H=6, Nq=300, Nk=600, D=64, causal=causal, dropout_p=0.2, dtype=dtype_served(target)), target)
 
 
@@ -237,7 +237,7 @@ def check_checkpoint(target, reentrant):
     torch.manual_seed(case.seed)
     options = {"dropout_p": 0.4, "return_lse": True, "backend": target.backend}
     O, LSE = checkpoint(lambda q, k, v: flash_attention(q, k, v, **options), q, k, v, use_reentrant=reentrant)
-    torch.rand(5, device=target.device)  # what happens in between must not matter
+    torch.rand(5, device=target.device)  # random numbers drawn in between must not matter
     torch.autograd.backward((O, LSE), (problem.dO, problem.dLSE))
     report = Report(f"{target}: checkpoint, {case}")
     report.expect("checkpoint", type(problem.truth)(O, LSE, q.grad, k.grad, v.grad), problem)

@@ -1,4 +1,5 @@
-"""Code written for earlier FlashAttentions: it runs with its import changed, or raises and says what to write. Never another meaning.
+"""Code written for earlier FlashAttentions: with its import changed it runs, or raises and says what to write. It never means something
+else.
 
 python checks/check_earlier.py
 """
@@ -165,14 +166,14 @@ def check_flash_attention_pytorch():
         same(got, right, 1e-5)
 
 
-# ---- what means something else here
+# ---- arguments that would mean something else here
 
 ZEROS = torch.zeros(B, HEADS, N, 64)
 QKV = torch.zeros(B, N, 3, HEADS, 16)
 CHUNKED = "integrations.earlier import ChunkedFlashAttention as FlashAttention"
 PACKED = "integrations.earlier import PackedFlashAttention as FlashAttention"
 ALONE = "from flash_attention import ScaledDotProduct as FlashAttention"
-# What was written → the call, and what the message must name.
+# Old code → the call, and what the message must name.
 REFUSED = {
     "dim_head by position": (lambda: FlashAttention(256, 8, 16), TypeError, ["too many positional", "dim_head", "block_size", CHUNKED]),
     "chunk_size": (lambda: FlashAttention(256, 8, chunk_size=16), TypeError, ["chunk_size", "block_size", CHUNKED]),

@@ -1,7 +1,7 @@
-"""Every rung on the emulator, against naive float64: what CI can say of the kernels without a GPU.
+"""Every rung on the emulator, against naive attention in float64: how CI checks the kernels without a GPU.
 
-Sizes are small, and chosen so that tiles are cut at every side and every ring of shared memory wraps. Each case has another seed: another
-order of threads, copies and products. Each case compiles kernels, a second for each: those that add least are run by --full alone.
+Sizes are small, and chosen so that tiles are cut on every side and every ring in shared memory wraps. Each case has its own seed, and so
+its own order of threads, copies and products. Each case compiles kernels, a second for each: those that add least run only with --full.
 """
 
 from dataclasses import replace
@@ -51,7 +51,7 @@ def target(name: str) -> Target:
 
 @pytest.fixture(autouse=True)
 def another_seed(request):
-    """Every case draws its own order."""
+    """Every case has its own random order."""
     emulated.options.seed = sum(map(ord, request.node.name))
     yield
     emulated.options.seed = 0
@@ -99,7 +99,7 @@ def check_what_comes_back_to_dead_rows(name, D, hiding):
 
 @pytest.mark.parametrize("name", ("simple", "tensor_core", "hopper"))
 def check_parts_of_a_whole(name):
-    """Offsets: rows and columns out of a larger call see, and lose to dropout, what they do there."""
+    """Offsets: rows and columns that are part of a larger call see, and drop, the same elements as there."""
     q, k, v = (x.to(HALF[name]) for x in torch.randn(3, 1, 2, 192, 64).unbind())
     seed, settings = torch.tensor(5), Settings(0.125, 0.3, 90, 20)
     part = q[:, :, 64:], k[:, :, 128:], v[:, :, 128:], None, None, seed
@@ -135,7 +135,7 @@ MORE_SIZES = {
     "hopper_wide": [(512, 512), (384, 264), (296, 320), (512, 72)],
 }
 ONLY_FULL = {(112, 112), (192, 192), (184, 40), (256, 256), (136, 512), (296, 320), (512, 72)}
-MORE = [  # plain or everything, by turns
+MORE = [  # alternately plain and with all features
     (only_full if sizes in ONLY_FULL else pytest.param)(name, *sizes, n % 2)
     for name, each in MORE_SIZES.items()
     for n, sizes in enumerate(each)
@@ -144,7 +144,7 @@ MORE = [  # plain or everything, by turns
 
 @pytest.mark.parametrize(("name", "D", "Dv", "kind"), MORE)
 def check_sizes_between_and_wide(name, D, Dv, kind):
-    """Tiles cut at the end and by the diagonal; with everything that a call may have."""
+    """Tiles cut at the end and by the diagonal; with all features of a call."""
     dtypes = (torch.float32,) * 2 if "float32" in name else (torch.bfloat16, torch.float16)
     plain = Case(B=1, H=1, Nq=70, Nk=150, D=D, Dv=Dv, dtype=dtypes[0], causal=True)
     everything = Case(B=1, H=2, Hkv=1, Nq=150, Nk=70, D=D, Dv=Dv, dtype=dtypes[1], mask="dead rows", dropout_p=0.25)
@@ -197,7 +197,7 @@ def check_wide_heads_without_dropout(D, Dv, options):
 
 
 def same_in_any_order(case: Case, where: Target, orders: int) -> None:
-    """Asserts that the results of a case, gradients in deterministic mode, have the same bits in several orders of threads and blocks."""
+    """Asserts that a case's results, with gradients in deterministic mode, have the same bits in several orders of threads and blocks."""
     problem, results = Problem.of(case, where), []
     torch.use_deterministic_algorithms(True)
     try:
@@ -222,7 +222,7 @@ def check_wide_heads_do_not_depend_on_order(D, causal):
 # Three, four and five tiles of keys: the last four, two and two heads of six.
 @pytest.mark.parametrize(("D", "SMs"), [(128, 6), only_full(192, 6), (256, 8)])
 def check_last_heads_start_together(D, SMs, monkeypatch):
-    """A causal backward above D 64 gives its last heads to blocks in another order: every head and tile of keys still has one."""
+    """A causal backward above D 64 assigns the last heads' tiles to blocks in another order: every tile of every head still has a block."""
     monkeypatch.setattr(emulated, "SM_COUNT", SMs)
     against_truth(Case(B=2, H=3, Nq=130, Nk=300, D=D, dtype=torch.float16, causal=True), target("hopper"))
 
@@ -242,8 +242,8 @@ def check_last_tiles_come_one_by_one(monkeypatch):
 
 @pytest.mark.parametrize("name, D", (("hopper", 64), ("hopper", 128), ("hopper_wide", 320)))
 def check_maxima_that_rise_late(name, D):
-    """Scores that grow from the tile of keys visited first to the one visited last, by less than what raises a row's m, and by more. That
-    another row's m is raised changes no bit of a row."""
+    """Scores grow from the first tile of keys visited to the last, in some rows too little to raise m, in others enough. A raise in one
+    row must not change any bit of another row."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 400, D).unbind()
     q, k = q[:, :, :200].abs(), torch.linspace(1, 0, 400)[:, None] * torch.rand(1, 1, 400, D)
@@ -262,7 +262,7 @@ def check_maxima_that_rise_late(name, D):
 
 @pytest.mark.parametrize("kind", range(2))
 def check_wide_rings_wrap(kind):
-    """More tiles than shared memory holds, more works than blocks; forward and gradients do not depend on the order of anything."""
+    """More tiles than shared memory holds, more work items than blocks; forward and gradients do not depend on any order."""
     case = Case(B=1, H=3, Hkv=1, Nq=(300, 130)[kind], Nk=(130, 300)[kind], D=320, dtype=torch.float16, causal=kind == 1)
     problem, answer = against_truth(case, target("hopper_wide"))
     resident, emulated.options.resident = emulated.options.resident, 1
@@ -272,7 +272,7 @@ def check_wide_rings_wrap(kind):
     finally:
         emulated.options.resident = resident
     for first, again in zip(answer, repeated, strict=True):
-        assert torch.equal(first, again), "all gradients of hopper_wide repeat bit for bit, without being asked to"
+        assert torch.equal(first, again), "all gradients of hopper_wide repeat bit for bit, in any mode"
 
 
 @pytest.mark.parametrize("name", (*RUNGS, "hopper_wide"))
@@ -294,7 +294,7 @@ def check_forward_does_not_depend_on_order(name):
 
 @pytest.mark.parametrize("name", (*SERVE_EVERYTHING, "hopper_wide"))
 def check_dropout_is_the_reference_s(name):
-    """V = the identity shows P: what is dropped is what the reference drops, element by element."""
+    """With V = identity, O shows P: it drops the same elements as the reference."""
     Nq, Nk, p = 70, 64, 0.3
     q, k = torch.randn(2, 1, 2, 100, 64, dtype=HALF.get(name, torch.float16)).unbind()
     q, k = q[:, :, :Nq], k[:, :, :Nk]
@@ -316,7 +316,7 @@ LISTED = [  # D, mask, causal, lengths
 
 @pytest.mark.parametrize(("D", "mask", "causal", "lengths"), LISTED)
 def check_tiles_that_a_mask_hides(D, mask, causal, lengths):
-    """hopper multiplies the tiles in which something may be attended, and no others; right is the result as well. Grouped heads."""
+    """hopper multiplies exactly the tiles in which something may be attended, and the result is correct. Grouped heads."""
     Nq, Nk = lengths
     case = Case(B=1, H=4, Hkv=2, Nq=Nq, Nk=Nk, D=D, dtype=torch.float16, causal=causal, mask=mask)
     problem = Problem.of(case, target("hopper"))
@@ -330,7 +330,7 @@ def check_tiles_that_a_mask_hides(D, mask, causal, lengths):
     block_q, block_k = (192 if D == 64 else 128), (128 if D <= 128 else 64)
     forward, backward = (next(each for each in counts if each.file.startswith(which)) for which in ("forward_4", "backward_4"))
     visits, of_tile = int((tiles_of(mask, block_q, block_k) & tiles_of(below, block_q, block_k)).sum()), 2 * block_q * block_k * D
-    beyond = emulated.SM_COUNT if D <= 128 else 0  # a block multiplies once more, for nobody, when its last O leaves
+    beyond = emulated.SM_COUNT if D <= 128 else 0  # a block issues one more product, whose result is ignored, while its last O is stored
     assert forward.total["FLOP by wgmma"] == of_tile * (2 * visits + beyond), f"{visits} tiles may be attended"
     block_q, block_k = (128 if D == 64 else 64), (128 if D <= 128 else 96 if D <= 192 else 64)
     visits, of_tile = int((tiles_of(mask, block_q, block_k) & tiles_of(below, block_q, block_k)).sum()), 2 * block_q * block_k * D
@@ -338,14 +338,14 @@ def check_tiles_that_a_mask_hides(D, mask, causal, lengths):
 
 
 def tiles_of(seen: torch.Tensor, block_q: int, block_k: int) -> torch.Tensor:
-    """Which tiles have a True among their elements. seen: bool (B, H, Nq, Nk)."""
+    """Which tiles contain a True. seen: bool (B, H, Nq, Nk)."""
     Nq, Nk = seen.shape[2:]
     padded = torch.nn.functional.pad(seen, (0, -Nk % block_k, 0, -Nq % block_q))
     return padded.unflatten(3, (-1, block_k)).any(4).unflatten(2, (-1, block_q)).any(3)
 
 
 def check_by_name_only_and_on_the_cpu():
-    """None and "cuda" never choose it; tensors elsewhere are refused."""
+    """None and "cuda" never choose the emulator; tensors on other devices are refused."""
     x = torch.randn(1, 1, 8, 64)
     assert flash_attention(x, x, x).isfinite().all()
     on_meta = x.to("meta")

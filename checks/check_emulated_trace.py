@@ -1,6 +1,7 @@
-"""The emulator's traces hang together: engines do one thing at a time, a wait ends when its cause does, and work takes what the model says.
+"""The emulator's traces are consistent: engines do one thing at a time, a wait ends when its cause does, and work takes as long as the
+model says.
 
-Whether the model's cycles are a GPU's is another question (LOG.md).
+How close the model's cycles are to a GPU's is another question (LOG.md).
 """
 
 import functools
@@ -89,7 +90,7 @@ def check_waits_end_with_their_causes(name, D, part):
     waits = [event for event in trace.events if event.kind == "wait"]
     assert waits
     for wait in waits:
-        if wait.about.startswith("the other warps"):  # those that arrive later: one of them ends an activity then
+        if wait.about.startswith("the other warps"):  # of those that arrive later, one ends an activity at that time
             group = range(wait.warp // 4 * 4, wait.warp // 4 * 4 + 4)
             ends = [e.end for e in trace.events if e.actor == "warp" and e.block == wait.block and e.warp in group and e.warp != wait.warp]
             assert wait.end in ends, wait
@@ -100,7 +101,7 @@ def check_waits_end_with_their_causes(name, D, part):
 
 @pytest.mark.parametrize(("name", "D", "part"), BOTH)
 def check_work_takes_its_time(name, D, part):
-    """Products and copies: what was counted, at the model's rate."""
+    """Products and copies take the time of the counted amounts at the model's rate."""
     traces, counts = once(name, D)
     events, total, constant = traces[part].events, counts[part].total, model()
     cycles, amount = defaultdict(float), defaultdict(float)
@@ -129,7 +130,7 @@ def check_work_takes_its_time(name, D, part):
 
 @pytest.mark.parametrize(("name", "D"), CASES)
 def check_same_whatever_the_seed(name, D):
-    """The order of threads in the emulator is drawn; a trace's is the model's."""
+    """The emulator's order of threads is random, but a trace depends only on the model."""
     first, *others = (traced(name, D, seed)[0] if seed else once(name, D)[0] for seed in range(3))
     for other in others:
         for one, another in zip(first, other, strict=True):
@@ -151,13 +152,13 @@ def check_turns():
 
 
 def check_hopper_overlaps():
-    """What `hopper` is built for shows: exponentials of one group under products of another, and copies under both."""
+    """The overlap for which `hopper` is built is visible: exponentials of one group under products of another, and copies under both."""
     (forward, _), _ = traced("hopper", 128, N=412)
     events = [event for event in forward.events if event.end > event.start]
     products = [event for event in events if event.actor == "tensor cores"]
 
     def under_products(chosen: list) -> float:
-        """Which part of these cycles lies under products of other warpgroups."""
+        """The fraction of these cycles that overlaps products of other warpgroups."""
         shared = sum(max(0, min(e.end, p.end) - max(e.start, p.start)) for e in chosen for p in products if p.warp // 4 != e.warp // 4)
         return shared / sum(e.cycles for e in chosen)
 

@@ -1,7 +1,7 @@
-"""The emulator reports what a GPU may forgive, and counts what a kernel does.
+"""The emulator reports mistakes that a GPU may not show, and counts what a kernel does.
 
-emulator_faults.cu has a small kernel for each rule, once broken and once right: the broken one must be reported, in these words and at its
-own lines, the right one must not, whatever the order of threads, copies and products.
+emulator_faults.cu has a small kernel for each rule, in a broken and in a correct version: the broken one must be reported, in these words
+and at its own lines, the correct one must not, whatever the order of threads, copies and products.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
     pytest.skip(reason, allow_module_level=True)
 
 FAULTS = Path(__file__).with_name("emulator_faults.cu")
-EARLY = "|reads shared byte .*, which no thread has written"  # where a reader may come before the writer
+EARLY = "|reads shared byte .*, which no thread has written"  # if the reader runs before the writer
 
 
 def race(one: str, other: str) -> str:
@@ -55,7 +55,7 @@ REPORTS = {
     "cp_async_at_the_end": "ended without waiting for its cp.async",
     "bulk_not_awaited": race("the copy engine, for phase 0 .*writes", "thread [0-9]+ reads") + EARLY,
     "bulk_over_readers": race("the copy engine, for phase 1 .*writes", "thread [0-9]+ reads"),
-    "released_before_it_is_read": "the copy engine, for phase 1 .*writes .*, which thread [0-9]+ reads at .*: it has told so, but",
+    "released_before_it_is_read": "the copy engine, for phase 1 .*writes .*, which thread [0-9]+ reads at .*: it has arrived since, but",
     "bytes_too_many": "hangs:\n  threads 0–127 wait for phase 0 of the mbarrier .* where 1 of 1|0 of 1 arrivals and 16 bytes are missing",
     "arrivals_too_few": "hangs:\n  threads 0–127 wait for phase 0 of the mbarrier .* where 1 of 128 arrivals and 0 bytes are missing",
     "arrivals_too_many": race("the copy engine, for phase 1 .*writes", "thread [0-9]+ reads"),
@@ -81,7 +81,7 @@ NOT_BY_CLANG = {  # it does not tell of these accesses as g++ does
     "product_not_awaited": "a thread's own arrays are not instrumented",
     "product_of_touched_registers": "a thread's own arrays are not instrumented",
 }
-NO_LINE_BY_CLANG = ("registers_beyond_the_block",)  # two calls made into one have none
+NO_LINE_BY_CLANG = ("registers_beyond_the_block",)  # two calls merged into one have no line
 
 
 @functools.cache
@@ -93,7 +93,7 @@ def faults() -> ctypes.CDLL:
 
 
 def run_fault(name: str, broken: bool, seed: int) -> torch.Tensor:
-    """What the kernel leaves in its data [4096], of which it was given the first 1024."""
+    """The kernel's data [4096] after the launch; the first 1024 are its input."""
     data = torch.arange(4096, dtype=torch.float32)
     data[1024:] = torch.nan
     counter = torch.zeros(1, dtype=torch.int32)
@@ -147,14 +147,14 @@ def check_right_twins_are_not():
 
 
 def check_order_is_drawn():
-    """A result that depends on the order of threads differs from seed to seed; one that does not, not."""
+    """A result that depends on the order of threads differs from seed to seed; other results do not."""
     results = [{tuple(run_fault("depends_on_order", broken, seed)[:128].tolist()) for seed in range(16)} for broken in (False, True)]
     assert len(results[0]) == 1
     assert len(results[1]) > 1
 
 
 def check_swizzled_box():
-    """A box lands where the swizzle has it: read otherwise, rows come out in pieces."""
+    """A box is written swizzled: read without the swizzle, rows come out in pieces."""
     data = (
         torch.arange(1024, dtype=torch.float32)
         .view(torch.float16)[: 4 * 128]
@@ -168,7 +168,7 @@ def check_swizzled_box():
 
 
 def check_half_types():
-    """float16 and bfloat16 as PyTorch rounds them: every number of either, ties between neighbours, one more and one less."""
+    """float16 and bfloat16 round as in PyTorch: every number of either type, ties between neighbours, and one bit above and below."""
     halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
     bfloats = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     values = torch.cat([halves, bfloats])
@@ -198,7 +198,7 @@ def counted(name: str, **options) -> list[emulated.Counts]:
 
 @pytest.mark.parametrize("name", ("simple", "mma", "tensor_core", "hopper"))
 def check_bank_conflicts(name):
-    """What the kernels' headers claim: ldmatrix on plain rows takes 8 times the cycles, swizzled or padded rows one."""
+    """The kernels' headers are right: ldmatrix on plain rows takes 8 times the cycles, on swizzled or padded rows the minimum."""
     for of_call in counted(name):
         for place, (_, cycles, least) in of_call.shared.items():
             if name == "mma" and "mma.cuh" in place:
@@ -211,23 +211,23 @@ def check_bank_conflicts(name):
 
 @pytest.mark.parametrize(("name", "unit"), (("mma", "mma.sync"), ("tensor_core", "mma.sync"), ("hopper", "wgmma")))
 def check_counts(name, unit):
-    """Two products forward; five backward, or seven where S and dP are computed twice; an exponential a score. The tiles of `hopper` round
-    N up, and it asks for one product more than it needs, at the end of a block."""
+    """Two products forward; five backward, or seven if S and dP are computed twice; one exponential per score. The tiles of `hopper` round
+    N up, and it issues one product more than it needs, at the end of a block."""
     N = 256
     forward, backward = counted(name, N=N)
     product = 2 * N * N * 64
     assert backward.total[f"FLOP by {unit}"] == (7 if name == "mma" else 5) * product
     assert 2 * product <= forward.total[f"FLOP by {unit}"] <= (2 if name != "hopper" else 4) * product
     assert backward.total["exponentials"] == (2 if name == "mma" else 1) * N * N
-    assert N * N <= forward.total["exponentials"] <= 1.4 * N * N  # and one a row and tile, by which O shrinks
+    assert N * N <= forward.total["exponentials"] <= 1.4 * N * N  # and one per row and tile, to rescale O
     if name == "hopper":
         assert forward.total["global bytes by tensor map, from shared memory"] == 2 * N * 64
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
-@pytest.mark.skipif(CLANG, reason="clang++ is what all the others were compiled with")
+@pytest.mark.skipif(CLANG, reason="all other checks already ran with clang++")
 def check_clang():
-    """A sample with clang: faults that it must tell of, and a kernel's result."""
+    """A sample with clang: faults that must be reported, and a kernel's result."""
     environment = os.environ | {"CXX": "clang++"}
     chosen = "no_barrier] or bulk_over_readers or store_without_fence or beyond_global or cp_async_not_awaited"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]

@@ -18,7 +18,7 @@ import torch
 from harness import run_alone
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_char_transformer.py"
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # more would wait for each other longer than they compute
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # with more threads, waiting would take longer than computing
 TINY = ["--layers=2", "--heads=2", "--dim=32", "--length=48", "--batch=4", "--steps=200", "--validate_every=40"]
 
 
@@ -48,7 +48,7 @@ def check_losses(example, tmp_path):
 
 
 def check_resume_after_kill(tmp_path):
-    """Killed (SIGKILL) in mid-run and resumed, with dropout: every loss is bit for bit that of an uninterrupted run."""
+    """Killed (SIGKILL) in the middle and resumed, with dropout: every loss equals that of an uninterrupted run bit for bit."""
     arguments = [*TINY, "--steps=100", "--dropout=0.1", "--checkpoint_every=20"]
 
     def command(out: str, *more: str) -> list[str]:
@@ -77,7 +77,7 @@ def check_resume_after_kill(tmp_path):
 
 
 def check_checkpoint_is_atomic(example, tmp_path, monkeypatch):
-    """A write that breaks off leaves the checkpoint before it."""
+    """An interrupted write leaves the previous checkpoint intact."""
     path = tmp_path / "checkpoint.pt"
     example.save({"losses": [1.0]}, path)
 
@@ -109,7 +109,7 @@ def check_context_parallel(example, tmp_path):
 
 
 def check_context_parallel_refuses(example, tmp_path, monkeypatch, capsys):
-    """Without torchrun, a length that does not divide, and what it does not go with."""
+    """Refused: no torchrun, a length that does not divide, options that do not combine."""
     refusals = [
         ([], None, "torchrun"),
         (["--length=50"], "4", "--length"),
@@ -126,7 +126,7 @@ def check_context_parallel_refuses(example, tmp_path, monkeypatch, capsys):
 
 
 def check_resume_refuses(example, tmp_path, capsys):
-    """Other settings than the checkpoint's, and a checkpoint that is not there."""
+    """Refused: settings that differ from the checkpoint's, and a missing checkpoint."""
     few = "--steps", "3"
     with pytest.raises(SystemExit, match="2"):
         curves(example, tmp_path, *few, "--resume")

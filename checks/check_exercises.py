@@ -1,4 +1,4 @@
-"""The exercises: solutions pass, blanks fail, typical mistakes get their words, and what a learner can type is answered.
+"""The exercises: solutions pass, blanks fail, typical mistakes get their messages, and every command line gets an answer.
 
 python checks/check_exercises.py
 """
@@ -47,7 +47,7 @@ def check_typical_mistakes_get_their_words():
 def check_as_handed_out():
     """An untouched exercise: exit code 1, and a message."""
     run = check("1")
-    assert run.returncode == 1 and "not yet" in run.stdout and "Nothing of the output was written" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 1 and "not yet" in run.stdout and "The kernel has written no output" in run.stdout, run.stdout + run.stderr
 
 
 def check_a_solution_by_itself():
@@ -81,7 +81,7 @@ def check_every_exercise_says_what_it_is_about():
 @pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc")
 @pytest.mark.parametrize("number", TASKS)
 def check_nvcc_takes_the_solution(number, tmp_path):
-    """What the emulator runs, nvcc compiles too."""
+    """nvcc compiles everything that the emulator runs."""
     text = TASKS[number].path.read_text(encoding="utf-8")
     start, end = text.index("// ---- yours\n") + len("// ---- yours\n"), text.index("// ---- end of yours")
     file = tmp_path / TASKS[number].file

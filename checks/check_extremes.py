@@ -1,4 +1,4 @@
-"""Numbers at the edges: what comes back to rows that attend nothing, scores of any size, scales of any size, scores that share an offset.
+"""Extreme numbers: gradients of rows that attend nothing, scores of any size, scales of any size, scores that share an offset.
 
 python checks/check_extremes.py [--backend reference]
 """
@@ -39,7 +39,8 @@ BAD = pytest.mark.parametrize("bad", (math.nan, math.inf), ids=str)
 
 
 def dead_problem(target, causal: bool, dropout_p: float = 0.0) -> tuple[Problem, torch.Tensor]:
-    """A problem with dead rows, and which they are (B, H, Nq). On a rung without masks only causality makes them."""
+    """A problem with dead rows (rows that attend nothing), and which they are, (B, H, Nq). On a rung without masks, causality makes
+    them."""
     masked = serves_masks(target)
     if not masked and not causal:
         pytest.skip(f"{target.backend} serves no mask: without causality every row attends something")
@@ -53,8 +54,8 @@ def dead_problem(target, causal: bool, dropout_p: float = 0.0) -> tuple[Problem,
 @BAD
 @CAUSAL
 def check_what_comes_back_to_dead_rows(target, causal, bad):
-    """NaN or ∞ in dO and dLSE of rows that attend nothing, as from O / |O| or logaddexp(−∞, −∞): gradients as without, 0 for these rows.
-    Through autograd, through the op, from naive attention."""
+    """NaN or ∞ in dO and dLSE of rows that attend nothing, as from O / |O| or logaddexp(−∞, −∞): other gradients are unaffected, and those
+    of these rows are 0. Through autograd, through the op, and in naive attention."""
     problem, dead = dead_problem(target, causal)
     case, call = problem.case, (problem.q, problem.k, problem.v, problem.mask)
     worse = problem.poisoned(bad)
@@ -73,7 +74,7 @@ def check_what_comes_back_to_dead_rows(target, causal, bad):
 
 
 def check_with_dropout(target):
-    """The same where dropout scales what is kept."""
+    """The same with dropout, which scales kept entries."""
     skip_unless_masks(target)
     problem, _ = dead_problem(target, True, dropout_p=0.2)
     report = Report(f"{target}: NaN comes back to dead rows, {problem.case}")
@@ -96,7 +97,7 @@ def check_in_each_kernel(target, bad, D, hiding):
 @BAD
 @ALGORITHM
 def check_dead_rows_in_each_algorithm(algorithm, bad):
-    """The same, from the papers' functions called by themselves."""
+    """The same for the papers' functions, called directly."""
     problem, dead = dead_problem(CPU, algorithm.causal)
     if algorithm.paper == 1:
         problem = Problem.of(problem.case, CPU, dLSE=False)
@@ -112,7 +113,7 @@ def check_dead_rows_in_each_algorithm(algorithm, bad):
 
 @CAUSAL
 def check_logaddexp_of_two_dead_parts(causal):
-    """Two parts of the keys merged by their LSE, where some rows see neither: torch.logaddexp(−∞, −∞) sends back NaN."""
+    """Two parts of the keys merged by their LSE, where some rows see neither: the gradient of torch.logaddexp(−∞, −∞) is NaN."""
     case = Case(Nq=60, Nk=40, D=16, causal=causal, mask="dead rows", dtype=torch.float64)
     problem = Problem.of(case, CPU)
     q, k, v = (x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v))
@@ -127,7 +128,7 @@ def check_logaddexp_of_two_dead_parts(causal):
 
 @CAUSAL
 def check_dead_rows_twice(causal):
-    """The second derivative drops what comes back to dead rows too: in dO, in dLSE, and in the cotangent of dQ."""
+    """The second derivative also ignores gradients of dead rows: in dO, in dLSE, and in the cotangent of dQ."""
     case = Case(B=1, H=2, Nq=30, Nk=20, D=8, causal=causal, mask="dead rows", dtype=torch.float64)
     q, k, v, mask = case.inputs("cpu")
     O, LSE = flash_attention(q, k, v, mask, causal=causal, return_lse=True)
@@ -160,21 +161,21 @@ def one_score(target, dtype, score: float, columns: int) -> tuple[torch.Tensor, 
 
 
 SCORES = (1.0, 1e3, 1e5, 3e6, 2e7, 1e10, 1e20, 1e30, 1.0001e32, 1e37, 1e150, 1e300)
-LARGEST = 1.1e7  # the largest score of a row up to which float16 and bfloat16 kernels are right; beyond, they give NaN
+LARGEST = 1.1e7  # float16 and bfloat16 kernels are correct up to this score; beyond, they give NaN
 
 
 @pytest.mark.parametrize("masked", (False, True), ids=("", "masked"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, *HALF), ids=str)
 @pytest.mark.parametrize("sign", (-1, 1))
 def check_large_scores(target, dtype, sign, masked):
-    """Scores of ±1 to the end of the dtype: right, or NaN where a kernel of 16-bit types ends, but never a finite wrong number."""
+    """Scores of ±1 up to the dtype's limit: correct, or NaN beyond the range of a 16-bit kernel, but never a finite wrong number."""
     if masked:
         skip_unless_masks(target)
     mask = torch.tensor([[True] * 3 + [False] * 200], device=target.device) if masked else None
     for score in SCORES:
         q, k, v = (x.contiguous() for x in one_score(target, dtype, sign * score, 203 if masked else 3))
         if masked:
-            k, v = (x.where(mask[:, None, :, None], 1) for x in (k, v))  # hidden, but much larger than the others where these are below 0
+            k, v = (x.where(mask[:, None, :, None], 1) for x in (k, v))  # hidden; much larger than the others, if those are negative
         skip_unless_served(target, q, k, v, mask, False, 0.0)
         sum_dtype = torch.promote_types(dtype, torch.float32)
         S = (q.to(sum_dtype) @ k.to(sum_dtype).mT)[..., :3]
@@ -206,7 +207,7 @@ def check_the_lowest_scores(algorithm, dtype):
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, *HALF), ids=str)
 def check_online_softmax(dtype):
-    """Scores near the end of the dtype, one at a time."""
+    """Scores near the dtype's limit, one at a time."""
     lowest = torch.finfo(dtype).min
     x = torch.tensor([lowest, lowest / 2, -math.inf, lowest], dtype=dtype)
     assert softmax_online(x).tolist() == [0, 1, 0, 0]
@@ -224,7 +225,7 @@ def check_every_score_overflows(target):
 @pytest.mark.parametrize("scale", (1e-300, 1e-40, 1e-36, 1e-30, -1e-20, 0.0, -0.3, 1e6, 1e30))
 @CAUSAL
 def check_scales(target, causal, scale):
-    """Scales of any size and sign, with dead rows: q is divided by what the scale is more than 1."""
+    """Scales of any size and sign, with dead rows: for scales above 1, q is divided by the scale."""
     case = Case(
         Nq=90, Nk=70, D=64, causal=causal, mask="dead rows" if serves_masks(target) else None, dtype=dtype_served(target), scale=scale
     )
@@ -244,8 +245,8 @@ def check_scales(target, causal, scale):
 
 @pytest.mark.parametrize("offset", (20, 60, 1000))
 def check_one_hot_rows(target, offset):
-    """Each query finds one key with a score of `offset`, all others with 0: P = 1 to the last bits, forward and backward. Where scores are
-    multiplied by log2 e after they were rounded, dV is off by 3e-6 at 60."""
+    """Each query has one key with a score of `offset`, all others have 0: P = 1 to the last bits, forward and backward. If scores were
+    multiplied by log2 e after rounding, dV would be off by 3e-6 at 60."""
     if dtype_served(target) != torch.float32:
         pytest.skip("rounds P to 16 bits")
     eye = torch.eye(64, device=target.device).expand(1, 2, 64, 64)
@@ -260,8 +261,8 @@ def check_one_hot_rows(target, offset):
 
 
 def check_centred_keys(target):
-    """What the documentation recommends: to subtract the keys' mean changes no result and no gradient, and gives back the digits that a
-    common offset of 1e5 takes."""
+    """The documentation's advice: subtracting the keys' mean changes no result and no gradient, and restores the digits that a common
+    offset of 1e5 costs."""
     if dtype_served(target) != torch.float32:
         pytest.skip("is about float32")
     case = Case(Nq=60, Nk=80, D=32)
@@ -273,7 +274,7 @@ def check_centred_keys(target):
     gradients = torch.autograd.grad(O, (q, k, v), problem.dO)
     for name, got in zip(("O", "dQ", "dK", "dV"), (O, *gradients), strict=True):
         want = getattr(problem.truth, name)
-        got, want = (got, want) if name != "dQ" else (x[..., 1:] for x in (got, want))  # of the offset's own feature only digits are left
+        got, want = (got, want) if name != "dQ" else (x[..., 1:] for x in (got, want))  # the offset's own feature keeps only some digits
         off = float((got.detach().double() - want).abs().max() / want.abs().max())
         assert off < 1e-4, f"{name} is off by {off:.1e} of its largest entry"
 

@@ -1,6 +1,6 @@
-"""Where a kernel cannot be built, or this is not Linux, another rung or the reference serves, and a warning says why.
+"""If a kernel cannot be built, or the system is not Linux, another rung or the reference serves, and a warning says why.
 
-On the CPU, with rungs that look up libraries, then leave the work to the reference.
+On the CPU, with rungs that look up libraries and then let the reference compute.
 
 python checks/check_fallback.py
 """
@@ -29,8 +29,8 @@ def forget() -> None:
 
 @pytest.fixture
 def rungs(monkeypatch):
-    """hopper, tensor_core and simple serve tensors on the CPU, unless a file that one needs is one of `broken`. `tried`: files from which
-    something was to be built; `served`: which rung has computed what."""
+    """Lets hopper, tensor_core and simple serve tensors on the CPU, unless a file that they need is in `broken`. `tried`: files that were
+    to be compiled; `served`: which rung has computed what."""
     state = SimpleNamespace(broken=set(), tried=[], served=[])
 
     def build_one(kernel: Specialisation):
@@ -110,8 +110,8 @@ OPTIONS = {"plain": {}, "causal, dropout": {"causal": True, "dropout_p": 0.3}, "
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else f"{len(x)} broken",
 )
 def check_next_rung(rungs, broken, served, options):
-    """What cannot be built is served by the next rung, forward and backward each on its own, with one warning that says why, and is not
-    tried again."""
+    """If a kernel cannot be built, the next rung serves, for forward and backward separately, with one warning that says why; the build is
+    not tried again."""
     q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
     truth = gradients("reference", q, k, v, **options)
     rungs.broken.update(broken)
@@ -125,7 +125,7 @@ def check_next_rung(rungs, broken, served, options):
 
 
 def check_mask_cannot_be_packed(rungs):
-    """Without pack_mask.cu, a rung that reads bytes serves a masked call, and others are as they were."""
+    """Without pack_mask.cu, a rung that reads bytes serves a masked call; other calls are unaffected."""
     q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
     rungs.broken.add(masks.PACK_MASK)
     with warned("runs on simple: hopper, tensor_core: nvcc could not compile pack_mask.cu sm_90a"):
@@ -136,7 +136,7 @@ def check_mask_cannot_be_packed(rungs):
 
 
 def check_by_name(rungs):
-    """A rung asked for by name does not give way, in the backward neither; a group that has nothing left says why."""
+    """A rung asked for by name is not replaced, in the backward either; a group with no rung left says why."""
     q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
     rungs.broken.update((FORWARDS[1], *BACKWARDS))
     for _ in range(2):
@@ -150,7 +150,7 @@ def check_by_name(rungs):
 
 
 def check_ops_and_transforms(rungs):
-    """The ops, which compiled graphs call with the name as it was asked for, and functorch take the next rung, too."""
+    """The ops, which compiled graphs call with the original name, and functorch use the next rung, too."""
     q, k, v = torch.randn(3, 2, 3, 20, 16).unbind()
     O, LSE = reference.forward(Settings(0.25), q, k, v, None, None, None)
     rungs.broken.update((FORWARDS[0], BACKWARDS[0]))

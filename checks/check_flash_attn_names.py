@@ -81,7 +81,7 @@ def check_cache(kind, leftpad, causal, scored):
     if kind == "all":
         before[:] = N
         options, k, v, n = {}, None, None, 0
-    held = torch.randn(2, B, N, Hkv, D, dtype=torch.float64, generator=random)  # each sequence's tokens, then filling
+    held = torch.randn(2, B, N, Hkv, D, dtype=torch.float64, generator=random)  # each sequence's tokens, then filler
     if kind == "batch index":
         options["cache_batch_idx"] = torch.tensor([4, 0, 3], dtype=torch.int32)
         caches = torch.randn(2, 5, N, Hkv, D, dtype=torch.float64, generator=random)
@@ -110,7 +110,7 @@ def check_cache(kind, leftpad, causal, scored):
             if new is not None:
                 keys_turn = scored and new is k
                 x[b, length : length + n] = turned(new[b], angles[length : length + n], scored == "interleaved") if keys_turn else new[b]
-        if scored and n:  # queries too: where they stand if causal, else all where the first does
+        if scored and n:  # queries are rotated too: by their own positions if causal, else all by the first one's
             at = length + torch.arange(Nq) * causal
             queries = turned(queries, angles[at], scored == "interleaved")
         seen = torch.ones(Nq, length + n, dtype=torch.bool)
@@ -156,7 +156,7 @@ def check_windows(causal, window):
 
 @pytest.mark.parametrize("k_lengths", ([4, 1, 7], [6, 3, 7]), ids=("as many", "more keys"))
 def check_packed_scores(k_lengths):
-    """softcap and slopes, one a head or for each sequence too: every sequence as by itself, LSE and gradients too."""
+    """softcap and slopes, one per head or also per sequence: every sequence gives the same as by itself, LSE and gradients too."""
     lengths = [4, 1, 7]
     cu, cu_k = (torch.tensor([0, *each]).cumsum(0).int() for each in (lengths, k_lengths))
     q = torch.randn(12, 4, 16, dtype=torch.float64, requires_grad=True)
@@ -178,7 +178,7 @@ def check_packed_scores(k_lengths):
 @pytest.mark.parametrize("paged", (False, True))
 @pytest.mark.parametrize(("causal", "window"), WINDOWS)
 def check_packed_sequences(causal, window, paged):
-    """Each as it would be alone, one without queries and one without keys; gradients too."""
+    """Each sequence gives the same as alone, including one without queries and one without keys; gradients too."""
     random = torch.Generator().manual_seed(1)
     lengths, k_lengths, size = [5, 0, 3, 2], [7, 4, 3, 0], 4
     q = torch.randn(sum(lengths), 4, 16, dtype=torch.float64, generator=random, requires_grad=True)
@@ -215,7 +215,8 @@ def check_packed_sequences(causal, window, paged):
 
 @pytest.mark.parametrize("scores", ({}, {"softcap": 1.5, "alibi_slopes": torch.tensor([0.3, 0.2, 0.1, 0.0])}), ids=("plain", "scores"))
 def check_probabilities(scores):
-    """What is returned is what was dropped, and the generator is where it would be without; packed sequences have their own."""
+    """The returned probabilities show what was dropped, and returning them does not advance the generator; packed sequences have their
+    own."""
     q, k, v = (torch.randn(2, n, h, 16, dtype=torch.float64) for n, h in ((6, 4), (40, 2), (40, 2)))
     torch.manual_seed(5)
     O, LSE, P = flash_attn_func(q, k, v, 0.25, causal=True, **scores, return_attn_probs=True)
@@ -234,7 +235,7 @@ def check_probabilities(scores):
 
 
 def check_deterministic():
-    """The same gradients; the setting that kernels look at is on during the backward alone."""
+    """The same gradients; the setting that kernels look at is on only during the backward."""
     q, k, v = (torch.randn(1, n, 2, 16, dtype=torch.float64, requires_grad=n > 5) for n in (6, 5, 9))
     k = torch.randn(1, 9, 2, 16, dtype=torch.float64, requires_grad=True)
     v.requires_grad_(False)

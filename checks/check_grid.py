@@ -2,8 +2,8 @@
 
 python checks/check_grid.py [--full] [--backend reference]
 
-By default every length that has broken kernels before appears with one head size, and every head size with one pair of lengths; with
---full, all of them with all.
+By default every length that has broken kernels before is combined with one head size, and every head size with one pair of lengths; with
+--full, all with all.
 """
 
 from itertools import product
@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc):
 
 
 def check_grid(case, target):
-    # With one column, dS is 0 by cancellation: beside that its rounding errors are large.
+    # With one column, dS is 0 by cancellation: relative to that, its rounding errors are large.
     against_truth(case, target, slack=3 if case.Nk == 1 else 1)
 
 

@@ -34,7 +34,7 @@ ALGORITHM = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORI
 CAUSAL = pytest.mark.parametrize("causal", (False, True), ids=("general", "causal"))
 RAGGED = [(113, 203), (203, 113), (64, 64)]
 
-# ---- the papers' algorithms: any tile size gives the definition's result, and every tile is what and where it should be
+# ---- the papers' algorithms: any tile size gives the definition's result, and every tile has the right contents and position
 
 
 @pytest.mark.parametrize("blocks", [(7, 5), (16, 33), (64, 1), (1, 64), (113, 203), (1000, 1000)], ids=str)
@@ -49,7 +49,7 @@ def check_tiled_is_direct(algorithm, blocks):
 
 
 def tiles_of(algorithm, problem: Problem, block_q: int, block_k: int) -> tuple[list[dict], list[dict]]:
-    """What the observer is shown in the forward and in the backward, copied, tile by tile."""
+    """Copies of what the observer is shown, tile by tile, in the forward and in the backward."""
     seen = [], []
     sizes = {"block_q": block_q, "block_k": block_k, "scale": problem.case.scale}
 
@@ -65,7 +65,7 @@ def tiles_of(algorithm, problem: Problem, block_q: int, block_k: int) -> tuple[l
 @pytest.mark.parametrize(("Nq", "Nk", "block_q", "block_k"), [(96, 96, 12, 12), (113, 203, 16, 9), (203, 113, 10, 31), (50, 50, 64, 7)])
 @ALGORITHM
 def check_tiles_visited(algorithm, Nq, Nk, block_q, block_k):
-    """Every pair of a row and a column that it sees is visited exactly once, and no tile that lies wholly in the future ever."""
+    """Every pair of a row and a visible column is visited exactly once, and no tile that lies wholly in the future is visited."""
     problem = Problem.of(Case(B=1, H=1, Nq=Nq, Nk=Nk, D=4, causal=algorithm.causal), CPU)
     offset = Nk - Nq
     visible = torch.ones(Nq, Nk, dtype=torch.bool)
@@ -100,7 +100,7 @@ def check_tiles_visited(algorithm, Nq, Nk, block_q, block_k):
 @pytest.mark.parametrize(("Nq", "Nk"), [(53, 70), (70, 53)])
 @ALGORITHM
 def check_tiles_shown(algorithm, Nq, Nk):
-    """Watching changes nothing, and what is shown after every tile is what the docstrings say: S, P, O so far, dP, dS, the gradients."""
+    """Observing changes nothing, and the observer gets what the docstrings say after every tile: S, P, O so far, dP, dS, the gradients."""
     case = Case(B=1, H=2, Nq=Nq, Nk=Nk, D=8, dtype=torch.float64, causal=algorithm.causal, mask="dead rows")
     problem = Problem.of(case, CPU, dLSE=False)
     q, k, v, mask, dO, truth = problem.q, problem.k, problem.v, problem.mask, problem.dO, problem.truth
@@ -112,7 +112,7 @@ def check_tiles_shown(algorithm, Nq, Nk):
     allowed = mask.tril(Nk - Nq) if algorithm.causal else mask
     S = (q @ k.mT * 8**-0.5).masked_fill(~allowed, -torch.inf)
     P = (S - truth.LSE[..., None]).exp().nan_to_num(0.0)
-    dP = dO.masked_fill(truth.LSE.isneginf()[..., None], 0) @ v.mT  # what comes back to a row that attends nothing is dropped
+    dP = dO.masked_fill(truth.LSE.isneginf()[..., None], 0) @ v.mT  # the gradient of a row that attends nothing is ignored
     dS = P * (dP - (P * dP).sum(-1, keepdim=True))
     forward, backward = tiles_of(algorithm, problem, **sizes)
     assert forward and backward
@@ -127,7 +127,7 @@ def check_tiles_shown(algorithm, Nq, Nk):
         O, LSE = normal_attention(q, k, v, so_far, return_lse=True)
         same(f"m + log l after tile {i}, {j}", torch.where(l > 0, m + l.log(), -torch.inf)[..., 0], LSE[:, :, i])
         same(f"O after tile {i}, {j}", tile["O"] / l.masked_fill(l == 0, 1) if algorithm.paper == 2 else tile["O"], O[:, :, i])
-        # The first paper's P is relative to the tile's own maximum, the second's to the maximum so far.
+        # The first paper's P is relative to the tile's own maximum, the second's to the running maximum.
         own = m if algorithm.paper == 2 else S[:, :, i, j].amax(-1, keepdim=True).clamp(min=lowest(q.dtype))
         same(f"P of tile {i}, {j}", tile["P"], (S[:, :, i, j] - own).exp())
     for n, tile in enumerate(backward):
@@ -160,11 +160,11 @@ def check_causal_is_a_mask(target, Nq, Nk):
 @pytest.mark.parametrize("cut", (64, 90, 1))
 @CAUSAL
 def check_halves_merge(target, causal, cut):
-    """Attention over two parts of the keys, merged by LSE, is attention over all of them; its gradients come back through both LSEs."""
+    """Attention over two parts of the keys, merged by LSE, equals attention over all; gradients flow through both LSEs."""
     case = Case(Nq=113, Nk=203, D=32, Dv=16, causal=causal, dtype=dtype_served(target))
     problem = Problem.of(case, target)
     q, k, v = (x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v))
-    # Every row sees all of the first keys (cut ≤ Nk − Nq); aligned bottom-right, causality among the others is what it was.
+    # Every row sees all of the first keys (cut ≤ Nk − Nq); causality among the others, aligned bottom-right, is unchanged.
     parts = [(slice(0, cut), False), (slice(cut, None), causal)]
     (O1, LSE1), (O2, LSE2) = (
         flash_attention(q, k[:, :, j], v[:, :, j], causal=c, return_lse=True, backend=target.backend) for j, c in parts
@@ -198,7 +198,7 @@ RESULT_AXES = ("bhie", "bhi", "bhid", "bhjd", "bhje")
 
 @pytest.mark.parametrize("axis", "bhijde")
 def check_permutations(target, axis):
-    """Batches, heads, rows, keys or features in another order give the same result in that order."""
+    """Permuting batches, heads, rows, keys or features permutes the result."""
     case = Case(B=3, H=4, Nq=113, Nk=203, D=32, Dv=16, mask="full", dtype=dtype_served(target))
     problem = Problem.of(case, target)
     size = {"b": 3, "h": 4, "i": 113, "j": 203, "d": 32, "e": 16}[axis]
@@ -219,9 +219,9 @@ def check_permutations(target, axis):
 
 @CAUSAL
 def check_translation(target, causal):
-    """A constant added to all scores of a row changes O and the gradients not at all, and LSE by itself.
+    """A constant added to all scores of a row changes neither O nor the gradients, and changes LSE by that constant.
 
-    It comes in through one more feature: a number of the row's own in q, 1 in k (and zeros up to a multiple of 8).
+    It is added by one more feature: the row's constant in q, 1 in k (and zeros up to a multiple of 8).
     """
     case = Case(Nq=113, Nk=203, D=24, causal=causal, dtype=dtype_served(target), scale=0.25)
     problem = Problem.of(case, target)
@@ -239,9 +239,9 @@ def check_translation(target, causal):
 
 
 def check_one_hot(target):
-    """Each row attends one key, and V holds the keys' numbers: O says which key, dV says which row. A wrong layout is off by whole numbers.
+    """Each row attends to one key, and V holds the keys' numbers: O says which key, dV says which row. A wrong layout is off by integers.
 
-    Keys are the binary codes (±1) of their numbers, and a query is 32 times the code of the key that it wants.
+    Keys are the binary codes (±1) of their numbers, and a query is 32 times the code of the key that it selects.
     """
     case = Case(B=2, H=3, Nq=512, Nk=512, D=16, dtype=dtype_served(target), scale=0.5)
     number = torch.arange(512)
@@ -295,7 +295,7 @@ def check_equal_keys(target, causal, sharp):
 def check_large_scores(target, causal, N, dtype):
     """q × 5 and q × 15: scores near 100, a softmax that is close to one-hot, where a backward overflows if anything does.
 
-    A score of 100 is only known to 1e-5, and exp(S − LSE) takes that error over where naive attention's exp(S − max) = 1 does not.
+    A score of 100 is only known to 1e-5, and exp(S − LSE) inherits that error, while naive attention's exp(S − max) = 1 does not.
     """
     for sharp in (5.0, 15.0):
         against_truth(Case(Nq=N, Nk=N, D=32, causal=causal, dtype=dtype, sharp=sharp), target, slack=4)
@@ -366,7 +366,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("kv_heads", [2, 4])  # repeating grouped heads makes copies, which hide what a layout does
+@pytest.mark.parametrize("kv_heads", [2, 4])  # repeating grouped heads makes copies, which would hide effects of a layout
 @CAUSAL
 def check_layouts(target, causal, kv_heads, layout):
     """q, k, v and dO in any layout: the same result."""
@@ -384,7 +384,7 @@ def check_layouts(target, causal, kv_heads, layout):
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)], ids=str)
 def check_stride_zero(target, axes):
-    """Inputs and dO that are one value repeated (expand, or the gradient that sum() sends back) have stride 0 there."""
+    """Inputs and dO that repeat one value (from expand, or the gradient of sum()) have stride 0."""
     case = Case(Nq=113, Nk=203, D=32, dtype=dtype_served(target))
 
     def repeated(x):

@@ -36,7 +36,7 @@ def calls(monkeypatch) -> list[tuple]:
 
 
 def outputs(q, k, v, dO, **options) -> tuple[torch.Tensor, ...]:
-    """O, dQ, dK and dV of whatever scaled_dot_product_attention is now."""
+    """O, dQ, dK and dV of the current scaled_dot_product_attention, patched or not."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     O = functional.scaled_dot_product_attention(q, k, v, **options)
     return O.detach(), *torch.autograd.grad(O, (q, k, v), dO)
@@ -100,10 +100,10 @@ def check_sdpa_shapes(calls):
 
 
 def check_sdpa_falls_back(calls):
-    """What has no counterpart runs on torch's function, bit for bit."""
+    """Calls without a counterpart run on torch's function, bit for bit."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 9, 16)
-    want = ORIGINAL(q, k, v, scale=True)  # of a type that only torch takes for a number
+    want = ORIGINAL(q, k, v, scale=True)  # a type that only torch accepts as a number
     nested = torch.nested.nested_tensor([torch.randn(n, 4, 16) for n in (5, 9)], layout=torch.jagged).transpose(1, 2)
     want_nested = ORIGINAL(nested, nested, nested)
     with use_flash_attention():
@@ -115,7 +115,7 @@ def check_sdpa_falls_back(calls):
 
 
 def check_sdpa_dropout(calls):
-    """The very bits that `flash_attention()` draws from the same seed."""
+    """The same bits that `flash_attention()` draws from the same seed."""
     q, k, v = torch.randn(3, 2, 4, 40, 16)
     torch.manual_seed(1)
     want = flash_attention(q, k, v, causal=True, dropout_p=0.25)
@@ -154,7 +154,7 @@ def check_sdpa_is_restored():
 
 
 def check_sdpa_compiled():
-    """One compiled function, called inside, outside and inside again, runs on what the place where it is called says."""
+    """One compiled function, called inside, outside and inside again: each call runs on the implementation active at that point."""
     q, k, v = torch.randn(3, 2, 4, 33, 16)
     compiled = torch.compile(lambda *x: functional.scaled_dot_product_attention(*x, is_causal=True), backend="aot_eager", fullgraph=True)
 

@@ -1,4 +1,4 @@
-"""What can only go wrong in a compiled kernel: unwritten outputs, races, CUDA graphs, determinism.
+"""Faults that only compiled kernels can have: unwritten outputs, races, CUDA graphs, determinism.
 
 python checks/check_kernels.py [--backend tensor_core]
 """
@@ -123,7 +123,8 @@ def check_cuda_graph_of_a_training_step(target):
 
 
 def check_other_stream(target):
-    """Work goes to the current stream: on one of its own it sees what that stream wrote before, and the default stream need not wait."""
+    """Kernels run on the current stream: on a side stream they see what that stream wrote before, and do not wait for the default
+    stream."""
     if target.device != "cuda":
         pytest.skip("streams need a CUDA target")
     case, arguments = inputs(Case(Nq=512, Nk=512, D=64), target)
@@ -131,7 +132,7 @@ def check_other_stream(target):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # whoever does not wait for this stream reads the inputs before they are written
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would read the inputs before they are written
         late = [x.clone() if x is not None else None for x in arguments]
         got = run(case, target, late)
     stream.synchronize()
@@ -142,7 +143,7 @@ def check_other_stream(target):
 
 
 def check_next_rung(target, monkeypatch):
-    """Where kernels of higher rungs cannot be built, the next rung serves, forward and backward, with one warning for each."""
+    """If kernels of higher rungs cannot be built, the next rung serves, forward and backward, with one warning for each."""
     if target != Target("simple", "cuda"):
         pytest.skip("needs a CUDA target, once")
     case = Case(Nq=203, Nk=330, D=64, H=4, Hkv=2, mask="full", dropout_p=0.2, dtype=torch.float16)

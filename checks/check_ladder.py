@@ -1,6 +1,6 @@
-"""The steps of the ladder that have a forward alone: right on a GPU, refused wherever gradients are asked for, and each a small change.
+"""The steps of the ladder that have only a forward: correct on a GPU, refused wherever gradients are requested, and each a small change.
 
-What the emulator can say of them is in check_emulated.py.
+Their emulated checks are in check_emulated.py.
 """
 
 import gc
@@ -87,7 +87,7 @@ def check_gradients_are_refused(name, way, launches):
     expect_error(lambda: WITH_GRADIENTS[way](f, x), NotImplementedError, [f"emulated:{name}", "forward alone"])
     assert not launches
     if way == "checkpoint":
-        gc.collect()  # PyTorch 2.11's leaves its hooks on until the traceback of what failed inside it is gone
+        gc.collect()  # PyTorch 2.11 keeps its hooks until the traceback of a failure inside them is gone
 
 
 def attend(x, name):
@@ -145,7 +145,7 @@ def check_each_is_a_small_change():
 
 
 def check_a_kernel_in_parts_is_counted_whole():
-    """Each part once, behind those that it includes; none of another rung's."""
+    """Each part once, after the parts that it includes; none of another rung."""
     parts = parts_of("forward_4_hopper.cu")
     assert parts[-1] == "forward_4_hopper.cu" and len(set(parts)) == len(parts)
     assert set(parts[:-1]) == {file.name for file in build.SOURCES.glob("forward_4_*.cuh")}

@@ -34,7 +34,7 @@ from flash_attention import FlashAttention, ScaledDotProduct, flash_attention, l
 from flash_attention.backends import BACKENDS
 from flash_attention.reference import flash2, visible
 
-B, NQ, NK, DIM, HEADS, DIM_HEAD = 2, 21, 34, 24, 4, 16  # heads · dim_head is not dim
+B, NQ, NK, DIM, HEADS, DIM_HEAD = 2, 21, 34, 24, 4, 16  # heads · dim_head differs from dim
 KEYS = ["to_q.weight", "to_k.weight", "to_v.weight", "to_out.weight"]
 KEYS_WITH_BIAS = [f"{name}.{kind}" for name in ("to_q", "to_k", "to_v", "to_out") for kind in ("weight", "bias")]
 CAUSAL = pytest.mark.parametrize("causal", (False, True), ids=("general", "causal"))
@@ -50,7 +50,7 @@ def coins(target: Target, *shape: int) -> Tensor:
 
 
 def dropped(target: Target, p: float, Nk: int) -> Tensor:
-    """What a layer that has just met torch.manual_seed(4) multiplies its weights by, (B, H, Nq, Nk)."""
+    """The factors by which a layer multiplies its weights right after torch.manual_seed(4), (B, H, Nq, Nk)."""
     return Case(B=B, H=HEADS, dropout_p=p, seed=4).dropout(target.device).tile(slice(0, NQ), slice(0, Nk), torch.float64)
 
 
@@ -64,7 +64,7 @@ def randomise(module: nn.Module) -> nn.Module:
 
 
 def layer_on(target: Target, dtype: torch.dtype | None = None, **settings) -> FlashAttention:
-    """A layer on one backend; skips what that does not serve."""
+    """A layer on one backend; skips if the backend does not serve it."""
     dtype = dtype or dtype_served(target)
     x = torch.empty(B, HEADS, NQ, DIM_HEAD, dtype=dtype, device=target.device)
     skip_unless_served(target, x, x, x, None, settings.get("causal", False), settings.get("dropout", 0.0))
@@ -175,7 +175,7 @@ def check_dead_row(target):
         assert dX[0, :3].any()
 
 
-# ---- tiles of one's own
+# ---- block_size
 
 
 def only_reference(target: Target) -> None:
@@ -185,8 +185,8 @@ def only_reference(target: Target) -> None:
 
 @CAUSAL
 def check_block_size(target, causal, monkeypatch):
-    """The same result for every block size, dividing the lengths or not, with masks, grouped heads and dropout; tiles are that size,
-    given at construction or set later; and no size leaves a trace in the table of backends."""
+    """The same result for every block size, whether or not it divides the lengths, with masks, grouped heads and dropout. Tiles have that
+    size, given at construction or set later; and no size changes the table of backends."""
     only_reference(target)
     asked, blocks = [], flash2.blocks
     for module in (flash2, visible):
@@ -283,7 +283,8 @@ def check_autocast(target, dtype):
 
 
 def check_dropout(target):
-    """Only in training mode, on attention weights, drawn from torch's generator: output and gradients with the very mask it draws."""
+    """Dropout acts only in training mode, on attention weights, with torch's generator: output and gradients match those with the same
+    mask."""
     p, x = 0.25, random(target, B, NQ, DIM)
     layer, without = layer_on(target, dropout=p).eval(), layer_on(target)
     assert torch.equal(layer(x), without(x))
@@ -303,7 +304,7 @@ def check_dropout(target):
     report.verdict()
 
 
-# ---- what a module must also do
+# ---- other duties of a module
 
 
 @pytest.mark.parametrize("bias", (False, True))
@@ -416,7 +417,7 @@ def check_compile_mixed_precision(target):
 
 
 def check_symbolic_trace():
-    """torch.fx traces a model with a layer in it; what it writes down serves other lengths too."""
+    """torch.fx traces a model that contains a layer; the traced graph serves other lengths too."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -482,7 +483,7 @@ def changed(**attributes) -> FlashAttention:
 
 X, CONTEXT = zeros(2, 5, 8), zeros(2, 7, 8)
 HEADED = zeros(2, 3, 5, 16)
-# What is wrong → a call that does it, the error, words that its message must have.
+# What is wrong → a call that does it, the error, words that its message must contain.
 BAD = {
     "query of another width": (lambda: layer()(zeros(2, 5, 9)), ValueError, ["query", "(B, N, 8)", "(2, 5, 9)"]),
     "context of another width": (lambda: layer()(X, zeros(2, 7, 9)), ValueError, ["key", "(B, N, 8)", "(2, 7, 9)"]),

@@ -1,4 +1,4 @@
-"""Masks: every kind, causal or not, lengths unequal either way; rows that attend nothing; nothing leaks from behind a mask.
+"""Masks: every kind, causal or not, lengths unequal either way; rows that attend nothing; nothing leaks through a mask.
 
 python checks/check_masks.py [--backend reference]
 """
@@ -57,7 +57,7 @@ LARGE += [(64, kind, 0.0) for kind in ("specks", "left padding", "dead rows", "h
 @pytest.mark.parametrize(("D", "kind", "dropout_p"), LARGE)
 @CAUSAL
 def check_large(target, causal, D, kind, dropout_p):
-    """So many tiles that a kernel may look for those that a mask hides whole."""
+    """So many tiles that a kernel scans the mask for tiles that it hides entirely."""
     if target.device != "cuda":
         pytest.skip("takes too long without a GPU; check_emulated.py has smaller ones")
     case = Case(B=4, H=8, Hkv=4, Nq=2048, Nk=2000, D=D, causal=causal, mask=kind, dropout_p=dropout_p, dtype=half_served(target))
@@ -130,7 +130,7 @@ def check_strides(target, causal, repeatable):
 @pytest.mark.parametrize("D", (16, 64, 96, 128, 256))
 @CAUSAL
 def check_aligned_rows(target, causal, D):
-    """A mask a head, whose rows begin at multiples of 16 bytes: a kernel may read 16 columns at a time, but not beyond."""
+    """One mask per head, with rows that begin at multiples of 16 bytes: a kernel may read 16 columns at a time, but not beyond the end."""
     skip_unless_masks(target)
     report = Report(f"{target}: rows of the mask at multiples of 16 bytes, D {D}")
     dtype = half_served(target) if target.device == "cuda" else torch.float32
@@ -149,7 +149,7 @@ def check_aligned_rows(target, causal, D):
 @pytest.mark.parametrize("D", (64, 128))
 @CAUSAL
 def check_low_scores(target, causal, D):
-    """All scores far below 0: a column beyond the end of a tile, whose score would be 0, must not weigh exp(300) times as much."""
+    """All scores far below 0: a column beyond the end, whose score would be 0, must not get exp(300) times the weight."""
     report = Report(f"{target}: scores about −300, D {D}")
     for kind in ("full", "key", None):
         case = Case(Nq=200, Nk=203, D=D, causal=causal, mask=kind, dtype=dtype_served(target))
@@ -192,7 +192,7 @@ def check_square_key_mask(target):
 
 @CAUSAL
 def check_all_true(target, causal):
-    """A mask that allows everything is no mask."""
+    """A mask that allows everything equals no mask."""
     skip_unless_masks(target)
     case = Case(Nq=290, Nk=530, D=16, causal=causal, dtype=dtype_served(target))
     problem = Problem.of(case, target)
@@ -223,7 +223,7 @@ def check_rows_that_attend_nothing(target, case, dtype):
     allowed = allowed.tril(case.Nk - case.Nq) if case.causal else allowed
     if mask is not None:
         allowed = allowed & (mask[:, None, None] if mask.dim() == 2 else mask)
-    dead, unseen = ~allowed.any(-1), ~allowed.any(-2)  # rows (B, H, Nq) that attend nothing, columns (B, H, Nk) that nobody attends
+    dead, unseen = ~allowed.any(-1), ~allowed.any(-2)  # rows (B, H, Nq) that attend nothing, columns (B, H, Nk) that no row attends to
     assert dead.any(), "this case has no row that attends nothing"
 
     forward = flash_attention_causal_forward if case.causal else flash_attention_forward
@@ -253,9 +253,10 @@ HIDING = [(True, None), (True, "left padding"), (True, "full"), (False, "left pa
 
 @pytest.mark.parametrize(("causal", "kind"), HIDING, ids=lambda x: {True: "causal", False: "general"}.get(x, x))
 def check_no_leak(target, causal, kind):
-    """What a row may not see has no part in it: other keys and values there leave its output as it was, bit for bit, and get no gradient.
+    """Keys and values that a row may not see do not affect it: changing them leaves its output unchanged, bit for bit, and they get no
+    gradient.
 
-    Left padding with causality is where masked scores that are filled in and then exponentiated as if real leak the future.
+    With left padding and causality, implementations that fill masked scores with a number and exponentiate it leak the future.
     """
     case = Case(Nq=290, Nk=530, H=1, D=16, causal=causal, mask=kind, dtype=dtype_served(target), seed=4)
     problem = Problem.of(case, target)

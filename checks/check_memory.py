@@ -20,7 +20,7 @@ from flash_attention.parallel.processes import CONTEXT
 H, N, D = 4, 4096, 32
 MATRIX = H * N * N * 4  # bytes of an N × N matrix of float32 for each head: 256 MB
 MB = 1 << 20
-# What is measured: the length, with or without backward, causal or not, the mask's shape.
+# The measured calls: length, with or without backward, causal or not, the mask's shape.
 CALLS = {
     "forward, half the length": (N // 2, False, False, None),
     "forward": (N, False, False, None),
@@ -39,9 +39,9 @@ def resident(field: str) -> int:
 
 
 def measure_here(backend: str, device: str, N: int, backward: bool, causal: bool, mask_kind: str | None) -> int:
-    """In a process made for it: bytes needed at most, above the inputs, by a forward or by a forward and a backward."""
+    """In a fresh process: the peak of bytes above the inputs, of a forward or of a forward and a backward."""
     target = Target(backend, device)
-    torch.set_num_threads(1)  # others would have buffers of their own
+    torch.set_num_threads(1)  # more threads would have their own buffers
 
     def inputs(N: int):
         q, k, v, _ = Case(B=1, H=H, Nq=N, Nk=N, D=D, dtype=dtype_served(target)).inputs(device)
@@ -85,7 +85,7 @@ def send_measurement(result: Connection, *call) -> None:
 
 @cache
 def needed(target: Target) -> dict[str, int]:
-    """Bytes that each of CALLS needs above its inputs, but for masks where the backend serves none."""
+    """Bytes that each of CALLS needs above its inputs; without the masked calls if the backend serves no masks."""
     if target.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak resident memory is read from /proc/self, which this system does not have")
     calls = {name: call for name, call in CALLS.items() if serves_masks(target) or not call[-1]}

@@ -75,7 +75,7 @@ def check_causal_alignment(target, Nq, Nk):
 
 @CAUSAL
 def check_not_over_batches(target, causal):
-    """Attending over the batch axis, or mixing heads: what one batch and head holds has no part in another's result or gradient."""
+    """Attending over the batch axis, or mixing heads: one batch and head must not affect another's result or gradient."""
     case = Case(B=3, H=4, Nq=33, Nk=65, D=16, causal=causal, dtype=dtype_served(target))
     q, k, v, _ = case.inputs(target.device)
     before = flash_attention(q, k, v, causal=causal, backend=target.backend)
@@ -105,7 +105,8 @@ def check_scale_is_there(target):
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
 @CAUSAL
 def check_hidden_scores_in_half_types(target, causal, dtype):
-    """−1e10 in the place of −∞ is −∞ in float16, and −∞ − (−∞) is NaN: masks in half types, on rows that attend all, some, one or none."""
+    """−1e10 used instead of −∞ is −∞ in float16, and −∞ − (−∞) is NaN: masks in half types, on rows that attend to all, some, one or
+    none."""
     case = Case(Nq=70, Nk=90, D=16, causal=causal, dtype=dtype)
     q, k, v, _ = case.inputs(target.device)
     mask = torch.ones(1, 1, 70, 90, dtype=torch.bool, device=target.device)
@@ -153,7 +154,7 @@ def check_no_mask_needed(target):
 
 @CAUSAL
 def check_repeats_bitwise(target, causal):
-    """A missing barrier passes for "noise of the atomics". The forward repeats bit for bit; a backward varies by no more than rounding."""
+    """A missing barrier may be mistaken for "noise of the atomics". The forward must repeat bit for bit, a backward up to rounding."""
     on_cuda = target.device == "cuda"
     case = Case(B=2, H=8 if on_cuda else 1, Nq=300, Nk=530, D=64, causal=causal, dtype=dtype_served(target))
     problem = Problem.of(case, target)
@@ -188,7 +189,7 @@ def check_many_scores(target, causal):
 
 
 def check_large_mask(target):
-    """Offsets beyond 2³¹ in a mask of Nq × Nk = 1.1 · 2³¹ bytes, all its own: the last rows, and gradients from them alone."""
+    """Offsets beyond 2³¹ in a mask of Nq × Nk = 1.1 · 2³¹ bytes, not broadcast: the last rows, and gradients from them alone."""
     only_cuda(target, LARGE)
     skip_unless_masks(target)
     Nq, Nk, rows = 48_000, 49_152, 64
@@ -218,7 +219,7 @@ def check_strides_beyond_reach(target):
     want = flash_attention(x, x, x, backend=target.backend)
     anywhere = x.as_strided(x.shape, (2**36, 2**36, 64, 1))
     assert torch.equal(flash_attention(anywhere, anywhere, anywhere, backend=target.backend), want)
-    # No GPU holds a second batch that far away, so the launch of one is made up.
+    # No GPU holds a second batch that far away, so its launch is forged.
     launch = BACKENDS[target.backend].plan(FORWARD, call_of(x, x, x)).launch
     two_batches = SETTINGS.pack(2, *SETTINGS.unpack(launch.settings)[1:])
     addresses = [each.data_ptr() for each in (x, x, x, want)]
@@ -232,14 +233,14 @@ def check_strides_beyond_reach(target):
 @CAUSAL
 @pytest.mark.parametrize("D", (64, 128, 256))
 def check_many_tiles(target, causal, D):
-    """More tiles of rows than a GPU has multiprocessors, an odd number in each head: a block that takes one after another."""
+    """More tiles of rows than multiprocessors, an odd number in each head: persistent blocks take one after another."""
     only_cuda(target, "needs a GPU: thousands of tiles")
     for Nq, Nk in ((333, 333), (150, 420), (500, 200)):
         against_truth(Case(B=3, H=96, Hkv=48, Nq=Nq, Nk=Nk, D=D, causal=causal, dtype=dtype_served(target)), target)
 
 
 def check_fresh_thread(target):
-    """A thread whose first use of the GPU is a call, with memory that PyTorch has at hand: nothing has given it a context."""
+    """A thread whose first use of the GPU is a call, with memory that PyTorch has cached: nothing has created its context."""
     only_cuda(target, "needs a GPU: contexts")
     case = Case(Nq=113, Nk=203, D=64, dtype=dtype_served(target))
     problem = Problem.of(case, target)

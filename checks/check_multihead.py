@@ -23,7 +23,7 @@ from flash_attention import from_multihead_attention
 
 
 def mha_masks(target: Target) -> dict[str, dict[str, Tensor]]:
-    """What is called → its two masks, True = hidden. Column 0 stays, because a row without columns is NaN there."""
+    """Name → the module's two masks, True = hidden. Column 0 stays visible, because the module gives NaN for a row without columns."""
     padding, full = ~coins(target, B, NK), ~coins(target, B * HEADS, NQ, NK)
     padding[:, 0], full[..., 0] = False, False
     return {
@@ -36,7 +36,7 @@ def mha_masks(target: Target) -> dict[str, dict[str, Tensor]]:
 
 
 def converted_mask(key_padding_mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor | None:
-    """As the docstring of from_multihead_attention has it."""
+    """Inverts masks as the docstring of from_multihead_attention says."""
     if attn_mask is None:
         return None if key_padding_mask is None else ~key_padding_mask
     if attn_mask.dim() == 3:
@@ -156,7 +156,7 @@ def prepared(prepare) -> nn.MultiheadAttention:
     return mha
 
 
-# What cannot be a copy of parameters → how it comes about, and what the message names.
+# Modules that cannot be converted by copying parameters → how to make one, and what the message must name.
 LOST = {
     "parametrized": (lambda mha: parametrize.register_parametrization(mha, "in_proj_weight", Doubled()), "in_proj_weight"),
     "output parametrized": (lambda mha: parametrize.register_parametrization(mha.out_proj, "weight", Doubled()), "out_proj.weight"),
@@ -172,13 +172,13 @@ LOST = {
 
 @pytest.mark.parametrize(("prepare", "words"), LOST.values(), ids=LOST)
 def check_conversion_refuses(prepare, words):
-    """What copies of the parameters would lose is refused, not lost in silence."""
+    """Modules that copied parameters would not reproduce are refused, not silently changed."""
     with pytest.raises(NotImplementedError, match=words):
         from_multihead_attention(prepared(prepare))
 
 
 def check_conversion_of_subclasses():
-    """One with a forward of its own is refused; one that only adds to the class is not."""
+    """A subclass with its own forward is refused; one that only adds methods is not."""
     with pytest.raises(NotImplementedError, match=r"Subclass.*forward"):
         from_multihead_attention(Subclass(32, 4))
     x = torch.randn(2, 5, 32)

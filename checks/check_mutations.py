@@ -1,8 +1,8 @@
-"""Each mistake of mutations.py, made in a copy of cuda/, is reported by the emulator or gives a wrong result.
+"""Each mistake of mutations.py, applied to a copy of cuda/, is reported by the emulator or gives a wrong result.
 
     python checks/check_mutations.py                 all of them, as a table of what caught each
     python checks/check_mutations.py --jobs 8        the same, eight at a time
-    python checks/check_mutations.py --only hopper   those whose description has this in it
+    python checks/check_mutations.py --only hopper   those whose description contains this
 
 Under pytest, a sample that takes CI a minute; every mutation must still find its place.
 """
@@ -34,7 +34,7 @@ from mutations import (
 from flash_attention import build
 from flash_attention.backends import BACKENDS, emulated
 
-SEEDS = range(3)  # tried until one shows it
+SEEDS = range(3)  # tried until one of them shows the mistake
 SAMPLE = MUTATIONS[3 :: len(MUTATIONS) // 9]
 
 if (reason := BACKENDS["emulated:simple"]._why_no_kernels(0)) and __name__ != "__main__":
@@ -42,7 +42,7 @@ if (reason := BACKENDS["emulated:simple"]._why_no_kernels(0)) and __name__ != "_
 
 
 def caught_by(mutation: Mutation, folder: Path) -> str | None:
-    """What shows the mistake: the emulator's words, a wrong tensor, or bits that change; None if nothing does."""
+    """What shows the mistake: the emulator's message, a wrong tensor, or bits that change; None if nothing does."""
     copy = folder / "cuda"
     shutil.copytree(build.SOURCES, copy)
     path = copy / mutation.file

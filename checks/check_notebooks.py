@@ -1,4 +1,4 @@
-"""The lessons: they run, their outputs are those of the present sources, their exercises can be solved, their animations can be stepped.
+"""The lessons: they run, their outputs match the present sources, their exercises can be solved, their animations can be stepped.
 
 python checks/check_notebooks.py
 """
@@ -47,7 +47,7 @@ def words_of(lesson: Path) -> str:
 
 
 def exercises_of(lesson: Path) -> list[str]:
-    """The names that the lesson leaves blank: those of its cells that end with check_name(name)."""
+    """The names that the lesson leaves blank: in cells that end with check_name(name)."""
     sources = ("".join(cell["source"]) for cell in cells(lesson, "code"))
     return [name for source in sources for name in re.findall(r"^check_(\w+)\(\1\)$", source, re.MULTILINE)]
 
@@ -66,8 +66,8 @@ def check_there_are_lessons():
 
 @for_each_lesson
 def check_runs(build, lesson, full, monkeypatch):
-    """From a clean kernel, without an exception; of each animation, two pictures are drawn. Without --full, three that read the reference,
-    kept results and the ring: what `check_outputs_are_current` says of the others is that they have run."""
+    """Lessons run from a clean kernel without an exception, with two pictures per animation. Without --full only three, which read the
+    reference, kept results and the ring; for the others, `check_outputs_are_current` shows that they have run."""
     if not full and not lesson.stem.startswith(("lesson_1", "lesson_8", "lesson_9")):
         pytest.skip("run by --full, and by notebooks/build.py whenever its sources change")
     monkeypatch.setenv("LESSON_FRAMES", "2")
@@ -88,12 +88,12 @@ def check_exception_is_not_missed(build, tmp_path):
 
 @for_each_lesson
 def check_outputs_are_current(build, lesson):
-    """The committed outputs are those that the present sources gave."""
+    """The committed outputs come from the present sources."""
     assert build.stale(lesson) is None, f"{build.stale(lesson)}; run: make notebooks"
 
 
 def check_stale_outputs_are_noticed(build, tmp_path, monkeypatch):
-    """A changed cell, a changed output, a changed reference; words between the cells may change."""
+    """A changed cell, output or reference is noticed; text cells may change."""
     file = tmp_path / LESSONS[0].name
 
     def reason(change: Callable) -> str:
@@ -126,7 +126,7 @@ def check_size(lesson):
 
 @for_each_lesson
 def check_links(build, lesson, tmp_path):
-    """What a lesson links to in the repository exists, seen from the notebook and from its HTML."""
+    """Links of a lesson into the repository lead to files, from the notebook and from its HTML."""
     linked = [link for link in re.findall(r"\]\(([^)#\s]+)\)", words_of(lesson)) if "://" not in link]
     missing = [link for link in linked if not (NOTEBOOKS / link).exists()]
     assert not missing, missing
@@ -183,7 +183,7 @@ def check_wrong_solution_fails(lesson, name, capsys):
 
 
 def off(x: Any) -> Any:
-    """Something like x that is not x."""
+    """A value like x, but different."""
     if isinstance(x, (tuple, list)):
         return type(x)(map(off, x))
     if isinstance(x, torch.Tensor) and not x.is_floating_point():
@@ -234,7 +234,7 @@ PRESS_THE_BUTTONS = """
 
 
 def browse(page: Path, profile: Path) -> str:
-    """The document that headless Chromium has after the page's scripts have run."""
+    """The document in headless Chromium after the page's scripts have run."""
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     quiet = "--disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom"
     offline = "--host-resolver-rules=MAP * ~NOTFOUND"

@@ -1,4 +1,4 @@
-"""Attention over several processes is that of one: O, LSE and gradients, whatever the order, the method and the number of ranks.
+"""Attention over several processes equals that of one: O, LSE and gradients, whatever the order, the method and the number of ranks.
 
 python checks/check_parallel.py
 
@@ -23,7 +23,7 @@ from flash_attention.parallel import parallel_attention, positions, processes, r
 from flash_attention.reference.visible import Visible
 from flash_attention.spans import documents
 
-N = 96  # divides into 2 · 2, 2 · 3 and 2 · 4 chunks, of which none is a tile
+N = 96  # divisible into 2 · 2, 2 · 3 and 2 · 4 chunks, none of which is as long as a tile
 LENGTHS = [13, 30, 0, 25, 28]
 SETTINGS = {
     "full": {},
@@ -78,7 +78,7 @@ def one_device(settings: dict, q, k, v, dO, dLSE) -> Found:
 
 
 def on_ranks(rank: int, settings: dict, whole: tuple, **options) -> Found:
-    """The whole result, from what each rank computes of its shares."""
+    """The whole result, put together from what each rank computes of its shares."""
     q, k, v, dO, dLSE = (shard(x, order=options["order"]) for x in whole)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     if "spans" in settings:
@@ -91,7 +91,7 @@ def on_ranks(rank: int, settings: dict, whole: tuple, **options) -> Found:
 
 
 def exact(rank: int, dtype) -> list[tuple]:
-    """(case, name, got, wanted) of everything, where it is first computed on all ranks, then on this one alone."""
+    """(case, name, got, wanted) for every case: computed on all ranks, then on this one alone."""
     size = dist.get_world_size()
     compared = []
     for order in parallel.ORDERS:
@@ -139,7 +139,7 @@ def check_rounding(dtype):
     whole = inputs(dtype, 2)
     for order, name, got in processes.results(4, rounded, dtype)[0]:
         truth = one_device(SETTINGS[name], *(x.double() for x in whole))
-        in_dtype = truth  # then nothing is allowed for what naive attention would be off by
+        in_dtype = truth  # then the tolerance has no share for naive attention's error
         if dtype == torch.bfloat16:
             case = Case(B=2, H=4, Hkv=2, Nq=N, Nk=N, D=16, Dv=24, causal=name == "causal", dtype=dtype)
             q, k, v, dO, dLSE = whole
@@ -169,7 +169,8 @@ def shares(size: int, order: str, settings: dict, Nq: int = N) -> list[ring.Shar
 @pytest.mark.parametrize("order", parallel.ORDERS)
 @pytest.mark.parametrize("size", (1, 2, 3, 4, 6))
 def check_parts(size, order, Nq):
-    """The calls of all ranks and steps compute what the whole sees, each element once; one call a step, and none for nothing."""
+    """The calls of all ranks and steps together compute every visible element of the whole once; one call per step, and none without
+    work."""
     for name, settings in SETTINGS.items():
         if "spans" in settings and Nq != N:
             continue
@@ -189,7 +190,7 @@ def check_parts(size, order, Nq):
                 assert len(parts) <= most, f"{name}: {len(parts)} calls in a step"
                 for part in parts:
                     i, j = rows[part.rows], columns[part.columns]
-                    if part.settings.q_offset or part.settings.k_offset:  # where dropout counts from: runs of their own
+                    if part.settings.q_offset or part.settings.k_offset:  # dropout needs positions: each run is a call
                         assert i.tolist() == list(range(part.settings.q_offset, part.settings.q_offset + len(i)))
                         assert j.tolist() == list(range(part.settings.k_offset, part.settings.k_offset + len(j)))
                     seen = part.settings.visible(len(i), len(j), part.spans).dense(slice(0, len(i)), slice(0, len(j)))
@@ -199,7 +200,8 @@ def check_parts(size, order, Nq):
 
 @pytest.mark.parametrize("size", (2, 3, 4, 8))
 def check_zigzag_is_balanced(size):
-    """Causal: every rank computes the same number of scores, and no call reads an interval of each row: the plain kernels serve."""
+    """Causal: every rank computes the same number of scores, and no call needs an interval for each row, so that the plain kernels
+    serve."""
     computed = {}
     for order in parallel.ORDERS:
         computed[order] = []
@@ -216,7 +218,7 @@ def check_zigzag_is_balanced(size):
 
 
 def simulate(needs: list[list[bool]]) -> tuple[list[set], int]:
-    """Which shards each rank has had, and the number of steps, as K and V go from hand to hand."""
+    """Which shards each rank has held, and the number of steps, as K and V travel."""
     size = len(needs)
     had, steps = [{rank} for rank in range(size)], 0
     for trip in ring.trips(needs):
@@ -238,7 +240,7 @@ def simulate(needs: list[list[bool]]) -> tuple[list[set], int]:
 
 
 def check_trips():
-    """Every rank gets what it needs; a window's neighbours are reached in short trips; no shard travels to a rank that does not need it."""
+    """Every rank gets the shards that it needs; a window's neighbours are reached by short trips; no shard travels further than needed."""
     random = torch.Generator().manual_seed(0)
     for _ in range(500):
         size = int(torch.randint(1, 9, (), generator=random))
@@ -258,7 +260,7 @@ def check_trips():
     assert ring.trips(causal) == [ring.Trip(1, [5, 4, 3, 2, 1, 0])]
 
 
-# ---- what else a call may be
+# ---- other kinds of calls
 
 
 def layers(mesh) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,7 +286,7 @@ def layers(mesh) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def several(rank: int) -> dict:
-    """Other lengths of queries; groups of a mesh; unshard's gradient; which method is chosen; the order of events."""
+    """Different numbers of queries and keys; groups of a mesh; unshard's gradient; the choice of method; the order of events."""
     found = {}
     for Nq in (N // 2, 2 * N):
         for name in ("causal", "window", "causal, dropout", "full"):
@@ -395,7 +397,7 @@ REFUSED = {
 
 
 def outcomes(rank: int) -> dict[str, tuple[str, str]]:
-    """What each call raises where rank 1 makes another than the others, and that the group goes on after it."""
+    """What each call raises if rank 1 makes a different call from the others, and that the group still works afterwards."""
     found = {}
     for kind, calls in (("mismatch", MISMATCHES), ("refused", REFUSED)):
         for name, other in calls.items():
@@ -480,7 +482,7 @@ def check_compiled(recwarn):
 
 
 def check_example(monkeypatch):
-    """What examples/ring_on_a_laptop.py tells of: one process's result, work that is balanced, and what travels."""
+    """The output of examples/ring_on_a_laptop.py is right: one process's result, balanced work, and the traffic."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
     laptop = importlib.import_module("ring_on_a_laptop")
     results = laptop.together(2, 32, "zigzag", causal=True)

@@ -56,7 +56,7 @@ def order_of(spans: torch.Tensor) -> tuple[list[int], list[int]]:
 
 
 def length_of_schedule(order: list[int], lengths: list[int]) -> int:
-    """When the last of BLOCKS blocks ends, if each takes the next unit as soon as it is free."""
+    """The time at which the last of BLOCKS blocks ends, if each takes the next unit as soon as it is free."""
     ends = [0] * BLOCKS
     for unit in order:
         heapq.heapreplace(ends, ends[0] + lengths[unit])
@@ -64,7 +64,7 @@ def length_of_schedule(order: list[int], lengths: list[int]) -> int:
 
 
 def check_balance():
-    """Ten random lists of lengths: blocks end within 5 % of the least that any schedule takes, which the units' own order misses."""
+    """Ten random lists of lengths: blocks end within 5 % of a lower bound for any schedule; in the units' own order they do not."""
     for seed in range(10):
         order, lengths = order_of(documents(random_lengths(seed), causal=True))
         assert sorted(order) == list(range(len(order))), "a unit is missing or twice there"
@@ -75,7 +75,7 @@ def check_balance():
 
 
 def check_units_that_share_keys_stay_together():
-    """Short documents, equally long: there are few classes, in each of which heads follow each other."""
+    """Short documents of equal length: there are few classes, and within a class units keep the order of heads."""
     order, lengths = order_of(documents([1024] * 16, causal=True))
     places = {unit: place for place, unit in enumerate(order)}
     jumps = sum(abs(places[unit] - places[unit + 1]) > 8 for unit in range(len(order) - 1))

@@ -56,7 +56,7 @@ def check_biases(target, bias):
 
 @pytest.mark.parametrize("name", [*MASKS, *SPANS])
 def check_beside_masks(target, name):
-    """Hidden after they are scored, whatever hides."""
+    """Elements are hidden after the scores are changed, whatever hides them."""
     hides = {"mask": name} if name in MASKS else {"spans": name}
     for scored in ({"bias": "batches share", "alibi": True}, {"bias": "hiding", "softcap": 2.0}):
         against_truth(Case(Nq=70, Nk=70, H=2, D=16, causal=name == "key", **hides, **scored), target)
@@ -77,7 +77,7 @@ def check_tiles():
 
 
 def check_long():
-    """A call in pieces for workers, with a bias that heads share and with one of each element's own: repeatable, and right."""
+    """A call in pieces for workers, with a bias that heads share and with a full one: repeatable and correct."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 4, 2200, 64)
     for shape in ((1, 1, 1, 2200), (1, 4, 2200, 2200)):
@@ -96,7 +96,7 @@ def check_long():
 
 
 def check_memory_of_gradient():
-    """No N² tensor: a key bias of 16,000 rows with its gradient takes a small part of what one matrix of scores would (1 GB)."""
+    """No N² tensor: a key bias for 16,000 rows, with its gradient, takes a small fraction of one matrix of scores (1 GB)."""
     import resource
 
     N = 16_000
@@ -168,7 +168,7 @@ def check_mapped(shape):
 
 @pytest.mark.parametrize("trained", (False, True))
 def check_op(trained):
-    """The ops as torch's own checks see them, and a compiled and an exported call."""
+    """torch's own checks of the ops, and a compiled and an exported call."""
     q, k, v = torch.randn(3, 2, 2, 6, 8).unbind()
     bias = torch.randn(1, 2, 6, 6, requires_grad=trained)
     alibi = SLOPES.expand(2, 2)
@@ -198,7 +198,7 @@ def check_op(trained):
 
 
 def check_parts_of_a_whole():
-    """Rows and columns out of a larger whole get its ALiBi: merged by LSE, two halves of the keys give what the whole gives."""
+    """Parts of a larger call use its ALiBi distances: two halves of the keys, merged by LSE, give the whole result."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 128, 8, dtype=torch.float64)
     bias = torch.randn(1, 2, 128, 128, dtype=torch.float64)
@@ -229,13 +229,13 @@ def check_definition():
     for hides in (-math.inf, lowest, 2 * HIDES):
         hiding = torch.where(torch.rand(5, 7) < 0.5, hides, torch.zeros(()))
         torch.testing.assert_close(flash_attention(q, k, v, bias=hiding), flash_attention(q, k, v, (hiding == 0)[None, None]))
-    finite = torch.where(torch.rand(5, 7) < 0.5, -1e4, torch.zeros(()))  # of rows all of whose elements are as low, the mean
+    finite = torch.where(torch.rand(5, 7) < 0.5, -1e4, torch.zeros(()))  # for rows whose elements are all this low, the mean
     finite[2] = -1e4
     torch.testing.assert_close(flash_attention(q, k, v, bias=finite), (q @ k.mT / 2 + finite).softmax(-1) @ v, atol=1e-3, rtol=1e-3)
 
 
 def check_arguments():
-    """What is wrong is named."""
+    """Error messages name what is wrong."""
     q, k, v = torch.randn(3, 2, 3, 5, 4)
     for options, error, words in (
         ({"softcap": 0.0}, ValueError, ["softcap", "positive", "0.0"]),
@@ -305,11 +305,11 @@ HALF16 = {"dtype": torch.float16, "bias_as_q": True}
 HOPPER_CASES = [
     Case(B=1, H=4, Hkv=2, Nq=150, Nk=300, D=64, softcap=1.5, **HALF16),
     Case(B=1, H=2, Nq=150, Nk=300, D=64, softcap=30.0, causal=True, **BF16),  # no score exceeds the cap
-    Case(B=1, H=2, Nq=150, Nk=460, D=64, softcap=30.0, **BF16),  # nor a third of it: tiles whose maximum is not sought
+    Case(B=1, H=2, Nq=150, Nk=460, D=64, softcap=30.0, **BF16),  # nor a third of it: m needs no update in these tiles
     Case(B=1, H=1, Nq=150, Nk=384, D=128, softcap=6.0, **HALF16),  # some scores exceed a third of it; no tile is cut
     Case(B=1, H=4, Hkv=1, Nq=300, Nk=460, D=64, alibi=True, causal=True, **HALF16),
     Case(B=1, H=2, Nq=300, Nk=150, D=128, alibi=True, **BF16),
-    Case(B=2, H=2, Nq=150, Nk=301, D=64, bias="batches share", **HALF16),  # rows that a tensor map cannot read
+    Case(B=2, H=2, Nq=150, Nk=301, D=64, bias="batches share", **HALF16),  # rows at addresses that a tensor map cannot read
     Case(B=2, H=2, Nq=200, Nk=304, D=128, bias="keys", causal=True, **BF16),
     Case(B=1, H=2, Nq=150, Nk=208, D=64, bias="hiding", mask="dead rows", **BF16),
     Case(B=1, H=2, Nq=150, Nk=200, D=72, bias="full", softcap=2.0, alibi=True, dropout_p=0.25, **HALF16),
@@ -319,7 +319,7 @@ HOPPER_CASES = [
     Case(B=1, H=1, Nq=100, Nk=150, D=256, softcap=2.0, alibi=True, **HALF16),
     Case(B=1, H=1, Nq=100, Nk=150, D=192, alibi=True, window=(70, 30), **BF16),
 ]
-SAMPLE = {0, 2, 4, 7, 9, 12, 13}  # softcap, slopes and a bias alone; all three; beside a mask and spans; above 128 columns
+SAMPLE = {0, 2, 4, 7, 9, 12, 13}  # softcap, slopes or a bias alone; all three; with a mask and spans; above 128 columns
 FROZEN = {"bias_frozen": True}
 EVERYTHING = {"softcap": 2.0, "alibi": True, "dropout_p": 0.25, **FROZEN}
 SMALL_CASES = {
@@ -384,7 +384,7 @@ def emulator():
 
 @pytest.mark.parametrize("case", EMULATED_CASES, ids=str)
 def check_emulated(emulator, case):
-    cancels = case.bias == "number"  # its gradient is the sum of all the scores' gradients, of which next to nothing remains
+    cancels = case.bias == "number"  # its gradient is the sum of all scores' gradients, which nearly cancel
     against_truth(case, Target("emulated:simple", "cpu"), slack=4 if cancels else 1)
 
 
@@ -397,7 +397,7 @@ def check_emulated_on_tensor_cores(emulator, full, name, case, in_sample):
 
 @pytest.mark.parametrize(("name", "case", "in_sample"), ON_TENSOR_CORES, ids=str)
 def check_on_tensor_cores(name, case, in_sample):
-    """The same on a GPU, each case 50 times with the same bits, gradients too where they are asked to repeat."""
+    """The same on a GPU, each case 50 times with the same bits, gradients too in deterministic mode."""
     target = Target(name, "cuda")
     if reason := target.why_not():
         pytest.skip(reason)
@@ -416,7 +416,7 @@ def check_on_tensor_cores(name, case, in_sample):
 
 
 def check_who_sums_a_bias(emulator):
-    """What `hopper` does not combine with a bias' gradient, here a mask, is the backward of `tensor_core`'s."""
+    """Where `hopper` cannot compute a bias' gradient, here with a mask, `tensor_core` computes the backward."""
     case, target = Case(B=1, H=1, Nq=20, Nk=40, D=64, bias="matrix", **BF16), Target("emulated:hopper", "cpu")
     for mask, file in ((None, "backward_4_hopper.cu"), ("full", "backward_3_tensor_core.cu")):
         with emulated.counting() as counts:
@@ -425,7 +425,7 @@ def check_who_sums_a_bias(emulator):
 
 
 def check_what_hopper_refuses():
-    """A bias that its kernels cannot copy as they do, by name and with the reason."""
+    """A bias that the rung's kernels cannot copy is refused, with the reason, if the rung is asked for by name."""
     for options, words in (
         ({"D": 64, "dtype": torch.bfloat16, "bias": "matrix"}, "dtype"),
         ({"D": 64, "bias": "rows", **HALF16}, "an element for every key"),
@@ -439,7 +439,7 @@ def check_what_hopper_refuses():
 
 @pytest.mark.parametrize("name", ("simple", "hopper"))
 def check_emulated_repeats(emulator, name):
-    """A broadcast bias' gradient is the same, bit for bit, whatever the order of threads and blocks."""
+    """The gradient of a broadcast bias has the same bits in any order of threads and blocks."""
     target = Target(f"emulated:{name}", "cpu")
     dtype = torch.float32 if name == "simple" else torch.float16
     case = Case(B=2, H=2, Nq=150, Nk=90, D=32 if name == "simple" else 64, bias="keys", bias_as_q=True, alibi=True, dtype=dtype)
@@ -472,7 +472,7 @@ def check_frozen_bias(emulator):
 
 
 def _without_hook(text: str) -> str:
-    """A source without what stands between #if SCORE and its #endif."""
+    """A source without the code between #if SCORE and its #endif."""
     kept, depth = [], 0
     for line in text.splitlines(True):
         if line.startswith("#if"):
@@ -486,7 +486,7 @@ def _without_hook(text: str) -> str:
 
 @pytest.mark.parametrize("file", ("forward_1_simple.cu", "backward_1_simple.cu"))
 def check_no_trace_in_others(tmp_path, file):
-    """A kernel that has none of the three is compiled from the same instructions as if the hook had never been written."""
+    """A kernel without any of the three compiles to the same instructions as if the hook did not exist."""
     nvcc = build.find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc on this machine")

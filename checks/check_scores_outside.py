@@ -31,7 +31,7 @@ def check_slopes():
 
 
 def _attend_with_sinks(q, k, v, sinks, causal):
-    """By the definition: one more column of scores, one more value that is 0."""
+    """The definition: one more column of scores, whose value is 0."""
     B, H, Nq, _ = q.shape
     Nk = k.shape[2]
     S = q @ k.mT / q.shape[3] ** 0.5
@@ -76,7 +76,8 @@ def check_sinks(causal):
 
 @pytest.mark.parametrize("interleaved", (False, True))
 def check_rotary(interleaved):
-    """A rotation by complex numbers: products depend on distances alone, lengths stay, features beyond R stay, gradients rotate back."""
+    """The same as rotation by complex numbers: products depend only on distances, lengths and features beyond R are unchanged, gradients
+    rotate back."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 2, 3, 10, 12, dtype=torch.float64).unbind()
     cos, sin = rotary_angles(torch.arange(10), 8)
@@ -106,7 +107,7 @@ def check_rotary(interleaved):
 # What the kernel is asked for: B, N, H, D, R, in memory as (B, N, H, D) or (B, H, N, D), angles of each batch, dtype.
 TURNED = [
     (2, 11, 6, 48, 32, "BNHD", False, torch.bfloat16),
-    (1, 300, 2, 128, 128, "BHND", False, torch.float16),  # no feature stays, more than one block
+    (1, 300, 2, 128, 128, "BHND", False, torch.float16),  # all features are rotated, more than one block
     (3, 7, 5, 64, 16, "a part", True, torch.float16),
     (2, 9, 3, 24, 16, "BNHD", True, torch.float32),
 ]
@@ -149,7 +150,7 @@ def _turned_by_emulator(case, interleaved, back=False):
 @pytest.mark.parametrize("interleaved", (False, True))
 @pytest.mark.parametrize("case", TURNED, ids=str)
 def check_rotary_kernel(emulator, case, interleaved):
-    """The kernel, emulated, and back by the opposite angles."""
+    """The kernel, emulated, with the angles and with the opposite ones."""
     for back in (False, True):
         _turned_by_emulator(case, interleaved, back)
 
@@ -168,7 +169,7 @@ def check_rotary_kernel(emulator, case, interleaved):
     ],
 )
 def check_rotary_kernel_mistakes(emulator, tmp_path, before, after, interleaved):
-    """The check above sees each of these mistakes: as a wrong number or as memory that is not the call's."""
+    """The check above catches each of these mistakes: as a wrong number or as an access outside the call's memory."""
     copy_of_sources = tmp_path / "cuda"
     shutil.copytree(build.SOURCES, copy_of_sources)
     source = copy_of_sources / kernel.ROTARY
@@ -222,7 +223,7 @@ def check_angles_far_away():
 
 
 def check_buckets():
-    """Exact near the diagonal, then as the logarithm, the last beyond max_distance; the row's own column is aligned bottom-right."""
+    """Buckets are exact near the diagonal, then logarithmic, the last one beyond max_distance; aligned bottom-right."""
     both = relative_position_buckets(300, 300)
     assert both[200, 200] == 0 and both[200, 193:200].tolist() == [7, 6, 5, 4, 3, 2, 1] and both[200, 201:204].tolist() == [17, 18, 19]
     assert both[200, 72] == both[299, 0] == 15 and both[0, 299] == 31 and both[200, 184] == 10  # 8 + ⌊8 · log 2 / log 16⌋
@@ -234,7 +235,7 @@ def check_buckets():
 
 
 def check_layer():
-    """softcap, alibi and a bias of the scores reach the call; slopes stay float32, move along, and are in no state_dict."""
+    """softcap, alibi and score_bias reach the call; slopes stay float32, move with the layer, and are not in its state_dict."""
     torch.manual_seed(0)
     x, bias = torch.randn(2, 9, 32), torch.randn(4, 9, 9, requires_grad=True)
     layer = FlashAttention(32, heads=4, dim_head=8, causal=True, softcap=1.5, alibi=True)

@@ -1,4 +1,4 @@
-"""A plain call like one before it goes straight to its kernel, and only such a call does.
+"""A plain call like an earlier one goes straight to its kernel, and no other call does.
 
 python checks/check_shortcut.py [--backend tensor_core]
 """
@@ -15,7 +15,7 @@ from flash_attention.backends import BACKENDS, cuda
 
 @pytest.fixture
 def slow_calls(monkeypatch):
-    """The table is empty, and whatever is checked and prepared anew is listed here."""
+    """Starts with an empty table, and lists every call that is checked and prepared."""
     monkeypatch.setattr(shortcut, "_kept", {})
     calls, whole = [], interface._attention
     monkeypatch.setattr(interface, "_attention", lambda *arguments: calls.append(arguments) or whole(*arguments))
@@ -30,7 +30,7 @@ def inputs(target, *shape: int, dtype: torch.dtype | None = None):
 
 
 def check_a_second_call(target, slow_calls):
-    """The second call is the short one. It gives the same O and LSE, for other addresses and other numbers too."""
+    """The second call takes the shortcut. It gives the same O and LSE, also for other addresses and other numbers."""
     q, k, v = inputs(target)
     for causal in (False, True):
         for scale in (None, 0.3):
@@ -53,7 +53,7 @@ def check_no_two_calls_are_confused(target, slow_calls):
     H, N = q.shape[1:3]
     tall = torch.cat((q, q, q), -1)
     others = [] if half_served(target) == torch.float32 else {torch.float16, torch.bfloat16} - {q.dtype}
-    off = torch.empty(q.numel() + 1, dtype=q.dtype, device=q.device)[1:].view(q.shape).copy_(q)  # begins beside a multiple of 16 bytes
+    off = torch.empty(q.numel() + 1, dtype=q.dtype, device=q.device)[1:].view(q.shape).copy_(q)  # does not begin at a multiple of 16 bytes
     calls = [
         ((q, k, v), {}),
         ((q, k, v), {"causal": True}),
@@ -85,12 +85,12 @@ def check_no_two_calls_are_confused(target, slow_calls):
 
 
 def check_masks_and_dropout(target, slow_calls):
-    """The second call of one with a mask, or dropout, is short too, and every mask of another shape, stride or address is its own."""
+    """With a mask or dropout, the second call takes the shortcut too; masks of different shape, stride or alignment are distinguished."""
     q, k, v = (x.requires_grad_() for x in inputs(target))
     skip_unless_masks(target)
     B, H, N = q.shape[:3]
     full = torch.rand(B, H, N, N, device=q.device) < 0.7
-    # The sixth begins beside a multiple of 16 bytes.
+    # The sixth does not begin at a multiple of 16 bytes.
     off = torch.empty(full.numel() + 1, dtype=torch.bool, device=q.device)[1:].view(full.shape).copy_(full)
     masks = full[:, 0, 0], full[:, :1, :1], full[:1, :1], full, full.mT, off, ~full, None
 
@@ -130,14 +130,14 @@ TO_BE_DIFFERENTIATED = [  # dO of O, what saves tensors
     (torch.ones_like, None),
     (lambda O: torch.ones_like(O).mT.contiguous().mT, None),  # rows are not contiguous
     (lambda O: O.new_ones(()).expand_as(O), None),  # as of O.sum()
-    (lambda O: torch.ones(O.numel() + 1, dtype=O.dtype, device=O.device)[1:].view(O.shape), None),  # beside a multiple of 16 bytes
+    (lambda O: torch.ones(O.numel() + 1, dtype=O.dtype, device=O.device)[1:].view(O.shape), None),  # not at a multiple of 16 bytes
     (torch.ones_like, (lambda x: x, lambda x: x.contiguous().clone())),  # other strides come back
     (torch.ones_like, (lambda x: x, lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]])),
 ]
 
 
 def check_plain_training(target, slow_calls):
-    """A call with gradients, repeated: as the first one, whatever dO is like and whatever hooks make of what is saved."""
+    """A repeated call with gradients gives the same as the first, whatever dO's layout and whatever hooks do to saved tensors."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(target))
     attend = partial(flash_attention, backend=target.backend)
     first = gradients_by(attend, (q, k, v), torch.ones_like)
@@ -220,7 +220,7 @@ def check_what_is_not_plain_takes_the_long_way(target, slow_calls):
     ids=str,
 )
 def check_bad_settings_after_a_good_call(target, slow_calls, settings, error):
-    """What equals a good argument without being one is refused as before."""
+    """Arguments that compare equal to valid ones but have another type are still refused."""
     q, k, v = inputs(target)
     for scale in (None, 1.0):
         flash_attention(q, k, v, scale=scale, backend=target.backend)

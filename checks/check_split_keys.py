@@ -29,7 +29,7 @@ def as_before():
 
 
 def forward(problem: Problem) -> Result:
-    """The forward alone; gradients, which are another rung's, as they should be."""
+    """The forward; its gradients, which another rung computes, are taken as correct."""
     torch.manual_seed(problem.case.seed)
     options = {"causal": problem.case.causal, "scale": problem.case.scale, "dropout_p": problem.case.dropout_p, "backend": TARGET.backend}
     O, LSE = flash_attention(problem.q, problem.k, problem.v, problem.mask, return_lse=True, **options)
@@ -44,7 +44,7 @@ def expect(case: Case, multiprocessors: int) -> None:
     report.verdict()
 
 
-# Packed rows on either side of a tile of 16 or 32; keys on either side of a warp's step of 32 and of four warps' 128.
+# Packed rows just below and above a tile of 16 or 32; keys just below and above a warp's step of 32 and four warps' 128.
 SIZES = [
     *[(1, 1, 1), (1, 4, 127), (1, 4, 129), (4, 4, 257), (5, 4, 31), (3, 8, 640), (16, 1, 1000), (17, 1, 96), (33, 2, 300), (40, 4, 33)],
     *[(1, 16, 2000), (7, 7, 513)],
@@ -87,7 +87,7 @@ def check_scores_that_grow_and_ends():
 
 
 def check_scores_of_minus_infinity():
-    """Where nothing is hidden, a split whose scores are all −∞ weighs nothing; where all are, O is NaN as everywhere."""
+    """If nothing is hidden, a split whose scores are all −∞ has weight 0; if all splits are such, O is NaN, as in other kernels."""
     emulated.SM_COUNT = 132
     q, k, v = torch.ones(1, 1, 1, 64), torch.randn(1, 1, 400, 64), torch.randn(1, 1, 400, 64)
     k[:, :, :256, 0] = -torch.inf
@@ -114,7 +114,8 @@ def check_bits_do_not_depend_on_order():
 @pytest.mark.parametrize("starts", (None, [0, 100, 0, 3, 300]))
 @pytest.mark.parametrize("causal", (False, True))
 def check_lengths_on_the_device(causal, starts, page_size, multiprocessors):
-    """Sequences of 0 … 500 keys; what is no key, or a page of nobody's, is NaN; numbers of pages that no key needs lie outside the pool."""
+    """Sequences of 0 … 500 keys; memory that holds no key, and unused pages, are NaN; page numbers that no key needs lie outside the
+    pool."""
     on_the_device([500, 129, 0, 2, 300], 512, causal, starts, page_size, multiprocessors)
 
 
@@ -125,7 +126,7 @@ def check_long_sequences_in_pages():
 
 @pytest.mark.parametrize("page_size", (None, 48))
 def check_scores_of_lengths_on_the_device(page_size):
-    """ALiBi counts from each sequence's own last key, before which a cap is applied."""
+    """ALiBi counts from each sequence's own last key; the cap is applied before."""
     on_the_device([500, 129, 0, 2, 300], 512, True, [0, 100, 0, 0, 299], page_size, 132, softcap=1.5, alibi=True)
 
 
@@ -189,7 +190,7 @@ def check_splits_follow_from_sizes():
 
     assert splits(1, 32, 8, 1, 8192, 132) * 8 >= 0.9 * 2 * 132
     assert splits(64, 32, 8, 1, 4096, 132) <= 2
-    assert splits(1, 32, 8, 1, 64, 132) == 0  # none: O is written at once
+    assert splits(1, 32, 8, 1, 64, 132) == 0  # no split: O is written directly
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def private_names(source: str) -> set[str]:
-    """Dotted names that begin at torch and have a part with a leading underscore, however they were imported."""
+    """Dotted names that begin with torch and have a part with a leading underscore, however they were imported."""
     tree = ast.parse(source)
     roots, found = {"torch": "torch"}, set()
     for node in ast.walk(tree):

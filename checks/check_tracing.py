@@ -1,5 +1,5 @@
-"""Tools that inspect a call instead of computing it: compilers, exporters, tracers, shape inference, counters, TorchFunctionModes. Where
-torch's own attention goes on, so does this one.
+"""Tools that inspect a call instead of computing it: compilers, exporters, tracers, shape inference, counters, TorchFunctionModes. Whatever
+works with torch's own attention works with this one.
 
 python checks/check_tracing.py [--backend reference]
 """
@@ -30,7 +30,7 @@ def close(got, want):
     torch.testing.assert_close(got, want, atol=1e-5 if want.dtype == torch.float32 else 1e-2, rtol=0)
 
 
-# ---- what changes from call to call
+# ---- arguments that change from call to call
 
 
 @pytest.mark.parametrize("dynamic", (None, True), ids=("automatic", "dynamic"))
@@ -56,7 +56,7 @@ def check_compiled_scale(target, dynamic):
 @pytest.mark.parametrize("name, dtype, D, words", (("mma", "float32", 64, "float32"), ("hopper_wide", "float16", 520, "up to 512")))
 @pytest.mark.parametrize("gradients", (False, True))
 def check_compiled_call_is_refused(name, dtype, D, words, gradients):
-    """A compiled graph leaves a backend's objections to the op: they come as in an eager call, before anything is built."""
+    """In a compiled graph the op raises a backend's refusals, as in an eager call, before anything is built."""
     torch.compiler.reset()
     q, k, v = (torch.randn(1, 2, 9, D, dtype=getattr(torch, dtype), requires_grad=gradients) for _ in range(3))
 
@@ -91,7 +91,7 @@ class Attend(torch.nn.Module):
 
 @pytest.mark.parametrize("strict", (False, True))
 def check_exported_masks(strict):
-    """Batch, heads and length of a (B, H, N, N) mask may each be any, and equal: no size is taken for a condition on another."""
+    """Batch, heads and length of a (B, H, N, N) mask may have any sizes, also equal ones: tracing infers no condition between them."""
     B, H, N = (Dim(name, min=1 if name != "N" else 2, max=64) for name in "BHN")
     sizes = {0: B, 1: H, 2: N}
     q, mask = torch.randn(2, 3, 9, 8), torch.rand(2, 3, 9, 9) < 0.7
@@ -120,7 +120,7 @@ def check_jit_trace(tmp_path):
     """A layer with trainable weights: the trace is the same twice, computes anew, has gradients, and can be saved."""
     layer = FlashAttention(32, heads=4, dim_head=8, causal=True)
     x = torch.randn(2, 9, 32)
-    traced = torch.jit.trace(layer, x)  # traces twice and compares
+    traced = torch.jit.trace(layer, x)  # torch.jit.trace traces twice and compares
     torch.jit.save(traced, tmp_path / "traced.pt")
     for call in (traced, torch.jit.load(tmp_path / "traced.pt")):
         for y in (2 * x, torch.randn(3, 12, 32)):
@@ -143,7 +143,7 @@ def no_computation(monkeypatch):
 
 @pytest.mark.parametrize("backend", (None, "cuda", "reference"))
 def check_meta(monkeypatch, backend):
-    """Shape inference takes no time, whichever backend will compute: nothing is allocated, no tile is run."""
+    """Shape inference is fast, whichever backend will compute: nothing is allocated, no tile is computed."""
     no_computation(monkeypatch)
     q, k, v = (torch.empty(1, 8, 1 << 20, 64, device="meta", requires_grad=True) for _ in range(3))
     for dropout_p in (0.0, 0.1):
@@ -200,7 +200,7 @@ def check_flops(device, Hkv, Dv, causal):
 
 
 def check_flops_of_the_second_derivative(monkeypatch):
-    """Those of the products that it makes, counted while it makes them."""
+    """The operations of its products, counted while they run."""
     q, k, v = (torch.randn(2, 4, n, d, requires_grad=True) for n, d in ((9, 16), (13, 16), (13, 24)))
     totals = []
     reference = BACKENDS["reference"].second_backward
@@ -267,7 +267,7 @@ def check_default_device():
     want = flash_attention(q, k, v, causal=True)
     torch.compiler.reset()
     compiled = torch.compile(lambda q, k, v: flash_attention(q, k, v, causal=True), fullgraph=True, backend="aot_eager")
-    with torch.device("meta"):  # where a tensor without a device of its own would go
+    with torch.device("meta"):  # the device of tensors created without one
         assert torch.equal(flash_attention(q, k, v, causal=True), want)
         assert flash_attention(q, k, v, dropout_p=0.5).device.type == "cpu"
         assert torch.equal(compiled(q, k, v), want)

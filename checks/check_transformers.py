@@ -165,7 +165,7 @@ def check_documents_by_their_ends(integration):
 
 
 def check_patterns_are_what_is_written_out(integration):
-    """Mask functions that are understood against transformers' own `sdpa_mask`; an unknown one is written out as a tensor."""
+    """Known mask functions against transformers' own `sdpa_mask`; an unknown one is materialised as a tensor."""
     utils = integration.masking_utils
     position = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
     documents = utils.find_packed_sequence_indices(position)
@@ -173,7 +173,7 @@ def check_patterns_are_what_is_written_out(integration):
     def packed(function):
         if hasattr(utils, "packed_sequence_compatibility_function"):
             return utils.packed_sequence_compatibility_function(function, position, documents)
-        return utils.and_masks(utils.packed_sequence_mask_function(documents), function)  # as older ones write it
+        return utils.and_masks(utils.packed_sequence_mask_function(documents), function)  # as older versions of transformers write it
 
     functions = {
         "causal": utils.causal_mask_function,
@@ -202,7 +202,7 @@ def check_patterns_are_what_is_written_out(integration):
 @pytest.mark.parametrize("batch", ("plain", "left padding", "generate"))
 @pytest.mark.parametrize("kind", ("bloom", "mpt", "mpt, 6 heads, scaled, clipped"))
 def check_alibi_models(transformers, integration, calls, kind, batch):
-    """Bloom and MPT, whose layers ask no AttentionInterface: outputs and gradients of `eager`, and no mask for each query and key."""
+    """Bloom and MPT, whose layers do not use AttentionInterface: outputs and gradients match `eager`, and no Nq × Nk mask is made."""
     use_tiled_attention = importlib.import_module("flash_attention.integrations.hugging_face_alibi").use_tiled_attention
     torch.manual_seed(0)
     shared = {"vocab_size": 97, "initializer_range": 0.2}
@@ -334,7 +334,7 @@ def qkv(Nq: int = 9, Nk: int = 9) -> tuple[Tensor, ...]:
 
 
 def check_refusals(transformers, tiled, integration):
-    """Nothing that changes the result is left out in silence: a keyword with an effect, one never heard of, an integer mask, a bad name."""
+    """Nothing that changes the result is silently ignored: a keyword with an effect, an unknown keyword, an integer mask, a bad name."""
     q, k, v = qkv()
     for keyword in ({"sinks": torch.zeros(4)}, {"block_indices": torch.zeros(2, 4, 9, 1)}, {"made_up": 3}):
         with pytest.raises(NotImplementedError, match=f"Module passes {next(iter(keyword))}"):
@@ -399,7 +399,7 @@ def check_alignment_and_indices(integration, masked, biased):
     mask = {None: None, "bool": torch.rand(2, 1, 9, 9) < 0.8, "float": torch.randn(2, 1, 9, 9)}[masked]
     bias = torch.randn(2, 4, 9, 9) if biased else None
     indices = torch.rand(2, 9, 9).topk(6).indices.int()
-    indices[:, :, 0] = torch.arange(9)  # else a causal row may see nothing
+    indices[:, :, 0] = torch.arange(9)  # otherwise a causal row may see nothing
     chosen = torch.zeros(2, 1, 9, 9, dtype=torch.bool).scatter_(3, indices[:, None].long(), True)
     scores = q @ k.repeat_interleave(2, dim=1).mT / 4 + (0 if bias is None else bias)
     seen = torch.ones(9, 9, dtype=torch.bool).tril() if mask is None else mask if masked == "bool" else torch.ones(9, 9, dtype=torch.bool)
@@ -414,12 +414,12 @@ def check_alignment_and_indices(integration, masked, biased):
                 "indices": None if these is None else these[:, rows],
             }
             got, _ = integration.attention(torch.nn.Module(), q[:, :, rows], k, v, **row)
-            some = allowed.expand(2, 1, 9, 9).any(-1)[:, 0, rows]  # finite masks, added to every score of a row, say nothing
+            some = allowed.expand(2, 1, 9, 9).any(-1)[:, 0, rows]  # finite masks, added to every score of a row, have no effect
             torch.testing.assert_close(got[some], want[:, rows][some], atol=2e-6, rtol=1e-5)
 
 
 def check_implied_mask(integration):
-    """A causal mask takes no memory until an operation looks at it, and then it is the mask; what was written is what counts."""
+    """A causal mask takes no memory until an operation reads it; then it is a real mask, and changes to it count."""
     huge = integration.mask(1, 1 << 20, 1 << 20)  # 1 TB if it were in memory
     assert huge.shape == (1, 1, 1 << 20, 1 << 20) and huge.dtype == torch.bool and huge.written is None
     elsewhere = huge.to("meta")
@@ -498,7 +498,7 @@ def check_families(sweep, kind):
 
 
 def check_sweep_sees_mistakes(sweep, integration, monkeypatch):
-    """With transformers' own masks, which say None for three different things, the sweep fails."""
+    """With transformers' own masks, where None has three different meanings, the sweep fails."""
     from transformers.masking_utils import sdpa_mask
 
     monkeypatch.setattr(integration, "mask", sdpa_mask)

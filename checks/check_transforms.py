@@ -129,7 +129,7 @@ def check_vmap(target, causal, in_dims):
 
 @pytest.mark.parametrize("shape", [(2, 17), (1, 1, 9, 17), (2, 1, 1, 17), (1, 2, 9, 1)], ids=str)
 def check_vmap_keeps_masks_small(target, shape, monkeypatch):
-    """Under vmap, as everywhere, a mask that broadcasts reaches the backend as a view: at most one copy for each sample."""
+    """Under vmap too, a mask that broadcasts reaches the backend as a view: at most one copy per sample."""
     skip_unless_masks(target)
     seen = []
     backend = BACKENDS[target.backend]
@@ -386,7 +386,7 @@ def check_shapes_without_data(layout, kind):
 
 @pytest.mark.parametrize("settings", ({}, {"causal": True}, {"mask": "key"}, {"dropout_p": 0.2}), ids=str)
 def check_saved_tensors(target, settings):
-    """The forward keeps nothing for the backward that is as large as N × N, no expanded mask either; and nothing without gradients."""
+    """The forward saves nothing of size N × N for the backward, not even an expanded mask; without gradients it saves nothing."""
     N = 256
     case = served(target, B=2, H=2, Nq=N, Nk=N, D=16, **settings)
     q, k, v, mask = case.inputs(target.device)
@@ -449,7 +449,7 @@ def check_opcheck(target, settings):
         torch.library.opcheck(ops.second_backward.default, (*g, dO, dLSE, q, k, v, mask, *options))
 
 
-# ---- whatever intercepts a call (a mode, a tracer, a profiler) must see the op
+# ---- modes, tracers and profilers that intercept a call must see the op
 
 
 @CAUSAL

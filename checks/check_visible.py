@@ -1,4 +1,4 @@
-"""Windows, spans and offsets: what a row sees. Every backend against naive attention under the dense mask that they stand for, and
+"""Windows, spans and offsets: what a row sees. Every backend against naive attention under the equivalent dense mask, and
 `reference/visible.py` against its own dense form.
 
 python checks/check_visible.py [--backend reference]
@@ -27,7 +27,7 @@ LENGTHS = [(1, 1), (113, 203), (203, 113), (257, 300), (130, 130)]
 WINDOWS = [(0, 0), (40, 0), (0, 17), (63, 64), (None, 5), (5, None), (1000, 1000)]
 
 
-# ---- the one place
+# ---- reference/visible.py
 
 
 limits = st.one_of(st.none(), st.integers(0, 12))
@@ -149,7 +149,7 @@ def served_interval(target, case: Case) -> Case:
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def check_windows(target, window, Nq, Nk):
     for causal in (False, True):
-        # One column a row: dS is 0 but for rounding, of which naive attention, by another way, has less.
+        # One column per row: dS is 0 except for rounding, and naive attention, computed differently, rounds less.
         slack = 4 if window[0] == 0 and (causal or window[1] == 0) else 1
         against_truth(small(target, Nq=Nq, Nk=Nk, window=window, causal=causal), target, slack)
 
@@ -170,7 +170,7 @@ def check_with_everything(target, options):
 
 
 def check_equals_the_dense_mask(target):
-    """A window and documents give what the mask gives that they stand for, nearly to the bit: only the order of sums differs."""
+    """A window and documents give the same as the equivalent mask, nearly to the bit: only the order of sums differs."""
     case = small(target, Nq=300, Nk=300)
     q, k, v, _ = case.inputs(target.device)
     for options in ({"window": (50, 20)}, {"spans": documents([0, 100, 1, 3, 196]).to(target.device)}):
@@ -191,8 +191,8 @@ def check_right_0_is_causal(target):
 
 
 def check_parts_of_a_whole(target):
-    """Rows and columns out of a larger call, at their places in it, see what they see there and lose what dropout takes there: two halves
-    of the keys, merged by their LSE, are the whole."""
+    """Parts of a larger call, at their positions in it, see and drop the same elements as there: two halves of the keys, merged by LSE,
+    give the whole result."""
     case = small(target, Nq=192, Nk=256, dropout_p=0.3, spans="documents")
     q, k, v, _ = case.inputs(target.device)
     seed, spans = torch.tensor(77, device=target.device), case.make_spans(target.device).expand(2, 4, 192, 2)
@@ -216,7 +216,7 @@ def check_parts_of_a_whole(target):
 
 
 def check_repeats(target, repeatable):
-    """Deterministic gradients repeat bit for bit, and nothing that is not written is read."""
+    """Deterministic gradients repeat bit for bit, and nothing is read that has not been written."""
     for options in ({"window": (100, 30)}, {"spans": "any"}, {"spans": "documents"}):
         problem = Problem.of(small(target, Nq=300, Nk=400, **options), target)
         results = [problem.answer(target) for _ in range(3)]
@@ -268,7 +268,7 @@ def check_export():
 
 
 def check_vmap_and_jacrev(target):
-    """Mapped spans are folded into the batch; and not mapped ones are kept."""
+    """Mapped spans are folded into the batch; unmapped ones are kept."""
     case = small(target, Nq=20, Nk=20)
     q, k, v, _ = case.inputs(target.device)
     several = torch.stack([documents([5, 15]), documents([20]), documents([1, 19])]).to(target.device)
@@ -317,10 +317,10 @@ def check_layer():
     expect_error(lambda: FlashAttention(32, window=(-1, 0)), ValueError, ["window", "-1"])
 
 
-# ---- what is skipped
+# ---- skipping
 
 
-def check_tiles_nobody_sees_are_not_computed():
+def check_hidden_tiles_are_not_computed():
     """Counted by `observe`, forward and backward: a window and documents visit only tiles in which some row sees something."""
     from flash_attention.reference import flash2
 
@@ -340,7 +340,7 @@ def check_tiles_nobody_sees_are_not_computed():
 
 
 def check_a_window_is_fast_and_takes_linear_memory():
-    """Of the scores, tiles are computed for little more than a window sees, and nothing of size Nq · Nk is allocated."""
+    """Tiles are computed for little more than what a window sees, and nothing of size Nq · Nk is allocated."""
     N, left = 4096, 256
     q, k, v = torch.randn(3, 1, 2, N, 64).unbind()
     visible, visited = Visible(N, N, left, 0), []
@@ -351,7 +351,7 @@ def check_a_window_is_fast_and_takes_linear_memory():
     assert N * left < scores < 2 * N * left, scores
     with torch.profiler.profile(profile_memory=True) as profile:
         flash_attention(q, k, v, window=(512, 0), spans=documents([1000, 3096]))
-    largest = max(event.self_cpu_memory_usage for event in profile.events())  # the op itself only frees
+    largest = max(event.self_cpu_memory_usage for event in profile.events())  # afterwards the op only frees memory
     assert largest < 4096 * 4096, f"{largest} bytes were allocated at once"
 
 

@@ -1,4 +1,4 @@
-"""A large call on a CPU is computed in pieces, by threads: the same result for any number of them, and nothing else changes for the caller.
+"""A large call on a CPU is computed in pieces, by threads: the same result for any number of them, and no side effects for the caller.
 
 python checks/check_workers.py
 """
@@ -36,7 +36,7 @@ CASES = (
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Two, as long as a check runs; it may set others."""
+    """Two threads while a check runs; the check may change the number."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -45,7 +45,7 @@ def threads():
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Every call is for workers, in pieces of 40 rows or columns."""
+    """Makes every call go to workers, in pieces of 40 rows or columns."""
     for name, value in {"WORKER_FLOPS": 0, "WORKER_STEP": 0, "WORKER_SET": 1, "SPAN": 40}.items():
         monkeypatch.setattr(reference, name, value)
 
@@ -65,7 +65,7 @@ def results(case: Case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def check_same_for_any_number_of_threads(case, small_pieces, monkeypatch):
-    """Bit for bit, time after time; and what one piece gives but for the rounding of dQ, which is summed piece by piece."""
+    """Results repeat bit for bit; and they equal those of one piece, except for the rounding of dQ, which is summed piece by piece."""
     first = results(case)
     for number in (1, 2, 3, 3):
         torch.set_num_threads(number)
@@ -97,8 +97,8 @@ def computing_threads(size: int) -> set[int]:
 
 
 def check_who_computes(small_pieces, monkeypatch):
-    """Workers compute a large call, as many as torch.set_num_threads last said; the caller a small call, and any call if it has one
-    thread: then no thread is started."""
+    """A large call is computed by as many workers as torch.set_num_threads last set; a small call, and any call with one thread, by the
+    caller, and then no thread is started."""
     here = threading.get_ident()
     alive = threading.active_count()
     torch.set_num_threads(1)
@@ -116,7 +116,7 @@ def check_who_computes(small_pieces, monkeypatch):
 
 
 def in_new_thread(work):
-    """What work() returns, from a thread of its own."""
+    """Runs work() in a new thread and returns its result."""
     returned = []
     thread = threading.Thread(target=lambda: returned.append(work()))
     thread.start()
@@ -125,7 +125,7 @@ def in_new_thread(work):
 
 
 def check_number_of_threads_stays():
-    """A worker has its share of the threads; the caller's number, and what a thread that starts later begins with, are as before."""
+    """A worker has its share of the threads; the caller's number, and the number with which later threads start, are unchanged."""
     torch.set_num_threads(3)
     in_new_thread(lambda: torch.set_num_threads(5))  # what later threads begin with
     numbers = []
@@ -156,7 +156,7 @@ def check_old_workers_end():
 
 
 def check_exceptions_arrive():
-    """The exception itself; pieces that have not started are dropped, and the next call is served."""
+    """The caller gets the exception itself; pieces that have not started are dropped, and the next call works."""
     done = []
 
     def work(n):
@@ -180,7 +180,7 @@ def check_exceptions_arrive():
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
 def check_interrupt():
-    """Ctrl-C reaches a caller that waits, and pieces that have not started are dropped."""
+    """Ctrl-C reaches a waiting caller, and pieces that have not started are dropped."""
     done = []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore Ctrl-C
 
@@ -266,7 +266,7 @@ def check_several_callers(small_pieces):
 
 
 def check_no_more_threads(small_pieces, monkeypatch):
-    """Where the system starts no more threads, the caller computes."""
+    """If the system cannot start more threads, the caller computes."""
     q, k, v = torch.randn(3, 1, 2, 120, 8).unbind()
     expected = flash_attention(q, k, v)
 
@@ -308,7 +308,7 @@ os.wait()
 
 
 def check_after_the_main_thread():
-    """A thread that goes on when the main thread has ended can still call, though Python starts no more threads by then."""
+    """A thread that outlives the main thread can still make calls, although Python starts no more threads by then."""
     assert "same" in run_program("""
 def later():
     threading.main_thread().join()

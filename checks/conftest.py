@@ -1,13 +1,13 @@
 """pytest's part of the harness: the `target` fixture and three flags.
 
---full runs whole grids where the default is a subset. --backend NAME runs only that backend's checks. --keep writes down which kernels
-were inspected for spills (results/inspected.json): until their sources change they are not compiled for it again.
+--full runs whole grids instead of a subset. --backend NAME runs only that backend's checks. --keep notes which kernels were inspected for
+spills (results/inspected.json): until their sources change, they are not compiled again for that.
 """
 
 import os
 import zlib
 
-# Many checks are tiny: threads that spin between operations would cost more than the operations, above all beside other programs.
+# Many checks are tiny: threads that spin between operations would cost more than the operations, especially beside other programs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
@@ -26,7 +26,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     names = [*dict.fromkeys(target.backend for target in TARGETS), *GROUPS]
     wanted = config.getoption("--backend")
-    if wanted not in (None, *names):  # else nothing would be checked, and all would be well
+    if wanted not in (None, *names):  # otherwise nothing would be checked, and everything would pass
         raise pytest.UsageError(f"--backend must be one of {', '.join(names)}, got {wanted!r}")
 
 
@@ -47,13 +47,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    """A check draws the same numbers alone and after any others."""
+    """A check gets the same random numbers alone and after other checks."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture(autouse=True)
 def leaves_no_mode():
-    """A check that leaves a mode behind, or torch's functions without theirs, would make another one fail that runs after it."""
+    """A check that leaves a mode active, or disables torch's modes, would make a later check fail."""
     yield
     assert not torch._C._len_torch_function_stack(), "it leaves a TorchFunctionMode active"
     assert not torch._C._is_torch_function_all_disabled(), "it leaves all TorchFunctionModes without effect"
@@ -71,7 +71,8 @@ def keep(request) -> bool:
 
 @pytest.fixture
 def repeatable():
-    """Gradients repeat bit for bit, and torch fills every tensor it does not initialise with NaN: what a kernel fails to write shows."""
+    """Deterministic mode: gradients repeat bit for bit, and torch fills uninitialised tensors with NaN, which shows what a kernel fails to
+    write."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-// Small kernels, each of which breaks one rule where BROKEN, and does the same thing rightly where not. check_emulator.py runs both and reads the reports.
+// Small kernels, each of which breaks one rule if BROKEN, and does the same correctly if not. check_emulator.py runs both and reads the reports.
 // One file because it is compiled once.
 #include <string_view>
 
@@ -69,7 +69,7 @@ __global__ void barrier_of_two_sizes(Faults f) {
     ptx::bar_sync(4, BROKEN && threadIdx.x >= 64 ? 64 : 128);
     f.data[threadIdx.x] = 0;
 }
-// No error, but a result that depends on who comes first: seeds show it.
+// No error, but a result that depends on which thread is first: seeds show it.
 template <bool BROKEN>
 __global__ void depends_on_order(Faults f) {
     f.data[threadIdx.x] = threadIdx.x + 1000.0f;

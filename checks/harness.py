@@ -1,7 +1,7 @@
 """What every check shares: the targets to check, inputs, the truth, tolerances and the printed report.
 
-A check is written once for any backend. `TARGETS` lists the (backend, device) pairs it runs on; to add a backend, add its name there.
-One file because a check then needs one import, and a tolerance has one place.
+A check is written once for all backends. `TARGETS` lists the (backend, device) pairs on which it runs; to add a backend, add its name
+there. One file because a check then needs one import, and each tolerance is defined once.
 """
 
 import argparse
@@ -33,13 +33,13 @@ LENGTHS = [
     *[(1023, 1024), (1024, 1023), (2048, 2048), (239, 1), (799, 3), (203, 113), (217, 128), (512, 256)],
 ]
 FEW_LENGTHS = [(1, 1), (3, 799), (113, 203), (128, 217), (384, 256), (239, 1)]
-# One less and one more than every tile size in use, either way round.
+# One less and one more than every tile size in use, for either length.
 EDGE_LENGTHS = [pair for n in (16, 32, 64, 128, 256, 512, 1024) for pair in ((n - 1, n + 1), (n + 1, n - 1))]
 HEAD_SIZES = [8, 16, 32, 40, 59, 64, 96, 111, 128, 192, 256, 512]
 
 
 class Target(NamedTuple):
-    """Where a check runs."""
+    """The backend and the device on which a check runs."""
 
     backend: str
     device: str
@@ -57,7 +57,7 @@ TARGETS = [CPU, Target("reference", "cuda"), *(Target(name, "cuda") for name in 
 
 
 def call_of(q, k, v, mask=None, causal=False, dropout_p=0.0, window=None, spans=None, bias=None, alibi=None, **settings) -> Call:
-    """The call as a backend is asked about it."""
+    """A Call, to ask a backend about."""
     left, right = window or (None, None)
     spans = None if spans is None else spans.expand(*q.shape[:3], 2)
     settings = Settings(1.0, dropout_p, left, 0 if causal else right, **settings)
@@ -65,7 +65,7 @@ def call_of(q, k, v, mask=None, causal=False, dropout_p=0.0, window=None, spans=
 
 
 def skip_unless_served(target: Target, *call, **scored) -> None:
-    """Skip, with the backend's own reason, a call (the arguments of `call_of`) that it does not claim to serve."""
+    """Skips a call (the arguments of `call_of`) that the backend refuses, with the backend's own reason."""
     reason = BACKENDS[target.backend].why_not(call_of(*call, **scored))
     if reason:
         pytest.skip(f"{target.backend}: {reason}")
@@ -82,13 +82,13 @@ def serves_dropout(target: Target) -> bool:
 
 
 def skip_unless_masks(target: Target) -> None:
-    """Skip what is about masks on a rung that serves none."""
+    """Skips a check of masks on a rung that serves none."""
     if not serves_masks(target):
         pytest.skip(f"{target.backend} serves no mask")
 
 
 def dtype_served(target: Target) -> torch.dtype:
-    """float32 if the backend has it, else float16: for checks of structure, which one dtype is enough for."""
+    """float32 if the backend has it, else float16: for checks of structure, for which one dtype is enough."""
     x = torch.empty(1, 1, 1, 64, device=target.device)
     return torch.float16 if BACKENDS[target.backend].why_not(call_of(x, x, x)) else torch.float32
 
@@ -110,7 +110,7 @@ def compilers() -> list:
 
 
 def expect_error(call: Callable, error: type[Exception], words: list[str]) -> None:
-    """call() raises exactly `error`, with a message that holds all the words."""
+    """call() must raise exactly `error`, with a message that contains all the words."""
     with pytest.raises(Exception) as caught:
         call()
     message = f"{type(caught.value).__name__}: {caught.value}"
@@ -213,8 +213,8 @@ def _transposed(B, H, Nq, Nk, random):
 
 
 def _structured(B, H, Nq, Nk, random):
-    """Areas of 128 × 128 elements of which nothing or all may be attended, and others, in which each 64 × 64 are nothing, all, all but one
-    element or one alone, at a corner, or mixed."""
+    """Areas of 128 × 128 elements in which nothing, or everything, may be attended, and others whose 64 × 64 quarters allow nothing,
+    everything, all but one corner, one corner only, or a mixture."""
     rows, columns = -(-Nq // 128), -(-Nk // 128)
     kinds = torch.randint(7, (B, H, 2 * rows, 2 * columns), generator=random)  # 0 nothing, 1, 2 all, 3, 4 all but one, 5 one, 6 mixed
     areas = _each(torch.rand(B, H, rows, columns, generator=random), 2)
@@ -229,7 +229,7 @@ def _structured(B, H, Nq, Nk, random):
 
 
 def _each(tiles, size):
-    """Every element of the last two dimensions as so many, side by side."""
+    """Repeats every element along the last two dimensions."""
     return tiles.repeat_interleave(size, 2).repeat_interleave(size, 3)
 
 
@@ -286,7 +286,7 @@ BIASES = {
 
 
 def _documents(B, H, Nq, Nk, random):
-    """Of random lengths, among them 0 and 1."""
+    """Documents of random lengths, including 0 and 1."""
 
     def cut(N: int) -> Tensor:
         inner = torch.randint(N + 1, (5,), generator=random).sort().values.tolist()
@@ -297,14 +297,14 @@ def _documents(B, H, Nq, Nk, random):
 
 
 def _any_spans(B, H, Nq, Nk, random):
-    """Of each row its own, for each batch and head, some beyond the ends, some empty, some the wrong way round."""
+    """A random interval for each row, batch and head, some beyond the ends, some empty, some reversed."""
     bounds = torch.randint(-Nk // 4 - 1, Nk + Nk // 4 + 2, (B, H, Nq, 2), generator=random, dtype=torch.int32)
     turned = torch.rand(B, H, Nq, 1, generator=random) < 0.1
     return torch.where(turned, bounds.sort(-1, descending=True).values, bounds.sort(-1).values)
 
 
 def _some_blind(B, H, Nq, Nk, random):
-    """Every row sees all columns, but for some that see nothing."""
+    """Every row sees all columns, except some rows that see nothing."""
     row = torch.arange(Nq)
     return torch.stack((torch.zeros_like(row), (row % 7 > 0) * Nk), -1).int()[None, None]
 
@@ -323,7 +323,7 @@ SPANS = {
 
 
 def served(target: Target, case: Case) -> Case:
-    """The case in a dtype that the backend serves, for a check that tries it under masks too; skips what the backend does not serve."""
+    """The case in a dtype that the backend serves, for a check that also uses masks; skips if the backend does not serve it."""
     skip_unless_masks(target)
     case = replace(case, dtype=dtype_served(target))
     q, k, v, mask = case.inputs(target.device)
@@ -332,7 +332,7 @@ def served(target: Target, case: Case) -> Case:
 
 
 class Result(NamedTuple):
-    """Output and gradients of one way of computing attention; None where a rung has a forward alone."""
+    """Output and gradients of one way to compute attention; gradients are None for a rung that has only a forward."""
 
     O: Tensor
     LSE: Tensor
@@ -395,8 +395,8 @@ def flash(case: Case, target: Target, q, k, v, mask, dO, dLSE=None) -> Result:
 
 @dataclass
 class Problem:
-    """A case's inputs and random gradients, with what should come out: the truth (float64), and naive attention in the case's dtype, by
-    which tolerances are measured."""
+    """A case's inputs and random gradients, with the expected results: the truth (float64), and naive attention in the case's dtype, from
+    which tolerances are derived."""
 
     case: Case
     q: Tensor
@@ -431,7 +431,7 @@ class Problem:
         return replace(self, dO=self.dO.masked_fill(dead[..., None], bad), dLSE=dLSE)
 
     def answer(self, target: Target) -> Result:
-        """What the backend makes of it."""
+        """The backend's result."""
         if self.case.dropout_p:
             torch.manual_seed(self.case.seed)
         return flash(self.case, target, self.q, self.k, self.v, self.mask, self.dO, self.dLSE)
@@ -467,8 +467,8 @@ ALGORITHMS = {
 
 
 def against_truth(case: Case, target: Target, slack: float = 1.0, bad: float | None = None) -> tuple[Problem, Result]:
-    """O, LSE, dQ, dK and dV of one case on one backend, with random dO and dLSE, against the truth. Returns what was solved, and how.
-    bad: what comes back to rows that attend nothing."""
+    """Compares O, LSE, dQ, dK and dV of one case on one backend, with random dO and dLSE, with the truth. → the problem and the result.
+    bad: the value of dO and dLSE in rows that attend nothing."""
     problem = Problem.of(case, target)
     problem = problem if bad is None else problem.poisoned(bad)
     answer = problem.answer(target)
@@ -506,7 +506,7 @@ class Worst(NamedTuple):
     place: str
 
     def ok(self) -> bool:
-        return self.error <= self.allowed  # so written that NaN fails
+        return self.error <= self.allowed  # written so that NaN fails
 
     def closeness(self) -> float:
         return self.error / max(self.allowed, 1e-300) if self.error < float("inf") else self.error
@@ -541,7 +541,7 @@ class Report:
         for name, value, want, in_dtype in zip(got._fields, got, problem.truth, problem.in_dtype, strict=True):
             if value is None:
                 continue
-            # Kernels of half types take a softcap's tanh in 11 bits; the LSE then is as exact as O.
+            # Kernels of half types compute a softcap's tanh to 11 bits; LSE is then as exact as O.
             rule = "O" if case.softcap and case.dtype in HALF else name
             self.compare(what, name, value, want, slack * limit(rule, want, in_dtype, case.dtype, case.D), str(case))
 
@@ -590,7 +590,7 @@ def script_arguments(description: str) -> argparse.Namespace:
 
 
 def cases_for_script(arguments: argparse.Namespace, **settings) -> list[Case]:
-    """The size asked for, and a ragged one beside it."""
+    """The requested size, and a ragged one."""
     size = dict(B=arguments.b, H=arguments.h, Hkv=arguments.kv_heads, D=arguments.d, dtype=getattr(torch, arguments.dtype), **settings)
     return [Case(Nq=arguments.q_len, Nk=arguments.kv_len, **size), Case(Nq=113, Nk=203, seed=1, **size)]
 

@@ -1,4 +1,4 @@
-"""Mistakes that a kernel's author could make, as data: a place in cuda/, what stands there, what instead, and the case that must show it.
+"""Mistakes that a kernel's author could make, as data: a file of cuda/, the text before and after, and the case that must show the mistake.
 
 check_mutations.py applies each to a copy and expects the emulator to report it, or the result to be wrong. One file because it is one list.
 """
@@ -22,7 +22,7 @@ BLIND_ROWS = case(Nq=300, Nk=150, causal=True)  # the first rows see nothing
 GROUPED = case(H=4, Hkv=2)
 DROPOUT = case(dropout_p=0.25)
 MASKED = case(mask="heads share", causal=True)
-READ_ONCE = case(mask="full", Nk=304)  # each byte of the mask by one block, so it is not packed
+READ_ONCE = case(mask="full", Nk=304)  # each byte of the mask is read by one block, so it is not packed
 SHARP = case(sharp=5)  # maxima grow
 WIDE = case(D=128)
 WIDE = case(D=128, Nq=400)
@@ -84,7 +84,7 @@ HALF_SLOPED = case(alibi=True)
 HALF_BIASED = case(B=2, Nk=150, bias="batches share", bias_as_q=True)
 HALF_KEY_BIAS = case(B=2, Nk=150, bias="keys", bias_as_q=True)
 
-# hopper looks through these masks for tiles that they hide whole.
+# hopper scans these masks for tiles that they hide entirely.
 BAND = case(Nq=400, Nk=500, mask="band")
 BLIND_BAND = case(Nq=500, Nk=150, mask="band")  # tiles of Q that see nothing
 LONG_BAND = case(H=1, Nq=70, Nk=4300, mask="band")  # more tiles of keys than a word has bits
@@ -101,7 +101,7 @@ FEW_BIASED = case(H=4, Hkv=2, Nq=3, Nk=301, bias="batches share", bias_as_q=True
 
 NO_BARRIER, NO_WAIT = "", ""
 
-# (rung, file): what stands there (once, or the place given), what instead, the case
+# (rung, file): text before (which occurs once, or the number of occurrences before it is given), text after, the case
 TABLE = {
     ("simple", "forward_1_simple.cu"): [
         ("__syncthreads();  // all threads have finished reading the previous chunks", "//", FLOAT32),
@@ -209,7 +209,7 @@ TABLE = {
         ("V_smem + stage);\n        ptx::wgmma_wait_group<0>();", "V_smem + stage);", PLAIN),
     ],
     ("wgmma", "wgmma.cuh"): [
-        ("ptx::wgmma_fence();  // whatever", "//", PLAIN),
+        ("ptx::wgmma_fence();  // earlier accesses", "//", PLAIN),
         ("d / 4 * Tile_B::PANEL_BYTES + d % 4 * 32), d > 0);", "d * 32), d > 0);", WIDE),
         ("d % 4 * 32), d > 0);", "d % 4 * 32), 1);", PLAIN),
         ("k * 16 * ROW_BYTES, Tile_B::PANEL_BYTES)", "k * 16 * ROW_BYTES)", WIDE),
@@ -236,7 +236,7 @@ TABLE = {
     ],
     ("ping_pong", "forward_3e_ping_pong.cu"): [
         ("if (consumer == CONSUMERS - 1) your_turn();", "", PLAIN),
-        ("if (consumer == 0) my_turn();  // meets", "//", PLAIN),
+        ("if (consumer == 0) my_turn();  // matches", "//", PLAIN),
         (
             "            issue_PV(tile - 1);\n            issue_QK(tile);",
             "            issue_QK(tile);\n            issue_PV(tile);",
@@ -254,7 +254,7 @@ TABLE = {
         ("__syncthreads();  // K (and V) are there for every thread", "//", PLAIN),
         ("__syncwarp();  // every lane is done reading Q", NO_BARRIER, PLAIN),
         ("__syncwarp();  // the warp's rows are written", "//", PLAIN),
-        ("if (k_tiles > first_tile) {  // where", "if (true) {  // where", BLIND_ROWS),
+        ("if (k_tiles > first_tile) {  // if", "if (true) {  // if", BLIND_ROWS),
         ("if (__any_sync(0xffffffff, grew))", "if (false)", SHARP),
         ("i0 + warp_row + 16 * m + 8 * r + g + offset + 1) : p.Nk)", "i0 + warp_row + 16 * m + 8 * r + g + offset) : p.Nk)", CAUSAL),
         ("__syncthreads();  // V is there for every thread", "//", WIDEST),
@@ -349,7 +349,7 @@ TABLE = {
     ],
     ("split_keys", "forward_5_split_keys.cu"): [
         ("ptx::cp_async_wait_group<SLOTS - 2>();", "ptx::cp_async_wait_group<SLOTS - 1>();", ONE_QUERY),
-        ("__syncwarp();  // the tile is there for every lane", "//", ONE_QUERY),
+        ("__syncwarp();  // the tile is visible to every lane", "//", ONE_QUERY),
         ("__syncthreads();  // Q is there for every thread", "//", ONE_QUERY),
         ("__syncthreads();  // every warp is done with Q, its ring", "//", FEW_ROWS),
         ("__syncthreads();  // all warps' sums are there", "//", ONE_QUERY, 0),
@@ -443,14 +443,14 @@ TABLE = {
     ],
     ("hopper", "forward_4_epilogue.cuh"): [
         ("if (64 * panel + 16 * k < V_HEAD_DIM)", "if (64 * panel + 16 * k + 16 < V_HEAD_DIM)", HEAD_96),
-        ("ptx::fence_proxy_async();  // of what this lane has stored", NO_BARRIER, PLAIN),
-        ("if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there", "//", case(D=256, Nq=300)),
+        ("ptx::fence_proxy_async();  // for what this lane has stored", NO_BARRIER, PLAIN),
+        ("if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // the previous contents", "//", case(D=256, Nq=300)),
         ("(panel + more) * 64, work.i0", "panel * 64, work.i0", WIDE),
     ],
     ("hopper", "forward_4_consumer.cuh"): [
         ("release(barriers.K_empty, now.stage);", ";", MANY_TILES),
         ("await_V(before);", NO_WAIT, PLAIN),
-        ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", PLAIN),
+        ("ptx::wgmma_wait_group<1>();  // S is complete", "ptx::wgmma_wait_group<2>();", PLAIN),
         ("ptx::wgmma_wait_group<0>();\n                        multiply_O(raised);", "multiply_O(raised);", SHARP),
         ("if (raised()) {", "if (raised() && false) {", SHARP),
         (
@@ -466,7 +466,7 @@ TABLE = {
             PLAIN,
         ),
         ("if (consumer == CONSUMERS - 1) your_turn(0);", ";", PLAIN),
-        ("if (consumer == 0) my_turn();  // meets", "//", PLAIN),
+        ("if (consumer == 0) my_turn();  // matches", "//", PLAIN),
         ("O_rmem[i] *= alpha[i >> 1 & 1];", ";", SHARP),
         ("d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32), MASK", "d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), MASK", HEAD_192),
     ],
@@ -486,7 +486,7 @@ TABLE = {
         ("const bool cut = now.cut;", "const bool cut = false;", WINDOW),
         ("told_smem[stage] = at;", ";", WINDOW),
         ("ptx::fence_proxy_async();  // this thread's part of dS", NO_BARRIER, PLAIN),
-        ("meet();                    // dS is whole", "//", PLAIN),
+        ("meet();                    // dS is complete", "//", PLAIN),
         ("ptx::wgmma_wait_group<0>();  // dK too", "ptx::wgmma_wait_group<1>();  //", MANY_TILES),
         ("ptx::mbarrier_arrive(barrier(barriers.empty, stage));", ";", case(Nq=700)),
         ("ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();", "ptx::wgmma_wait_group<2>();", PLAIN),
@@ -498,8 +498,8 @@ TABLE = {
         ("ptx::mbarrier_wait(barrier(barriers.dS_full, n % 2), n / 2 & 1);", NO_WAIT, WIDE),
         ("ptx::mbarrier_wait(barrier(barriers.dS_empty, now.n % 2), (now.n / 2 & 1) ^ 1);", NO_WAIT, WIDE),
         ("ptx::mbarrier_arrive(barrier(barriers.dS_empty, n % 2));", ";", WIDE),
-        ("ptx::fence_proxy_async();  // what this thread wrote of dS, for the next tile", NO_BARRIER, WIDE),
-        ("ptx::wgmma_wait_group<2>();  // dQ is there", "ptx::wgmma_wait_group<3>();  //", WIDE),
+        ("ptx::fence_proxy_async();  // what this thread stored of dS, for the next tile", NO_BARRIER, WIDE),
+        ("ptx::wgmma_wait_group<2>();  // dQ is complete", "ptx::wgmma_wait_group<3>();  //", WIDE),
         ("start_dQ_before(dQ_rmem, now.n - 1);\n            ptx::wgmma_fence();", "start_dQ_before(dQ_rmem, now.n - 1);", WIDE),
         ("row_before = static_cast<int64_t>(now.bh) * Workspace(p).rows + i0;", "row_before = i0;", WIDE),
         ("turn_before = now.turn(p, maps, k_tile);", ";", WIDE_WINDOW_TURNS),
@@ -753,7 +753,7 @@ SCORED = {
 
 
 def replaced(path: Path, places: Iterable[tuple[str, str]]) -> None:
-    """Writes into the file what is to stand in each of these places."""
+    """Replaces each text in the file, which must occur once."""
     text = path.read_text()
     for before, after in places:
         assert text.count(before) == 1, f"{path.name} has {before!r} {text.count(before)} times, not once"
@@ -763,7 +763,7 @@ def replaced(path: Path, places: Iterable[tuple[str, str]]) -> None:
 
 @dataclass(frozen=True)
 class Mutation:
-    """`before`, which stands once in the file (or `place` times before it), becomes `after`."""
+    """`before`, which occurs once in the file (or is occurrence number `place`, counted from 0), becomes `after`."""
 
     rung: str
     file: str

@@ -1,9 +1,9 @@
-"""Builds the sdist and, from it, the wheel; installs the wheel in an empty environment and calls what is in it.
+"""Builds the sdist and, from it, the wheel; installs the wheel in an empty environment and calls it.
 
     python checks/package.py              into a temporary folder: what CI runs
     python checks/package.py --release    into dist/, from a clean tree whose version the changelog has; says what is left to do
 
-The environment is empty but for torch, of the version that requirements.txt pins. pip downloads `build`, setuptools and torch.
+The environment contains only torch, in the version that requirements.txt pins. pip downloads `build`, setuptools and torch.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def version() -> str:
 
 
 def why_no_release() -> list[str]:
-    """What is missing for a release of this version."""
+    """What is still missing for a release of this version."""
     missing = []
     if run("git", "status", "--porcelain"):
         missing.append("the tree has changes that are not committed")
@@ -67,7 +67,7 @@ def why_no_release() -> list[str]:
 
 
 def left_out(wheel: Path) -> set[str]:
-    """Files of the packages that git tracks and the wheel does not have."""
+    """Files of the packages that git tracks but the wheel lacks."""
     tracked = run("git", "ls-files", *FOLDERS).splitlines()
     expected = {file.replace(folder, inside, 1) for file in tracked for folder, inside in FOLDERS.items() if file.startswith(f"{folder}/")}
     return expected - set(zipfile.ZipFile(wheel).namelist())

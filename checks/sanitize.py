@@ -56,8 +56,8 @@ def run_grid(backend: str) -> None:
             continue
         O, LSE = flash_attention(q, k, v, mask, causal=causal, dropout_p=dropout_p, return_lse=True, backend=backend)
         if backend == "hopper":
-            # initcheck (2025.3) does not see what the copy engine stores; of a trip over the host it does. Whether all of O was written,
-            # the checks with poisoned outputs say.
+            # initcheck (2025.3) does not see stores of the copy engine, but it sees a copy from the host. The checks with poisoned outputs
+            # verify that all of O is written.
             O.data.copy_(O.data.cpu())
         alive = ~LSE.isneginf()
         if gradients:
@@ -92,9 +92,9 @@ def run_intervals(backend: str) -> int:
 def sanitize(tool: str, backend: str) -> bool:
     command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=1"]
     if tool == "initcheck" and backend == "hopper":
-        command += ["--check-api-memory-access=no"]  # it would report the trip over the host above
+        command += ["--check-api-memory-access=no"]  # it would report the copy from the host above
     command += [sys.executable, __file__, "--grid", backend]
-    # Every tensor an allocation of its own: an access beyond its end is then one beyond an allocation.
+    # One allocation per tensor, so that an access beyond a tensor's end is one beyond an allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     output = result.stdout + result.stderr

@@ -7,12 +7,12 @@
 Compared are the outputs, the gradients of all parameters, left padding, two documents in a row, a prompt in pieces through a KV cache,
 `logits_to_keep`, and `generate` with each kind of cache. Each must be equal to `eager` or raise an error that names what is not served.
 Equal means that no entry differs by more than 2e-5 of the largest, in float64 where float32's rounding alone does more, as in SAM 3.
-The sweep shows nothing about a family whose outputs hardly depend on attention; it measures that too. Exits with 1 if a family differs.
+For a family whose outputs hardly depend on attention the sweep shows nothing; it measures that too. Exits with 1 if a family differs.
 
 A family is a model type of transformers' auto classes, with its language-modelling head if it has one. Its tiny config comes from its
 default config: `SMALL` gives sizes by the names of fields, `SPECIAL` what some families need besides.
 
-One file because a family's entry in `SPECIAL` can only be understood beside the code that makes a model of it.
+One file because a family's entry in `SPECIAL` can only be understood together with the code that makes a model from it.
 """
 
 import argparse
@@ -65,7 +65,7 @@ SMALL = {
     r".*(size|dim|hidden|width|embd|d_model|ffn|rank|d_ff|channels|d_inner|filters).*": 64,
 }
 
-# Fields that some defaults leave open.
+# Fields that some default configs leave unset.
 UNSET = ("vocab_size", "head_dim", "num_key_value_heads", "n_routed_experts", "n_shared_experts", "num_experts_per_tok")
 
 GLM_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}}
@@ -378,7 +378,7 @@ class Runs:
         with torch.no_grad():
             found = tensors(seeded(self.model, **inputs))
         by_token = {name: x[real] for name, x in found.items() if x.shape[:2] == real.shape}
-        return by_token or found  # what is pooled may come from padding, whose rows nobody defines
+        return by_token or found  # pooled values may come from padding, whose rows are undefined
 
     def packed(self):
         """Two documents in a row, told apart by their positions alone."""
@@ -414,7 +414,7 @@ class Runs:
 
         found, options = {}, {"cache_implementation": cache}
         if cache == "quantized":
-            # With its real dtype the last bit of a key decides how it is rounded, and 1e-7 becomes 6e-2; all else is tried.
+            # In its real dtype the last bit of a key decides how it is rounded, and 1e-7 becomes 6e-2; everything else is compared.
             cache_utils.Fp8QuantizedLayer.fp8_dtype = torch.float32
             options["cache_config"] = {"backend": "fp8"}
         for name, inputs in (("all", self.inputs), ("padded", self.padded())):
@@ -430,7 +430,7 @@ class Runs:
 
 
 def examine(kind: str, names: list[str]) -> dict:
-    """What the table says of one family, as the first of its classes that can be built."""
+    """The table's entry for one family, with the first of its classes that can be built."""
     report: dict = {}
     for name in names:
         try:
@@ -517,7 +517,7 @@ def result(runs: Runs, what: str, report: dict) -> float | str:
 
 
 def error_in_float64(runs: Runs, what: str, name: str) -> float:
-    """For models that make much of float32's rounding. Infinite where a layer takes float32 only."""
+    """The error in float64, for models that amplify float32's rounding. Infinite if a layer accepts only float32."""
     inputs, results = runs.inputs, []
     try:
         runs.model.double()

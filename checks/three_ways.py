@@ -2,8 +2,8 @@
 
     jacrev through naive attention  ·  jacrev through flash_attention()  ·  the papers' hand-written backward passes (both papers')
 
-each against the truth (naive attention in float64), and each against each other. With the loss sum(O), FlashAttention-PyTorch's own, and
-with a random dO: under sum(O) every entry of dO is 1, and a backward that permutes dO's features would pass.
+each against the truth (naive attention in float64), and pairwise. With the loss sum(O), as in FlashAttention-PyTorch, and with a random dO:
+under sum(O) every entry of dO is 1, and a backward that permutes dO's features would pass.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def compare(case: Case, target: Target, algorithms: Algorithms, masks: tuple[str
         q, k, v, mask = case.inputs(target.device)
         O_shape = (*q.shape[:3], v.shape[3])
         random_dO = case.gradient(target.device, *O_shape)
-        ones = torch.ones((), dtype=case.dtype, device=target.device).expand(O_shape)  # what sum() hands down: stride 0 everywhere
+        ones = torch.ones((), dtype=case.dtype, device=target.device).expand(O_shape)  # the gradient of sum(): stride 0 everywhere
         for loss, dO in (("sum(O)", ones), ("random dO", random_dO)):
             truth = through(algorithms.naive, q.double(), k.double(), v.double(), mask, dO.double())
             naive = through(algorithms.naive, q, k, v, mask, dO)

@@ -6,9 +6,9 @@
 //     dq_kernel      a block keeps dQ of a few queries in registers while tiles of K and V pass by
 //     dbias_kernel   where a bias was added to the scores and its gradient is wanted: a block keeps a tile of it
 //
-// Change from reference/flash2.py: Algorithm 2 finds all three gradients in one loop over K outside and Q inside, where different j add to
-// the same dQi; on a GPU that takes atomics, whose order, and so whose rounding, changes from run to run. Here each gradient has one owner
-// and one order of summation, so results repeat bit for bit; the price is that S and dP are computed twice, 7 products where 5 would do.
+// Change from reference/flash2.py: Algorithm 2 computes all three gradients in one loop with K outside and Q inside, where different j add to
+// the same dQi. On a GPU that needs atomics, whose order, and with it the rounding, changes from run to run. Here each gradient has one owner
+// and one order of summation, so results repeat bit for bit; the price is that S and dP are computed twice, 7 products instead of 5.
 // dkv_kernel works on transposed tiles, Sᵀ = Kj Qiᵀ: then Pᵀ dO and dSᵀ Q are the same product of a tile and a chunk as P V is.
 //
 // Serves everything in the interface, as forward_1_simple.cu does. Measured on an H200, float32, B 2, H 8, N 8192, D 64: 20.4 TFLOP/s.
@@ -36,7 +36,7 @@ __device__ inline float lse_of_row(const float* LSE_gmem, int i, int Nq) {
 }
 
 // line 4: Delta = rowsum(dO∘O) − dLSE, a row a thread. ∂LSE/∂S = P, so that dS = P∘(dP − D) + P∘dLSE. Its sum runs in the order of those in
-// dP = dO Vᵀ: where a row attends to one column alone, O = V, and dP − D is exactly 0, as it must be, not what rounding left of it.
+// dP = dO Vᵀ: if a row attends to only one column, O = V, and dP − D is exactly 0, without a rounding error.
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) delta_kernel(const __grid_constant__ AttentionParams p) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;  // of B·H·Nq
     if (row >= static_cast<int64_t>(p.B) * p.H * p.Nq) return;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) delta_kernel(const __g
         Delta += sum;
     }
     if (p.d_lse) Delta -= p.d_lse[row];
-    p.workspace[row] = p.lse[row] == -CUDART_INF_F ? 0 : Delta;  // a row that attends nothing: whatever comes back to it, NaN too, is dropped
+    p.workspace[row] = p.lse[row] == -CUDART_INF_F ? 0 : Delta;  // a row that attends nothing: its incoming gradient, even if NaN, is ignored
 }
 
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __grid_constant__ AttentionParams p) {
@@ -262,8 +262,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
 
 #if SCORE & SCORE_BIAS
 // dBias, in the bias' own shape: the sum of the gradients of all scores that an element of the bias was added to. A block owns a tile of the bias and
-// meets, in one order, every batch, head, row and column over which it is broadcast; so the sum repeats bit for bit, and no matrix of Nq · Nk is
-// written that the bias is not. S and dP are computed a third time.
+// visits, always in the same order, every batch, head, row and column over which it is broadcast. So the sum repeats bit for bit, and nothing larger
+// than the bias is written. S and dP are computed a third time.
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __grid_constant__ AttentionParams p) {
     constexpr int BLOCK_Q = ROWS_Q * GROUPS, BLOCK_K = TILE;
     __shared__ __align__(16) Chunk<BLOCK_Q> QdO_smem;   // [BLOCK_Q, CHUNK] of Qi, then of dOi
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
                     if (j0 >= stop_of_rows(p, i0, BLOCK_Q)) continue;  // wholly in the future
                     constexpr bool whole = false;
 #endif
-                    // Lines 10, 11, 13 and 14, as in dq_kernel; with softcap, before its derivative.
+                    // Lines 10, 11, 13 and 14, as in dq_kernel; with softcap, without the factor of its derivative.
                     float S_rmem[ROWS_Q][COLUMNS] = {};
                     for (int d0 = 0; d0 < p.D; d0 += CHUNK) {
                         __syncthreads();  // all threads have finished reading the previous chunks; the next ones overwrite them
@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
         const int r = n / own_columns, c = n % own_columns;
         float sum = 0;
         for (int i = r; i < (all_i ? BLOCK_Q : r + 1); ++i) {
-            float of_row = 0;  // sums of sums: what is rounded grows with the length of the longest
+            float of_row = 0;  // partial sums are added to a total: the rounding error grows with the length of the longest sum
             for (int j = c; j < (all_j ? BLOCK_K : c + 1); ++j) of_row += sum_smem[i][j];
             sum += of_row;
         }

@@ -8,8 +8,8 @@
 // dK += dSᵀ Q. In dq_kernel S is not transposed, and dS is the A operand of dQ += dS K. No score passes through memory.
 //
 // Change from backward_1_simple.cu: the products (mma.cuh). Tiles of 16-bit elements are small enough for the whole head size, so that each
-// is loaded once for both products that need it. Still every gradient has one owner and one order of summation, and results repeat bit for
-// bit, for 7 products where 5 would do; rung 3 does 5, and adds up dQ by atomics.
+// is loaded once for both products that need it. Every gradient still has one owner and one order of summation, so results repeat bit for
+// bit, at the price of 7 products instead of 5; rung 3 computes 5, and adds up dQ by atomics.
 //
 // Limits: those of forward_2_mma.cu.
 #include "mma.cuh"
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(THREADS) delta_kernel(const __grid_constant__ 
         for (int d = 0; d < 8; ++d) Delta = fmaf(static_cast<float>(O[d]), static_cast<float>(dO[d]), Delta);
     }
     if (p.d_lse) Delta -= p.d_lse[row];
-    p.workspace[row] = p.lse[row] == -CUDART_INF_F ? 0 : Delta;  // a row that attends nothing: whatever comes back to it, NaN too, is dropped
+    p.workspace[row] = p.lse[row] == -CUDART_INF_F ? 0 : Delta;  // a row that attends nothing: its incoming gradient, even if NaN, is ignored
 }
 
 __global__ void __launch_bounds__(THREADS) dkv_kernel(const __grid_constant__ AttentionParams p) {
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(THREADS) dkv_kernel(const __grid_constant__ At
         }
     }
 
-    // line 18; the scale that Q did not carry
+    // line 18; times the scale, which Q does not include
     scale_rows(dK_rmem, p.scale, p.scale);
     store_rows(head_of(p.dk, b, h_kv), p.dk.stride_n, j0 + warp_row, p.Nk, p.D, dK_rmem);
     store_rows(head_of(p.dv, b, h_kv), p.dv.stride_n, j0 + warp_row, p.Nk, p.Dv, dV_rmem);

@@ -1,11 +1,11 @@
-// The gradient of a bias in the backward of `tensor_core`, in the bias' own shape, after backward_kernel: S and dP once more, and dS summed over all that
-// the bias is broadcast over.
+// The gradient of a bias in the backward of `tensor_core`, in the bias' own shape, after backward_kernel: S and dP are computed again, and dS is summed over
+// all dimensions that the bias is broadcast over.
 //
-// A block owns BLOCK_Q rows × BLOCK_K keys of the bias, or all rows, or all keys, where the bias has one for them. It meets every pair of tiles whose
-// scores such a part is added to, in one order, and keeps the sum in registers: no matrix of scores is written but the bias' own, and the bits are the same
-// each time. Two pairs of tiles are in shared memory where they fit, so that one arrives while the other is computed with.
+// A block owns BLOCK_Q rows × BLOCK_K keys of the bias; all rows, or all keys, if the bias is broadcast over them. It visits every pair of tiles whose
+// scores this part is added to, always in the same order, and keeps the sum in registers. So no matrix larger than the bias is written, and results repeat
+// bit for bit. If two pairs of tiles fit into shared memory, one is loaded while the other is in use.
 //
-// A bias that has one element for all rows and few keys gives few blocks, each with a long loop.
+// A bias that is broadcast over rows and has few keys gives few blocks, each with a long loop.
 #pragma once
 
 #include "backward_3_scores.cuh"
@@ -15,10 +15,10 @@ constexpr int DBIAS_ROWS_AT = 2 * (Tile_K::BYTES + Tile_Q::BYTES);  // of a stag
 constexpr int DBIAS_STAGE_BYTES = DBIAS_ROWS_AT + 2 * BLOCK_Q * static_cast<int>(sizeof(float));
 constexpr int DBIAS_STAGES = 2 * DBIAS_STAGE_BYTES <= SMEM_KB * 1024 ? 2 : 1;
 constexpr int DBIAS_SMEM_BYTES = DBIAS_STAGES * DBIAS_STAGE_BYTES;
-constexpr int SUM_STRIDE = BLOCK_K + 4;  // of a row of sums in shared memory: keeps its writers off each other's banks
+constexpr int SUM_STRIDE = BLOCK_K + 4;  // of a row of sums in shared memory, padded so that lanes write to different banks
 static_assert(BLOCK_Q * SUM_STRIDE * static_cast<int>(sizeof(float)) <= DBIAS_STAGE_BYTES, "the sums take a stage's place");
 
-// A block's part of the bias. Keys come first, so that blocks that run together share Q and dO.
+// A block's part of the bias. Keys vary fastest, so that blocks that run at the same time share Q and dO.
 struct BiasPart {
     int j0, i0, h, b;
 
@@ -50,7 +50,7 @@ struct Visit {
 #endif
 };
 
-// The pairs whose scores a part is added to: of each batch, head and tile of keys the tiles of rows that see some of them.
+// The pairs whose scores a part is added to: for each batch, head and tile of keys, the tiles of rows that see some of them.
 struct SharedBy {
     const AttentionParams& p;
     const Interval b, h, j, i;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
     const Workspace workspace(p);
     const int warp = uniform(threadIdx.x / 32), warp_k = warp / WARPS_Q, warp_q = warp % WARPS_Q;
 
-    auto visits = [&] { return SharedBy(p, BiasPart(bias)); };  // made anew where it is used, which is cheaper than its registers
+    auto visits = [&] { return SharedBy(p, BiasPart(bias)); };  // recomputed where it is used, which is cheaper than the registers it would take
     auto load = [&](const Visit& at, int stage) {
         if (visits().has(at)) {
             const uint32_t K_smem = stages + stage * DBIAS_STAGE_BYTES, Q_smem = K_smem + 2 * Tile_K::BYTES;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
         ptx::cp_async_wait_group<DBIAS_STAGES - 1>();
         __syncthreads();  // the pair is there, for every thread
         const uint32_t K_smem = stages + stage * DBIAS_STAGE_BYTES, Q_smem = K_smem + 2 * Tile_K::BYTES;
-        const int lane = ptx::tid_x() % 32;  // read anew in every visit, to save registers
+        const int lane = ptx::tid_x() % 32;  // re-read in every visit, to save registers
         const float* LSE_smem =
             reinterpret_cast<const float*>(smem + stage * DBIAS_STAGE_BYTES + DBIAS_ROWS_AT) + warp_q * PASSES * Q_COLUMNS;
         const Pair pair = {now.b,  now.h,    now.i0(), now.j0(),           diagonal(p), now.cut(p), Q_smem, Q_smem + Tile_Q::BYTES, K_smem, K_smem + Tile_K::BYTES,
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dbias_kernel(const __g
         now = next;
     }
 
-    // Through shared memory, so that rows leave as they lie in memory and sums over rows or keys meet.
+    // Through shared memory, so that rows are stored contiguously, and partial sums over rows or keys can be added.
     const int lane = threadIdx.x % 32;
     float* sum_smem = reinterpret_cast<float*>(smem);  // [BLOCK_Q, SUM_STRIDE]
     const float scale = DROPOUT ? p.keep_scale : 1;    // left out of dS

@@ -1,5 +1,5 @@
-// The backward of `tensor_core`, what its two kernels share: from a pair of tiles in shared memory to P and dS, in registers. backward_kernel multiplies
-// them further, dbias_kernel (backward_3_bias.cuh) sums dS.
+// What the two kernels of the backward of `tensor_core` share: from a pair of tiles in shared memory to P and dS, in registers. backward_kernel uses them as
+// operands, dbias_kernel (backward_3_bias.cuh) sums dS.
 //
 // Includers define the sizes of tiles and of a pass.
 #pragma once
@@ -18,15 +18,15 @@ struct Pair {
     uint32_t K_lane_a, Q_lane_b;         // where this lane's ldmatrix rows lie in a tile
 };
 
-// Lines 10 to 14 for K_ROWS rows of Sᵀ, from `row` on, and Q_COLUMNS columns, from `column` on: what a warp computes at a time. done(m, n, r, P0, P1,
-// dS0, dS1) gets the elements of row 16·m + 8·r + lane / 4 and columns 8·n + 2·(lane % 4) and the next; P is negative where dropout drops it. dS is the
-// gradient of S or, BEFORE_CAP, of the scores as softmax has them, which is that of a bias. scale_log2: exp(scale · x) = 2^(scale_log2 · x). batch(): as
-// pair.b, which large head sizes do not keep.
+// Lines 10 to 14 for K_ROWS rows of Sᵀ, from `row` on, and Q_COLUMNS columns, from `column` on: the part that a warp computes at a time. done(m, n, r, P0,
+// P1, dS0, dS1) receives the elements of row 16·m + 8·r + lane / 4, columns 8·n + 2·(lane % 4) and the next; P is negative where dropout drops it. dS is the
+// gradient of S or, if BEFORE_CAP, of the changed scores, which is also that of a bias. scale_log2: exp(scale · x) = 2^(scale_log2 · x). batch() returns
+// pair.b, for which large head sizes have no register.
 template <bool BEFORE_CAP, class Batch, class Done>
 __device__ inline void scores_of_part(const AttentionParams& p, float scale_log2, const Pair& pair, int warp_k, int warp_q, int pass, [[maybe_unused]] const Batch& batch,
                                       float (&S_rmem)[M_TILES][N_TILES][4], float (&dP_rmem)[M_TILES][N_TILES][4], const Done& done) {
 #if MASK
-    // Of the 32 × 32 bits that this pass needs, lane l fetches the word of row l. It is used after the product that follows.
+    // Lane l loads the word of row l of the 32 × 32 bits that this pass needs. It is used after the product that follows.
     const uint32_t* mask_gmem = static_cast<const uint32_t*>(p.mask.data) + pair.b * p.mask.stride_b + pair.h * p.mask.stride_h;
     const int mask_row = pair.i0 + (warp_q * PASSES + pass) * Q_COLUMNS + ptx::tid_x() % Q_COLUMNS;
     const uint32_t mask_word = mask_gmem[min(mask_row, p.Nq - 1) * p.mask.stride_i + (pair.j0 + warp_k * K_ROWS) / 32];
@@ -43,14 +43,14 @@ __device__ inline void scores_of_part(const AttentionParams& p, float scale_log2
     if (BIASED && BIAS_EARLY) load_bias();
 #endif
 #if DROPOUT
-    const uint2 key = dropout_key(p);  // read again in every pass, which is cheaper than two registers
+    const uint2 key = dropout_key(p);  // re-read in every pass, which is cheaper than keeping it in two registers
 #endif
     // line 10: Sᵀ = K Qᵀ
     warp_matmul<D_STEPS>(
         S_rmem, [&](auto& a, int k, int m) { ptx::ldmatrix_x4(a, pair.K_smem + warp_k * K_ROWS * ROW_BYTES + Tile_K::step(pair.K_lane_a, k) + m * 16 * ROW_BYTES); },
         [&](auto& b, int k, int n) { ptx::ldmatrix_x4(b, pair.Q_smem + (warp_q * PASSES + pass) * Q_COLUMNS * ROW_BYTES + Tile_Q::step(pair.Q_lane_b, k) + n * 16 * ROW_BYTES); });
 
-    // line 13: dPᵀ = V dOᵀ. It runs while the exponentials below do; with dropout after them, or registers would not suffice.
+    // line 13: dPᵀ = V dOᵀ. It overlaps the exponentials below; with dropout it comes after them, because there are not enough registers.
     auto multiply_dP = [&] {
         warp_matmul<D_STEPS>(
             dP_rmem, [&](auto& a, int k, int m) { ptx::ldmatrix_x4(a, pair.V_smem + warp_k * K_ROWS * ROW_BYTES + Tile_K::step(pair.K_lane_a, k) + m * 16 * ROW_BYTES); },
@@ -58,7 +58,7 @@ __device__ inline void scores_of_part(const AttentionParams& p, float scale_log2
     };
     if (!DROPOUT) multiply_dP();
 
-    const int lane = ptx::tid_x() % 32;    // read anew: what is computed from it takes no register in the rest of a step
+    const int lane = ptx::tid_x() % 32;    // re-read, so that values computed from it take no registers in the rest of a step
     const int g = lane / 4, t = lane % 4;  // this lane's row and column pair in an 8×8 fragment
 
 #if SCORE
@@ -67,7 +67,7 @@ __device__ inline void scores_of_part(const AttentionParams& p, float scale_log2
     slope = slope_log2(p, pair.b, pair.h);
     score_columns(S_rmem, derivative_rmem, bias_rmem, p, score_units(p), query);
 #endif
-    // line 11: P = exp(scale · S − LSE), from here on in S's place
+    // line 11: P = exp(scale · S − LSE); it overwrites S
 #pragma unroll
     for (int n = 0; n < N_TILES; ++n) {
         const float2 LSE = *reinterpret_cast<const float2*>(pair.LSE_smem + pass * Q_COLUMNS + 8 * n + 2 * t);
@@ -111,7 +111,7 @@ __device__ inline void scores_of_part(const AttentionParams& p, float scale_log2
     }
 
 #if DROPOUT
-    // Dropped elements get a negative sign on their P: dS needs |P|, dV does not.
+    // Dropped elements get a negative sign on their P: dS needs |P| of all elements, dV only that of kept ones.
     // A call of Philox serves 32 × 32 elements 8 apart: two calls (e = 0, 1) give a lane's share of them.
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -134,8 +134,8 @@ __device__ inline void scores_of_part(const AttentionParams& p, float scale_log2
 #endif
     if (DROPOUT) multiply_dP();
 
-    // line 14: dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale
-    // is left to the end, as it is in dV.
+    // line 14: dS = P∘(dP − Delta). With dropout, dS = P∘(keep_scale · kept dP − Delta); the factor keep_scale is applied at the end, as for
+    // dV.
 #pragma unroll
     for (int n = 0; n < N_TILES; ++n) {
         const float2 Delta = *reinterpret_cast<const float2*>(pair.Delta_smem + pass * Q_COLUMNS + 8 * n + 2 * t);

@@ -1,17 +1,17 @@
 // Backward on tensor cores with swizzled shared memory and double-buffered copies: FlashAttention-2, Algorithm 2.  sm_80 and newer.
 //
-// The idea: compute S and dP transposed. Sᵀ = K Qᵀ leaves a warp's accumulators with rows of K, the very rows of dV = Pᵀ dO and dK = dSᵀ Q that
-// this warp adds up. Rounded to pairs they are already those products' A operand, so for head sizes up to 64 only dS passes through shared
-// memory, for dQ = dS K, which sums over the keys of all warps. Above 64 the accumulators dK and dV of a row no longer fit one warp: two or four
-// warps share the rows, each computes a part of the columns of Sᵀ and a part of the head size, and P passes through shared memory too.
+// The idea: compute S and dP transposed. The rows of Sᵀ = K Qᵀ in a warp's accumulators are keys: the same rows of dV = Pᵀ dO and dK = dSᵀ Q that
+// this warp accumulates. Rounded to pairs they are already laid out as the A operand of those products, so for head sizes up to 64 only dS goes through
+// shared memory, for dQ = dS K, which sums over the keys of all warps. Above 64 the accumulators dK and dV of a row no longer fit into one warp: two or
+// four warps share the rows, each computes a part of the columns of Sᵀ and a part of the head size, and P goes through shared memory too.
 //
 // A block owns BLOCK_K keys of one key/value head and visits the tiles of Q (of each query head of the group in turn) that see them. dK and dV stay
 // in registers. dQ is summed over the blocks in global memory, in float32, in the order of the accumulators ("fragment order"): a warp then adds 512
-// contiguous bytes at a time. One kernel before prepares Delta and LSE, one after puts dQ in order.
+// contiguous bytes at a time. A kernel before it prepares Delta and LSE, a kernel after it puts dQ into row order.
 //
-// Change from backward_2_mma.cu: the swizzle and the stages; one pass with atomic additions to dQ instead of a second pass that computes S and dP again.
+// Change from backward_2_mma.cu: the swizzle and the stages; one pass with atomic additions to dQ instead of a second pass that recomputes S and dP.
 // Limits: float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale. dK and dV repeat bit for bit; dQ does only if
-// `deterministic` is set, because atomic additions of several blocks come in any order.
+// `deterministic` is set, because several blocks' atomic additions happen in any order.
 //
 // One file because its kernel is one loop, in which the stages, the fragments and dQ's order depend on each other.
 #include "score_mma.cuh"
@@ -24,9 +24,9 @@
 #define WARPS (HEAD_DIM <= 64 || SMEM_KB < 163 ? 4 : 8)
 #define WARPS_K (BLOCK_K >= 64 ? BLOCK_K / 32 : 2)  // warps along the rows of Sᵀ
 #define S_STAGES (HEAD_DIM <= 192 && SMEM_KB >= 227 ? 2 : 1)  // tiles of dS and P in shared memory: with two, a step has one barrier
-// Columns of Sᵀ at a time, as far as registers suffice.
+// How many columns of Sᵀ are computed at a time: as many as registers allow.
 #define PASS_COLUMNS (ARCH >= 90 && ARCH < 120 && !INTERVAL && !SCORE && !(CAUSAL && MASK && (HEAD_DIM == 64 || (DROPOUT && ARCH > 90))) ? 32 : 16)
-#define BIAS_EARLY (!INTERVAL && !DROPOUT && !MASK && (HEAD_DIM <= 64 || ARCH >= 90))  // a bias is loaded before S is computed, where registers suffice
+#define BIAS_EARLY (!INTERVAL && !DROPOUT && !MASK && (HEAD_DIM <= 64 || ARCH >= 90))  // a bias is loaded before S is computed, if there are enough registers
 #define STAGES (HEAD_DIM <= 64 ? 2 : S_STAGES == 2 ? 3 : HEAD_DIM <= 192 || SMEM_KB >= 227 ? 2 : 1)  // tiles of Q and dO
 #define DQ_WARPS_Q (HEAD_DIM == 96 && WARPS == 8 ? 4 : 2)  // warps along the rows of dQ, the others along the head size
 #define BLOCKS_PER_SM (WARPS == 4 ? 2 : 1)
@@ -38,7 +38,7 @@ constexpr bool P_IN_REGISTERS = WARPS_Q == 1;
 constexpr bool ONE_BARRIER = S_STAGES == 2;
 constexpr int K_ROWS = BLOCK_K / WARPS_K;            // rows of Sᵀ, dK and dV that a warp computes
 constexpr int M_TILES = K_ROWS / 16;
-constexpr int Q_COLUMNS = BLOCK_Q / WARPS_Q < PASS_COLUMNS ? BLOCK_Q / WARPS_Q : PASS_COLUMNS;  // of Sᵀ, that a warp computes in one pass
+constexpr int Q_COLUMNS = BLOCK_Q / WARPS_Q < PASS_COLUMNS ? BLOCK_Q / WARPS_Q : PASS_COLUMNS;  // of Sᵀ that a warp computes in one pass
 constexpr int PASSES = BLOCK_Q / WARPS_Q / Q_COLUMNS;
 constexpr int N_TILES = Q_COLUMNS / 8;
 constexpr int D_STEPS = HEAD_DIM / 16;
@@ -73,7 +73,7 @@ __device__ inline Keys keys_of_block(const AttentionParams& p) {
     return {block % tiles, block / tiles % p.Hkv, block / tiles / p.Hkv};
 }
 
-// exp(scale · x) = 2^(scale_log2 · x): an argument, because an instruction can read it from where arguments lie, without a register.
+// exp(scale · x) = 2^(scale_log2 · x). It is a kernel argument: instructions read those from constant memory, without a register.
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const __grid_constant__ AttentionParams p, float scale_log2) {
     extern __shared__ __align__(1024) uint8_t smem[];
     const uint32_t K_smem = ptx::smem_address(smem);                      // [BLOCK_K, HEAD_DIM]
@@ -90,12 +90,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
     const int warp_k = warp / WARPS_Q, warp_q = warp % WARPS_Q;
     [[maybe_unused]] const int offset = diagonal(p);                      // causal: row i sees columns j ≤ i + offset
     const Workspace workspace(p);
-    // This block's turn to add to dQ, if deterministic, and, for dropout, its batch. Large head sizes leave no registers to keep them in.
+    // This block's turn to add to dQ, if deterministic, and, for dropout, its batch. They are recomputed: large head sizes leave no registers for them.
     [[maybe_unused]] auto turn = [&] { return HEAD_DIM > 192 ? keys_of_block(p).tile : keys.tile; };
     [[maybe_unused]] auto batch = [&] { return HEAD_DIM > 192 && ARCH > 90 ? keys_of_block(p).b : b; };
 
     // line 8: the tiles of Q that see some of these keys, of every query head that shares them. Causal: from the last one down, so that the blocks
-    // of a head are at the same tile at about the same time, which then stays in L2; taking turns (below), they must be.
+    // of a head reach the same tile at about the same time and it stays in L2; when blocks take turns (below), this order is required.
     const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q;
     [[maybe_unused]] const int begin = CAUSAL ? q_tiles - 1 : 0, end = CAUSAL ? max(0, j0 - offset) / BLOCK_Q - 1 : q_tiles;
     const int group = p.H / p.Hkv, end_h = (keys.h + 1) * group;
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
     float dK_rmem[M_TILES][D_TILES][4] = {}, dV_rmem[M_TILES][D_TILES][4] = {};
 
     // Where this lane's ldmatrix rows lie, in the products Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, then dV = Pᵀ dO and dK = dSᵀ Q, then dQ = dS K.
-    // What depends on the warp alone is kept apart: it fits the registers that a warp shares.
+    // The part that depends only on the warp is separate: it fits into uniform registers.
     int lane = threadIdx.x % 32;
     const uint32_t K_lane_a = Tile_K::lane_a(0, lane), Q_lane_b = Tile_Q::lane_b(0, lane);
     const uint32_t S_lane_a = Tile_S::lane_a(0, lane), Q_lane_b_trans = Tile_Q::step(Tile_Q::lane_b_trans(lane), warp_q);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
     ptx::cp_async_wait_group<(STAGES > 1)>();
     __syncthreads();  // K, V and the first tile of Q and dO are there for every thread
 
-    uint32_t dS_stage = dS_smem;  // changes places if there are two
+    uint32_t dS_stage = dS_smem;  // alternates if there are two
     for (; now.h < end_h; advance(now)) {
         const int i0 = now.tile * BLOCK_Q;
         const uint32_t Q_smem = QdO_smem + now.stage * 2 * Tile_Q::BYTES, dO_smem = Q_smem + Tile_Q::BYTES;
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         }
 
         if (ONE_BARRIER) ptx::cp_async_wait_group<0>();  // this thread's part of the next tile
-        // All warps have written dSᵀ (and Pᵀ). Where a step has this one barrier, it also says that the next tile has arrived, and that all warps
+        // All warps have written dSᵀ (and Pᵀ). If this is the only barrier of a step, it also means that the next tile has arrived, and that all warps
         // have finished reading two buffers: the stage that the tile after next is loaded into, and the other dSᵀ, which the next step overwrites.
         __syncthreads();
         if (ONE_BARRIER) load_q(2);
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         auto& my_turn = turn;
 #endif
         if (p.deterministic) {
-            // Blocks add to a tile in the order of their keys. They start in that order too, so the one waited for is running or done.
+            // Blocks add to a tile in the order of their keys. They start in that order too, so the block that is waited for is running or has finished.
             if (threadIdx.x == 0)
                 while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != my_turn()) {}
             __syncthreads();  // our turn, for every thread
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
             }
         if (p.deterministic) {
             __threadfence();  // this thread's additions come before the next block's
-            __syncthreads();  // everybody's additions are made
+            __syncthreads();  // all threads' additions are done
             if (threadIdx.x == 0) ptx::st_release(workspace.turns + row / BLOCK_Q, my_turn() + 1);
         }
 
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
         }
     }
 
-    // line 18: dK and dV out through the places of K and V, so that global stores are 16 bytes wide.
+    // line 18: dK and dV are stored by way of the buffers of K and V, so that global stores are 16 bytes wide.
     __syncthreads();  // every warp is done with K and V
     lane = ptx::tid_x() % 32;
     const float dV_scale = DROPOUT ? p.keep_scale : 1.0f, dK_scale = p.scale * dV_scale;
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
                 ptx::st_shared(V_smem + place, ptx::cvt_pair<element>(dV_rmem[m][n][2 * r] * dV_scale, dV_rmem[m][n][2 * r + 1] * dV_scale));
             }
     __syncthreads();  // whole rows are written, by threads other than those that read them next
-    const Keys out = keys_of_block(p);  // once more: they need not have been kept in registers
+    const Keys out = keys_of_block(p);  // recomputed, so that they need not be kept in registers
     store_tile<Tile_K, THREADS>(head_of(p.dk, out.b, out.h), smem, p.dk.stride_n, out.tile * BLOCK_K, p.Nk, p.D);
     store_tile<Tile_K, THREADS>(head_of(p.dv, out.b, out.h), smem + Tile_K::BYTES, p.dv.stride_n, out.tile * BLOCK_K, p.Nk, p.Dv);
 }

@@ -4,17 +4,17 @@
 // dPᵀ = V dOᵀ leave it with 64 rows of Pᵀ and dSᵀ, which in registers are already the A operands of dV += Pᵀ dO and dK += dSᵀ Q. Only dS goes
 // through shared memory, for dQ = dS K, which sums over the keys of both groups. dQ is added up in global memory, as in backward_3_tensor_core.cu.
 //
-// A group issues no product while its additions to dQ issue, so they should begin early, with much under way. Up to 64 columns a tile's dQ comes
-// between its dV and its dK, and the groups meet in each tile. Above, where registers suffice, a group computes dQ of the tile before, whose dS has
-// long been whole, ahead of this tile's dV and dK, and adds it while both of these run. The groups then wait for each other only where one is a whole
-// tile behind.
+// A group issues no product while it issues its additions to dQ, so these should begin early, while products are in flight. Up to 64 columns a tile's
+// dQ is computed between its dV and its dK, and the groups synchronise in each tile. Above 64, if registers suffice, a group computes dQ of the
+// previous tile, whose dS has long been complete, before this tile's dV and dK, and adds it while those two run. Then a group waits for the other only
+// if that is a whole tile behind.
 //
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 128 that are multiples of 8.
 //
 // One file because its kernel is one schedule; what the three hopper backwards share is in backward_hopper.cuh.
 #include "common.cuh"
 
-// Whether dQ is the tile before's. Under a mask, and under most scores that are changed, registers do not suffice.
+// Whether dQ is computed one tile late. With a mask, and with most changes of scores, there are too few registers.
 #if HEAD_DIM > 64 && !MASK && \
     (!SCORE || (!DROPOUT && !INTERVAL && (SCORE == SCORE_ALIBI || SCORE == SCORE_BIAS || (SCORE == SCORE_SOFTCAP && !CAUSAL))))
 #define DQ_LATE 1
@@ -23,7 +23,7 @@
 #endif
 
 constexpr int BLOCK_K = 128;                        // 64 for each of two groups
-// The accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers, with what an interval and the hook for scores take.
+// The accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers with the values that intervals and the hook for scores need.
 constexpr bool FEW_REGISTERS = INTERVAL || (SCORE && (MASK || DROPOUT || (SCORE != SCORE_SOFTCAP && SCORE != SCORE_ALIBI)));
 constexpr int BLOCK_Q = HEAD_DIM <= 64 && !FEW_REGISTERS ? 128 : 64;
 constexpr int CONSUMERS = 2, HALVES = 1;
@@ -31,17 +31,17 @@ static_assert(HEAD_DIM <= 128 && HEAD_DIM % 16 == 0 && V_HEAD_DIM == HEAD_DIM, "
 #include "backward_hopper.cuh"
 
 constexpr int N_TILES = BLOCK_Q / 8;
-// dS in shared memory: its rows are queries, as dQ = dS K reads them. In wide heads they are keys under a mask, which is 5 % faster there, and where
-// the hook for scores leaves no register for the other way.
+// dS in shared memory: its rows are queries, as dQ = dS K reads them. In wide heads its rows are keys instead under a mask, which is 5 % faster there, and
+// where the hook for scores leaves no registers for the first layout.
 constexpr bool DS_BY_KEYS = HEAD_DIM > 64 && (MASK || SCORE == (SCORE_SOFTCAP | SCORE_BIAS | SCORE_ALIBI));
 using Tile_dS = std::conditional_t<DS_BY_KEYS, SwizzledTile<BLOCK_K, BLOCK_Q>, SwizzledTile<BLOCK_Q, BLOCK_K>>;
-// Causal, with intervals, and where a mask leaves out tiles, one group adds its part of dQ before it asks for dK, the other one after: one adds while
-// the other multiplies. Not where blocks take turns.
+// Causal, with intervals, and where a mask leaves out tiles, one group adds its part of dQ before it issues dK, the other group after: one adds while the
+// other multiplies. Not when blocks take turns.
 constexpr bool ALTERNATES = (CAUSAL || INTERVAL) && !DQ_LATE && !MASK && !DROPOUT && !SCORE;
-// A group computes 64 rows of dQ, or, where there are no more, half of the columns; beyond the head's last they are 0.
+// A group computes 64 rows of dQ, or, if a tile has only 64 rows, half of the columns; columns beyond the head's last are 0.
 constexpr bool BY_ROWS = BLOCK_Q == 128;
 constexpr int COLUMNS = BY_ROWS || HEAD_DIM > 64 ? 64 : 32;
-constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // what each row sees
+constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // the interval that each row sees
 using Tile_bias = SwizzledTile<BLOCK_Q, BLOCK_K>;
 constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
 #include "backward_hopper_bias.cuh"
@@ -58,7 +58,7 @@ struct Barriers {
 #endif
 };
 
-// LEAVES_OUT: whether a mask leaves out tiles. The code for false is that of a kernel without the look.
+// LEAVES_OUT: whether the mask lets tiles be skipped. For false, the code is the same as without a scan of the mask.
 template <bool ALTERNATE, bool LEAVES_OUT>
 __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
@@ -104,7 +104,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        // ---- the producer: one thread asks for every tile
+        // ---- the producer: one thread issues all loads
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             const Workspace workspace(p);
@@ -126,10 +126,10 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                     load_boxes<Tile_Q>(tile, map, i0, at.bh % p.H, at.bh / p.H, full);
                     ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
                 };
-                ptx::mbarrier_wait(barrier(barriers.empty, stage), slot.parity ^ 1);  // passes at once in the first round
+                ptx::mbarrier_wait(barrier(barriers.empty, stage), slot.parity ^ 1);  // returns immediately in the first round
                 const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES;
 #if INTERVAL
-                told_smem[stage] = at;  // seen by those who have waited for "full"
+                told_smem[stage] = at;  // visible to threads that have waited for "full"
 #endif
 #if SCORE & SCORE_BIAS
                 const int bias_bytes = one_bias_row(p) ? Tile_bias::PANELS * ROW_BYTES : BIAS_BYTES;
@@ -158,7 +158,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         // ---- the consumers: 64 keys each
         ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
         const int consumer = group - 1, warp = threadIdx.x % GROUP / 32, lane = threadIdx.x % 32, t = lane % 4;
-        const int place = consumer * 64 + warp * 16 + lane / 4;  // in the tile of keys; this thread has it and the one 8 further,
+        const int place = consumer * 64 + warp * 16 + lane / 4;  // in the tile of keys; this thread holds it and the row 8 further on,
         const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
         const uint32_t group_rows = consumer * 64 * ROW_BYTES;       // the group's rows of K and V
         [[maybe_unused]] const uint32_t dS_lane = Tile_dS::offset(lane % 8 + lane / 16 * 8, consumer * 8 + warp * 2 + lane / 8 % 2);  // for stmatrix
@@ -177,7 +177,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 ptx::ldmatrix_x4_trans(pairs, ptx::smem_address(tile) + Tile_bias::offset(row, (consumer * 4 + warp) * 2 + lane / 8 % 2));
                 return;
             }
-            // The rows of an accumulator are keys in another order than memory has them.
+            // The rows of an accumulator are keys, permuted.
             auto at = [&](int row, int key) {
                 return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(tile + Tile_bias::offset(one_row ? 0 : row, key / 8) + key % 8 * 2));
             };
@@ -196,7 +196,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #else
         VisitOf<LEAVES_OUT> now(p, maps, k_tile, b_kv_h);
 #endif
-        // The group's part of dQ = dS K, under way; tile number n of the visit.
+        // Issues the group's part of dQ = dS K for tile number n of the visit.
         auto start_dQ = [&](float(&dQ_rmem)[COLUMNS / 2], int n) {
             const uint64_t dS_part = ptx::descriptor(uniform(dS_smem + n % 2 * Tile_dS::BYTES + (BY_ROWS ? consumer * 64 * ROW_BYTES : 0)));
             const uint64_t K_part = ptx::descriptor(uniform(K_smem + (BY_ROWS ? 0 : consumer * (COLUMNS == 64 ? Tile_K::PANEL_BYTES : 64))));
@@ -210,7 +210,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::wgmma_commit_group();
         };
 #if DQ_LATE
-        // Of the tile before: its first row in the workspace, and how many blocks add to it first.
+        // Of the previous tile: its first row in the workspace, and how many blocks add to it before this one.
         int64_t row_before = 0;
         int turn_before = k_tile;
         auto start_dQ_before = [&](float(&dQ_rmem)[COLUMNS / 2], int n) {
@@ -224,7 +224,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             add_dQ<COLUMNS>(workspace, row_before, consumer * COLUMNS, dQ_rmem);
             end_turn(p, workspace, row_before, turn_before);
         };
-        // One tile of Q. The first is code of its own, because a branch between products that are under way would make each of them wait.
+        // One tile of Q. The first tile has its own copy of the code, because at a branch between products in flight the compiler waits for each of them.
         auto visit = [&](auto first) {
             constexpr bool FIRST = decltype(first)::value;
 #else
@@ -245,7 +245,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             const bool cut = j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk);
 #endif
 
-            // Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, under way
+            // issue Sᵀ = K Qᵀ and dPᵀ = V dOᵀ
             float S_rmem[BLOCK_Q / 2], dP_rmem[BLOCK_Q / 2];
             auto multiply = [&](float(&C)[BLOCK_Q / 2], uint32_t A, uint32_t B, bool from_zero) {
                 const uint64_t a = ptx::descriptor(uniform(A + group_rows)), b = ptx::descriptor(uniform(B));
@@ -268,10 +268,10 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::mbarrier_wait(barrier(barriers.dO_full, stage), slot.parity);
             multiply(dP_rmem, V_smem, dO_tile, true);
 
-            // Dropout, while they are: what it keeps of the tile.
+            // While these products run: which elements of the tile dropout keeps.
             [[maybe_unused]] KeepBits<BLOCK_Q> keep;
             if (DROPOUT) {
-                const int thread = ptx::tid_x() - GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+                const int thread = ptx::tid_x() - GROUP;  // re-read here, so that values derived from it occupy no registers before
                 keep.draw_keys(p, now.bh / p.H, now.bh % p.H, j0 + RowOrder::row(thread / 32 * 16 + thread % 32 / 4), i0, thread % 32);
             }
 
@@ -290,7 +290,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 }
             };
 #if INTERVAL
-            // Once all of P is there: one branch a tile, under which nothing else has to wait.
+            // Once all of P is computed, so that there is one branch per tile and nothing else waits for it.
             auto hide_P = [&] {
 #pragma unroll
                 for (int n = 0; n < N_TILES; ++n) {
@@ -298,7 +298,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #pragma unroll
                     for (int r = 0; r < 2; ++r) {
                         const unsigned j = j0 + first_row + ROW_STEP * r;
-                        if (j - rows.x >= rows.y) S_rmem[4 * n + 2 * r] = 0;  // unsigned: also what lies before the first
+                        if (j - rows.x >= rows.y) S_rmem[4 * n + 2 * r] = 0;  // unsigned: columns before the first are hidden too
                         if (j - rows.z >= rows.w) S_rmem[4 * n + 2 * r + 1] = 0;
 #if SCORE
                         P_rmem[n / 2][n % 2 * 2 + r] &= (j - rows.x < rows.y ? 0xffffu : 0) | (j - rows.z < rows.w ? 0xffff0000u : 0);
@@ -314,10 +314,10 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             };
 #endif
 #if SCORE
-            // P; S is overwritten with the factor of dS: P, or with softcap P times the cap's derivative.
+            // P; S is overwritten with the factor of dS: P, or with softcap P times the derivative of the cap.
             const float slope = SLOPED ? slope_of_head(p, now.bh / p.H, now.bh % p.H) : 0;
             auto score_P = [&] {
-                // What is hidden falls below all scores first, as under a mask; a tanh would forget it.
+                // Hidden scores are first set far below all others, as a mask does; the tanh would lose that.
                 constexpr bool HIDES_FIRST = !INTERVAL && !MASK && CAUSAL;
                 if (HIDES_FIRST && cut) {
 #pragma unroll
@@ -344,7 +344,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                     });
             };
 #endif
-            // dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end, as it is in dV.
+            // dS = P∘(dP − Delta). With dropout, dS = P∘(keep_scale · kept dP − Delta); the factor keep_scale is applied at the end, as for dV.
             auto make_dS = [&](int n) {
                 const float2 Delta = *reinterpret_cast<const float2*>(Delta_smem + 8 * n);
 #pragma unroll
@@ -365,7 +365,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             if (DROPOUT) await_dS_empty();
             ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();  // Sᵀ is there
 #if !INTERVAL && !MASK && !SCORE
-            // What is hidden has P = 2^−∞ = 0: one branch a tile, before the exponentials, which then run on without any.
+            // Hidden scores become −∞, so that P = 2^−∞ = 0: one branch per tile, before the exponentials, which then have none.
             if (cut) {
 #pragma unroll
                 for (int n = 0; n < N_TILES; ++n)
@@ -405,7 +405,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             for (int n = 0; n < N_TILES; ++n)
                 if (!DROPOUT) make_dS(n);
 
-            // dV += Pᵀ dO and dK += dSᵀ Q: the rows of dO and Q are the sum's index
+            // dV += Pᵀ dO and dK += dSᵀ Q: the summation index runs over the rows of dO and Q
             auto add = [&](float(&C)[HEAD_DIM / 2], const uint32_t(&A)[BLOCK_Q / 16][4], uint32_t B) {
                 const uint64_t b = ptx::descriptor(uniform(B), Tile_Q::PANEL_BYTES);
 #pragma unroll
@@ -417,12 +417,12 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             if constexpr (!FIRST) start_dQ_before(dQ_rmem, now.n - 1);
             ptx::wgmma_fence();
             add(dV_rmem, P_rmem, dO_tile);
-            ptx::fence_proxy_async();  // what this thread wrote of dS, for the next tile
+            ptx::fence_proxy_async();  // what this thread stored of dS, for the next tile
             ptx::mbarrier_arrive(barrier(barriers.dS_full, now.n % 2));
             ptx::wgmma_fence();
             add(dK_rmem, dS_rmem, Q_tile);
             if constexpr (!FIRST) {
-                ptx::wgmma_wait_group<2>();  // dQ is there; dV and dK run on
+                ptx::wgmma_wait_group<2>();  // dQ is complete; dV and dK are still running
                 add_dQ_before(dQ_rmem, now.n - 1);
             }
             row_before = static_cast<int64_t>(now.bh) * Workspace(p).rows + i0;
@@ -433,7 +433,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::wgmma_fence();
             add(dV_rmem, P_rmem, dO_tile);
             ptx::fence_proxy_async();  // this thread's part of dS
-            meet();                    // dS is whole, and both groups are done with the other one
+            meet();                    // dS is complete, and both groups have finished reading the other dS buffer
             float dQ_rmem[COLUMNS / 2];
             start_dQ(dQ_rmem, now.n);
             const Workspace workspace(p);
@@ -480,7 +480,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         }
 #endif
 
-        // dK and dV out through the places of K and V, so that global stores are 16 bytes wide.
+        // dK and dV are stored by way of the buffers of K and V, so that global stores are 16 bytes wide.
         meet();  // both groups are done with K
         const float dV_scale = DROPOUT ? p.keep_scale : 1.0f, dK_scale = p.scale * dV_scale;
 #pragma unroll

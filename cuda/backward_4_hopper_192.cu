@@ -37,7 +37,7 @@ constexpr int KEYS = BLOCK_K / CONSUMERS;  // a group's columns of S and dP
 static_assert(HEAD_DIM > 128 && HEAD_DIM <= 192 && V_HEAD_DIM > 64 && V_HEAD_DIM <= HEAD_DIM, "each group has a panel of Q's columns");
 using Tile_P = SwizzledTile<BLOCK_Q, BLOCK_K>;
 constexpr int QDO_BYTES = Tile_Q::BYTES + Tile_dO::BYTES;
-constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // what each row sees
+constexpr int SEEN_BYTES = INTERVAL ? BLOCK_Q * static_cast<int>(sizeof(uint2)) : 0;  // the interval that each row sees
 constexpr int ROWS_OFFSET = Tile_K::BYTES + Tile_V::BYTES + STAGES * QDO_BYTES + 3 * Tile_P::BYTES;
 constexpr int MASK_OFFSET = ROWS_OFFSET + STAGES * 2 * ROWS_BYTES, SEEN_OFFSET = MASK_OFFSET + STAGES * MASK_BYTES;
 constexpr int SMEM_BYTES = SEEN_OFFSET + STAGES * SEEN_BYTES;
@@ -48,7 +48,7 @@ struct Barriers {
     uint64_t KV_full, Q_full[STAGES], Q_empty[STAGES], dO_full[STAGES], dO_empty[STAGES];
 };
 
-// LEAVES_OUT: whether a mask leaves out tiles. The code for false is that of a kernel without the look.
+// LEAVES_OUT: whether the mask lets tiles be skipped. For false, the code is the same as without a scan of the mask.
 template <bool LEAVES_OUT>
 __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
@@ -86,7 +86,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        // ---- the producer: one thread asks for every tile
+        // ---- the producer: one thread issues all loads
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             const Workspace workspace(p);
@@ -110,9 +110,9 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                     ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
                 };
                 const uint32_t Q_full = barrier(barriers.Q_full, stage);
-                ptx::mbarrier_wait(barrier(barriers.Q_empty, stage), slot.parity ^ 1);  // passes at once in the first round
+                ptx::mbarrier_wait(barrier(barriers.Q_empty, stage), slot.parity ^ 1);  // returns immediately in the first round
 #if INTERVAL
-                told_smem[stage] = at;  // seen by those who have waited for "full"
+                told_smem[stage] = at;  // visible to threads that have waited for "full"
 #endif
                 load(Tile_Q(), Q_tile, maps.q, rows, workspace.LSE + row, Q_full, MASK_BYTES + SEEN_BYTES);
 #if INTERVAL
@@ -159,7 +159,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         auto cut = [&](const Visited& at) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? at.tile * BLOCK_Q + offset + 1 : p.Nk); };
 #endif
 
-        // The group's keys of Q Kᵀ or dO Vᵀ, under way: A by rows of Q, B by keys, both along a head of COLUMNS columns.
+        // Issues Q Kᵀ or dO Vᵀ for the group's keys. A's rows are queries, B's are keys; the sum runs over the COLUMNS columns of the head.
         auto multiply = [&](auto columns, float(&C)[KEYS / 2], uint32_t A, uint32_t B, bool from_zero) {
             const uint64_t a = ptx::descriptor(uniform(A)), b = ptx::descriptor(uniform(B + consumer * KEYS * ROW_BYTES));
             ptx::wgmma_fence();
@@ -172,7 +172,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         auto start_scores = [&](const Visited& at) {
             ptx::mbarrier_wait(barrier(barriers.Q_full, at.slot().stage), at.slot().parity);
 #if MASK
-            // Of each key a row of bits, in which a lane's two rows of Q are 8 apart.
+            // Each key has a row of bits, in which a lane's two queries are 8 bits apart.
             const BitRow* mask = reinterpret_cast<const BitRow*>(mask_smem + at.slot().stage * MASK_BYTES) + first_key;
             const int word = at.tile * BLOCK_Q % BIT_COLUMNS / 32 + warp / 2;
 #pragma unroll
@@ -190,7 +190,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::mbarrier_wait(barrier(barriers.dO_full, at.slot().stage), at.slot().parity);
             multiply(std::integral_constant<int, V_HEAD_DIM>(), dP_rmem, dO_of(at.n), V_smem, true);
         };
-        // Two registers of 8 keys each, to 16 keys of P or dS.
+        // Stores two registers of 8 keys each as 16 keys of P or dS.
         auto store = [&](uint32_t tile, auto pair) {
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n += 2) {
@@ -226,7 +226,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                     for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
                         for (int c = 0; c < 2; ++c)
-                            if (8 * n + first_key + c - from >= seen) S_rmem[4 * n + 2 * r + c] = 0;  // unsigned: also what lies before the first
+                            if (8 * n + first_key + c - from >= seen) S_rmem[4 * n + 2 * r + c] = 0;  // unsigned: columns before the first are hidden too
                 }
             }
             store(P_of(at.n), [&](int n, int r) { return ptx::cvt_pair<element>(S_rmem[4 * n + 2 * r], S_rmem[4 * n + 2 * r + 1]); });
@@ -242,7 +242,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::fence_proxy_async();  // this thread's part of P and dS
         };
 
-        // dVᵀ += dOᵀ P or dKᵀ += Qᵀ dS of one panel, under way: the rows of dO and Q are the sum's index
+        // Issues dVᵀ += dOᵀ P or dKᵀ += Qᵀ dS for one panel: the summation index runs over the rows of dO and Q
         auto add = [&](float(&C)[BLOCK_K / 2], uint32_t panel, uint32_t B) {
             const uint64_t a = ptx::descriptor(uniform(panel)), b = ptx::descriptor(uniform(B), Tile_P::PANEL_BYTES);
             ptx::wgmma_fence();
@@ -252,9 +252,9 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::wgmma_commit_group();
         };
         auto add_dK = [&](int n) { add(dK_rmem, Q_of(n) + consumer * Tile_Q::PANEL_BYTES, dS_smem); };
-        // Where V has two panels, the third group computes the second once more, and drops it: no branch comes between products that are under way.
+        // If V has two panels, the third group also computes the second one and discards it, because no branch may come between products in flight.
         auto add_dV = [&](int n) { add(dV_rmem, dO_of(n) + min(consumer, Tile_dO::PANELS - 1) * Tile_dO::PANEL_BYTES, P_of(n)); };
-        // The group's panel of dQ = dS K, under way
+        // Issues the group's panel of dQ = dS K
         auto start_dQ = [&] {
             const uint64_t a = ptx::descriptor(uniform(dS_smem)), b = ptx::descriptor(uniform(K_smem + consumer * Tile_K::PANEL_BYTES));
             ptx::wgmma_fence();
@@ -264,7 +264,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                                                         ptx::advance(b, k * 16 * ROW_BYTES), k > 0);
             ptx::wgmma_commit_group();
         };
-        // Its first or second 32 columns are added to the tile's rows, `row` the first of them.
+        // Adds its first or second 32 columns to the tile's rows, from `row` on.
         auto add_half = [&](int64_t row, int half) { add_dQ<32>(Workspace(p), row, consumer * 64 + 32 * half, dQ_rmem + 16 * half); };
 
         ptx::mbarrier_wait(KV_full, 0);
@@ -295,7 +295,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 ptx::wgmma_wait_group<1>();  // dQ is there
                 take_turn(p, Workspace(p), row, turn);
                 add_half(row, 0);
-                if (INTERVAL) add_half(row, 1);  // registers do not suffice for what is better:
+                if (INTERVAL) add_half(row, 1);  // there are not enough registers for the better order:
                 start_scores(next);
                 if (!INTERVAL) add_half(row, 1);
                 end_turn(p, Workspace(p), row, turn);
@@ -327,7 +327,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::wgmma_wait_group<0>();
         }
 
-        // dK and dV out through the places of K and V, transposed on the way, so that global stores are 16 bytes wide.
+        // dK and dV are stored by way of the buffers of K and V, and transposed on the way, so that global stores are 16 bytes wide.
         meet();  // all groups are done with K and V
         auto transpose = [&](auto kind, uint32_t tile, const float(&C)[BLOCK_K / 2], float scale) {
             using Tile = decltype(kind);

@@ -51,7 +51,7 @@ struct Barriers {
     uint64_t KV_full, Q_full[STAGES], Q_empty[STAGES], dO_full[STAGES], dO_empty[STAGES], mask_empty;
 };
 
-// Reuses the first array's registers for the second where both are equally long. (The compiler serialises a product that writes part of an array
+// Reuses the first array's registers for the second if both have the same length. (The compiler serialises a product that writes part of an array
 // which another product writes as a whole.)
 template <int N, int M>
 __device__ inline auto& shared_if_equal(float (&first)[N], float (&second)[M]) {
@@ -59,7 +59,7 @@ __device__ inline auto& shared_if_equal(float (&first)[N], float (&second)[M]) {
     else return second;
 }
 
-// LEAVES_OUT: whether a mask leaves out tiles. The code for false is that of a kernel without the look.
+// LEAVES_OUT: whether the mask lets tiles be skipped. For false, the code is the same as without a scan of the mask.
 template <bool LEAVES_OUT>
 __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
@@ -97,7 +97,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        // ---- the producer: one thread asks for every tile
+        // ---- the producer: one thread issues all loads
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             const Workspace workspace(p);
@@ -117,14 +117,14 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 auto load = [&](auto kind, auto half, uint32_t tile, const CUtensorMap& map, uint32_t rows, const float* of_rows, uint32_t full,
                                 uint32_t empty, int more) {
                     using Tile = decltype(kind);
-                    ptx::mbarrier_wait(empty, slot.parity ^ 1);  // passes at once in the first round
+                    ptx::mbarrier_wait(empty, slot.parity ^ 1);  // returns immediately in the first round
                     ptx::mbarrier_arrive_expect_tx(full, Tile::BYTES + ROWS_BYTES + more);
                     load_boxes<Tile, InOrder, decltype(half)::value>(tile, map, i0, at.bh % p.H, at.bh / p.H, full);
                     ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
                 };
 #if INTERVAL
                 ptx::mbarrier_wait(barrier(barriers.Q_empty, stage), slot.parity ^ 1);
-                told_smem[stage] = at;  // seen by those who have waited for "full"
+                told_smem[stage] = at;  // visible to threads that have waited for "full"
 #endif
                 load(Tile_Q(), std::integral_constant<int, COLUMNS>(), Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), barrier(barriers.Q_empty, stage), MASK_BYTES);
                 if (MASK) {
@@ -145,7 +145,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         // ---- the consumers
         ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
         const int consumer = group - 1, warp = threadIdx.x % GROUP / 32, lane = threadIdx.x % 32, t = lane % 4;
-        const int place = warp * 16 + lane / 4;  // in the tile of keys; this thread has it and the one 8 further,
+        const int place = warp * 16 + lane / 4;  // in the tile of keys; this thread holds it and the row 8 further on,
         const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
         const float scale_log2 = p.scale * LOG2_E;   // exp(scale · x) = 2^(scale_log2 · x)
 
@@ -173,7 +173,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         auto cut = [&](const Visited& at) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? at.tile * BLOCK_Q + offset + 1 : p.Nk); };
 #endif
 
-        // The group's columns of K Qᵀ or V dOᵀ, under way.
+        // Issues the group's columns of K Qᵀ or V dOᵀ.
         auto multiply = [&](auto half, float(&C)[ROWS / 2], uint32_t A, uint32_t B, bool from_zero) {
             constexpr int STEPS = decltype(half)::value / 16, PANELS = (decltype(half)::value + 63) / 64;  // of a half of the head
             const uint64_t a = ptx::descriptor(uniform(A)), b = ptx::descriptor(uniform(B + consumer * ROWS * ROW_BYTES));
@@ -228,7 +228,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                     if (is_cut) {
 #if INTERVAL
                         const unsigned j = j0 + first_row + ROW_STEP * r;
-                        if (j - two_rows.x >= two_rows.y) P0 = 0;  // unsigned: also what lies before the first
+                        if (j - two_rows.x >= two_rows.y) P0 = 0;  // unsigned: columns before the first are hidden too
                         if (j - two_rows.z >= two_rows.w) P1 = 0;
 #else
                         const int j = j0 + first_row + ROW_STEP * r, i = at.tile * BLOCK_Q + consumer * ROWS + 8 * n + 2 * t;
@@ -242,7 +242,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             }
         };
 #if SCORE
-        // The same through the hook. S is overwritten with the factor of dS: P, or with softcap P times the cap's derivative.
+        // The same through the hook for scores. S is overwritten with the factor of dS: P, or with softcap P times the derivative of the cap.
         const float unit = unit_log2(p);
         auto score_P = [&](const Visited& at) {
             const float* LSE_smem = rows_smem + at.slot().stage * 2 * BLOCK_Q + consumer * ROWS + 2 * t;
@@ -265,7 +265,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #if INTERVAL
                         if (is_cut) {
                             const uint2 keys = seen[8 * n + c];
-                            if (static_cast<unsigned>(j) - keys.x >= keys.y) P[c] = 0;  // unsigned: also what lies before the first
+                            if (static_cast<unsigned>(j) - keys.x >= keys.y) P[c] = 0;  // unsigned: columns before the first are hidden too
                         }
 #else
                         if (is_cut && (j >= p.Nk || (CAUSAL && j > row + 8 * n + c + offset))) P[c] = 0;
@@ -284,7 +284,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             make_P(at);
 #endif
         };
-        // dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end, as it is in dV.
+        // dS = P∘(dP − Delta). With dropout, dS = P∘(keep_scale · kept dP − Delta); the factor keep_scale is applied at the end, as for dV.
         auto make_dS = [&](const Visited& at) {
             const float* Delta_smem = rows_smem + at.slot().stage * 2 * BLOCK_Q + BLOCK_Q + consumer * ROWS + 2 * t;
 #pragma unroll
@@ -301,7 +301,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ
         };
 
-        // dV += Pᵀ dO or dK += dSᵀ Q, under way: the rows of dO and Q are the sum's index
+        // Issues dV += Pᵀ dO or dK += dSᵀ Q: the summation index runs over the rows of dO and Q
         auto add = [&](auto& C, uint32_t A, uint32_t B, bool from_zero) {
             constexpr int N = sizeof(C) / sizeof(float) * 2;  // columns
             const uint64_t a = ptx::descriptor(uniform(A));
@@ -312,7 +312,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 ptx::wgmma_ss_transposed_b<element, N>(C, ptx::advance(a, k * 32), ptx::advance(b, k * 16 * ROW_BYTES), !from_zero || k > 0);
             ptx::wgmma_commit_group();
         };
-        // The first 64 of the group's columns of dQ = dS K, or what is beyond, under way
+        // Issues the first 64 of the group's columns of dQ = dS K, or the remaining ones
         auto start_dQ = [&](int n, int half) {
             const uint64_t a = ptx::descriptor(uniform(dS_of(n)));
             const uint64_t b = ptx::descriptor(uniform(K_smem + (consumer * (Tile_K::PANELS / CONSUMERS) + half) * Tile_K::PANEL_BYTES));
@@ -325,7 +325,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             }
             ptx::wgmma_commit_group();
         };
-        // They are added to the tile's rows, `row` the first of them.
+        // Adds them to the tile's rows, from `row` on.
         auto add_half = [&](int64_t row, int half) {
             if (half == 0) add_dQ<64>(Workspace(p), row, consumer * COLUMNS, dQ_rmem);
             else add_dQ<COLUMNS - 64>(Workspace(p), row, consumer * COLUMNS + 64, dQ_rest_rmem);
@@ -410,7 +410,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             for (int i = 0; i < COLUMNS / 2; ++i) dK_rmem[i] = 0;
         }
 
-        // dK and dV out through the places of K and V, so that global stores are 16 bytes wide.
+        // dK and dV are stored by way of the buffers of K and V, so that global stores are 16 bytes wide.
         meet();  // both groups are done with K
         const float dV_scale = DROPOUT ? p.keep_scale : 1.0f, dK_scale = p.scale * dV_scale;
         constexpr int CHUNKS = Tile_K::PANELS / CONSUMERS * 8, V_CHUNKS = Tile_V::PANELS / CONSUMERS * 8;  // of a half, of 8 columns

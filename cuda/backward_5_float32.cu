@@ -164,7 +164,7 @@ struct Barriers {
 };
 
 // The tiles of Q that see some of a block's keys, of every query head that shares them: head bh = b·H + h, tile, and its index in the visit. Causal:
-// from the last tile down, so that the blocks of a head are at the same tile at about the same time; taking turns, they must be.
+// from the last tile down, so that the blocks of a head reach the same tile at about the same time; when blocks take turns, this order is required.
 struct Visit {
     int begin, end, end_bh;
     int bh, tile, n = 0;
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
         // ---- the producer: one thread loads every tile
-        ptx::setmaxnreg_dec<24>();  // all start with 168; the 144 · 128 that this group returns are what the two others take
+        ptx::setmaxnreg_dec<24>();  // all start with 168; the two other groups take the 144 · 128 that this group returns
         if (threadIdx.x == 0) {
             ptx::mbarrier_arrive_expect_tx(KV_full, 2 * K_BYTES);
             for (int plane = 0; plane < PLANES; ++plane) {
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     for (int plane = 0; plane < PLANES; ++plane) load_boxes<Tile_Q>(tile + plane * Tile_Q::BYTES, map, i0, at.bh, plane, full);
                     ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
                 };
-                ptx::mbarrier_wait(barrier(barriers.empty, stage), slot.parity ^ 1);  // passes at once in the first round
+                ptx::mbarrier_wait(barrier(barriers.empty, stage), slot.parity ^ 1);  // returns immediately in the first round
                 const uint32_t Q_tile = QdO_smem + stage * 2 * Q_BYTES;
                 load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES);
                 if (MASK) {
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         // ---- the consumers
         ptx::setmaxnreg_inc<240>();
         const int consumer = group - 1, warp = threadIdx.x % GROUP / 32, lane = threadIdx.x % 32, t = lane % 4;
-        const int place = warp * 16 + lane / 4;      // in the tile of keys; this thread has it and the one 8 further,
+        const int place = warp * 16 + lane / 4;      // in the tile of keys; this thread holds it and the row 8 further on,
         const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
         const float scale = scale_of_scores(p, range);
         const int dS_exponent = exponent_of_dS(range);
@@ -277,13 +277,13 @@ __global__ void __launch_bounds__(THREADS, 1)
             // Whether some key of the tile is not seen by all rows.
             const bool cut = j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk);
 
-            // The group's columns of Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, under way
+            // Issues the group's columns of Sᵀ = K Qᵀ and dPᵀ = V dOᵀ
             float S_rmem[ROWS / 2], dP_rmem[ROWS / 2];
             auto multiply = [&](float(&C)[ROWS / 2], uint32_t A, uint32_t B, bool from_zero) {
                 const uint64_t a = ptx::descriptor(uniform(A)), b = ptx::descriptor(uniform(B + consumer * ROWS * ROW_BYTES));
                 ptx::wgmma_fence();
 #pragma unroll
-                for (int product = 0; product < 3; ++product)  // in the forward's order, lo of Q first: S is to be the same to the last bit
+                for (int product = 0; product < 3; ++product)  // in the forward's order, lo of Q first: S must equal the forward's to the last bit
 #pragma unroll
                     for (int d = 0; d < HEAD_DIM / 16; ++d)
                         ptx::wgmma_ss<__half, ROWS>(C, ptx::advance(a, (product == 1) * Tile_K::BYTES + d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32),
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             });
 #endif
             multiply(S_rmem, K_smem, Q_tile, !MASK);
-            if (MASK) ptx::mbarrier_arrive(mask_empty);  // not before the product has what was read: an arrival waits for no load
+            if (MASK) ptx::mbarrier_arrive(mask_empty);  // not before the product has used the values: an arrival does not wait for loads
             ptx::mbarrier_wait(barrier(barriers.dO_full, stage), slot.parity);
             multiply(dP_rmem, V_smem, dO_tile, true);
 
@@ -312,13 +312,13 @@ __global__ void __launch_bounds__(THREADS, 1)
             ptx::wgmma_wait_group<0>();
             meet();  // both groups are done with the last tile's Pᵀ and dSᵀ
             // P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys. Beyond the end of the rows LSE is ∞.
-            // dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end, as it is in dV.
+            // dS = P∘(dP − Delta). With dropout, dS = P∘(keep_scale · kept dP − Delta); the factor keep_scale is applied at the end, as for dV.
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
                 const float2 LSE = *reinterpret_cast<const float2*>(LSE_smem + 8 * n), Delta = *reinterpret_cast<const float2*>(Delta_smem + 8 * n);
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    // The difference first: in base 2, score and LSE would each be rounded, at their own size. The product is rounded, as in LSE.
+                    // The difference comes first: in base 2, score and LSE would each be rounded, relative to their size. The product is rounded, as in LSE.
                     float P0 = ptx::ex2(fmaf(__fmul_rn(S_rmem[4 * n + 2 * r], scale) - LSE.x, LOG2_E, P_EXPONENT));
                     float P1 = ptx::ex2(fmaf(__fmul_rn(S_rmem[4 * n + 2 * r + 1], scale) - LSE.y, LOG2_E, P_EXPONENT));
                     if (!MASK && cut) {
@@ -342,7 +342,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ
             meet();                    // Pᵀ and dSᵀ are whole
 
-            // The tile's part of dV = Pᵀ dO or dK = dSᵀ Q: the rows of dO and Q are the sum's index
+            // Issues the tile's part of dV = Pᵀ dO or dK = dSᵀ Q: the summation index runs over the rows of dO and Q
             const uint64_t A = ptx::descriptor(uniform(consumer == 0 ? P_smem : dS_smem));
             const uint64_t B = ptx::descriptor(uniform(consumer == 0 ? dO_tile : Q_tile), Tile_Q::PANEL_BYTES);
             ptx::wgmma_fence();
@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     ptx::wgmma_ss_transposed_b<__half, HEAD_DIM>(X_tile_rmem, ptx::advance(A, (product == 0) * Tile_S::BYTES + k / 4 * Tile_S::PANEL_BYTES + k % 4 * 32),
                                                                  ptx::advance(B, (product == 1) * Tile_Q::BYTES + k * 16 * ROW_BYTES), product > 0 || k > 0);
             ptx::wgmma_commit_group();
-            // The group's part of dQ = dS K
+            // Issues the group's part of dQ = dS K
             const uint64_t dS_part = ptx::descriptor(uniform(dS_smem + (BY_ROWS ? consumer * Tile_S::PANEL_BYTES : 0)));
             const uint64_t K_part = ptx::descriptor(uniform(K_smem + (BY_ROWS ? 0 : consumer * Tile_K::PANEL_BYTES)));
 #pragma unroll
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             ptx::mbarrier_arrive(barrier(barriers.empty, stage));  // done with Q and dO
             ptx::wgmma_wait_group<0>();                            // dQ too
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
-            // Deterministic: blocks add to a tile in the order of their keys. They start in that order too, so the one waited for is running or done.
+            // Deterministic: blocks add to a tile in the order of their keys. They start in that order too, so the block waited for is running or done.
             if (p.deterministic) {
                 if (threadIdx.x == GROUP)
                     while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != k_tile) {}

@@ -48,8 +48,8 @@ constexpr int PANELS = HEAD_DIM / 64;
 
 using Tile_X = SwizzledTile<BLOCK, HEAD_DIM>;  // the operand of S that a block keeps: its rows of Q or K
 using Tile_S = SwizzledTile<BLOCK, BLOCK>;     // of dS or P, rows as the gradient's
-using Piece_A = SwizzledTile<BLOCK, 64>;       // of the other operand with these rows, dO or V: both planes fill a stage that the groups share
-using Piece = SwizzledTile<PART, 64>;          // of the others' operands: both planes fill a stage of a group's ring
+using Piece_A = SwizzledTile<BLOCK, 64>;       // of the other operand that has these rows, dO or V: its two planes fill a stage that the groups share
+using Piece = SwizzledTile<PART, 64>;          // of the other side's operands: their two planes fill a stage of a group's ring
 constexpr int X_BYTES = PLANES * Tile_X::BYTES, S_BYTES = PLANES * Tile_S::BYTES, A_BYTES = PLANES * Piece_A::BYTES, STAGE_BYTES = PLANES * Piece::BYTES;
 constexpr int A_STAGES = 2;
 constexpr int MASK_BYTES = MASK ? BLOCK * static_cast<int>(sizeof(BitRow)) : 0;
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             Place<RING> place;
             auto load = [&](const CUtensorMap& map, int row, int column, int bh) {
                 const uint32_t full = barrier(barriers.full[ring][place.stage]);
-                ptx::mbarrier_wait(barrier(barriers.empty[ring][place.stage]), place.parity ^ 1);  // passes at once in the first round
+                ptx::mbarrier_wait(barrier(barriers.empty[ring][place.stage]), place.parity ^ 1);  // returns immediately in the first round
                 ptx::mbarrier_arrive_expect_tx(full, STAGE_BYTES);
                 for (int plane = 0; plane < PLANES; ++plane)
                     ptx::cp_async_bulk_tensor_4d(rings_smem + ring * RING_BYTES + place.stage * STAGE_BYTES + plane * Piece::BYTES, &map, column, row, bh, plane, full);
@@ -291,14 +291,14 @@ __global__ void __launch_bounds__(THREADS, 1)
             place_of_A.advance();
             return at;
         };
-        // One lane of every warp arrives, for the piece that is `before` pieces behind the next, once the warp's products that read it have finished.
+        // One lane of every warp arrives for the piece that is `before` pieces before the next, once the warp's products that read it have finished.
         auto release = [&](int before) {
             if (lane == 0) ptx::mbarrier_arrive(barrier(barriers.empty[consumer][(place.stage + RING - before) % RING]));
         };
         auto release_A = [&](int before) {
             if (lane == 0) ptx::mbarrier_arrive(barrier(barriers.A_empty[(place_of_A.stage + A_STAGES - before) % A_STAGES]));
         };
-        // A panel's part of S or dP, under way. The small products come first; of S, lo of Q before lo of K, as in the forward.
+        // Issues a panel's part of S or dP. The small products come first; for S, lo of Q before lo of K, as in the forward.
         auto multiply = [&](float (&C)[PART / 2], uint32_t A, int A_lo, uint32_t B, bool A_lo_first) {
             const uint64_t a = ptx::descriptor(uniform(A)), b = ptx::descriptor(uniform(B));
             ptx::wgmma_fence();
@@ -376,8 +376,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 add(dP_rmem, part_rmem[(PANELS - 1) % 2]);
             }
 
-            // ---- P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys; beyond the end of the rows LSE is ∞. dS = P∘(dP − Delta). With dropout,
-            // of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end, as it is in dV.
+            // ---- P = exp(scale · S − LSE), 0 beyond the diagonal or the end of the keys; beyond the end of the rows LSE is ∞. dS = P∘(dP − Delta). With
+            // dropout, dS = P∘(keep_scale · kept dP − Delta); the factor keep_scale is applied at the end, as for dV.
             const bool cut = j0 + BLOCK > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk);
             const int64_t columns = static_cast<int64_t>(b * p.H + now.h) * workspace.rows + i0 + other0 + 2 * t;
             meet();  // both groups are done with the last tile's dS
@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     if (BY_ROWS) LSE.x = LSE.y = LSE_row[r], Delta.x = Delta.y = Delta_row[r];
-                    // The difference first: in base 2, score and LSE would each be rounded, at their own size. The product is rounded, as in LSE.
+                    // The difference comes first: in base 2, score and LSE would each be rounded, relative to their size. The product is rounded, as in LSE.
                     float x0 = ptx::ex2(fmaf(__fmul_rn(S_rmem[4 * n + 2 * r], scale) - LSE.x, LOG2_E, P_EXPONENT));
                     float x1 = ptx::ex2(fmaf(__fmul_rn(S_rmem[4 * n + 2 * r + 1], scale) - LSE.y, LOG2_E, P_EXPONENT));
                     if (cut) {
@@ -413,7 +413,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
             ptx::fence_proxy_async();  // this thread's part of dS
-            if (MASK) ptx::mbarrier_arrive(barrier(barriers.mask_empty));  // what was read of it has arrived: the fence waits for that
+            if (MASK) ptx::mbarrier_arrive(barrier(barriers.mask_empty));  // the values read from it have arrived: the fence waits for loads
             meet();                    // dS is whole
 
             // ---- the gradient += dS Y, 64 columns at a time; of V, P dO

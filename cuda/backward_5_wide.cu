@@ -9,8 +9,8 @@
 //                   then each adds to half of dK's columns
 //     dQ += dS K    the same, with 64 rows of Q in the block and a loop over keys
 //
-// The groups exchange Pᵀ and dSᵀ through one buffer in shared memory: each element of Pᵀ is read, and overwritten with dSᵀ, by the same thread. While the
-// next tile of Q is being loaded, the products of dPᵀ run, whose dO is loaded through a ring.
+// The groups exchange Pᵀ and dSᵀ through one buffer in shared memory: the thread that reads an element of Pᵀ overwrites it with dSᵀ. While the next tile of
+// Q is being loaded, the products for dPᵀ run; their dO is loaded through a ring.
 //
 // Serves everything in the interface for float16 and bfloat16, head sizes up to 512 that are multiples of 8, positive scale.
 //
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
             // The load of the previous tile's dO is issued midway through this tile's Q: it is needed later, and its stage is in use for longer.
             auto load_dO = [&](int i0, int h, int n) {
                 const uint32_t full = barrier(barriers.dO_full);
-                ptx::mbarrier_wait(barrier(barriers.dO_empty), n & 1 ^ 1);  // passes at once in the first round
+                ptx::mbarrier_wait(barrier(barriers.dO_empty), n & 1 ^ 1);  // returns immediately in the first round
                 ptx::mbarrier_arrive_expect_tx(full, Tile_dO::BYTES);
                 load_boxes<Tile_dO>(dO_smem, maps.d_o[part], i0, h, b, full);
             };
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
             for (int k = 0; k < BLOCK_Q / 16; ++k)
                 ptx::wgmma_rs<element, PART>(dV_rmem, P_rmem[k], ptx::descriptor(dO_tile + k * 16 * ROW_BYTES, Tile_dO::PANEL_BYTES));
             ptx::wgmma_commit_group();
-            ptx::mbarrier_arrive(barrier(barriers.rows_empty[n % 2]));  // not before the product has what was read: an arrival waits for no load
+            ptx::mbarrier_arrive(barrier(barriers.rows_empty[n % 2]));  // not before the product has used the values: an arrival does not wait for loads
         };
 
         // Sᵀ is complete: Pᵀ overwrites it.
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
         };
         auto draw = [&](int h, int i0) {
             if (!DROPOUT) return;
-            const int thread = ptx::tid_x() - GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+            const int thread = ptx::tid_x() - GROUP;  // re-read here, so that values derived from it occupy no registers before
             keep.draw_keys(p, b, h, j0 + RowOrder::row(thread / 32 * 16 + thread % 32 / 4), i0, thread % 32);
         };
         // The accumulators of Sᵀ, in pairs, are the A operand of dV += Pᵀ dO as they lie.
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
                 ptx::wgmma_wait_group<1>();  // Sᵀ is there
                 exponentials(at.n, at.i0, cut);
                 ptx::wgmma_wait_group<0>();  // the tile before has been added
-                // lane == 0, by a shuffle: an arrival waits for no load, and the last loads, of LSE, are used in registers alone up to here.
+                // lane == 0, computed through a shuffle: an arrival does not wait for loads, and up to here the last loads, of LSE, are used in registers only.
                 if (lane == uniform(lane)) ptx::mbarrier_arrive(barrier(barriers.dO_empty));
                 round_P();
             }
@@ -300,7 +300,7 @@ struct Visit {
 
 template <bool OF_KEYS>
 __global__ void __launch_bounds__(THREADS, 1) gradient_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
-    using OwnOrder = std::conditional_t<OF_KEYS, RowOrder, InOrder>;    // keys are those whose order dropout changes
+    using OwnOrder = std::conditional_t<OF_KEYS, RowOrder, InOrder>;    // dropout permutes the keys
     using OtherOrder = std::conditional_t<OF_KEYS, InOrder, RowOrder>;
     __shared__ __align__(8) Barriers barriers;
     const uint32_t own_smem = ptx::smem_address(smem);            // K, or Q: [BLOCK, HEAD_DIM]
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(THREADS, 1) gradient_kernel(const __grid_const
     uint8_t* rows_smem = smem + SMEM_BYTES - ROWS_BYTES;          // mask [BLOCK] BitRow, LSE [BLOCK], Delta [BLOCK]
     auto barrier = [](uint64_t& of) { return ptx::smem_address(&of); };
 
-    // One block computes a gradient of BLOCK rows. Causal: those that see or are seen by the most start first.
+    // One block computes a gradient of BLOCK rows. Causal: the rows that see, or are seen by, the most start first.
     const int tiles = ((OF_KEYS ? p.Nk : p.Nq) + BLOCK - 1) / BLOCK, heads = OF_KEYS ? p.Hkv : p.H;
     const int tile_of_head = blockIdx.x % tiles, own = (CAUSAL && !OF_KEYS ? tiles - 1 - tile_of_head : tile_of_head) * BLOCK;
     const int b = blockIdx.x / tiles / heads, own_h = blockIdx.x / tiles % heads;
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(THREADS, 1) gradient_kernel(const __grid_const
             load_boxes<Tile_V, OwnOrder>(own_V_smem, OF_KEYS ? maps.v : maps.d_o, own, own_h, b, full);
             for (auto visit = visits(); visit.at.more(); visit.at.advance()) {
                 const int h = query_head(visit);
-                ptx::mbarrier_wait(barrier(barriers.tile_empty), visit.at.n & 1 ^ 1);  // passes at once in the first round
+                ptx::mbarrier_wait(barrier(barriers.tile_empty), visit.at.n & 1 ^ 1);  // returns immediately in the first round
 #pragma unroll 1
                 for (int panel = 0; panel < PANELS; ++panel) {
                     const uint32_t full = barrier(barriers.tile_full[panel]);
@@ -391,9 +391,9 @@ __global__ void __launch_bounds__(THREADS, 1) gradient_kernel(const __grid_const
         auto release = [&](uint64_t& empty) {
             if (lane == 0) ptx::mbarrier_arrive(barrier(empty));
         };
-        // Where this thread's pair of Pᵀ or dSᵀ lies: key `place` or, r = 1, 8 further; queries 8n + 2t and the next.
+        // Where this thread's pair of Pᵀ or dSᵀ lies: key `place` or, for r = 1, the one 8 further on; queries 8n + 2t and the next.
         auto pair_at = [&](int r, int n) { return Tile_S::offset(mine.place + 8 * r, n) + 4 * mine.t; };
-        // dK += dSᵀ Q or dQ += dS K, the group's half of the columns, under way: the rows of Q or K are the sum's index
+        // Issues dK += dSᵀ Q or dQ += dS K for the group's half of the columns: the summation index runs over the rows of Q or K
         auto multiply_dS = [&] {
             const uint64_t a = ptx::descriptor(uniform(dS_smem));
             const uint64_t b = ptx::descriptor(uniform(tile_smem + consumer * OF_HALF * Panel::BYTES), Panel::BYTES);
@@ -480,7 +480,7 @@ __global__ void __launch_bounds__(THREADS, 1) gradient_kernel(const __grid_const
 #pragma unroll
                 for (int panel = 0; panel < PANELS; ++panel) ptx::mbarrier_wait(barrier(barriers.tile_full[panel]), n & 1);
                 ptx::bar_sync(P_IS_THERE, CONSUMERS * GROUP);
-                // dS = P∘(dP − Delta). With dropout, of dS = P∘(keep_scale · kept dP − Delta) the factor keep_scale is left to the end.
+                // dS = P∘(dP − Delta). With dropout, dS = P∘(keep_scale · kept dP − Delta); the factor keep_scale is applied at the end.
 #pragma unroll
                 for (int i = 0; i < BLOCK / 8; ++i) {
                     const float2 Delta = *reinterpret_cast<const float2*>(Delta_smem + 8 * i + 2 * mine.t);
@@ -531,7 +531,7 @@ static cudaError_t launch_dV(const AttentionParams& p, int64_t blocks, int parts
     if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);
     for (int part = 0; part < parts; ++part) {
         const Tensor4 columns = {static_cast<element*>(p.d_o.data) + part * PART, p.d_o.stride_b, p.d_o.stride_h, p.d_o.stride_n};
-        // Beyond its part, dO lies outside of the tensor: that is 0.
+        // Columns of dO beyond its part count as outside the tensor, so zeros are loaded.
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o[part], columns, p.B, p.H, p.Nq, std::min(PART, p.Dv - part * PART), BLOCK_Q);
     }
     if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);

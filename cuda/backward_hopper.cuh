@@ -1,5 +1,5 @@
-// What the three hopper backwards share: tiles and tensor maps, the way of dQ to global memory, and the launch; backward_hopper_visit.cuh: what a block
-// visits. Includers define BLOCK_K, BLOCK_Q, CONSUMERS and HALVES.
+// What the three hopper backwards share: tiles and tensor maps, the accumulation of dQ in global memory, and the launch. backward_hopper_visit.cuh says what
+// a block visits. Includers define BLOCK_K, BLOCK_Q, CONSUMERS and HALVES.
 #pragma once
 
 #include "common.cuh"
@@ -23,7 +23,7 @@ constexpr int PADDED_TO = SCORE & SCORE_BIAS ? DBIAS_ROWS : BLOCK_Q;
 
 constexpr int STAGES = 2;  // pairs of Q and dO tiles in shared memory, each with its LSE and Delta
 
-// A tile has the head's columns in HALVES parts, each filled up to whole panels: a product that takes one part finds it at the start of a panel.
+// A tile holds the head's columns in HALVES parts, each padded to whole panels, so that a product of one part starts at a panel.
 constexpr int panels_of(int columns) { return HALVES * ((columns / HALVES + 63) / 64); }
 using Tile_K = SwizzledTile<BLOCK_K, 64 * panels_of(HEAD_DIM)>;
 using Tile_V = SwizzledTile<BLOCK_K, 64 * panels_of(V_HEAD_DIM)>;
@@ -50,7 +50,8 @@ struct Maps {
 #include "backward_hopper_visit.cuh"
 
 #if SCORE
-// Scores of a tile, transposed, become what P is the power of. key: the lane's first, of two ROW_STEP apart; row: of Q, of its first column.
+// Applies the hook to a transposed tile of scores; P is 2 to the power of the result. key: the lane's first of two keys ROW_STEP apart; row: the query of its
+// first column.
 template <int COLUMNS, class Bias, class Done>
 __device__ inline void score_keys(const float (&S_rmem)[COLUMNS / 2], const AttentionParams& p, float slope, int i0, int row, int j0, int key, Bias bias,
                                   Done done) {
@@ -60,15 +61,15 @@ __device__ inline void score_keys(const float (&S_rmem)[COLUMNS / 2], const Atte
 }
 #endif
 
-// Registers of the producer's threads and of the others: all start with 168, or with three groups of consumers with 128; the others can take what the
-// producer's 128 give back.
+// Registers of the producer's threads and of the others. All start with 168, or with 128 if there are three groups of consumers; the others can take what the
+// producer's 128 threads return.
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
 
-// All groups of consumers are there.
+// Waits for all groups of consumers.
 __device__ inline void meet() { ptx::bar_sync(1, CONSUMERS * GROUP); }
 
-// Deterministic: blocks add to a tile in the order of their keys, `row` the tile's first in the workspace. They start in that order too, so the one
-// waited for is running or done.
+// Deterministic: blocks add to a tile in the order of their keys; `row` is the tile's first row in the workspace. They start in that order too, so the
+// block that is waited for is running or has finished.
 __device__ inline void take_turn(const AttentionParams& p, const Workspace& workspace, int64_t row, int turn) {
     if (!p.deterministic) return;
     if (threadIdx.x == GROUP)
@@ -78,15 +79,15 @@ __device__ inline void take_turn(const AttentionParams& p, const Workspace& work
 __device__ inline void end_turn(const AttentionParams& p, const Workspace& workspace, int64_t row, int turn) {
     if (!p.deterministic) return;
     __threadfence();  // this thread's additions come before the next block's
-    meet();           // everybody's additions are made
+    meet();           // all threads' additions are done
     if (threadIdx.x == GROUP) ptx::st_release(workspace.turns + row / BLOCK_Q, turn + 1);
 }
 
-// Adds a group's 64 rows × COLUMNS columns to dQ, from row `row` of the workspace and this column of the head on; none beyond its last.
+// Adds a group's 64 rows × COLUMNS columns to dQ, from row `row` of the workspace and column `column` of the head on, up to the head's last column.
 // dQ_rmem: [COLUMNS / 2]
 template <int COLUMNS = 64>
 __device__ inline void add_dQ(const Workspace& workspace, int64_t row, int column, const float* dQ_rmem) {
-    const int thread = ptx::tid_x() % GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+    const int thread = ptx::tid_x() % GROUP;  // re-read here, so that values derived from it occupy no registers before
     float* dQ_gmem = workspace.dQ + fragment_offset(row + thread / 32 * 16, column, thread % 32);
 #pragma unroll
     for (int n = 0; n < COLUMNS / 8; ++n)
@@ -95,7 +96,7 @@ __device__ inline void add_dQ(const Workspace& workspace, int64_t row, int colum
 }
 
 #if INTERVAL
-// A tile of keys visits so many tiles of Q.
+// The number of tiles of Q that a tile of keys visits.
 struct KeyTileLength {
     static constexpr bool SAYS_MOST = false;
     Summaries summaries;
@@ -115,7 +116,7 @@ inline float* workspace_for_order(const AttentionParams& p) {
     return Workspace(p).summaries(p) + whole_chunks(Summaries::floats(p, BLOCK_Q, BLOCK_K, true));
 }
 #elif LISTED
-// A tile of keys visits so many tiles of Q.
+// The number of tiles of Q that a tile of keys visits.
 struct KeyTileLength {
     static constexpr bool SAYS_MOST = true;
     SeenTiles seen;
@@ -149,7 +150,7 @@ inline float* workspace_for_order(const AttentionParams& p) {
 // Of workspace, without a copy of dO and with it.
 inline int64_t floats_before_copy(const AttentionParams& p) {
 #if LISTED
-    // Whether gradients must repeat may change after memory has been planned for, and is not asked.
+    // `deterministic` is not looked at here: it may change after the workspace has been sized.
     if (!worth_looking(p, BLOCK_Q, BLOCK_K)) return Workspace::floats(p);
 #endif
 #if INTERVAL || LISTED
@@ -160,7 +161,7 @@ inline int64_t floats_before_copy(const AttentionParams& p) {
 }
 inline int64_t backward_floats(const AttentionParams& p) { return floats_with_copy(p, floats_before_copy(p)); }
 
-// The kernel, and what comes before and after it. more: what else is launched with the same maps.
+// Launches the kernel and those before and after it. more: launches further kernels that use the same maps.
 inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int smem_bytes, const AttentionParams& call,
                                    cudaError_t (*more)(const AttentionParams&, const Maps&) = nullptr) {
     const AttentionParams p = with_copy(call, floats_before_copy(call));
@@ -171,7 +172,7 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
     if (const cudaError_t error = summarise(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K); error != cudaSuccess) return error;
 #endif
 #if LISTED
-    // Where gradients must repeat, blocks take turns by the numbers of their keys, and visit every tile.
+    // If deterministic, blocks take turns in the order of their keys, and visit every tile.
     SeenTiles seen_tiles{};
     const Order order(workspace_for_order(p));
     if (!p.deterministic && p.Nq > 0 && k_blocks > 0 && worth_looking(p, BLOCK_Q, BLOCK_K)) {
@@ -184,7 +185,7 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
 #endif
     launch_prepare(call, p);
     if (k_blocks > 0) {
-        // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
+        // First, because it creates the CUDA context of a thread that has not used the device yet; making tensor maps does not.
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
 #if INTERVAL
         Maps maps = {{}, {}, {}, {}, {}, Summaries(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K), Workspace(p).seen(p),

@@ -1,13 +1,13 @@
-// The gradient of a bias, in its own shape, after backward_kernel of backward_4_hopper.cu: what S and dP say once more, summed over all that the bias is
-// broadcast over.
+// The gradient of a bias, in its own shape, after backward_kernel of backward_4_hopper.cu: S and dP are computed again, and dS is summed over all dimensions
+// that the bias is broadcast over.
 //
-// A block owns 128 rows × BLOCK_K keys of the bias at a time, or of a bias with one row for all queries BLOCK_K keys. It meets every batch, head and tile
-// of queries that shares them, in one order, and keeps the sum in registers: no matrix of scores is written but the bias' own, and the bits are the same
-// each time. One group copies and two have 64 keys each, as in backward_kernel.
+// A block owns 128 rows × BLOCK_K keys of the bias at a time or, if all queries share one row, BLOCK_K keys. It visits every batch, head and tile of queries
+// that shares this part, always in the same order, and keeps the sum in registers. So no matrix larger than the bias is written, and results repeat bit for
+// bit. One group copies, and two groups have 64 keys each, as in backward_kernel.
 //
-// What limits it is the L2 cache: a visit reads K, V, Q and dO anew for two products. Of 128 rows a score costs a third fewer bytes than of 64; S takes
-// K and Q alone, so these are a pair that makes room for the next one before V and dO do. As many blocks as multiprocessors run, each from part to part,
-// so that the first tiles of the next part come while the last sum leaves.
+// The L2 cache is the limit: each visit reads K, V, Q and dO for only two products. With 128 rows a score costs a third fewer bytes than with 64. S needs
+// only K and Q, so they are a pair whose buffer becomes free before that of V and dO. There are as many blocks as multiprocessors, and each goes from part to
+// part, so that the first tiles of the next part are loaded while the last sum is stored.
 //
 // Serves calls without a mask, dropout and intervals; of others it refuses the launch.
 #pragma once
@@ -22,20 +22,21 @@ using DBiasQ = SwizzledTile<DBIAS_ROWS, 64 * Tile_Q::PANELS>;
 constexpr int PAIR_BYTES = Tile_K::BYTES + DBiasQ::BYTES;  // K and Q, or V and dO
 constexpr int PAIRS = HEAD_DIM <= 64 ? 4 : 3;              // in shared memory
 constexpr int DBIAS_PRODUCER_REGISTERS = 56, DBIAS_CONSUMER_REGISTERS = 224;  // the producer counts through batches, heads and tiles
-constexpr int HALF = DBIAS_ROWS / 2;                       // rows of dP that registers have at a time
+constexpr int HALF = DBIAS_ROWS / 2;                       // rows of dP that are in registers at a time
 constexpr int DBIAS_ROWS_BYTES = 2 * DBIAS_ROWS * 4;       // LSE and Delta of a visit
-constexpr int ROW_PLACES = PAIRS - 1;                       // for these: one is written over only after the visit behind its own has begun
+constexpr int ROW_PLACES = PAIRS - 1;                       // for these: a buffer is overwritten only after the visit following its own has begun
 constexpr int DBIAS_SMEM_BYTES = PAIRS * PAIR_BYTES + DBiasTile::BYTES + ROW_PLACES * DBIAS_ROWS_BYTES;
 static_assert(DBIAS_SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 static_assert(DBIAS_ROWS % BLOCK_Q == 0 && PADDED_TO % DBIAS_ROWS == 0, "boxes of Q have BLOCK_Q rows, LSE and Delta whole tiles");
-// LSE and Delta of visit n are written over once V and dO of visit n + PAIRS - 1 have room, so after a pair of visit n + 1 was released: by then every
-// warp has used what it read in visit n. With one place fewer its own last release would have to do, which does not wait for loads under way.
+// LSE and Delta of visit n are overwritten once V and dO of visit n + PAIRS - 1 have a free buffer, that is after a pair of visit n + 1 was released: by then
+// every warp has used the values that it read in visit n. With one buffer fewer, only the warp's own last release would protect them, and a release does not
+// wait for loads in flight.
 
 // A block's part of the bias.
 struct DBiasPart {
     int j0, tile, h, b;
 
-    // Of all parts, this one. Keys come first, so that blocks that run together share Q and dO.
+    // The part with this number. Keys vary fastest, so that blocks that run at the same time share Q and dO.
     __device__ DBiasPart(const AttentionParams& p, int64_t part) {
         const int j_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K, i_tiles = one_bias_row(p) ? 1 : (p.Nq + DBIAS_ROWS - 1) / DBIAS_ROWS;
         const int rest = static_cast<int>(part / j_tiles);
@@ -57,7 +58,7 @@ struct SharedBy {
           end_b(p.scoring.bias_b == 1 ? p.B : part.b + 1),
           first_h(p.scoring.bias_h == 1 ? 0 : part.h),
           end_h(p.scoring.bias_h == 1 ? p.H : part.h + 1),
-          first_tile(max(one_bias_row(p) ? 0 : part.tile, first_row_of(p, part.j0) / DBIAS_ROWS)),  // causal: rows before see none of the keys
+          first_tile(max(one_bias_row(p) ? 0 : part.tile, first_row_of(p, part.j0) / DBIAS_ROWS)),  // causal: earlier rows see none of the keys
           end_tile(one_bias_row(p) ? (p.Nq + DBIAS_ROWS - 1) / DBIAS_ROWS : part.tile + 1) {
         b = first_tile < end_tile ? first_b : end_b, h = first_h, tile = first_tile;
     }
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 auto load = [&](int pair, const CUtensorMap& keys, const CUtensorMap& queries, int more_bytes) {
                     const Slot<PAIRS> slot(pair);
                     const uint32_t to = tiles + slot.stage * PAIR_BYTES, full = barrier(barriers.full, slot.stage);
-                    ptx::mbarrier_wait(barrier(barriers.empty, slot.stage), slot.parity ^ 1);  // passes at once in the first round
+                    ptx::mbarrier_wait(barrier(barriers.empty, slot.stage), slot.parity ^ 1);  // returns immediately in the first round
                     ptx::mbarrier_arrive_expect_tx(full, PAIR_BYTES + more_bytes);
                     load_boxes<Tile_K>(to, keys, part.j0, kv_h, now.b, full);
                     for (int panel = 0; panel < DBiasQ::PANELS; ++panel)
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             const bool cut = j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + diagonal(p) + 1 : p.Nk);
             const float slope = SLOPED ? slope_of_head(p, now.b, now.h) : 0;
             float S_rmem[2][HALF / 2], dP_rmem[HALF / 2];  // [64 keys, HALF], S of both halves of the rows
-            // Under way: a group's 64 rows of K or V times rows of Q or dO from this one on.
+            // Issues the product of a group's 64 rows of K or V with rows of Q or dO, from this one on.
             auto multiply = [&](float(&C)[HALF / 2], const Slot<PAIRS>& slot, int row) {
                 const uint32_t pair = tiles + slot.stage * PAIR_BYTES;
                 const uint64_t a = ptx::descriptor(uniform(pair + consumer * 64 * ROW_BYTES));
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             }
             continue;
         }
-        // Out through the place of the bias, of whose 16 keys the warp alone has read and now writes, so that rows leave as they lie in memory.
+        // Stored by way of the bias' buffer, so that rows are written contiguously. Only this warp has read, and now writes, its 16 keys of the bias there.
         __syncwarp();  // all lanes have read them
 #pragma unroll
         for (int n = 0; n < DBIAS_ROWS / 8; n += 2) {
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             else
                 for (int k = 0; k < min(8, p.Nk - j); ++k) to[k] = from[k];
         }
-        ptx::fence_proxy_async();  // what was read and written here comes before the copy of the next part's bias
+        ptx::fence_proxy_async();  // orders the reads and writes here before the copy of the next part's bias
         release(bias_empty);
     }
 }

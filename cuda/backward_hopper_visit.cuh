@@ -1,9 +1,9 @@
-// Which tile of keys a block of the hopper backwards takes, and which tiles of Q it visits: all, those on one side of the diagonal, those that see an
-// interval's keys, or those that a mask leaves. backward_hopper.cuh has what is read here (Maps).
+// Which tile of keys a block of the hopper backwards takes, and which tiles of Q it visits: all, those on one side of the diagonal, those whose intervals
+// include the keys, or those that the mask leaves visible. Maps is in backward_hopper.cuh.
 #pragma once
 
 // A block's tile of keys and its head, b·Hkv + kv_h: head after head, whose Q, dO and dQ then stay in the L2 cache. Causal: a head's first keys are
-// seen by the most rows, and start first. LEAVES_OUT: whether a mask leaves out tiles.
+// seen by the most rows, and start first. LEAVES_OUT: whether the mask lets tiles be skipped.
 struct Unit {
     int k_tile, b_kv_h;
 };
@@ -18,9 +18,9 @@ __device__ inline Unit unit_of_block([[maybe_unused]] const AttentionParams& p, 
     if (LEAVES_OUT) unit = maps.order.units[unit];
 #endif
 #if CAUSAL && !INTERVAL && HEAD_DIM > 64
-    // So do those of the last few heads, two blocks for each multiprocessor: else the longest block of the last head would start when all others are
-    // nearly done. Not where a head's tiles of keys fill most of the multiprocessors: there is little to gain, and two such heads do not fit the cache
-    // together.
+    // So do those of the last few heads, two blocks for each multiprocessor: otherwise the longest block of the last head would start when all others
+    // have nearly finished. Not if one head's tiles of keys fill most of the multiprocessors: then there is little to gain, and two such heads do not fit
+    // the cache together.
     const int heads = p.B * p.Hkv, last = min(heads, p.sm_count / k_tiles * 2), block = static_cast<int>(unit) - (heads - last) * k_tiles;
     if (!LEAVES_OUT && 3 * k_tiles <= 2 * p.sm_count && block >= 0) return {block / last, heads - last + block % last};
 #endif
@@ -28,9 +28,9 @@ __device__ inline Unit unit_of_block([[maybe_unused]] const AttentionParams& p, 
 }
 
 // The tiles of Q that see some of a block's keys, of every query head that shares them: head bh = b·H + h, tile, and its index among them. Causal:
-// from the last tile down, so that the blocks of a head are at the same tile at about the same time; taking turns, they must be.
+// from the last tile down, so that the blocks of a head reach the same tile at about the same time; when blocks take turns, this order is required.
 #if INTERVAL
-// Which tiles these are takes several dependent reads to find out, so the producer alone does, ahead of the others, and tells them.
+// Determining these tiles takes several dependent reads. So only the producer does it, ahead of the consumers, and tells them.
 struct Told {
     int bh, tile;  // a tile of −1: there is no more
     int cut;       // whether some row does not see all of the block's keys
@@ -70,7 +70,7 @@ private:
     }
 };
 
-// The same visits as the consumers are told of them, each with its tile of Q.
+// The same visits for the consumers: the producer stores them beside each tile of Q.
 struct ToldVisit : Told {
     const Told* told;  // [STAGES], in shared memory
     uint32_t Q_full;   // barriers
@@ -94,12 +94,12 @@ private:
 };
 #else
 #if LISTED
-// Where a mask leaves out tiles: from the last one down.
+// Where the mask lets tiles be skipped: from the last tile down.
 struct ListedVisit {
     const SeenTiles& seen;
     const int k_tile, first, end_bh;  // first: the first tile whose rows the diagonal lets see some of the block's keys
     int bh, tile, n = 0;
-    uint32_t word = 0;  // of the tile's chunk of 32: those that are left
+    uint32_t word = 0;  // remaining tiles of the chunk of 32
 
     __device__ ListedVisit(const AttentionParams& p, const Maps& maps, int k_tile, int b_kv_h)
         : seen(maps.seen_tiles), k_tile(k_tile), first(first_row_of(p, k_tile * BLOCK_K) / BLOCK_Q), end_bh((b_kv_h + 1) * (p.H / p.Hkv)) {
@@ -116,7 +116,7 @@ struct ListedVisit {
 
 private:
     __device__ static int tiles(const AttentionParams& p) { return (p.Nq + BLOCK_Q - 1) / BLOCK_Q; }
-    // From the tiles before this one to the next that is visited, through the heads that follow.
+    // Moves to the next visited tile before this one, then on through the heads that follow.
     __device__ void settle(const AttentionParams& p) {
         while (word == 0) {
             if (tile <= first) {

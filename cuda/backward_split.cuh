@@ -1,4 +1,4 @@
-// What the hopper backwards share that add nothing up in global memory: Delta and LSE prepared, the tiles that a block visits, Pᵀ from Sᵀ.
+// What those hopper backwards share that accumulate nothing in global memory: preparing Delta and LSE, the tiles that a block visits, Pᵀ from Sᵀ.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ constexpr int SMEM_LIMIT = SMEM_KB * 1024 - 1024;
 
 extern __shared__ __align__(1024) uint8_t smem[];
 
-// Both groups are there.
+// Waits for both groups.
 __device__ inline void meet() { ptx::bar_sync(1, CONSUMERS * GROUP); }
 
 // ---- before: LSE in base 2 and Delta = rowsum(dO∘O) − dLSE (Algorithm 2, line 4), for every row, padded to whole tiles
@@ -93,7 +93,7 @@ struct QueryVisit {
     }
 };
 
-// Sᵀ or dPᵀ of 64 keys: what of it a thread has to know.
+// A thread's view of Sᵀ or dPᵀ of 64 keys.
 struct Lane {
     int t, place, first_row;  // this thread has the keys at two places of the tile, `place` and the one 8 further: keys first_row and first_row + ROW_STEP
 

@@ -1,5 +1,5 @@
-// What comes before and after the backward kernels that visit each pair of tiles once: Delta and LSE prepared, dQ summed in the order of the
-// accumulators and put in order at the end. Includers define BLOCK_Q and PADDED_TO, a multiple of it.
+// What comes before and after the backward kernels that visit each pair of tiles once: Delta and LSE are prepared; dQ is summed in the order of the
+// accumulators and put into row order at the end. Includers define BLOCK_Q and PADDED_TO, a multiple of it.
 #pragma once
 
 #include "tensor_core.cuh"
@@ -99,7 +99,7 @@ __device__ inline void prepare(const AttentionParams& p, [[maybe_unused]] elemen
         const int64_t row_gmem = static_cast<int64_t>(bh) * p.Nq + i;
         float LSE = i < p.Nq ? p.lse[row_gmem] : -CUDART_INF_F;
 #if SCORE & SCORE_BIAS
-        // So large that float32 does not tell the row's scores apart: P, which would be any power of 2, becomes 1 at most.
+        // LSE so large that float32 cannot tell the row's scores apart: P, which could be any power of 2, is limited to 1.
         if (fabsf(LSE) >= 0x1p16f && fabsf(LSE) < CUDART_INF_F) LSE += fabsf(LSE) * 0x1p-22f;
 #endif
         if (i < p.Nq && p.d_lse) Delta -= p.d_lse[row_gmem];
@@ -118,7 +118,7 @@ __device__ inline void prepare(const AttentionParams& p, [[maybe_unused]] elemen
 #pragma unroll
     for (int e = threadIdx.x; e < PREPARE_ROWS * HEAD_DIM / 4; e += PREPARE_THREADS) dQ[e] = make_float4(0, 0, 0, 0);
 #if LISTED
-    // Launched early, it runs beside the kernels that look through the mask. One block waits for them, and with it what comes next.
+    // Launched early, this kernel runs beside the kernels that scan the mask. One block waits for them, and thereby also the next kernel.
     if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();
 #endif
 }
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(32 * FINISH_WARPS) finish_dq_kernel(const __gr
     const int bh = blockIdx.x / blocks_per_head;
     const int64_t row = static_cast<int64_t>(bh) * workspace.rows + i0;
     const float scale = DROPOUT ? p.scale * p.keep_scale : p.scale;
-    constexpr int AT_ONCE = HEAD_DIM == 112 ? 2 : 8;  // eight of fourteen would spill a register
+    constexpr int AT_ONCE = HEAD_DIM == 112 ? 2 : 8;  // otherwise eight of fourteen specialisations would spill a register
 #pragma unroll AT_ONCE
     for (int column = 0; column < HEAD_DIM; column += 8) {
         const float4 dQ_rmem = *reinterpret_cast<const float4*>(workspace.dQ + fragment_offset(row, column, lane));

@@ -83,7 +83,8 @@ __device__ inline void keep_pairs(uint32_t (&keep)[4], uint32_t first, uint32_t 
 
 // ---- the mask
 
-// What a score's sum starts from under a mask: about −2¹²⁷ if byte n of `signs` has its sign set, else 0. The sign, repeated, is a float's high byte.
+// The value from which a score's accumulator starts under a mask: about −2¹²⁷ if the sign bit of byte n of `signs` is set, else 0. The repeated sign is
+// the float's high byte.
 __device__ inline float start_of_sum(uint32_t signs, int n) { return __uint_as_float(ptx::prmt(signs, 0, (8 + n) << 12 | 0x444)); }
 
 // The same for the 32 columns of a word of bits. Of the four lanes that share a row, lane t holds columns 8n + 2t and 8n + 2t + 1: place(n, c) is the
@@ -105,18 +106,18 @@ __device__ inline uint32_t first_bits(int count) { return count >= 32 ? ~0u : co
 
 // What O is multiplied by at the end: 1 / l, or 0 for a row that may attend nothing. m is the row's largest score before scaling.
 //
-// P = 2^(scale_log2 · S − M) where M is scale_log2 · m, rounded. The rounding error e makes P and l too large by 2^e, which O = P V / l does not see,
-// but what was summed under another maximum has another e. Up to |M| = 2²⁴ that is a factor of 2 at most, between scores that float32 itself can
-// hardly tell apart. Beyond, O becomes NaN instead of a wrong number.
+// P = 2^(scale_log2 · S − M), where M is scale_log2 · m, rounded. A rounding error e makes P and l too large by the factor 2^e, which cancels in O = P V / l.
+// But sums taken under different maxima have different errors. Up to |M| = 2²⁴ these differ by a factor of 2 at most, between scores that float32 itself
+// can hardly tell apart. Beyond, O becomes NaN instead of a wrong number.
 __device__ inline float factor_of_row(const AttentionParams& p, float m, float scale_log2, float one_over_l) {
-    const bool dead = m == p.lowest && (MASK || CAUSAL || INTERVAL || p.Nk == 0);  // where nothing hides, every score was −∞: NaN
+    const bool dead = m == p.lowest && (MASK || CAUSAL || INTERVAL || p.Nk == 0);  // if nothing can be hidden, all scores were −∞: NaN
     const float factor = fabsf(m * scale_log2) < 0x1p24f ? one_over_l : CUDART_NAN_F;
     return dead ? 0 : factor;
 }
 
 // ---- launching
 
-// Makes the tensors' device current while a launch function runs, and puts back what was current before.
+// Makes the tensors' device current while a launch function runs, and restores the previous one afterwards.
 struct DeviceGuard {
     int before = -1;
     explicit DeviceGuard(int device) {
@@ -129,8 +130,8 @@ struct DeviceGuard {
     }
 };
 
-// Whether kernels can number what they must: the blocks of each grid, and rows and columns, up to the end of the last tile. All are 32-bit ints.
-// Launchers ask before anything else happens.
+// Whether 32-bit ints can number the blocks of each grid, and the rows and columns up to the end of the last tile. Launchers call it before anything
+// else.
 inline bool numbers_fit(const AttentionParams& p, std::initializer_list<int64_t> grids) {
     for (const int64_t blocks : grids)
         if (blocks > INT32_MAX) return false;
@@ -139,7 +140,7 @@ inline bool numbers_fit(const AttentionParams& p, std::initializer_list<int64_t>
 
 inline int64_t tiles_of(int64_t n, int size) { return (n + size - 1) / size; }
 
-// `blocks` blocks of a kernel on the call's stream, unless its output is empty. What a launch before it wrote, a kernel sees.
+// Launches `blocks` blocks of a kernel on the call's stream, unless its output is empty. A kernel sees what earlier launches wrote.
 inline cudaError_t launch(void (*kernel)(AttentionParams), int64_t blocks, int threads, const AttentionParams& p) {
     if (blocks == 0) return cudaSuccess;
     launch_kernel(kernel, static_cast<unsigned>(blocks), threads, 0, p.stream, p);

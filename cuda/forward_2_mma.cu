@@ -1,14 +1,13 @@
 // Forward on tensor cores, and nothing else changed: FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithm 1.  sm_80 and newer.
 //
-// The idea: one instruction of a warp, mma.sync, multiplies 16 × 16 by 16 × 8 numbers; it replaces the loops of fma. Operands are
-// 16-bit, sums float32. Every lane must hold the right elements of each operand: ldmatrix hands them out from shared memory. P needs no
-// such help. The accumulators of S = Q Kᵀ, rounded to pairs, are already laid out as the A operand of O += P V, so that P never leaves
-// registers.
+// The idea: one warp instruction, mma.sync, multiplies 16 × 16 by 16 × 8 numbers and replaces the loops of fma. Operands are 16-bit, sums
+// float32. Every lane must hold the right elements of each operand; ldmatrix distributes them from shared memory. P does not need it: the
+// accumulators of S = Q Kᵀ, rounded to pairs, are already laid out as the A operand of O += P V, so that P never leaves registers.
 //
 // Change from forward_1_simple.cu: the two products (mma.cuh), and what follows from their layout. A warp owns 16 whole rows; tiles of Q, K
-// and V keep their 16-bit type and the whole head size; the scale goes with the exponent, since Q would have to be rounded again. Copies
-// still wait: load, barrier, compute, barrier. forward_2b_swizzle.cu removes the bank conflicts that plain rows have, forward_2c_cp_async.cu copies
-// under the arithmetic.
+// and V keep their 16-bit type and the whole head size; the scale is applied in the exponent, because scaling Q would round it again. Copies
+// do not overlap arithmetic yet: load, barrier, compute, barrier. forward_2b_swizzle.cu removes the bank conflicts of plain rows, and
+// forward_2c_cp_async.cu copies under the arithmetic.
 //
 // Limits: float16 and bfloat16, head sizes up to 128 that are multiples of 8, positive scale, rows that begin at multiples of 16 bytes;
 // dense and causal attention with any lengths and grouped heads, but neither a mask nor dropout.

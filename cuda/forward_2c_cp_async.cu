@@ -1,7 +1,7 @@
 // Forward on tensor cores, with copies under the arithmetic: FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithm 1.  sm_80 and newer.
 //
-// The idea: while one pair of K and V tiles is computed with, the next is on its way. cp.async copies from global to shared memory without a
-// register in between, and the thread that issues it goes on; shared memory holds two stages, one that is read and one that is being filled.
+// The idea: load the next pair of K and V tiles while computing with the present one. cp.async copies from global to shared memory without
+// going through registers, and the thread that issues it continues; shared memory holds two stages, one being read and one being filled.
 //
 // Change from forward_2b_swizzle.cu: load_tile issues cp.async (tensor_core.cuh) instead of loading and storing; K and V have two stages; the loop
 // waits for the stage that it needs, then issues the copy of the next. One barrier a step is enough where two were needed: it says both that this

@@ -1,19 +1,19 @@
 // Forward on tensor cores with swizzled shared memory and double-buffered copies: FlashAttention-2, Algorithm 1.  sm_80 and newer.
 //
-// The idea: feed mma.sync without waiting. Tiles of K and V arrive by cp.async while the previous pair is computed with; they lie in shared
-// memory with their 16-byte chunks xor-ed by the row ("swizzled"), so that every ldmatrix reads eight rows from eight different banks.
+// The idea: feed mma.sync without waiting. Tiles of K and V arrive by cp.async while the previous pair is in use; in shared memory the position of
+// each 16-byte chunk is xor-ed with its row ("swizzled"), so that every ldmatrix reads eight rows from eight different groups of banks.
 // P never leaves registers: the accumulators of S = Q Kᵀ, rounded to pairs, are already laid out as the A operand of O += P V.
 //
-// Change from forward_2c_cp_async.cu: more rows a warp, so that a fragment of K or V serves two products; O leaves through shared memory; what
-// gives each architecture tiles that fit its registers; masks and dropout. Serves everything in the interface for float16 and bfloat16, head sizes
-// up to 256 that are multiples of 8, positive scale.
+// Change from forward_2c_cp_async.cu: more rows per warp, so that a fragment of K or V serves two products; O is stored by way of shared memory; tile
+// sizes that fit each architecture's registers; masks and dropout. Serves everything in the interface for float16 and bfloat16, head sizes up to 256
+// that are multiples of 8, positive scale.
 #include "mask_tile.cuh"
 #include "score_mma.cuh"
 
 // ---- tile sizes. A warp owns ROWS_PER_WARP rows of Q, so softmax needs no other warp. Two or three blocks share a multiprocessor: one
 // block's softmax runs under another's matrix products.
 #define ROWS_PER_WARP (HEAD_DIM <= 128 ? 32 : 16)
-// As many columns as leave the registers room for S, O and what masks or drops. The assembler fits more for sm_90, and nearly as much for sm_100.
+// As many columns as fit into registers beside S, O and what masks and dropout need. The assembler fits more for sm_90, and nearly as many for sm_100.
 #define ROOMY (ARCH == 90 || (ARCH >= 100 && ARCH < 120 && !(CAUSAL && (MASK || HEAD_DIM <= 64))))
 #define WIDE (HEAD_DIM <= 64 && ROOMY && !INTERVAL && !SCORE && !(MASK && (CAUSAL || DROPOUT)))
 #define BLOCK_K (WIDE ? 128 : HEAD_DIM <= 64 || HEAD_DIM > 128 || (!DROPOUT && ROOMY && !(SCORE & (SCORE_SOFTCAP | SCORE_BIAS))) ? 64 : 32)
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 
     [[maybe_unused]] const uint32_t mask_origin = MASK ? MaskTile::origin(p, b, h, i0, threadIdx.x) : 0;
 
-    // From the first tile of columns that some of these rows see, to the last; none beyond is visited.
+    // The tiles of columns that some of these rows see, from the first to the last; no others are visited.
 #if INTERVAL
     const Bounds seen = bounds_of_rows(p, reinterpret_cast<const Bounds*>(p.workspace), blockIdx.x, i0, BLOCK_Q);  // blocks are tiles in their order
     const int first_tile = seen.some.start / BLOCK_K;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         load_tile<Tile_KV, THREADS, Order>(KV_smem + (stage(j) * 2 + 1) * Tile_KV::BYTES, p.v, V_head, j * BLOCK_K, p.Nk, p.Dv, copying_thread());
     };
 
-    if (k_tiles > first_tile) {  // where no row sees anything, nothing is copied that could still arrive when O takes Q's place
+    if (k_tiles > first_tile) {  // if no row sees anything, nothing is copied: a copy could still arrive when O overwrites Q
         load_tile<Tile_Q, THREADS>(Q_smem, p.q, head_unit(p.q, b, h), i0, p.Nq, p.D, copying_thread());
         load_K(k_tiles - 1);
         if (STAGES == 2) load_V(k_tiles - 1);
@@ -109,13 +109,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     [[maybe_unused]] const uint2 kept_key = DROPOUT ? dropout_key(p) : uint2{};
     const uint32_t Q_lane = Q_smem + Tile_Q::lane_a(warp_row, lane);
 
-    // One tile of K and V: S, its softmax against the running maximum, and what it adds to O. `cut`: by the diagonal or the end of the sequence.
+    // One tile of K and V: S, its softmax against the running maximum, and its contribution to O. `cut`: the diagonal or the end of the sequence cuts it.
     auto step = [&](int j, bool cut) {
         const int j0 = j * BLOCK_K;
         const uint32_t K_smem = KV_smem + stage(j) * 2 * Tile_KV::BYTES, V_smem = K_smem + Tile_KV::BYTES;
 
-        // While tile j is computed with, the next copies are under way: of the next K and V into the other stage, or, where shared memory
-        // has room for one pair only, of this V under Q Kᵀ and of the next K under the rest.
+        // While tile j is in use, the next copies run: of the next K and V into the other stage or, if shared memory has room for only one pair, of
+        // this V under Q Kᵀ and of the next K under the rest.
         ptx::cp_async_wait_group<0>();
         __syncthreads();  // K (and V) are there for every thread, and every warp is done with what the next copy overwrites
         if (STAGES == 1) load_V(j);
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         BiasOfTile<M_TILES, N_TILES> bias_rmem;
         if (BIASED) load_bias_of_rows(bias_rmem, p, j0 + 2 * t, j0 + BLOCK_K <= p.Nk, query);
 #endif
-        float S_rmem[M_TILES][N_TILES][4] = {};  // S = Q Kᵀ, summed from 0 or from where the mask says
+        float S_rmem[M_TILES][N_TILES][4] = {};  // S = Q Kᵀ, with accumulators that start from 0 or from the mask
         if (MASK) {
             const int thread = thread_anew();
             [[maybe_unused]] const int first_row_sees = i0 + thread / 32 * ROWS_PER_WARP + thread % 32 / 4 + offset + 1 - j0;  // columns of this tile, causally
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         score_rows(S_rmem, bias_rmem, p, score_units(p), query);
 #endif
 #if !MASK
-        if (cut) {  // Hide what lies beyond the diagonal or the end of the sequence.
+        if (cut) {  // Hide scores beyond the diagonal or the end of the sequence.
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
@@ -227,8 +227,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                 }
                 l_rmem[m][r] = l_rmem[m][r] * alpha[m][r] + sum;
             }
-        // Where no maximum of the warp's rows has grown, O needs no rescaling. With random scores that becomes usual late: of 32 rows some maximum
-        // grows in 85 % of the steps of 128 keys at N 4096, in 48 % at N 16384 (row by row, the n-th step raises it with probability 1 / n).
+        // If no maximum of the warp's rows has grown, O needs no rescaling. With random scores this becomes common only late in a long row: some maximum
+        // of 32 rows grows in 85 % of the steps of 128 keys at N 4096, in 48 % at N 16384 (the n-th step raises a row's maximum with probability 1 / n).
         if (__any_sync(0xffffffff, grew)) {
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                 }
         }
 
-        // O += P V, 32 keys at a time: what a call of Philox covers. Two calls serve this lane's even and odd columns.
+        // O += P V, 32 keys at a time, as many as a call of Philox covers. Two calls serve this lane's even and odd columns.
         const uint32_t V_lane = V_smem + Tile_KV::lane_b_trans(lane);
 #pragma unroll
         for (int w = 0; w < BLOCK_K / 32; ++w) {
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         }
     };
 
-    // Right to left: the tiles that the diagonal or the end of the sequence cuts come first; in the others nothing is hidden.
+    // From right to left: the tiles that the diagonal or the end of the sequence cuts come first; in the others nothing is hidden.
 #if INTERVAL
     for (int j = k_tiles - 1; j >= first_tile; --j) step(j, !seen.see_whole(j * BLOCK_K, BLOCK_K));
 #else
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 #endif
 
     const Rows out = TIGHT ? rows_of_block(p) : rows;
-    // O /= l, and out through shared memory, each warp in its own rows of Q's place, so that global stores are 16 bytes wide.
+    // O /= l. It is stored by way of Q's buffer in shared memory, each warp in its own rows, so that global stores are 16 bytes wide.
     __syncwarp();  // every lane is done reading Q
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)

@@ -13,7 +13,7 @@
 // forward_2c_cp_async.cu is expected to reach 260.
 //
 // Measured (H200, bfloat16, B 4 H 16 N 4096, dense): 411 TFLOP/s at D 64, 474 at D 128, from 283 and 322: a quarter more than predicted. The other
-// blocks of the multiprocessor fill the gaps better than thought.
+// blocks of the multiprocessor fill the gaps better than expected.
 //
 // Limits: as forward_2c_cp_async.cu, and sm_90a alone: no other architecture has wgmma.
 #include "tensor_core.cuh"
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         const int j0 = tile * BLOCK_K, stage = tile % STAGES * Tile_KV::BYTES;
         ptx::cp_async_wait_group<0>();  // this thread's copies of this tile, and of Q, have arrived
         ptx::fence_proxy_async();       // wgmma will see them
-        __syncthreads();                // so will it all threads'; and every product with the tile before is over, which the next copy overwrites
+        __syncthreads();                // so will it all threads'; and every product with the tile before has finished, which the next copy overwrites
         if (tile + 1 < k_tiles) load_KV(tile + 1);
         ptx::cp_async_commit_group();
 

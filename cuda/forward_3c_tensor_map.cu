@@ -1,21 +1,21 @@
 // Forward with whole tiles copied by tensor map: FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithm 1.  sm_90a.
 //
-// The idea: one thread asks the copy engine for a whole tile. A tensor map, made on the host, says where a (B, H, N, D) tensor lies and how a box of
-// it is swizzled in shared memory; the kernel gives coordinates. No thread computes an address or a bound: what lies beyond the tensor arrives as
-// zeros. The threads that wait issued no copies, so they cannot count them. So a barrier in shared memory counts bytes: the thread that
-// asks announces how many will come, and the phase is over when they have. A wait names the parity of its phase: 0 the first time, then 1, 0, …
+// The idea: one thread issues the copy of a whole tile to the copy engine. A tensor map, made on the host, says where a (B, H, N, D) tensor lies and how
+// a box of it is swizzled in shared memory; the kernel gives coordinates. No thread computes an address or a bound: elements beyond the tensor arrive as
+// zeros. The waiting threads issued no copies, so they cannot wait for groups of copies. Instead a barrier in shared memory counts bytes: the issuing
+// thread announces how many will arrive, and the phase completes when they have. A wait names the parity of its phase: 0 the first time, then 1, 0, …
 //
 // Change from forward_3b_wgmma.cu: load_tile becomes load_boxes, cp.async's groups become one barrier a stage, and the proxy fence goes, since copy
 // engine and wgmma see shared memory the same way. The rest is as it was.
 //
-// Prediction, before any measurement: 128 threads issued 8 copies each for a pair of tiles at D 64, with their addresses and bounds, some 60
-// instructions a thread beside about 500 for the softmax. They go, and little else changes. About 350 TFLOP/s at D 64, where forward_3b_wgmma.cu
-// is expected to reach 330.
+// Prediction, before any measurement: for a pair of tiles at D 64, each of 128 threads issued 8 copies, with their addresses and bounds: some 60
+// instructions per thread, beside about 500 for the softmax. These disappear, and little else changes. About 350 TFLOP/s at D 64, where
+// forward_3b_wgmma.cu is expected to reach 330.
 //
 // Measured (H200, bfloat16, B 4 H 16 N 4096, dense): 448 TFLOP/s at D 64, 507 at D 128, from 411 and 474: 7 to 9 %, as predicted, for 10 % fewer
 // instructions.
 //
-// Limits: as forward_3b_wgmma.cu, but any size of tensor that a map can describe.
+// Limits: as forward_3b_wgmma.cu, but tensors of any size that a map can describe.
 #include "tensor_map.cuh"
 #include "wgmma.cuh"
 
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         for (int stage = 0; stage < STAGES; ++stage) ptx::mbarrier_init(ptx::smem_address(full + stage), 1);  // one thread arrives, with bytes
         ptx::fence_mbarrier_init();  // the copy engine sees them too
     }
-    __syncthreads();  // no thread waits at a barrier that is not there yet
+    __syncthreads();  // no thread waits at a barrier that is not initialised yet
 
     float O_rmem[D_TILES][4] = {};                       // line 5; not yet divided by l
     float m_rmem[2] = {p.lowest, p.lowest}, l_rmem[2] = {};  // of rows g and g + 8; l is this lane's share of the sum
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     }
     for (int tile = 0; tile < k_tiles; ++tile) {
         const int j0 = tile * BLOCK_K, stage = tile % STAGES * Tile_KV::BYTES;
-        __syncthreads();  // every product with the tile before is over, which the next copy overwrites
+        __syncthreads();  // every product with the tile before has finished; the next copy overwrites that tile
         if (tile + 1 < k_tiles && threadIdx.x == 0) load_KV(tile + 1);
         ptx::mbarrier_wait(ptx::smem_address(full + tile % STAGES), tile / STAGES & 1);  // this tile, and Q, have arrived
 

@@ -2,19 +2,19 @@
 //
 // The idea: a producer and consumers. Two groups of four warps compute, 64 rows each, and share every tile of K and V. A third group copies: one
 // of its threads fills a ring of stages as fast as they are emptied, and never computes. Neither waits for the other at a barrier of the block.
-// "Full" barriers count the bytes that the producer asked for; "empty" barriers count the warps that have finished with a stage. A consumer that
+// "Full" barriers count the bytes of the producer's loads; "empty" barriers count the warps that have finished with a stage. A consumer that
 // is slow at its softmax no longer holds up the copies, nor the other consumer.
 //
-// Change from forward_3c_tensor_map.cu: who issues the copies, and the "empty" barriers that replace __syncthreads. K and V have
-// barriers of their own, so that S = Q Kᵀ starts before V is there. What follows from it: registers. All threads of a block start with as many,
-// 168; the producer gives most of its away, and the consumers take them (setmaxnreg). And since 128 rows share a tile of keys, its tiles are larger.
+// Change from forward_3c_tensor_map.cu: which thread issues the copies, and the "empty" barriers that replace __syncthreads. K and V have separate
+// barriers, so that S = Q Kᵀ starts before V has arrived. Registers move too: all threads of a block start with 168; the producer returns most of its
+// own, and the consumers take them (setmaxnreg). And since 128 rows share a tile of keys, tiles are larger.
 //
-// Prediction, before any measurement: half the bytes from L2, and no barrier that all threads wait at; but one block of two computing groups has
-// the multiprocessor, and nothing arranges that one group multiplies while the other is at its exponentials. About 400 TFLOP/s at D 64 and 520 at
-// D 128, where forward_3c_tensor_map.cu is expected to reach 350 and 420.
+// Prediction, before any measurement: half the bytes from L2, and no barrier at which all threads wait; but a multiprocessor has only one block, of two
+// computing groups, and nothing makes one group multiply while the other computes exponentials. About 400 TFLOP/s at D 64 and 520 at D 128, where
+// forward_3c_tensor_map.cu is expected to reach 350 and 420.
 //
-// Measured (H200, bfloat16, B 4 H 16 N 4096, dense): 577 TFLOP/s at D 128, from 507, but 409 at D 64, from 448. There tensor_map's three or four blocks, which
-// know nothing of each other, fill each other's gaps better than two groups that start together.
+// Measured (H200, bfloat16, B 4 H 16 N 4096, dense): 577 TFLOP/s at D 128, from 507, but 409 at D 64, from 448. There the three or four independent
+// blocks of tensor_map fill each other's gaps better than two groups that start together.
 //
 // Limits: as forward_3c_tensor_map.cu.
 #include "tensor_core.cuh"
@@ -27,7 +27,7 @@ constexpr int BLOCK_THREADS = (1 + CONSUMERS) * GROUP;
 constexpr int BLOCK_Q = CONSUMERS * WARPS * WARP_ROWS;  // 128: 64, the height of a wgmma, for each
 constexpr int BLOCK_K = 128;
 constexpr int N_TILES = BLOCK_K / 8;  // 8-column tiles of S
-// Registers of a thread, in steps of 8: as many for all at the start, then what the producer gives back goes to the consumers.
+// Registers of a thread, in steps of 8: all threads start with equally many, then the consumers take what the producer returns.
 constexpr int REGISTERS = 65536 / BLOCK_THREADS / 8 * 8;
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
@@ -80,9 +80,9 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         }
         ptx::fence_mbarrier_init();  // the copy engine sees them too
     }
-    __syncthreads();  // no thread waits at a barrier that is not there yet
+    __syncthreads();  // no thread waits at a barrier that is not initialised yet
 
-    // Uniform, because a descriptor belongs in registers that the warp shares.
+    // Uniform, because descriptors belong in uniform registers.
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
         // ---- the producer. A wait for "empty" names the phase before the tile's own: in a stage's first round it passes at once.

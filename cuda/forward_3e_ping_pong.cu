@@ -1,20 +1,20 @@
 // Forward with groups that take turns: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), section 3.1, "ping-pong".  sm_90a.
 //
-// The idea: while one group multiplies, the other is at its exponentials. Exponentials have a unit of their own, 16 a cycle and multiprocessor,
-// where the tensor cores do 4096 operations: at D 128 a tile's exponentials take half as long as its products, at D 64 as long. Left to
-// themselves, both groups tend to want the tensor cores at the same time, and then both are at their exponentials. So products are issued in
-// turns: a group waits for its turn at a named barrier, issues O += P V of the tile before and S = Q Kᵀ of this one together, and lets the other
-// group have its turn. Its softmax runs outside, under the other's products.
+// The idea: while one group multiplies, the other computes exponentials. A separate unit computes 16 exponentials per cycle and multiprocessor, while
+// the tensor cores do 4096 operations: at D 128 a tile's exponentials take half as long as its products, at D 64 equally long. Without coordination,
+// both groups tend to need the tensor cores at the same time, and then both compute exponentials. So they take turns issuing products: a group waits
+// for its turn at a named barrier, issues O += P V of the previous tile and S = Q Kᵀ of this one together, and passes the turn to the other group. Its
+// softmax then runs under the other group's products.
 //
 // Change from forward_3d_producer.cu: the order of the loop (P waits in registers for the next turn), and two named barriers.
 //
 // Prediction, before any measurement: FlashAttention-3's paper reports 570 → 620–640 TFLOP/s for this step alone at D 128. About 470 TFLOP/s at
-// D 64 and 600 at D 128, where forward_3d_producer.cu is expected to reach 400 and 520. What forward_4_hopper.cu has beyond: a block that takes
-// one tile of Q after another, so that nothing waits between them; products under the same group's softmax; and all features.
+// D 64 and 600 at D 128, where forward_3d_producer.cu is expected to reach 400 and 520. forward_4_hopper.cu adds persistent blocks, so that nothing
+// waits between two tiles of Q; products under the same group's softmax; and all features.
 //
-// Measured (H200, bfloat16, B 4 H 16 N 4096, dense): 630 TFLOP/s at D 128, from 577, but 400 at D 64, from 409. Turns cost as much there as they
-// arrange: a group's softmax takes longer than the other's products, so the tensor cores wait for it in either order. Three groups, a block that stays and
-// products under the same group's softmax make 530 of it.
+// Measured (H200, bfloat16, B 4 H 16 N 4096, dense): 630 TFLOP/s at D 128, from 577, but 400 at D 64, from 409. There turns cost as much as they gain: a
+// group's softmax takes longer than the other's products, so the tensor cores wait for it in either order. Three groups, persistent blocks and products
+// under the same group's softmax (forward_4_hopper.cu) reach 530.
 //
 // Limits: as forward_3c_tensor_map.cu.
 #include "tensor_core.cuh"
@@ -27,7 +27,7 @@ constexpr int BLOCK_THREADS = (1 + CONSUMERS) * GROUP;
 constexpr int BLOCK_Q = CONSUMERS * WARPS * WARP_ROWS;  // 128: 64, the height of a wgmma, for each
 constexpr int BLOCK_K = 128;
 constexpr int N_TILES = BLOCK_K / 8;  // 8-column tiles of S
-// Registers of a thread, in steps of 8: as many for all at the start, then what the producer gives back goes to the consumers.
+// Registers of a thread, in steps of 8: all threads start with equally many, then the consumers take what the producer returns.
 constexpr int REGISTERS = 65536 / BLOCK_THREADS / 8 * 8;
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
@@ -80,9 +80,9 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         }
         ptx::fence_mbarrier_init();  // the copy engine sees them too
     }
-    __syncthreads();  // no thread waits at a barrier that is not there yet
+    __syncthreads();  // no thread waits at a barrier that is not initialised yet
 
-    // Uniform, because a descriptor belongs in registers that the warp shares.
+    // Uniform, because descriptors belong in uniform registers.
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
         // ---- the producer. A wait for "empty" names the phase before the tile's own: in a stage's first round it passes at once.
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         scale_rows(O_rmem, alpha[0], alpha[1]);
         round_P(P_rmem, S_rmem);
     };
-    // Barrier 1 + c is group c's turn: that group waits there, and the other one arrives when its own products are issued.
+    // Barrier 1 + c is group c's turn: that group waits there, and the other one arrives once it has issued its own products.
     auto my_turn = [&] { ptx::bar_sync(1 + consumer, CONSUMERS * GROUP); };
     auto your_turn = [&] { ptx::bar_arrive(1 + (consumer + 1) % CONSUMERS, CONSUMERS * GROUP); };
 
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         }
         issue_PV(k_tiles - 1);
         ptx::wgmma_wait_group<0>();
-        if (consumer == 0) my_turn();  // meets the other group's last arrival, so that no barrier is left half full
+        if (consumer == 0) my_turn();  // matches the other group's last arrival, so that no barrier is left half full
     }
 
     // lines 12 to 15: O /= l and LSE = m + log l. l = 0 where a row may attend nothing: there LSE = −inf.

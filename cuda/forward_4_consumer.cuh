@@ -1,19 +1,19 @@
-// The forward of `hopper`, fifth part: the consumers, groups of four warps that compute. First a group's two products; then, in consume(), what it says
-// to the producer and to the other groups, and its loop over works and their tiles of keys.
+// The forward of `hopper`, fifth part: the consumers, groups of four warps that compute. First a group's two products; then, in consume(), the barriers
+// at which it arrives or waits, and its loop over work items and their tiles of keys.
 #pragma once
 
 #include "forward_4_epilogue.cuh"
 #include "forward_4_softmax.cuh"
 
-// A group skips tiles of keys that only rows of other groups see. Two groups have next to none, and under a mask registers do not suffice.
+// A group skips tiles of keys that only rows of other groups see. With two groups there are hardly any; under a mask there are not enough registers.
 constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL && !BIASED;
 
-// Where scores are changed, O's product is over before the exponentials begin; rounding P then has both rows' to run under.
+// If scores are changed, O's product has ended before the exponentials begin; then rounding P can overlap the exponentials of both rows.
 constexpr bool O_EARLY = SCORE != 0;
 
-// S = Q Kᵀ, under way: this consumer's 64 rows of Q.
+// Issues S = Q Kᵀ for this consumer's 64 rows of Q.
 __device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& shared, int consumer, const Slot_Q& slot_Q, const Slot_KV& slot) {
-    // Uniform, because a descriptor belongs in registers that the warp shares.
+    // Uniform, because descriptors belong in uniform registers.
     const uint64_t Q_rows = ptx::descriptor(uniform(shared.Q + slot_Q.stage * Tile_Q::BYTES + consumer * 64 * ROW_BYTES));
     const uint64_t K_tile = ptx::descriptor(uniform(shared.K + slot.stage * Tile_K::BYTES));
     ptx::wgmma_fence();
@@ -24,7 +24,7 @@ __device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& s
     ptx::wgmma_commit_group();
 }
 
-// O += P V, under way. Every descriptor is made anew: advanced by an addition, as above, D 64 is 2 – 3 % slower.
+// Issues O += P V. Each descriptor is built from its address: advancing one by an addition, as above, makes D 64 2 to 3 % slower.
 __device__ inline void multiply_PV(float (&O_rmem)[V_HEAD_DIM / 2], const uint32_t (&P_rmem)[BLOCK_K / 16][4], const Shared& shared, const Slot_KV& slot) {
     const uint32_t V_tile = uniform(shared.V + slot.stage * Tile_V::BYTES);
     ptx::wgmma_fence();
@@ -34,7 +34,7 @@ __device__ inline void multiply_PV(float (&O_rmem)[V_HEAD_DIM / 2], const uint32
     ptx::wgmma_commit_group();
 }
 
-// Consumer 0, 1, …: 64 rows of each tile of Q. TOLD: which tile of keys has come, it is told.
+// Consumer 0, 1, …: 64 rows of each tile of Q. TOLD: the producer says which tile of keys has arrived.
 template <bool TOLD>
 __device__ inline void consume(const AttentionParams& p, const Maps& maps, const Shared& shared, int consumer) {
     Barriers& barriers = shared.barriers;
@@ -48,21 +48,21 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     uint32_t P_rmem[BLOCK_K / 16][4];
     float m_rmem[2], l_rmem[2], alpha[2];
     [[maybe_unused]] KeepBits<BLOCK_K> keep;
-    int q = 0, n = 0;  // of all tiles of Q, of keys
+    int q = 0, n = 0;  // counters over all tiles of Q, of keys
 
-    // ---- what it says to others
-    // One lane of every warp arrives at an "empty" barrier, once its products that read the tile are over.
+    // ---- arrivals
+    // One lane of every warp arrives at an "empty" barrier, once the warp's products that read the tile have finished.
     auto release = [&](uint64_t* empty, int stage) {
         if (lane == 0) ptx::mbarrier_arrive(barrier(empty, stage));
     };
-    // Q's by every thread, since every one has read which work it is for.
+    // At Q's every thread arrives, since every thread has read the work item.
     auto release_Q = [&](const Slot_Q& slot) { ptx::mbarrier_arrive(barrier(barriers.Q_empty, slot.stage)); };
-    // Groups issue products in turns, so that one is at its exponentials while another's products run.
+    // Groups take turns issuing products, so that one computes exponentials while another's products run.
     auto my_turn = [&] { ptx::bar_sync(1 + consumer, 2 * GROUP); };
     auto your_turn = [&](int next) { ptx::bar_arrive(1 + next, 2 * GROUP); };
 
-    // ---- what it waits for
-    // The next work, once its Q is there.
+    // ---- waits
+    // Waits for the next Q and returns its work item.
     auto take = [&] {
         const Slot_Q slot(q);
         ptx::mbarrier_wait(barrier(barriers.Q_full, slot.stage), slot.parity);
@@ -74,10 +74,10 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         return Work{uniform(work.i0), uniform(work.h), uniform(work.b), uniform(work.k_tiles)};
 #endif
     };
-    // First key of a work's n-th tile; told, of the tile that has come last.
+    // First key of the work item's n-th tile; if TOLD, of the tile that arrived last.
     [[maybe_unused]] int j0_told = 0;
     auto j0_of = [&](const Work& work, int n) { return TOLD ? j0_told : work.j0(p, n); };
-    // K, and the mask, from which S's sums start.
+    // Waits for K and for the mask, with which the accumulators of S are initialised.
     auto await_K = [&](const Slot_KV& slot, [[maybe_unused]] const Work& work, [[maybe_unused]] int tile) {
         ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
         if (TOLD) j0_told = uniform(shared.j0[slot.stage]);
@@ -87,8 +87,8 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     };
     auto await_V = [&](const Slot_KV& slot) { ptx::mbarrier_wait(barrier(barriers.V_full, slot.stage), slot.parity); };
 
-    // ---- tiles of keys that none of its rows sees
-    // How many it skips. It computes at least one, so that all work takes the same path.
+    // ---- tiles of keys that none of the group's rows sees
+    // How many are skipped. At least one is computed, so that all work items take the same path.
     auto skipped = [&](const Work& work) {
         return SKIPS ? max(0, min(work.k_tiles - 1, work.k_tiles - tiles_seen(p, work.i0 + consumer * 64, 64))) : 0;
     };
@@ -96,7 +96,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         for (const int end = n + tiles; n < end; ++n) {
             const Slot_KV slot(n);
             ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
-            __syncwarp();  // all lanes have seen that it came, before it may be replaced
+            __syncwarp();  // all lanes have passed the barrier before the stage may be refilled
             release(barriers.K_empty, slot.stage);
             my_turn();
             your_turn((consumer + 1) % CONSUMERS);
@@ -106,7 +106,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         }
     };
 
-    // ---- what becomes of its scores
+    // ---- scores
 #if SCORE
     [[maybe_unused]] float slope = 0;
     [[maybe_unused]] auto enter = [&](const Work& work) {
@@ -114,7 +114,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     };
 #endif
 #if SCORE & SCORE_BIAS
-    // The warp's rows of the bias: one buffer; the next load is issued as soon as all lanes have read the last one.
+    // The warp's rows of the bias have one buffer: the next load is issued as soon as all lanes have read the previous one.
     const int warp = uniform(threadIdx.x / 32) - 4;
     const uint32_t bias_tile = shared.bias + warp * Tile_bias::BYTES, bias_full = barrier(barriers.bias_full, warp);
     const bool one_row = one_bias_row(p);
@@ -135,13 +135,13 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
 #endif
 
     // ---- the steps of the loop
-    // A work's first S, under way.
+    // Issues a work item's first S.
     auto multiply_first = [&] {
         my_turn();
         multiply_QK(S_rmem, shared, consumer, Slot_Q(q), Slot_KV(n));
         your_turn((consumer + 1) % CONSUMERS);
     };
-    // S becomes P. In the course of it await_O() is called, then rescale_O(whether alpha is not 1 everywhere).
+    // Replaces S by P. Calls await_O() on the way, then rescale_O(whether some alpha is not 1).
     auto exponentials = [&](const Work& work, int tile, const auto& await_O, const auto& rescale_O) {
         const int j0 = j0_of(work, tile);
         auto round = [&] { round_P(P_rmem, S_rmem, keep); };
@@ -200,7 +200,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                 multiply_PV(O_rmem, P_rmem, shared, before);
                 your_turn((consumer + 1) % CONSUMERS);
                 draw(keep, p, work, j0_of(work, tile));
-                ptx::wgmma_wait_group<1>();  // S is there
+                ptx::wgmma_wait_group<1>();  // S is complete
                 release(barriers.K_empty, now.stage);
                 if (tile + 1 == work.k_tiles) release_Q(slot_Q);
                 auto O_is_there = [&] {
@@ -218,8 +218,8 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                 };
                 exponentials(work, tile, await_O, [&](const auto& raised) {
                     if (O_EARLY) return multiply_O(raised);
-                    // The compiler would put the wait for O before the exponentials that O's product should run under, but moves it over no branch:
-                    // the condition always holds.
+                    // The compiler would move the wait for O before the exponentials that should overlap O's product, but does not move it across a
+                    // branch. This condition always holds.
                     if (scale_log2 > 0) {
                         ptx::wgmma_wait_group<0>();
                         multiply_O(raised);
@@ -227,7 +227,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                     O_is_there();
                 });
             }
-            // The last product, then the first of the next work, which runs while O is stored. If there is no next work, it multiplies stale data and
+            // The last product, then the first of the next work item, which runs while O is stored. If there is no next item, it multiplies stale data and
             // the result is ignored: the compiler does not keep a product in flight across a branch.
             ++q;
             const Slot_KV last(n - 1);
@@ -271,7 +271,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
 #endif
         }
         ptx::wgmma_wait_group<0>();
-        if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // shared memory is the block's until then
+        if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // the block must not end while the copy engine reads its shared memory
     }
-    if (consumer == 0) my_turn();  // meets the last group's last arrival, so that no barrier is left half full
+    if (consumer == 0) my_turn();  // matches the last group's last arrival, so that no barrier is left half full
 }

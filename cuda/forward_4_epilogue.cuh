@@ -1,4 +1,4 @@
-// The forward of `hopper`, last part: O /= l, and out through shared memory, each warp its own rows, which the copy engine takes from there.
+// The forward of `hopper`, last part, the epilogue: O /= l. Each warp writes its own rows to shared memory, from where the copy engine stores them.
 #pragma once
 
 #include "forward_4_softmax.cuh"
@@ -19,22 +19,22 @@ __device__ inline void write_O(const AttentionParams& p, const CUtensorMap& map,
         factor[r] = factor_of_row(p, m_rmem[r], scale_log2, (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l));
 #endif
     }
-    const int warp = uniform(ptx::tid_x() / 32) - 4;  // read anew, so that what follows from it takes no registers meanwhile
+    const int warp = uniform(ptx::tid_x() / 32) - 4;  // re-read here, so that values derived from it occupy no registers before
     const uint32_t O_rows = O_smem + warp * 16 * ROW_BYTES, O_lane = O_smem + Tile_O::lane_a(warp * 16, lane);
 #pragma unroll
     for (int panel = 0; panel < V_PANELS; panel += O_PANELS) {
-        if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // what was there has left
+        if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // the previous contents have been stored
         __syncwarp();
 #pragma unroll
         for (int k = 0; k < O_PANELS * 4; ++k) {
             const float* O = O_rmem + 32 * panel + 8 * k;
-            uint32_t pairs[4] = {};  // beyond the last column: nothing in global memory, but the engine reads it
+            uint32_t pairs[4] = {};  // zeros beyond the last column: not stored, but the engine reads them
             if (64 * panel + 16 * k < V_HEAD_DIM)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) pairs[e] = ptx::cvt_pair<element>(O[2 * e] * factor[e % 2], O[2 * e + 1] * factor[e % 2]);
             ptx::stmatrix_x4(Tile_O::step(O_lane, k), pairs);
         }
-        ptx::fence_proxy_async();  // of what this lane has stored
+        ptx::fence_proxy_async();  // for what this lane has stored
         __syncwarp();
         if (lane == 0) {
 #pragma unroll

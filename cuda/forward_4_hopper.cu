@@ -6,9 +6,9 @@
 // previous tile and its softmax, and while one group computes exponentials, another uses the tensor cores. A block processes one tile of Q after
 // another: S of the next one is computed while the copy engine stores O of the last one.
 //
-// Change from forward_3e_ping_pong.cu: a block stays and takes one tile of Q after another; S and O of one group are under way together, under its
-// softmax; maxima are left alone, and O with them, until a score exceeds one by 2⁸; O leaves by the copy engine; masks and dropout. Serves everything in the
-// interface for float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale.
+// Change from forward_3e_ping_pong.cu: blocks are persistent, each takes one tile of Q after another; the products for S and O of one group run together,
+// under its softmax; a row's maximum, and with it O's scale, is left alone until a score exceeds it by a factor of 2⁸; the copy engine stores O; masks and
+// dropout. Serves everything in the interface for float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale.
 //
 // In parts, to be read in this order:
 //   forward_4_tiles.cuh     sizes, shared memory, barriers
@@ -25,16 +25,16 @@ __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
 #if LISTED
-    __shared__ Work works[Q_STAGES + 2];  // what each Q is for; the producer's present and next one
+    __shared__ Work works[Q_STAGES + 2];  // of each tile of Q; then the producer's current and next item
     __shared__ int j0[STAGES];
 #else
-    __shared__ Work works[Q_STAGES];  // what each Q is for
+    __shared__ Work works[Q_STAGES];  // of each tile of Q
     int* const j0 = nullptr;
 #endif
     const Shared shared(smem, barriers, works, j0);
 #if LISTED
-    if (schedule.seen.words != nullptr) ptx::griddepcontrol_wait();  // what has been found of the mask is visible
-    const bool leaves_out = uniform(schedule.leaves_out());  // the loops for false have the code of a call without the look
+    if (schedule.seen.words != nullptr) ptx::griddepcontrol_wait();  // the result of scanning the mask is visible
+    const bool leaves_out = uniform(schedule.leaves_out());  // the loops for false compile to the same code as for a call whose mask is not scanned
 #endif
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < Q_STAGES; ++stage) {
@@ -79,7 +79,7 @@ extern "C" int64_t workspace_floats(const AttentionParams* params) {
     const AttentionParams& p = *params;
     return p.seen.spans == nullptr ? 0 : order_of(p).units - reinterpret_cast<int*>(p.workspace) + tiles_of(p.Nq, BLOCK_Q) * p.H * p.B;
 }
-// The schedule of a call with spans, in its workspace, and nothing else: for checks.
+// Only writes the schedule of a call with spans to its workspace: for checks.
 extern "C" int schedule_units(const AttentionParams* params) {
     DeviceGuard guard(params->device);
     return prepare_schedule(schedule_of(*params, 0), *params);
@@ -94,9 +94,9 @@ extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
     if (p.B == 0 || p.Nq == 0) return cudaSuccess;
     const int64_t q_tiles = tiles_of(p.Nq, BLOCK_Q), of_head = CAUSAL ? (q_tiles + 1) / 2 : q_tiles, units = of_head * p.H * p.B;
-    if (!numbers_fit(p, {2 * units})) return cudaErrorInvalidConfiguration;  // the number of a block's next unit, too
+    if (!numbers_fit(p, {2 * units})) return cudaErrorInvalidConfiguration;  // including the number of a block's next unit
     DeviceGuard guard(p.device);
-    // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
+    // First, because it creates the CUDA context of a thread that has not used the device yet; making tensor maps does not.
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     Maps maps;
     if (error == cudaSuccess) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BOX_ROWS<Tile_Q, RowOrder>);

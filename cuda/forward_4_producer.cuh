@@ -1,24 +1,25 @@
-// The forward of `hopper`, third part: the producer. One thread hands out works and asks for every tile, in the order in which their places become empty.
+// The forward of `hopper`, third part: the producer. One thread hands out work items and issues the load of every tile, in the order in which stages
+// become empty.
 #pragma once
 
 #include "forward_4_schedule.cuh"
 
-// LEAVES_OUT: whether a mask leaves out tiles of keys. Where it does not, nothing is asked before a tile's load.
+// LEAVES_OUT: whether the mask lets tiles of keys be skipped. If not, a tile is loaded without reading which ones are visited.
 template <bool LEAVES_OUT>
 __device__ inline void produce(const AttentionParams& p, const Maps& maps, const Schedule& schedule, const Shared& shared) {
-    int m = 0, q = 0, n = 0;  // of all works, tiles of Q, tiles of keys
+    int m = 0, q = 0, n = 0;  // counters over all work items, tiles of Q, tiles of keys
     auto next_with_keys = [&] {
         Work work;
         while (schedule.template get_work<LEAVES_OUT>(p, m++, work))
             if (work.k_tiles > 0) return work;
         return Work{};
     };
-    // A wait for "empty" passes at once in a place's first round.
+    // In a stage's first round, a wait for "empty" returns immediately.
     auto hand_out = [&](const Work& work) {
         const Slot_Q slot(q++);
         const uint32_t full = barrier(shared.barriers.Q_full, slot.stage);
         ptx::mbarrier_wait(barrier(shared.barriers.Q_empty, slot.stage), slot.parity ^ 1);
-        shared.works[slot.stage] = work;  // seen by those who have waited for "full"
+        shared.works[slot.stage] = work;  // visible to threads that have waited for "full"
         if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);
         ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES);
         load_boxes<Tile_Q, RowOrder>(shared.Q + slot.stage * Tile_Q::BYTES, maps.q, work.i0, work.h, work.b, full);
@@ -40,13 +41,13 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
     Keys keys{}, before;  // V is loaded a tile later than K: it is needed later, and its stage is in use for longer
     auto load_V = [&] { load(Tile_V(), Slot_KV(n - 1), shared.V, maps.v, shared.barriers.V_full, shared.barriers.V_empty, before, 0); };
 
-    // Where tiles are left out, registers do not suffice for two works.
+    // Where tiles are skipped, there are not enough registers for two work items: they live in shared memory.
     Work own[2];
     Work &work = LEAVES_OUT ? shared.works[Q_STAGES] : own[0], &next = LEAVES_OUT ? shared.works[Q_STAGES + 1] : own[1];
     work = next_with_keys();
     if (AHEAD) hand_out(work);
     while (work.k_tiles > 0) {
-        // Known early, as it takes a while to find out; at D 256 an interval's limits leave no registers to keep it in.
+        // The next item is determined early, because that takes a while; at D 256 the limits of an interval leave no registers to hold it.
         constexpr bool EARLY = AHEAD || !INTERVAL;
         if (!LEAVES_OUT) next = EARLY ? next_with_keys() : Work{};
         Walk<LEAVES_OUT> walk(p, work);
@@ -55,14 +56,14 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
             before = keys, keys = {walk.next(p, schedule, work, tile), kv_head(p, work.h), work.b};
             if (LEAVES_OUT && TELLS) {
                 ptx::mbarrier_wait(barrier(shared.barriers.K_empty, slot.stage), slot.parity ^ 1);
-                shared.j0[slot.stage] = keys.j0;  // seen by those who have waited for "full"
+                shared.j0[slot.stage] = keys.j0;  // visible to threads that have waited for "full"
             }
             load(Tile_K(), slot, shared.K, maps.k, shared.barriers.K_full, shared.barriers.K_empty, keys, MASK ? schedule.mask_bytes : 0);
             if (MASK)
                 ptx::cp_async_bulk_tensor_4d(ptx::smem_address(shared.mask + slot.stage * MASK_BYTES), &maps.mask, keys.j0 / BIT_COLUMNS * 4, work.i0,
                                              work.h, work.b, barrier(shared.barriers.K_full, slot.stage));
             if (n > 0) load_V();
-            if (LEAVES_OUT && tile == min(1, work.k_tiles - 1)) next = next_with_keys();  // takes a while: the first tiles are on their way
+            if (LEAVES_OUT && tile == min(1, work.k_tiles - 1)) next = next_with_keys();  // takes a while: the first tiles are being loaded meanwhile
             if (AHEAD && tile + 1 == work.k_tiles) hand_out(next);
             if (!AHEAD && tile == 0) hand_out(work);
         }
@@ -73,7 +74,7 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
     if (!AHEAD) hand_out(work);
 }
 
-// Another warp, otherwise idle: works without keys, whose O is 0.
+// Another warp, otherwise idle, handles the work items without keys: their O is 0.
 __device__ inline void write_rows_without_keys(const AttentionParams& p, const Schedule& schedule) {
     auto write = [&](const Work& work) {
         for (int i = work.i0; work.k_tiles == 0 && i < min(p.Nq, work.i0 + BLOCK_Q); ++i) {

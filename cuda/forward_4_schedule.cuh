@@ -1,10 +1,10 @@
-// The forward of `hopper`, second part: who computes what. A block stays on its multiprocessor and takes one work after another. The producer finds out
-// which; consumers are told which work a tile of Q is for.
+// The forward of `hopper`, second part: which block computes what. Blocks are persistent: each takes one work item after another. The producer determines
+// which, and writes it beside the tile of Q for the consumers.
 #pragma once
 
 #include "forward_4_tiles.cuh"
 
-// A tile of Q, against the tiles of keys that it sees, from the last to the first, since those that are cut come last.
+// A work item: a tile of Q, against the tiles of keys that it sees. They are visited from the last to the first: only the last need masking.
 struct Work {
     int i0, h, b;  // first row, query head, batch
     int k_tiles;
@@ -14,39 +14,39 @@ struct Work {
 
     __device__ int j0(const AttentionParams&, int n) const { return (first_tile + k_tiles - 1 - n) * BLOCK_K; }
 #elif (SCORE & SCORE_ALIBI) && !CAUSAL
-    // First key of the n-th tile, where the mask leaves out none: from the rows' diagonal down, then from the last tile on. Near it are the largest scores,
-    // after which few maxima rise.
+    // The first key of the n-th tile if the mask skips none: from the rows' diagonal down, then from the last tile down to it. The largest scores are near
+    // the diagonal; after them few maxima rise.
     __device__ int j0(const AttentionParams& p, int n) const {
         const int tile = min(max(0, i0 + BLOCK_Q - 1 + diagonal(p)) / BLOCK_K, k_tiles - 1) - n;
         return (tile < 0 ? tile + k_tiles : tile) * BLOCK_K;
     }
 #else
-    // First key of the n-th tile, where the mask leaves out none.
+    // First key of the n-th tile, if the mask lets none be skipped.
     __device__ int j0(const AttentionParams&, int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
 #endif
 };
 
-// Where the LSE of row i of the work's head is kept.
+// The LSE of row i of the work item's head, in global memory.
 __device__ inline float& LSE_of(const AttentionParams& p, const Work& work, int i) {
     return p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + i];
 }
 
-// Of the tiles of keys, from the first, those that some of `rows` rows from i0 on see. Tiles beyond are never visited.
+// The number of tiles of keys, counted from the first, that some of `rows` rows from i0 on see. Tiles beyond are never visited.
 __device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
     const int columns = i0 >= p.Nq ? 0 : CAUSAL ? max(0, stop_of_rows(p, i0, rows)) : p.Nk;
     return (columns + BLOCK_K - 1) / BLOCK_K;
 }
 
 #if INTERVAL
-// Which block computes which tiles of Q. With spans, blocks take them from a queue, the longest first (longest_first.cuh). With a window alone most are
-// equally long, and only a head's first tiles are shorter: those of all heads are assigned last, and fill the gaps that the others leave.
+// Which block computes which tiles of Q. With spans, blocks take tiles from a queue, the longest first (longest_first.cuh). With only a window, most tiles
+// take equally long, and a head's first tiles less: those of all heads are assigned last, and fill the gaps that the others leave.
 struct Schedule {
     int units, q_tiles;
-    int short_tiles;  // of a head, that see fewer columns than the others
-    int mask_bytes;   // that come with a tile of K; the producer has no registers left to find it out
+    int short_tiles;  // tiles at the start of a head, whose rows see fewer columns than the others
+    int mask_bytes;   
     Order order;
 
-    // The block's m-th work. False if there are not so many.
+    // The block's m-th work item. False if it has fewer.
     template <bool>
     __device__ bool get_work(const AttentionParams& p, int m, Work& work) const {
         int unit = p.seen.spans == nullptr ? m * gridDim.x + blockIdx.x : order.take(units);
@@ -55,7 +55,7 @@ struct Schedule {
         work = work_of(p, unit);
         return true;
     }
-    // That of a unit: of all heads one after another.
+    // The work item of a unit. Units are numbered head by head.
     __device__ Work work_of(const AttentionParams& p, int unit) const {
         const int bh = unit / q_tiles, i0 = unit % q_tiles * BLOCK_Q;
         const Bounds seen = bounds_of_rows(p, reinterpret_cast<const Bounds*>(p.workspace), unit, i0, BLOCK_Q);
@@ -64,7 +64,7 @@ struct Schedule {
     }
 
 private:
-    // The unit at a place of a window's order: each head from its last tile down, then the short ones, the longest first.
+    // The unit at a position of the order for windows: each head from its last tile down, then all short tiles, the longest first.
     __device__ int placed(int place) const {
         const int heads = units / q_tiles, long_tiles = q_tiles - short_tiles;
         if (place < heads * long_tiles) return place / long_tiles * q_tiles + q_tiles - 1 - place % long_tiles;
@@ -73,7 +73,7 @@ private:
     }
 };
 
-// A tile of Q visits so many tiles of keys.
+// The number of tiles of keys that a tile of Q visits.
 struct QueryTileLength {
     static constexpr bool SAYS_MOST = false;
     __device__ int operator()(const AttentionParams& p, int unit) const {
@@ -86,42 +86,42 @@ inline Order order_of(const AttentionParams& p) { return Order(p.workspace + who
 
 inline Schedule schedule_of(const AttentionParams& p, int mask_bytes) {
     const int q_tiles = static_cast<int>(tiles_of(p.Nq, BLOCK_Q));
-    // The first row that sees as many columns before its own as the window has: those before see fewer.
+    // The first row that sees the whole width of the window; rows before it see fewer columns.
     const int64_t full_row = p.seen.left < 0 ? 0 : int64_t{p.seen.left} - p.seen.diagonal;
     const int short_tiles = static_cast<int>(std::clamp<int64_t>(full_row, 0, p.Nq) / BLOCK_Q);
     return {q_tiles * p.H * p.B, q_tiles, short_tiles, mask_bytes, order_of(p)};
 }
 
-// What the schedule reads, put on the stream.
+// Launches what computes the tables that the schedule reads.
 inline cudaError_t prepare_schedule(const Schedule& schedule, const AttentionParams& p) {
     cudaError_t error = summarise(p, p.workspace, BLOCK_Q, 0);
     if (error == cudaSuccess && p.seen.spans != nullptr) error = put_longest_first(p, QueryTileLength{}, schedule.order, schedule.units, p.sm_count);
     return error;
 }
 #else
-// Which block computes which tiles of Q: units, assigned head by head, so that at any time few heads' K and V are read. A unit is a tile or, in a causal
-// call, a pair, one from the end of the sequence and one from its start: pairs are equally long. (Of an odd number of tiles the last has no partner: it
-// is as long as a pair.)
+// Which block computes which tiles of Q. Units are assigned head by head, so that at any time the K and V of few heads are read. A unit is one tile or, in
+// a causal call, a pair, one tile from the end of the sequence and one from its start: pairs take equally long. (If the number of tiles is odd, the last
+// has no partner: alone it takes as long as a pair.)
 //
-// Pairs that do not fill a round would leave most blocks idle for a whole pair. So a causal call assigns the tiles of its last rounds one by one, the
-// longest of all heads first, every other round from the last block to the first: what a block has more in one round it has less in the next, and what
-// is left over are the shortest tiles (Graham, 1969, of lengths that are known: no queue is needed).
+// Pairs that do not fill a round would leave most blocks idle for the time of a whole pair. So a causal call assigns the tiles of its last rounds one by
+// one, the longest of all heads first, and reverses the order of the blocks every other round: a block with more work in one round has less in the next,
+// and the shortest tiles come last (Graham, 1969; lengths are known, so no queue is needed).
 struct Schedule {
     int units;
     int q_tiles, of_head;  // of one head: tiles, units
-    int mask_bytes;        // that come with a tile of K; the producer has no registers left to find it out
-    int paired;            // a block's works that come in units; single tiles follow
-    // The single tiles: those from `low` to `top` of head `first`, and all of the `heads` heads that follow it. From place `above` to `below` of their
-    // order all heads have a tile of each length, outside of that all but the first; `places`: how many there are.
+    int mask_bytes;        
+    int paired;            // how many of a block's work items come in units; single tiles follow
+    // The single tiles: those from `low` to `top` of head `first`, and all tiles of the `heads` heads that follow it. At positions `above` to `below` of
+    // their order, each length has one tile of every head, elsewhere of all heads but `first`. `places` counts the positions.
     int first, heads, low, top, above, below, places;
 #if LISTED
-    // Where a mask has been looked through and leaves out some tile, tiles come from a queue, the longest first.
+    // Where the mask has been scanned and lets some tile be skipped, tiles come from a queue, the longest first.
     SeenTiles seen;
     Order order;
 
     __device__ bool leaves_out() const { return seen.words != nullptr && !order.none(); }
 #endif
-    // The block's m-th work. False if there are not so many. LEAVES_OUT: whether the mask leaves out some tile.
+    // The block's m-th work item. False if it has fewer. LEAVES_OUT: whether the mask lets some tile be skipped.
     template <bool LEAVES_OUT>
     __device__ bool get_work(const AttentionParams& p, int m, Work& work) const {
 #if LISTED
@@ -144,7 +144,7 @@ struct Schedule {
         return true;
     }
 #if LISTED
-    // That of a tile of Q: of all heads one after another.
+    // The work item of a tile of Q. Tiles are numbered head by head.
     __device__ Work work_of(const AttentionParams& p, int tile) const {
         const int bh = tile / q_tiles, i0 = tile % q_tiles * BLOCK_Q;
         return {i0, bh % p.H, bh / p.H, seen.length(p, bh / p.H, bh % p.H, tile % q_tiles)};
@@ -152,7 +152,7 @@ struct Schedule {
 #endif
 
 private:
-    // The head, of all batches', and the tile of a block's m-th work while those come in units; −1: the unit has no second tile.
+    // The head, counted over all batches, and the tile of a block's m-th work item, while they come in units. Tile −1: the unit has no second tile.
     __device__ bool of_unit(const AttentionParams& p, int m, int& bh, int& tile) const {
         const int blocks = gridDim.x, unit = (CAUSAL ? m / 2 : m) * blocks + blockIdx.x;
         if (unit >= units) return false;
@@ -163,18 +163,18 @@ private:
         const int place = unit / together % of_head;
 #else
         bh = unit / of_head;
-        // Turned by one place a round: where the blocks are a multiple of a head's units, a block would otherwise have the same one of every head, and
-        // some are shorter. Not where a head's last units are assigned as single tiles, which are to be those in the middle.
+        // Rotated by one each round: if the number of blocks is a multiple of a head's units, a block would otherwise get the same unit of every head,
+        // and some units are shorter. Not in the head whose last units are assigned as single tiles: those must be the ones in the middle.
         const int place = (unit + (bh == first ? 0 : bh * of_head / blocks)) % of_head;
 #endif
         tile = CAUSAL && m % 2 == 0 ? q_tiles - 1 - place : CAUSAL ? place - q_tiles % 2 : place;
         return true;
     }
-    // The same of the single tile at a place of their order.
+    // The same for the single tile at a position of their order.
     __device__ bool single(int place, int& bh, int& tile) const {
         if (place >= places) return false;
         const bool of_all = place >= above && place < below;
-        tile = place < above ? q_tiles - 1 : of_all ? top : low - 1;  // the longest of this stretch
+        tile = place < above ? q_tiles - 1 : of_all ? top : low - 1;  // the longest in this range of positions
         place -= place < above ? 0 : of_all ? above : below;
         const int abreast = heads + of_all;
         bh = first + !of_all + place % abreast;
@@ -187,10 +187,10 @@ inline Schedule schedule_of(const AttentionParams& p, int mask_bytes) {
     const int64_t q_tiles = tiles_of(p.Nq, BLOCK_Q), of_head = CAUSAL ? (q_tiles + 1) / 2 : q_tiles, units = of_head * p.H * p.B;
     Schedule schedule = {static_cast<int>(units), static_cast<int>(q_tiles), static_cast<int>(of_head), mask_bytes, INT32_MAX, -1};
     const int64_t blocks = std::min<int64_t>(units, p.sm_count), rounds = units / blocks;
-    // A few lengths balance no better than pairs.
+    // With few different lengths, single tiles balance no better than pairs.
     if (!CAUSAL || (SCORE & SCORE_BIAS) || q_tiles < 8 || units % blocks == 0) return schedule;
-    // Single tiles instead of the pairs that do not fill a round and of two rounds before, or fewer: the more, the shorter are those left over. But their
-    // heads are all read at the same time, and should fit the L2 cache, unless they are so few that many blocks read the same keys at the same time.
+    // Single tiles replace the pairs that do not fill a round, and up to two rounds before: the more there are, the shorter are the last ones. But their
+    // heads are all read at the same time. So they should fit in the L2 cache, unless they are so few that many blocks read the same keys together.
     const int64_t bytes_of_head = p.Nk * int64_t{2 * (HEAD_DIM + V_HEAD_DIM)} * p.Hkv / p.H;
     int64_t more = std::min<int64_t>(2, rounds);
     for (; more > 0; --more) {
@@ -210,7 +210,7 @@ inline Schedule schedule_of(const AttentionParams& p, int mask_bytes) {
 }
 
 #if LISTED
-// A tile of Q visits so many tiles of keys.
+// The number of tiles of keys that a tile of Q visits.
 struct QueryTileLength {
     static constexpr bool SAYS_MOST = true;
     SeenTiles seen;
@@ -232,7 +232,7 @@ inline int64_t floats_of_schedule(const AttentionParams& p) {
     return SeenTiles::floats(p, q_tiles, tiles_of(p.Nk, BLOCK_K)) + Order::floats(q_tiles * p.H * p.B);
 }
 
-// Puts on the stream what the schedule reads.
+// Launches what computes the tables that the schedule reads.
 inline cudaError_t prepare_schedule(Schedule& schedule, const AttentionParams& p) {
     if (!worth_looking(p, BLOCK_Q, BLOCK_K)) return cudaSuccess;
     const int64_t k_tiles = tiles_of(p.Nk, BLOCK_K);
@@ -244,18 +244,18 @@ inline cudaError_t prepare_schedule(Schedule& schedule, const AttentionParams& p
 #endif
 #endif
 
-// A work's tiles of keys, from the last to the first.
+// The tiles of keys that a work item visits, from the last to the first.
 template <bool LEAVES_OUT>
 struct Walk {
     __device__ Walk(const AttentionParams&, const Work&) {}
-    // First key of the n-th.
+    // First key of the n-th one.
     __device__ int next(const AttentionParams& p, const Schedule&, const Work& work, int n) const { return work.j0(p, n); }
 };
 #if LISTED
 template <>
 struct Walk<true> {
-    int tile;       // those before this one are left
-    uint32_t word;  // of them, those of its chunk that are visited
+    int tile;       // the tiles before this one remain
+    uint32_t word;  // one bit for each remaining tile of the chunk that is visited
 
     __device__ Walk(const AttentionParams& p, const Work& work) : tile(tiles_seen(p, work.i0, BLOCK_Q)), word(0) {}
     __device__ int next(const AttentionParams& p, const Schedule& schedule, const Work& work, int) {
@@ -271,10 +271,10 @@ struct Walk<true> {
 };
 #endif
 
-// Whether consumers need to know which tile of keys has come: where some are left out, the producer tells them.
+// Whether consumers need to know which tile of keys has arrived. Where tiles are skipped, the producer tells them.
 constexpr bool TELLS = CAUSAL || DROPOUT || SLOPED || BLOCK_K < BIT_COLUMNS;
 
-// What the threads of a block share: their tiles, the barriers, and what each Q is for. A work without keys says that there is no more.
+// What the threads of a block share: tiles, barriers, and the work item of each tile of Q. An item without keys ends the loop.
 struct Shared {
     uint32_t Q;     // Q_STAGES × [BLOCK_Q, HEAD_DIM]
     uint32_t K;     // STAGES × [BLOCK_K, HEAD_DIM]
@@ -284,7 +284,7 @@ struct Shared {
     uint8_t* mask;  // STAGES × [BLOCK_Q] BitRow
     Barriers& barriers;
     Work* works;    // [Q_STAGES]
-    int* j0;        // [STAGES]: under a mask that leaves out tiles, the first key of each
+    int* j0;        // [STAGES]: the first key of each tile, where the mask lets tiles be skipped
 
     __device__ Shared(uint8_t* smem, Barriers& barriers, Work* works, int* j0)
         : Q(ptx::smem_address(smem)),
@@ -297,7 +297,8 @@ struct Shared {
           works(works),
           j0(j0) {}
 
-    // The same, for a second copy of the consumers' loop: what the compiler knows to be equal in both, it would keep in registers for both.
+    // A copy whose values the compiler knows nothing about, for a second instance of the consumers' loop: values that it knew to be equal in both
+// instances would stay in registers around both.
     __device__ Shared unknown() const {
         Shared other = *this;
         other.Q = ptx::unknown(Q), other.K = ptx::unknown(K), other.V = ptx::unknown(V), other.O = ptx::unknown(O);

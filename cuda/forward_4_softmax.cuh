@@ -1,6 +1,6 @@
 // The forward of `hopper`, fourth part: what a thread does with its part of S between the two products, all of it in registers.
 //
-// Of a group's 64 × BLOCK_K accumulators a thread has those of two rows, ROW_STEP apart: S_rmem[4i + 2r + c] is row r, column 8i + 2t + c of the tile.
+// Of a group's 64 × BLOCK_K accumulators, a thread holds those of two rows, ROW_STEP apart: S_rmem[4i + 2r + c] is row r, column 8i + 2t + c of the tile.
 #pragma once
 
 #include "forward_4_schedule.cuh"
@@ -16,7 +16,7 @@ struct Rows {
     __device__ Rows(const AttentionParams& p, int lane)
         : p(p), t(lane % 4), first(RowOrder::row((threadIdx.x - GROUP) / 32 * 16 + lane / 4)), offset(diagonal(p)) {}
 
-    // How many of the tile's columns, from its first, a row sees.
+    // How many of the tile's columns, counted from its first, a row sees.
     __device__ int visible(int i0, int j0, int r) const { return (CAUSAL ? min(p.Nk, i0 + first + ROW_STEP * r + offset + 1) : p.Nk) - j0; }
 #if INTERVAL
     // Whether some row does not see the whole tile.
@@ -26,14 +26,14 @@ struct Rows {
         const Interval keys = keys_of_row(p, work.b, work.h, work.i0 + first + ROW_STEP * r);
         return Interval{keys.start - j0, keys.stop - j0};
     }
-    // How many of a lane's columns, 0, 1, 8, 9, 16 … from its first, lie before this one.
+    // How many of a lane's columns (0, 1, 8, 9, 16 … counted from its first) lie before this one.
     __device__ static int of_lane(int column) { return column <= 0 ? 0 : column / 8 * 2 + min(column % 8, 2); }
 #else
     __device__ bool cut(const Work& work, int j0) const { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? work.i0 + offset + 1 : p.Nk); }
 #endif
 
 #if MASK
-    // Under a mask S's sums start from its bits, so that nothing has to be hidden later. mask: [BLOCK_Q] BitRow, or one for all rows.
+    // Initialises the accumulators of S from the mask's bits, so that nothing has to be hidden later. mask: [BLOCK_Q] BitRow, or one for all rows.
     __device__ void start(float (&S_rmem)[BLOCK_K / 2], const uint8_t* mask, const Work& work, int j0) const {
         const bool edge = LIMITED && cut(work, j0);
         const bool shared = one_row(p);
@@ -50,13 +50,13 @@ struct Rows {
     }
 #endif
 
-    // Without a mask, in a tile that is cut: what a row does not see becomes −∞.
+    // Without a mask, in a tile that rows see only in part: scores that a row does not see become −∞.
     __device__ void hide(float (&S_rmem)[BLOCK_K / 2], const Work& work, int j0) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
 #if INTERVAL
             const Interval keys = interval(work, j0, r);
-            // A bit for each of this lane's columns, in their order: R2P tests seven at a time, which two limits would not be.
+            // A bit for each of this lane's columns, in their order: the instruction R2P tests seven bits at once, cheaper than two comparisons per column.
             const uint32_t seen = first_bits(of_lane(keys.stop - 2 * t)) & ~first_bits(of_lane(keys.start - 2 * t));
 #pragma unroll
             for (int n = 0; n < BLOCK_K / 4; ++n)
@@ -74,11 +74,11 @@ struct Rows {
 };
 
 #if SCORE
-// S becomes what softmax is taken of, in units of unit_log2() and but for shift[r], which is in base 2; then what the rows do not see becomes −∞.
-// bias: where this lane reads that of its rows.
+// Applies softcap, bias and ALiBi to S. The result is in units of unit_log2(), without shift[r], which applies to the whole row and is in base 2.
+// Scores that the rows do not see become −∞. bias: the shared address from which this lane reads its rows' bias.
 __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2], const Rows& rows, const Work& work, int j0, float slope, uint32_t bias) {
     const AttentionParams& p = rows.p;
-    const int from_start = work.i0 + rows.offset - j0, distance = from_start + rows.first;  // of the first row, or the lane's, from the tile's first column
+    const int from_start = work.i0 + rows.offset - j0, distance = from_start + rows.first;  // from the tile's first column, of its first row; of the lane's
     Slopes slopes(slope, {distance, distance + ROW_STEP}, -1, from_start - (BLOCK_K - 1), from_start + BLOCK_Q - 1);
     auto apply = [&](auto small, auto rows_share) {
         score_tile<BLOCK_K, decltype(small)::value, decltype(rows_share)::value>(
@@ -91,7 +91,7 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2
                 }
             });
     };
-    constexpr bool MAY_BE_SMALL = CAPPED && (!ONLY_CAPPED || MASK);  // after a softcap alone only in a tile that is cut
+    constexpr bool MAY_BE_SMALL = CAPPED && (!ONLY_CAPPED || MASK);  // with softcap alone, only a tile seen in part comes here
     [[maybe_unused]] float largest = 0;
     if (MAY_BE_SMALL)
 #pragma unroll
@@ -114,13 +114,13 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2
 }
 #endif
 
-// Registers of three groups under a mask do not suffice for maxima that are left alone.
+// With a mask three groups have too few registers for the lazy maximum.
 constexpr bool LAZY = CONSUMERS == 2 || !MASK;
 
 #if SCORE
-// softmax() of scores that softcap alone changes, in one pass. ORDER: the degree in y² of the polynomial that tanh y is y times of, so that S becomes
-// 2^(factor(S²) · S − m) by a product, ORDER FMAs and softmax's own; 0: tanh as the unit has it. NEW_MAXIMUM: m is brought up to date; a tanh grows with
-// its argument, so the largest S of a row gives its m. round() is called at the end, because what follows a branch cannot run under what comes before it.
+// softmax() for scores that softcap alone changes, in one pass. ORDER: tanh y is computed as y times a polynomial of this degree in y², so that S becomes
+// 2^(factor(S²) · S − m) with one multiplication, ORDER FMAs and softmax's own FMA; 0: by the hardware's tanh. NEW_MAXIMUM: m is updated. tanh is
+// monotonic, so the largest S of a row gives its m. round() is called at the end, because code after a branch cannot overlap code before it.
 template <int ORDER, bool NEW_MAXIMUM, class AwaitO, class RescaleO, class Round>
 __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p,
                                       const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {
@@ -133,7 +133,7 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
         float largest = -CUDART_INF_F;
 #pragma unroll
         for (int i = 0; i < BLOCK_K / 8; ++i) largest = fmaxf(largest, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));  // the four lanes of a row
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));  // over the four lanes of a row
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
         const float m_new = fmaxf(m_rmem[r], capped(largest, 0));
         alpha[r] = ptx::ex2(m_rmem[r] - m_new);
@@ -141,7 +141,7 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
     };
     auto exponentials = [&](int r) {
         float sum = 0;
-        // The condition, which always holds, keeps the compiler from taking a tanh far ahead of its exponential: too many registers.
+        // The condition, which always holds, keeps the compiler from computing a tanh long before its exponential, which would take too many registers.
         if (ORDER > 0 || p.scale > 0) {
 #pragma unroll
             for (int i = 0; i < BLOCK_K / 8; ++i)
@@ -163,16 +163,16 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
     round();
 }
 
-// So far, in base 2, the size of a score may lie above the m of its row before that is brought up to date: P and l are larger by as much.
+// By how much, in base 2, a score's magnitude may exceed its row's m before m is updated: P and l are larger by the same factor.
 constexpr float SIZE_ABOVE_M = DTYPE == FLOAT16 ? 8 : 24;
 
-// capped_softmax() if softcap is all there is, and the warp's rows see the whole tile. Whether it was.
+// Runs capped_softmax() if nothing but softcap changes scores and the warp's rows see the whole tile. Returns whether it did.
 template <class AwaitO, class RescaleO, class Round>
 __device__ inline bool softmax_of_capped(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const Rows& rows,
                                          const Work& work, int j0, const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {
     if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return false;
     const AttentionParams& p = rows.p;
-    // Four maxima at a time, so that each waits less for the one before; three groups of causal rows have registers for one.
+    // Four maxima at a time, so that each waits less for the previous one; three groups of causal rows have registers for only one.
     constexpr int AT_ONCE = CAUSAL && CONSUMERS > 2 ? 1 : 4;
     float size = 0, sizes[AT_ONCE] = {};
 #pragma unroll
@@ -202,7 +202,8 @@ __device__ inline bool softmax_of_capped(float (&S_rmem)[BLOCK_K / 2], float (&m
 }
 #endif
 
-// The accumulators of S, in pairs, are the A operand of O += P V as they lie: P_rmem[k] is that of 16 keys. `keep`: what dropout keeps of them.
+// The accumulators of S, rounded to pairs, are already laid out as the A operand of O += P V: P_rmem[k] is the operand for 16 keys. `keep`: the elements
+// that dropout keeps.
 __device__ inline void round_P(uint32_t (&P_rmem)[BLOCK_K / 16][4], const float (&S_rmem)[BLOCK_K / 2], const KeepBits<BLOCK_K>& keep) {
 #pragma unroll
     for (int k = 0; k < BLOCK_K / 16; ++k)
@@ -213,10 +214,10 @@ __device__ inline void round_P(uint32_t (&P_rmem)[BLOCK_K / 16][4], const float 
         }
 }
 
-// Draws what dropout keeps of the tile.
+// Draws which elements of the tile dropout keeps.
 __device__ inline void draw(KeepBits<BLOCK_K>& keep, const AttentionParams& p, const Work& work, int j0) {
     if (!DROPOUT) return;
-    const int thread = ptx::tid_x() - GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+    const int thread = ptx::tid_x() - GROUP;  // re-read here, so that values derived from it occupy no registers before
     const int row = RowOrder::row(thread / 32 * 16 + thread % 32 / 4);
     keep.draw_rows(p, work.b, work.h, work.i0 + row, j0, thread % 32);
 }

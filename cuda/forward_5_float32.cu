@@ -5,8 +5,8 @@
 // two of them, and what is lost. A small kernel splits Q, K and V once; tensor maps then copy the planes to shared memory like 16-bit tiles. P is split in
 // registers, where it is the A operand of P V.
 //
-// Change from forward_4_hopper.cu: three products instead of each one; a tile's P V is summed separately, then added to O; the scale differs from head to
-// head; O is stored straight from registers. It is simpler in one way: a block computes one tile of Q and ends.
+// Change from forward_4_hopper.cu: each product becomes three; a tile's P V is summed separately, then added to O; the scale differs from head to
+// head; O is stored directly from registers. In one way it is simpler: a block computes one tile of Q and ends.
 //
 // Serves float32, everything in the interface, positive scale; head sizes up to 128 that are multiples of 4.
 #include "keep_bits.cuh"
@@ -51,7 +51,7 @@ constexpr int MASK_BYTES = MASK ? BLOCK_Q * static_cast<int>(sizeof(BitRow)) : 0
 constexpr int SMEM_BYTES = Q_BYTES + STAGES * (2 * KV_BYTES + MASK_BYTES);
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
-constexpr int P_EXPONENT = 15;  // P, at most 1, is multiplied by 2^15, to fill float16's range. So is l, and O = P V / l does not notice.
+constexpr int P_EXPONENT = 15;  // P, at most 1, is multiplied by 2^15, to fill float16's range. So is l, and the factor cancels in O = P V / l.
 
 struct Maps {
     CUtensorMap q, k, v, mask;
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     const uint32_t Q_full = ptx::smem_address(&barriers.Q_full);
     auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
 
-    // One tile of Q against the tiles of keys that it sees, from the last to the first, since those that are cut come last. Causal: the longest
-    // rows of a head start first.
+    // One tile of Q against the tiles of keys that it sees, from the last to the first: only the last need masking. Causal: the longest rows of a
+    // head start first.
     const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, offset = p.Nk - p.Nq;  // causal: row i sees columns j ≤ i + offset
     const int q_tile = CAUSAL ? q_tiles - 1 - blockIdx.x % q_tiles : blockIdx.x % q_tiles;
     const int bh = blockIdx.x / q_tiles, b = bh / p.H, h = bh % p.H, b_kv_h = b * p.Hkv + kv_head(p, h);
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        // ---- the producer: one thread asks for every tile
+        // ---- the producer: one thread issues all loads
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0 && k_tiles > 0) {
             ptx::mbarrier_arrive_expect_tx(Q_full, Q_BYTES);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const Slot<STAGES> slot(n);
                 auto load = [&](uint32_t tiles, const CUtensorMap& map, uint64_t* of_full, uint64_t* of_empty, int more_bytes) {
                     const uint32_t full = barrier(of_full, slot.stage);
-                    ptx::mbarrier_wait(barrier(of_empty, slot.stage), slot.parity ^ 1);  // passes at once in the first round
+                    ptx::mbarrier_wait(barrier(of_empty, slot.stage), slot.parity ^ 1);  // returns immediately in the first round
                     ptx::mbarrier_arrive_expect_tx(full, KV_BYTES + more_bytes);
                     for (int plane = 0; plane < PLANES; ++plane)
                         load_boxes<Tile_KV>(tiles + slot.stage * KV_BYTES + plane * Tile_KV::BYTES, map, j0_of(n), b_kv_h, plane, full);
@@ -123,26 +123,26 @@ __global__ void __launch_bounds__(THREADS, 1)
         // ---- the consumers: 64 rows each
         ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
         const int consumer = group - 1, lane = threadIdx.x % 32, t = lane % 4;
-        // Of the tile, this thread has the rows at two places 8 apart: first_row and first_row + ROW_STEP.
+        // This thread holds two rows of the tile, first_row and first_row + ROW_STEP.
         const int first_row = RowOrder::row((threadIdx.x - GROUP) / 32 * 16 + lane / 4);
         const float scale = scale_of_scores(p, ranges[b_kv_h]), scale_log2 = scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
-        const float lowest = -0x1p126f / fmaxf(1, scale_log2);                       // as p.lowest, for scores as the planes have them
+        const float lowest = -0x1p126f / fmaxf(1, scale_log2);                       // p.lowest in the units of the planes' products
 
         float O_rmem[HEAD_DIM / 2] = {}, O_tile_rmem[HEAD_DIM / 2];  // not yet divided by l; of one tile of keys
         float S_rmem[BLOCK_K / 2];
         uint32_t P_rmem[PLANES][BLOCK_K / 16][4];
         float m_rmem[2] = {lowest, lowest}, l_rmem[2] = {}, alpha[2];  // l is this lane's share of the sum
 
-        // One lane of every warp arrives at an "empty" barrier, once its products that read the tile are over.
+        // One lane of every warp arrives at an "empty" barrier, once the warp's products that read the tile have finished.
         auto release = [&](uint64_t* empty, int stage) {
             if (lane == 0) ptx::mbarrier_arrive(barrier(empty, stage));
         };
-        // How many of the tile's columns, from its first, a row sees: r as in first_row + ROW_STEP·r.
+        // How many of the tile's columns, counted from its first, the row first_row + ROW_STEP·r sees.
         auto visible = [&](int j0, int r) { return (CAUSAL ? min(p.Nk, i0 + first_row + ROW_STEP * r + offset + 1) : p.Nk) - j0; };
         // Whether some row does not see the whole tile.
         auto cut = [&](int j0) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk); };
 
-        // S = Q Kᵀ, under way, once K, and the mask, from which S's sums start, are there.
+        // Waits for K and the mask, with which the accumulators start, and issues S = Q Kᵀ.
         auto multiply_QK = [&](int n) {
             const Slot<STAGES> slot(n);
             ptx::mbarrier_wait(barrier(barriers.K_full, slot.stage), slot.parity);
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             const uint64_t Q_rows = ptx::descriptor(uniform(Q_smem + consumer * 64 * ROW_BYTES)), K_tile = ptx::descriptor(uniform(K_smem + slot.stage * KV_BYTES));
             ptx::wgmma_fence();
 #pragma unroll
-            for (int product = 0; product < 3; ++product)  // lo hi, hi lo, hi hi: the small ones first, while the sum is small; so in the backward
+            for (int product = 0; product < 3; ++product)  // lo hi, hi lo, hi hi: the small ones first, while the sum is small; the backward does the same
 #pragma unroll
                 for (int d = 0; d < HEAD_DIM / 16; ++d)
                     ptx::wgmma_ss<__half, BLOCK_K>(S_rmem, ptx::advance(Q_rows, (product == 0) * Tile_Q::BYTES + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                                                    MASK || product > 0 || d > 0);
             ptx::wgmma_commit_group();
         };
-        // The tile's part of O, P V, under way, once V is there.
+        // Waits for V and issues P V, the tile's part of O.
         auto multiply_PV = [&](int n) {
             const Slot<STAGES> slot(n);
             ptx::mbarrier_wait(barrier(barriers.V_full, slot.stage), slot.parity);
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                     for (int c = 0; c < 2; ++c) {
                         float& x = S_rmem[4 * i + 2 * r + c];
-                        x = ptx::ex2(fmaf(x - m_new, scale_log2, P_EXPONENT));  // the difference first: m · scale_log2, rounded, would show in LSE
+                        x = ptx::ex2(fmaf(x - m_new, scale_log2, P_EXPONENT));  // the difference comes first: a rounded m · scale_log2 would be visible in LSE
                         sum += x;
                     }
                 l_rmem[r] = l_rmem[r] * alpha[r] + sum;
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     P_rmem[0][k][e] &= kept, P_rmem[1][k][e] &= kept;
                 }
         };
-        // Draws what dropout keeps of the tile.
+        // Draws which elements of the tile dropout keeps.
         auto draw = [&](int j0) {
             if (DROPOUT) keep.draw_rows(p, first.b + b, first.h + h, i0 + first_row, j0, lane);
         };
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 if (MASK) __syncwarp();      // every lane has read its part of the mask
                 release(barriers.K_empty, Slot<STAGES>(n).stage);
                 softmax(j0_of(n));
-                // The compiler would put the wait for O before the exponentials, but moves it over no branch. The condition always holds.
+                // The compiler would move the wait for O ahead of the exponentials, but it moves nothing over a branch. The condition always holds.
                 if (scale_log2 > 0) ptx::wgmma_wait_group<0>();
                 ptx::wgmma_wait_group<0>();  // the tile's part of O is there
                 release(barriers.V_empty, Slot<STAGES>(n - 1).stage);
@@ -261,8 +261,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] += O_tile_rmem[i];
         }
 
-        // O /= l, and out, two columns at a time: four lanes write 32 bytes of a row.
-        // The block's number is read anew, so that the address takes no registers meanwhile.
+        // O /= l, stored two columns at a time: four lanes write 32 bytes of a row.
+        // The block's number is re-read, so that the address occupies no registers before.
         const int bh_again = ptx::ctaid_x() / q_tiles;
         Range& range = ranges[bh_again / p.H * p.Hkv + kv_head(p, bh_again % p.H)];
         const float V_factor = scalbnf(1, -exponent_of(range.v));
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
             if (i < p.Nq && t == 0) {
                 if (!dead && range.v != 0 && !row_fits(largest)) range.o_is_small = 1;
-                // The product is rounded, as in the backward: where a row's scores are large and one counts alone, P is then exactly 1.
+                // The product is rounded, as in the backward: if a row has large scores of which one dominates, P is then exactly 1.
                 const float LSE = __fmul_rn(m_rmem[r], scale) + logf(l * (1.0f / (1 << P_EXPONENT)));
                 if (p.lse) p.lse[static_cast<int64_t>(bh) * p.Nq + i] = dead ? -CUDART_INF_F : LSE;
             }

@@ -1,5 +1,5 @@
-// How the two forwards in float32 are launched: planes, tensor maps and the kernel of each part of the heads. Included behind the kernel of either,
-// which defines the rows of a box of K (K_BOX_ROWS) and of V (V_BOX_ROWS).
+// The launch of the two float32 forwards: planes, tensor maps and the kernel for each part of the heads. Each includes this file after its kernel, and
+// defines the rows of a box of K (K_BOX_ROWS) and of V (V_BOX_ROWS).
 #pragma once
 
 inline int64_t blocks_of(const AttentionParams& p) { return tiles_of(p.Nq, BLOCK_Q) * p.H * p.B; }
@@ -28,7 +28,7 @@ extern "C" int attention(const AttentionParams* params) {
     if (p.B == 0 || p.Nq == 0) return cudaSuccess;
     if (!numbers_fit(p, {blocks_of(p), prepare_blocks(p, Operands(p, false, nullptr))})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
-    // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
+    // First, because it creates the CUDA context of a thread that has not used the device yet; making tensor maps does not.
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     if (error != cudaSuccess) return error;
     return launch_parts(p, parts_of(p), p.workspace + workspace_floats(params), launch_part, exact::exact_attention);

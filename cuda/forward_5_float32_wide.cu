@@ -53,7 +53,7 @@ constexpr int STAGE_BYTES = Piece_K::BYTES;
 static_assert(PLANES * Piece_V::BYTES == STAGE_BYTES, "pieces of V fill a stage");
 constexpr int Q_BYTES = PLANES * Tile_Q::BYTES, P_BYTES = PLANES * Tile_P::BYTES;
 constexpr int MASK_BYTES = MASK ? BLOCK_Q * static_cast<int>(sizeof(BitRow)) : 0;
-constexpr int STATS_BYTES = CONSUMERS * BLOCK_Q * 4;  // what the groups tell each other about rows
+constexpr int STATS_BYTES = CONSUMERS * BLOCK_Q * 4;  // row values that the groups exchange
 constexpr int RING = (SMEM_KB * 1024 - 1024 - Q_BYTES - P_BYTES - MASK_BYTES - STATS_BYTES) / (CONSUMERS * STAGE_BYTES) / 2 * 2;  // stages of a group's
 constexpr int RING_BYTES = RING * STAGE_BYTES;
 constexpr int STATS_OFFSET = Q_BYTES + P_BYTES + CONSUMERS * RING_BYTES, MASK_OFFSET = STATS_OFFSET + STATS_BYTES;
@@ -68,7 +68,7 @@ struct Place {
     }
 };
 
-constexpr int P_EXPONENT = 15;  // P, at most 1, is multiplied by 2^15, to fill float16's range. So is l, and O = P V / l does not notice.
+constexpr int P_EXPONENT = 15;  // P, at most 1, is multiplied by 2^15, to fill float16's range. So is l, and the factor cancels in O = P V / l.
 
 struct Maps {
     CUtensorMap q, k, v, mask;
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     const uint8_t* mask_smem = smem + MASK_OFFSET;                              // [BLOCK_Q] BitRow
     auto barrier = [](uint64_t& of) { return ptx::smem_address(&of); };
 
-    // One tile of Q against the tiles of keys that it sees, from the last to the first, since those that are cut come last. Causal: the longest
-    // rows of a head start first.
+    // One tile of Q against the tiles of keys that it sees, from the last to the first: only the last need masking. Causal: the longest rows of a
+    // head start first.
     const int q_tiles = (p.Nq + BLOCK_Q - 1) / BLOCK_Q, offset = p.Nk - p.Nq;  // causal: row i sees columns j ≤ i + offset
     const int q_tile = CAUSAL ? q_tiles - 1 - blockIdx.x % q_tiles : blockIdx.x % q_tiles;
     const int bh = blockIdx.x / q_tiles, b = bh / p.H, h = bh % p.H, b_kv_h = b * p.Hkv + kv_head(p, h);
@@ -129,10 +129,10 @@ __global__ void __launch_bounds__(THREADS, 1)
                     load_boxes<Tile_Q, RowOrder>(Q_smem + plane * Tile_Q::BYTES, maps.q, i0, bh, plane, barrier(barriers.Q_full));
             }
             Place place;
-            // Planes from one to before another.
+            // Loads planes [from, to).
             auto load = [&](const CUtensorMap& map, int bytes, int j, int column, int plane, int end) {
                 const uint32_t full = barrier(barriers.full[ring][place.stage]);
-                ptx::mbarrier_wait(barrier(barriers.empty[ring][place.stage]), place.parity ^ 1);  // passes at once in the first round
+                ptx::mbarrier_wait(barrier(barriers.empty[ring][place.stage]), place.parity ^ 1);  // returns immediately in the first round
                 ptx::mbarrier_arrive_expect_tx(full, STAGE_BYTES);
                 for (uint32_t to = rings_smem + ring * RING_BYTES + place.stage * STAGE_BYTES; plane < end; ++plane, to += bytes)
                     ptx::cp_async_bulk_tensor_4d(to, &map, column, j, b_kv_h, plane, full);
@@ -157,30 +157,30 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int place_of_row = threadIdx.x % GROUP / 32 * 16 + lane / 4;  // in the tile of Q; this thread has it and the one 8 further,
         const int first_row = RowOrder::row(place_of_row);                  // rows first_row and first_row + ROW_STEP
         const float scale = scale_of_scores(p, ranges[b_kv_h]), scale_log2 = scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
-        const float lowest = -0x1p126f / fmaxf(1, scale_log2);                                // as p.lowest, for scores as the planes have them
+        const float lowest = -0x1p126f / fmaxf(1, scale_log2);                                // p.lowest in the units of the planes' products
 
         float O_rmem[COLUMNS / 2] = {};  // [BLOCK_Q, COLUMNS], not yet divided by l
         float S_rmem[PART_K / 2], part_rmem[32];
         float m_rmem[2] = {lowest, lowest}, l_rmem[2] = {}, alpha[2];  // l is this lane's share of the group's sum
 
         Place place;  // of the next piece
-        // The address of the next piece, once it is there.
+        // Waits for the next piece and returns its address.
         auto next_piece = [&] {
             ptx::mbarrier_wait(barrier(barriers.full[consumer][place.stage]), place.parity);
             const uint32_t at = uniform(rings_smem + consumer * RING_BYTES + place.stage * STAGE_BYTES);
             place.advance();
             return at;
         };
-        // One lane of every warp arrives, once its products that read the piece are over: the one that is so many before the next.
+        // One lane of every warp arrives for the piece that is `before` pieces before the next, once the warp's products that read it have finished.
         auto release = [&](int before) {
             if (lane == 0) ptx::mbarrier_arrive(barrier(barriers.empty[consumer][(place.stage + RING - before) % RING]));
         };
-        // How many of the group's columns, from its first, a row sees: r as in first_row + ROW_STEP·r.
+        // How many of the group's columns, counted from its first, the row first_row + ROW_STEP·r sees.
         auto visible = [&](int j0, int r) { return (CAUSAL ? min(p.Nk, i0 + first_row + ROW_STEP * r + offset + 1) : p.Nk) - j0; };
         // Whether some row does not see all of them.
         auto cut = [&](int j0) { return j0 + PART_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk); };
 
-        // What the groups know of a row, joined. Both have read the last such numbers before they write the next: they meet in between.
+        // Combines both groups' values of a row. Both have read the previous values before either writes the next: they meet in between.
         auto join = [&](float (&x)[2], auto together) {
             if (t == 0) stats_smem[consumer * BLOCK_Q + place_of_row] = x[0], stats_smem[consumer * BLOCK_Q + place_of_row + 8] = x[1];
             meet();
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         for (int n = 0; n < k_tiles; ++n) {
             const int j0 = j0_of(n) + consumer * PART_K;
 
-            // ---- S = Q K^T of the group's keys, from what the mask says on, 64 columns of the head at a time
+            // ---- S = Q K^T for the group's keys, starting from the mask, 64 columns of the head at a time
 #if MASK
             ptx::mbarrier_wait(barrier(barriers.mask_full), n & 1);
             const bool diagonal = CAUSAL && cut(j0), shared = one_row(p);
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 float sum = 0;
 #pragma unroll
                 for (int i = 0; i < PART_K / 8; ++i) {
-                    // The difference first: m · scale_log2, rounded, would show in LSE.
+                    // The difference comes first: a rounded m · scale_log2 would be visible in LSE.
                     const float P0 = ptx::ex2(fmaf(S_rmem[4 * i + 2 * r] - m_rmem[r], scale_log2, P_EXPONENT));
                     const float P1 = ptx::ex2(fmaf(S_rmem[4 * i + 2 * r + 1] - m_rmem[r], scale_log2, P_EXPONENT));
                     sum += P0 + P1;
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 l_rmem[r] = l_rmem[r] * alpha[r] + sum;
             }
             ptx::fence_proxy_async();  // this thread's part of P
-            if (MASK) ptx::mbarrier_arrive(barrier(barriers.mask_empty));  // what was read of it has arrived: the fence waits for that
+            if (MASK) ptx::mbarrier_arrive(barrier(barriers.mask_empty));  // the values read from it have arrived: the fence waits for loads
             meet();                    // P is whole
 
             // ---- O = alpha · O + P V, 64 columns at a time
@@ -292,8 +292,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             }
         }
 
-        // ---- O /= l, and out, two columns at a time: four lanes write 32 bytes of a row
-        const int bh_again = ptx::ctaid_x() / q_tiles;  // read anew, so that the address takes no registers meanwhile
+        // ---- O /= l, stored two columns at a time: four lanes write 32 bytes of a row
+        const int bh_again = ptx::ctaid_x() / q_tiles;  // re-read, so that the address occupies no registers before
         Range& range = ranges[bh_again / p.H * p.Hkv + kv_head(p, bh_again % p.H)];
         const float V_factor = scalbnf(1, -exponent_of(range.v));
 #pragma unroll
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             const int i = i0 + first_row + ROW_STEP * r;
             if (i >= p.Nq || t != 0 || consumer != 0) continue;
             if (!dead && range.v != 0 && !row_fits(largest[r])) range.o_is_small = 1;
-            // The product is rounded: where a row's scores are large and one counts alone, P is then exactly 1.
+            // The product is rounded: if a row has large scores of which one dominates, P is then exactly 1.
             const float LSE = __fmul_rn(m_rmem[r], scale) + logf(l_rmem[r] * (1.0f / (1 << P_EXPONENT)));
             if (p.lse) p.lse[static_cast<int64_t>(bh) * p.Nq + i] = dead ? -CUDART_INF_F : LSE;
         }

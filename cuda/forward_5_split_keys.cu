@@ -1,27 +1,27 @@
 // Forward for few rows: the keys split over the multiprocessors ("Flash-Decoding", Dao, Haziza, Massa, Sizov 2023).  sm_80 and newer.
 //
-// The idea: a generated token is one query against all keys so far. Every byte of K and V serves a handful of products, so the time is that of
-// reading them once, (bytes of K + V) / bandwidth, and the only task is to keep enough copies in flight. Rungs 3 and 4 give a block a tile
-// of 128 rows of one head: 127 of them empty, K and V read once for each query head of a group, and B·H blocks for 132 multiprocessors. Here
+// The idea: a generated token is one query against all keys so far. Every byte of K and V is used in only a handful of products, so the lower bound is
+// the time to read them once, (bytes of K + V) / bandwidth, and the only task is to keep enough copies in flight. In rungs 3 and 4 a block has a tile
+// of 128 rows of one head: 127 of them are empty, K and V are read once for each query head of a group, and B·H blocks share 132 multiprocessors. Here
 //
 //   - the query heads that share a key head are packed into one tile of 16 or 32 rows, row i · group + g: K and V are read once;
-//   - the keys of a head are split over several blocks, each of which leaves its O, m and l in float32; a second kernel merges them;
-//   - in a block too each warp is on its own: it takes every fourth step of 32 keys, copies them itself into a ring of tiles (K, V, K, V, …) and
-//     has its own maximum, sum and O. No barrier stands in the loop; the warps' results are merged in shared memory at the end.
+//   - the keys of a head are split over several blocks, each of which writes its O, m and l in float32; a second kernel merges them;
+//   - within a block each warp works alone: it takes every fourth step of 32 keys, copies them itself into a ring of tiles (K, V, K, V, …) and
+//     keeps its own maximum, sum and O. The loop has no barrier; the warps' results are merged in shared memory at the end.
 //
 // Change from forward_3_tensor_core.cu: a tile is the query heads of one key head, a block has a part of the keys, each warp its own steps and copies;
 // parts are merged twice, in shared memory and by a second kernel.
 //
-// The number of splits depends on sizes and on the number of multiprocessors only, so results repeat bit for bit.
+// The number of splits depends only on sizes and on the number of multiprocessors, so results repeat bit for bit.
 //
 // On sm_90 the merge's blocks are launched while the last blocks of the forward run. The lengths of the sequences may lie in device memory, and the
 // keys in pages (KeySource in attention.h); with KEYS_FLOAT8 keys and values are e4m3 numbers with a scale for each key head (sm_89).
 //
 // One file because it has two kernels that belong together: the second merges what the first writes.
 //
-// Measured on an H200: 5 to 7 µs above a kernel that only reads the keys (LOG.md).
+// Measured on an H200: 5 to 7 µs more than a kernel that only reads the keys (LOG.md).
 //
-// Limits: float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale. Its backward is rung 3's: that needs O and LSE only.
+// Limits: float16 and bfloat16, head sizes up to 256 that are multiples of 8, positive scale. Its backward is rung 3's, which needs only O and LSE.
 #include "score_mma.cuh"
 #include "tensor_core.cuh"
 
@@ -29,11 +29,11 @@
 #define KEYS_FLOAT8 0  // 1: k and v are float8 (e4m3), with a scale for each key head
 #endif
 
-constexpr int KEYS = 32;  // of a step: what a word of the mask and a call of Philox cover
-// Where shared memory has no room for two tiles of K and V of four warps, there are two.
+constexpr int KEYS = 32;  // of a step: as many as one word of the mask, or one call of Philox, covers
+// Four, or two where shared memory has no room for two tiles of K and V for each of four warps.
 constexpr int WARPS = SMEM_KB < 128 && HEAD_DIM > 128 ? 2 : 4;
 constexpr int THREADS = 32 * WARPS;
-// Two blocks a multiprocessor, where they fit: one block begins and ends under the other's copies.
+// Two blocks per multiprocessor where they fit: one block's prologue and epilogue run under the other's copies.
 constexpr int BLOCKS_PER_SM = HEAD_DIM <= 64 || (HEAD_DIM <= 128 && SMEM_KB >= 160) ? 2 : 1;
 constexpr int MOST_M_TILES = HEAD_DIM <= 128 ? 2 : 1;  // 16-row tiles of Q, as registers allow
 constexpr int N_TILES = KEYS / 8;                      // 8-column tiles of S
@@ -45,9 +45,9 @@ using Tile_Q = SwizzledTile<16 * M_TILES, HEAD_DIM>;
 using Tile_KV = SwizzledTile<KEYS, KEYS_FLOAT8 ? HEAD_DIM / 2 : HEAD_DIM>;
 constexpr int UNIT = KEYS_FLOAT8 ? 16 : 8;  // elements of k and v in 16 bytes
 
-// A warp's ring. One tile is computed with, the others are on their way: at D 128 on sm_90 2 · 8 KB in each of eight warps, 128 KB a multiprocessor;
-// 25 bytes/ns times a latency of 1 µs is 25 KB.
-constexpr int ROOM = (SMEM_KB + 1) * 1024 / BLOCKS_PER_SM - 1024;  // the system keeps 1 KB of each block's
+// A warp's ring. One tile is in use while the others are being loaded: at D 128 on sm_90, 2 · 8 KB in each of eight warps, 128 KB per multiprocessor.
+// Bandwidth times latency, 25 bytes/ns · 1 µs, is 25 KB.
+constexpr int ROOM = (SMEM_KB + 1) * 1024 / BLOCKS_PER_SM - 1024;  // the system reserves 1 KB per block
 constexpr int FITTING = (ROOM - Tile_Q<MOST_M_TILES>::BYTES) / (WARPS * Tile_KV::BYTES);
 constexpr int SLOTS = FITTING < 6 ? FITTING : 6;
 static_assert(SLOTS >= 2, "one tile to compute with, one on its way");
@@ -79,7 +79,7 @@ __device__ inline float2* partial_ml(const Call& c, int64_t row) {
 
 // ---- which keys
 
-// The 16-byte unit at which a head of k or v begins.
+// Where a head of k or v begins, in units of 16 bytes.
 __device__ inline uint32_t first_unit(const Tensor4& t, int b, int h) { return static_cast<uint32_t>((b * t.stride_b + h * t.stride_h) / UNIT); }
 
 struct Sequence {
@@ -89,7 +89,7 @@ __device__ inline Sequence sequence(const Call& c, int b) {
     return {c.keys.starts ? max(c.keys.starts[b], 0) : 0, c.keys.lengths ? min(max(c.keys.lengths[b], 0), c.p.Nk) : c.p.Nk};
 }
 
-// The steps of 32 keys that the last row of a tile of packed rows sees, a share of them for each split; the last splits may have none.
+// The steps of 32 keys that the last row of a tile of packed rows sees, divided among the splits; the last splits may get none.
 struct Steps {
     int limit;  // no key from here on is seen
     int first, count;
@@ -106,9 +106,9 @@ __device__ inline Steps steps_of(const Call& c, const Sequence& keys, int tile) 
 
 struct Scales {
     float score, value;  // of Q Kᵀ and of P V
-    float lowest;        // below every sum of products that is not hidden: times score · log2 e it does not overflow
+    float lowest;        // below every sum of products that is not hidden; times score · log2 e it does not overflow
 
-    // Where a running maximum starts, and what it is worth in base 2 and in base e.
+    // Where a running maximum starts, and the factors that convert it to base 2 and to base e.
     __device__ float least_m() const { return SCORE ? LOWEST_LOG2 : lowest; }
     __device__ float m_to_log2() const { return SCORE ? 1 : score * LOG2_E; }
     __device__ float m_to_natural() const { return SCORE ? LN_2 : score; }
@@ -122,8 +122,8 @@ __device__ inline Scales scales_of(const Call& c, int h_kv) {
 #endif
 }
 
-// ---- float8 keys and values as operands. A lane's four bytes are columns 4t … 4t + 3 of a row of 16, where a fragment of 16-bit elements has
-// 2t, 2t + 1, 2t + 8 and 2t + 9: Q Kᵀ sums over columns, so Q's fragment takes them in the same order, and O's columns are stored where they belong.
+// ---- float8 keys and values as operands. A lane's four bytes are columns 4t … 4t + 3 of a row of 16, while a fragment of 16-bit elements holds columns
+// 2t, 2t + 1, 2t + 8 and 2t + 9. Q Kᵀ sums over columns, so Q's fragment uses the same order; O's columns are put back in order when they are stored.
 
 #if KEYS_FLOAT8
 __device__ inline uint32_t operand_of(uint32_t two) {  // as Q's elements
@@ -139,7 +139,7 @@ using probability = element;
 
 // ---- the end of a row
 
-// Sums that were taken against different maxima, as one.
+// Merges sums that were taken against different maxima.
 __device__ inline float weight(const Scales& s, float m, float m_all) { return ptx::ex2((m - m_all) * s.m_to_log2()); }
 
 __device__ inline float final_factor(const Call& c, const Scales& s, int b, float m, float l) {
@@ -157,7 +157,7 @@ __device__ inline void store_lse(const Call& c, const Scales& s, int b, int h, i
 
 // ---- one block: one tile of packed rows against one split of the keys
 
-// ONCE: keys are the first to leave the L2 cache.
+// ONCE: keys are marked evict-first in the L2 cache.
 template <int M_TILES, bool ONCE>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const __grid_constant__ Call c) {
     constexpr int ROWS = 16 * M_TILES;
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     const int head = blockIdx.x / c.splits / c.tiles, h_kv = head % p.Hkv, b = head / p.Hkv;
     const int group = p.H / p.Hkv, rows = p.Nq * group, row0 = tile * ROWS;  // packed rows of a key head, and the tile's first
 
-    if (LAUNCHED_EARLY) ptx::griddepcontrol_launch_dependents();  // once every block has come here, the merge's blocks may take their places
+    if (LAUNCHED_EARLY) ptx::griddepcontrol_launch_dependents();  // once every block has executed this, blocks of the merge kernel may be launched
 
     const Scales scales = scales_of(c, h_kv);
     const Sequence keys = sequence(c, b);
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     const Steps steps = steps_of(c, keys, tile);
     const int limit = steps.limit;
     const int begin = split * steps.share, end = min(begin + steps.share, steps.count);
-    if (c.splits > 1 && begin >= end) return;  // no keys: the merge passes over such splits
+    if (c.splits > 1 && begin >= end) return;  // no keys: the merge skips such splits
     auto step_of = [&](int n) { return steps.first + begin + n * WARPS + warp; };  // the warp's n-th
     const int count = max(0, (end - begin - warp + WARPS - 1) / WARPS);
 
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         else ptx::cp_async_16(to, from, valid);
     };
 
-    // The n-th tile of this warp: K of step n / 2, or V. Where keys lie in pages, lane 2·s + e knows where the e-th 16 keys of step s of 16 begin.
+    // The n-th tile of this warp: K of step n / 2, or V. Where keys lie in pages, lane 2·s + e holds the address of the e-th 16 keys of step s of 16.
     uint32_t page_K = 0, page_V = 0;
     auto load = [&](int n, uint32_t smem) {
         const bool is_K = n % 2 == 0;
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                      j0 + row + r < limit && j0 + row + r >= keys.start && panel * 8 * UNIT + chunk * UNIT < D);
     };
     int filled = 0, to_fill = 0;  // tiles whose loads have been issued, and the slot of the next one
-    auto fill = [&]() {           // commits even where nothing is left, so that tile n is group n + 1
+    auto fill = [&]() {           // commits even when nothing is left to load, so that tile n is always group n + 1
         if (filled < 2 * count) load(filled, ring + to_fill * Tile_KV::BYTES);
         ptx::cp_async_commit_group();
         ++filled, to_fill = to_fill + 1 == SLOTS ? 0 : to_fill + 1;
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     // Waits for the next tile of the ring and returns its address; refills the slot of the previous tile.
     auto next = [&]() {
         ptx::cp_async_wait_group<SLOTS - 2>();
-        __syncwarp();  // the tile is there for every lane, and all have finished reading the previous one, whose slot is refilled
+        __syncwarp();  // the tile is visible to every lane, and all have finished reading the previous one, whose slot is refilled
         fill();
         const uint32_t tile = ring + slot * Tile_KV::BYTES;
         slot = slot + 1 == SLOTS ? 0 : slot + 1;
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     int i_rmem[M_TILES][2];                        // their queries
     [[maybe_unused]] int h_rmem[M_TILES][2];       // and heads
     [[maybe_unused]] float slope_rmem[M_TILES][2];
-    [[maybe_unused]] uint32_t hidden_origin[M_TILES][2], hidden_next[M_TILES][2];  // where their words of the mask begin; the next step's
+    [[maybe_unused]] uint32_t hidden_origin[M_TILES][2], hidden_next[M_TILES][2];  // where their words of the mask begin; the words of the next step
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         auto query = [&](int m, int r) {
             int i = i_rmem[m][r], h = h_rmem[m][r];
             float slope = slope_rmem[m][r];
-            if (BIASED && M_TILES > 1) {  // found again, which takes no registers in the rest of a step
+            if (BIASED && M_TILES > 1) {  // recomputed, so that it takes no registers in the rest of a step
                 const int row = min(row0 + 16 * m + 8 * r + static_cast<int>(ptx::tid_x()) % 32 / 4, rows - 1);
                 i = row / group, h = h_kv * group + row % group, slope = slope_log2(p, b, h);
             }
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         BiasOfTile<M_TILES, N_TILES> bias_rmem;
         if (BIASED) load_bias_of_rows(bias_rmem, p, j0 + 2 * t, j0 + KEYS <= p.Nk, query);
 #endif
-        float S_rmem[M_TILES][N_TILES][4] = {};  // S = Q Kᵀ, summed from 0 or from where the mask says
+        float S_rmem[M_TILES][N_TILES][4] = {};  // S = Q Kᵀ, with accumulators that start from 0 or from the mask
 #if MASK
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m)
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 #if KEYS_FLOAT8
 #pragma unroll
         for (int d = 0; d < D_STEPS; d += 2) {
-            uint32_t K_rmem[N_TILES][2];  // of each tile of 8 keys, the bytes of steps d and d + 1
+            uint32_t K_rmem[N_TILES][2];  // the bytes of steps d and d + 1, for each tile of 8 keys
 #pragma unroll
             for (int k = 0; k < N_TILES; k += 2) {
                 uint32_t x[4];
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 #if SCORE
         score_rows(S_rmem, bias_rmem, p, units, query);
 #endif
-        // Hide what lies before the first key, beyond the diagonal or beyond the last key.
+        // Hide scores before the first key, beyond the diagonal and beyond the last key.
         const int first_visible = CAUSAL ? min(limit, row0 / group + offset + 1) : limit;
         if (j0 < keys.start || j0 + KEYS > first_visible) {
 #pragma unroll
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                 float m_new = m_rmem[m][r];
 #pragma unroll
                 for (int k = 0; k < N_TILES; ++k) m_new = fmaxf(m_new, fmaxf(S_rmem[m][k][2 * r], S_rmem[m][k][2 * r + 1]));
-                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
+                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // over the four lanes of a row
                 m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
                 alpha[m][r] = ptx::ex2((m_rmem[m][r] - m_new) * scale_log2);
                 grew |= m_new > m_rmem[m][r];
@@ -418,9 +418,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                [[maybe_unused]] uint32_t keep[4];  // for each of four 8-column tiles, the lane's pair of columns
+                [[maybe_unused]] uint32_t keep[4];  // the lane's pair of columns in each of four 8-column tiles
 #if DROPOUT
-                const int i = i_rmem[m][r], h = h_rmem[m][r], word = i % 32 / 8;  // neighbouring rows are other heads, each with its own bits
+                const int i = i_rmem[m][r], h = h_rmem[m][r], word = i % 32 / 8;  // neighbouring rows belong to different heads, each with its own bits
                 const uint4 even = dropout_bytes(key, b, h, i, j0 + 2 * t), odd = dropout_bytes(key, b, h, i, j0 + 2 * t + 1);
                 keep_pairs(keep, word == 0 ? even.x : word == 1 ? even.y : word == 2 ? even.z : even.w,
                            word == 0 ? odd.x : word == 1 ? odd.y : word == 2 ? odd.z : odd.w, p);
@@ -463,7 +463,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
 #endif
     }
 
-    // The warps' sums become one, 16 rows at a time: O / l, or the block's part of it.
+    // Merges the warps' sums, 16 rows at a time, into O / l, or into the block's part of it.
     ptx::cp_async_wait_group<0>();
     Merge& merge = *reinterpret_cast<Merge*>(smem);
 #pragma unroll
@@ -519,8 +519,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     }
 }
 
-// ---- the splits' parts of a row become one. W warps have a row: 1 for few splits, else all of a block, each every W-th split. A warp reads several
-// splits at a time, so that it waits for memory once.
+// ---- merging the splits' parts of a row. W warps share a row: 1 for few splits, else all warps of a block, each taking every W-th split. A warp loads
+// several splits at once, so that it waits for memory only once.
 
 constexpr int MERGE_WARPS = 8;
 constexpr int LANE_COLUMNS = (HEAD_DIM + 127) / 128;  // times four
@@ -618,8 +618,8 @@ __global__ void __launch_bounds__(32 * MERGE_WARPS, HEAD_DIM > 128 ? 2 : 4) merg
 
 // ---- launching
 
-// How many splits: the number for which the last block ends first, counted in steps of a warp. A block's beginning and end cost about as much as three
-// steps, the merge as much as two. Depends on sizes and on the number of multiprocessors only.
+// How many splits: the number that minimises the time until the last block ends, in steps of a warp. A block's prologue and epilogue cost about as much as
+// three steps, the merge as much as two. Depends only on sizes and on the number of multiprocessors.
 inline Call planned(const AttentionParams& p, const KeySource& keys) {
     const int64_t packed = static_cast<int64_t>(p.Nq) * (p.H / p.Hkv);
     Call c{p, keys, packed > 16 && MOST_M_TILES > 1 ? 32 : 16, 0, 1};
@@ -649,8 +649,9 @@ inline cudaError_t launch_forward(const Call& c, int64_t blocks) {
     return cudaGetLastError();
 }
 
-// Where one tile of Q has all rows of a key head, keys are read once, and may leave the L2 cache before what others wrote there, which then need not
-// go to memory first. On an H200 with 50 MB of L2 that took 5 to 10 % off 134 MB of keys and values, and added 2 % at 268 MB, 4 % from 512 MB on.
+// Where one tile of Q has all rows of a key head, keys are read only once. They are then marked evict-first, so that they do not push out lines that others
+// wrote, which would have to be written back to memory. On an H200 with 50 MB of L2 that saved 5 to 10 % of the time at 134 MB of keys and values, but cost
+// 2 % at 268 MB and 4 % from 512 MB on.
 constexpr int64_t MOST_BYTES_TO_EVICT_FIRST = 192 << 20;
 template <int M_TILES>
 inline cudaError_t launch_forward(const Call& c, int64_t blocks) {

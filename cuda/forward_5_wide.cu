@@ -12,7 +12,7 @@
 //
 // Serves everything in the interface for float16 and bfloat16, head sizes up to 512 that are multiples of 8, positive scale.
 //
-// One file because its kernel is one schedule: what producers copy is what consumers wait for.
+// One file because its kernel is one schedule: consumers wait for what the producers copy.
 #include <algorithm>
 
 #include "keep_bits.cuh"
@@ -66,9 +66,10 @@ struct Place {
     }
 };
 
-// ---- the schedule. Blocks are persistent: each takes one work after another.
+// ---- the schedule. Blocks are persistent: each takes one work item after another.
 
-// A tile of Q and a part of O's columns, against the tiles of keys that it sees. They are visited from the last to the first: only the last need masking.
+// A work item: a tile of Q and a part of O's columns, against the tiles of keys that it sees. These are visited from the last to the first: only the last
+// need masking.
 struct Work {
     int i0, h, b, part;  // first row, query head, batch, 0 or 1
     int k_tiles;
@@ -77,7 +78,7 @@ struct Work {
     __device__ int j0(int n) const { return (k_tiles - 1 - n) * BLOCK_K; }
 };
 
-// The LSE of row i of the work's head, in global memory.
+// The LSE of row i of the work item's head, in global memory.
 __device__ inline float& LSE_of(const AttentionParams& p, const Work& work, int i) {
     return p.lse[(static_cast<int64_t>(work.b) * p.H + work.h) * p.Nq + i];
 }
@@ -88,14 +89,14 @@ __device__ inline int tiles_seen(const AttentionParams& p, int i0) {
     return (columns + BLOCK_K - 1) / BLOCK_K;
 }
 
-// Which block computes which works, as in forward_4_hopper.cu: units are numbered head by head; a unit is a tile of Q or, if causal, a long tile paired with
-// a short one. The parts of a unit have neighbouring numbers, because they read the same Q and K.
+// Which block computes which work items, as in forward_4_hopper.cu: units are numbered head by head; a unit is a tile of Q or, if causal, a long tile paired
+// with a short one. The parts of a unit have consecutive numbers, because they read the same Q and K.
 struct Schedule {
     int units, parts;      // all units times parts; parts that V has
     int q_tiles, of_head;  // of one head: tiles, units
     int mask_bytes;        // that come with a tile of K
 
-    // The block's m-th work. False if it has fewer.
+    // The block's m-th work item. False if it has fewer.
     __device__ bool get_work(const AttentionParams& p, int m, Work& work) const {
         const int blocks = gridDim.x, n = (CAUSAL ? m / 2 : m) * blocks + blockIdx.x;
         if (n >= units) return false;
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, const __grid_constant__ Schedule schedule) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
-    __shared__ Work shared_work;                              // the work that Q belongs to; one without keys ends the loop
+    __shared__ Work shared_work;                              // the work item that Q belongs to; one without keys ends the loop
     const uint32_t Q_smem = ptx::smem_address(smem);          // [BLOCK_Q, HEAD_DIM]
     const uint32_t K_smem = Q_smem + Tile_Q::BYTES;           // RING × [BLOCK_K, 64]
     const uint32_t V_smem = K_smem + RING * PANEL_BYTES;      // [BLOCK_K, PART]
@@ -139,8 +140,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        ptx::setmaxnreg_dec<40>();  // all start with 168; the 128 · 128 that this group returns are what the two others take
-        // The next work, from the m-th on, that has keys; or one without keys, if none is left.
+        ptx::setmaxnreg_dec<40>();  // all start with 168; the two other groups take the 128 · 128 that this group returns
+        // The next work item, from the m-th on, that has keys; or one without keys, if none is left.
         auto next_with_keys = [&](int& m) {
             Work work;
             while (schedule.get_work(p, m++, work))
@@ -148,14 +149,14 @@ __global__ void __launch_bounds__(THREADS, 1)
             return Work{};
         };
         if (threadIdx.x == 0) {
-            // ---- a producer: this thread picks the works and loads Q and K, in the order in which their stages become empty
-            int m = 0, q = 0, n = 0;  // of all works, tiles of Q, tiles of keys
+            // ---- a producer: this thread picks the work items and loads Q and K, in the order in which their stages become empty
+            int m = 0, q = 0, n = 0;  // counters over all work items, tiles of Q, tiles of keys
             Place place;
             // The first wait for a stage's "empty" passes at once.
             auto hand_out = [&](const Work& work) {
                 const uint32_t full = barrier(barriers.Q_full);
                 ptx::mbarrier_wait(barrier(barriers.Q_empty), q++ & 1 ^ 1);
-                shared_work = work;  // seen by those who have waited for "full"
+                shared_work = work;  // visible to threads that have waited for "full"
                 if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);
                 ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES);
                 load_boxes<Tile_Q, RowOrder>(Q_smem, maps.q, work.i0, work.h, work.b, full);
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                             ptx::mbarrier_wait(barrier(barriers.mask_empty), n & 1 ^ 1);
                             ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem), &maps.mask, j0 / BIT_COLUMNS * 4, work.i0, work.h, work.b, full);
                         }
-                        // The ring's places become empty without this work's Q, but no more than those.
+                        // The ring's stages become empty without this item's Q, but only as many as the ring has.
                         if (tile == 0 && panel == (K_PANELS < RING ? K_PANELS : RING) - 1) hand_out(work);
                     }
                 }
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
         } else if (threadIdx.x / 32 == 1) {
-            // ---- an otherwise idle warp: writes O = 0 for works without keys
+            // ---- an otherwise idle warp: writes O = 0 for work items without keys
             Work work;
             for (int m = 0; schedule.get_work(p, m, work); ++m)
                 for (int i = work.i0; work.k_tiles == 0 && i < min(p.Nq, work.i0 + BLOCK_Q); ++i) {
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         auto release = [&](uint64_t& empty) {
             if (lane == 0) ptx::mbarrier_arrive(barrier(empty));
         };
-        // How many of the tile's columns, from its first, a row sees: r as in first_row + ROW_STEP·r.
+        // How many of the tile's columns, counted from its first, the row first_row + ROW_STEP·r sees.
         auto visible = [&](int i0, int j0, int r) { return (CAUSAL ? min(p.Nk, i0 + first_row + ROW_STEP * r + offset + 1) : p.Nk) - j0; };
         // Whether some row does not see the whole tile.
         auto cut = [&](int i0, int j0) { return j0 + BLOCK_K > min(p.Nk, CAUSAL ? i0 + offset + 1 : p.Nk); };
@@ -254,7 +255,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     ptx::wgmma_ss<element, BLOCK_K>(S_rmem, ptx::advance(Q_rows, panel * Tile_Q::PANEL_BYTES + d * 32), ptx::advance(K_panel, d * 32),
                                                     MASK || panel > 0 || d > 0);
                 ptx::wgmma_commit_group();
-                if (MASK && panel == 0) ptx::mbarrier_arrive(barrier(barriers.mask_empty));  // not before the product has what was read
+                if (MASK && panel == 0) ptx::mbarrier_arrive(barrier(barriers.mask_empty));  // not before the product has used the values
                 if (panel > 0) {
                     ptx::wgmma_wait_group<1>();  // the panel before has been read
                     release(barriers.K_empty[before]);
@@ -262,7 +263,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 place.advance();
             }
         };
-        // S is complete.
+        // Waits until S is complete.
         auto finish_QK = [&](bool last_of_work) {
             release(barriers.K_empty[place.stage == 0 ? RING - 1 : place.stage - 1]);
             // Every thread releases Q, because every thread has read shared_work.
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 ptx::wgmma_rs<element, PART>(O_rmem, P_rmem[k], ptx::descriptor(V_tile + k * 16 * ROW_BYTES, Tile_V::PANEL_BYTES));
             ptx::wgmma_commit_group();
         };
-        // Without a mask, in a tile that is cut: what a row does not see becomes −∞.
+        // Without a mask, in a tile that is cut: elements that a row does not see become −∞.
         auto hide = [&](int i0, int j0) {
             if (MASK || !cut(i0, j0)) return;
 #pragma unroll
@@ -291,20 +292,20 @@ __global__ void __launch_bounds__(THREADS, 1)
                         if (8 * i + c >= columns) S_rmem[4 * i + 2 * r + c] = -CUDART_INF_F;
             }
         };
-        // S becomes P. rescale_O(whether alpha is not 1 everywhere) is called in the course of it.
+        // Replaces S by P. Calls rescale_O(whether some alpha is not 1) on the way.
         auto exponentials = [&](int i0, int j0, const auto& rescale_O) {
             hide(i0, j0);
             softmax<true>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, {}, [] {}, rescale_O);
         };
-        // Draws what dropout keeps of the tile.
+        // Draws which elements of the tile dropout keeps.
         [[maybe_unused]] KeepBits<BLOCK_K> keep;
         auto draw = [&](const Work& work, int j0) {
             if (!DROPOUT) return;
-            const int thread = ptx::tid_x() - GROUP;  // read anew, so that what follows from it takes no registers meanwhile
+            const int thread = ptx::tid_x() - GROUP;  // re-read here, so that values derived from it occupy no registers before
             const int row = RowOrder::row(thread / 32 * 16 + thread % 32 / 4);
             keep.draw_rows(p, work.b, work.h, work.i0 + row, j0, thread % 32);
         };
-        // The accumulators of S, in pairs, are the A operand of O += P V as they lie.
+        // The accumulators of S, rounded to pairs, are already laid out as the A operand of O += P V.
         auto round_P = [&] {
 #pragma unroll
             for (int k = 0; k < BLOCK_K / 16; ++k)
@@ -338,8 +339,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 ptx::wgmma_wait_group<1>();  // S is there
                 finish_QK(tile + 1 == work.k_tiles);
                 exponentials(work.i0, work.j0(tile), [&](const auto& raised) {
-                    // As in forward_4_consumer.cuh: the condition, which always holds, keeps the wait for O behind the exponentials that its product should
-                    // run under.
+                    // As in forward_4_consumer.cuh: the condition, which always holds, keeps the wait for O after the exponentials that should overlap its
+                    // product.
                     if (scale_log2 > 0) {
                         ptx::wgmma_wait_group<0>();
                         if (raised()) {
@@ -347,7 +348,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                             for (int i = 0; i < PART / 2; ++i) O_rmem[i] *= alpha[i >> 1 & 1];
                         }
                     }
-                    ptx::wgmma_wait_group<0>();  // O is there
+                    ptx::wgmma_wait_group<0>();  // O is complete
                     release(barriers.V_empty);
                 });
                 round_P();
@@ -366,7 +367,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 LSE[r] = m_rmem[r] * p.scale + ptx::lg2(l) * LN_2;
                 factor[r] = factor_of_row(p, m_rmem[r], scale_log2, (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l));
             }
-            const int warp = uniform(ptx::tid_x() / 32) - 4;  // read anew, so that what follows from it takes no registers meanwhile
+            const int warp = uniform(ptx::tid_x() / 32) - 4;  // re-read here, so that values derived from it occupy no registers before
             const uint32_t O_rows = O_smem + warp * 16 * ROW_BYTES, O_lane = O_smem + Tile_O::lane_a(warp * 16, lane);
 #pragma unroll
             for (int panel = 0; panel < Tile_V::PANELS; ++panel) {
@@ -375,7 +376,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
                     const float* O = O_rmem + 32 * panel + 8 * k;
-                    uint32_t pairs[4] = {};  // beyond the part's last column: nothing in global memory, but the engine reads it
+                    uint32_t pairs[4] = {};  // zeros beyond the part's last column: not stored, but the engine reads them
                     if (64 * panel + 16 * k < PART)
 #pragma unroll
                         for (int e = 0; e < 4; ++e) pairs[e] = ptx::cvt_pair<element>(O[2 * e] * factor[e % 2], O[2 * e + 1] * factor[e % 2]);
@@ -398,7 +399,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 if (p.lse && work.part == 0 && t == 0 && i < p.Nq) LSE_of(p, work, i) = LSE[r];
             }
         }
-        if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // shared memory is the block's until then
+        if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // the block must not end while the copy engine reads its shared memory
     }
 }
 
@@ -412,9 +413,9 @@ extern "C" int attention(const AttentionParams* params) {
     if (p.B == 0 || p.Nq == 0) return cudaSuccess;
     const int parts = static_cast<int>(tiles_of(p.Dv, PART));
     const int64_t q_tiles = tiles_of(p.Nq, BLOCK_Q), of_head = CAUSAL ? (q_tiles + 1) / 2 : q_tiles, units = of_head * p.H * p.B * parts;
-    if (!numbers_fit(p, {2 * units})) return cudaErrorInvalidConfiguration;  // the number of a block's next unit, too
+    if (!numbers_fit(p, {2 * units})) return cudaErrorInvalidConfiguration;  // including the number of a block's next unit
     DeviceGuard guard(p.device);
-    // Comes first, because it gives a thread that has not yet used the device its context, and making maps does not.
+    // First, because it creates the CUDA context of a thread that has not used the device yet; making tensor maps does not.
     cudaError_t error = cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     Maps maps;
     if (error == cudaSuccess) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BOX_ROWS<Tile_Q, RowOrder>);

@@ -1,4 +1,4 @@
-// How a kernel is launched: written once, because nvcc alone knows the <<<…>>> of it. Another compiler runs the kernel on this machine (emulator/).
+// How a kernel is launched, written once, because only nvcc knows the <<<…>>> syntax. With another compiler the kernel runs on the CPU (emulator/).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,8 +12,8 @@ inline void launch_kernel(void (*kernel)(P...), dim3 blocks, int threads, int sm
 #endif
 }
 
-// The same for a kernel that follows another of this file closely: on sm_90 its blocks may take their places while the other's last blocks
-// run, and wait for the other's end themselves (griddepcontrol_wait).
+// The same for a kernel that directly follows another one of this file: on sm_90 its blocks may start while the other's last blocks still run, and
+// wait for the other kernel's end themselves (griddepcontrol_wait).
 constexpr bool LAUNCHED_EARLY = ARCH >= 90;
 template <class... P, class... A>
 inline void launch_early(void (*kernel)(P...), dim3 blocks, int threads, int smem_bytes, cudaStream_t stream, const A&... arguments) {
@@ -30,7 +30,7 @@ inline void launch_early(void (*kernel)(P...), dim3 blocks, int threads, int sme
 #endif
 }
 
-// What `launch` returns, called while `device` is the current one; then the one before is current again.
+// Calls `launch` while `device` is the current device, restores the previous one, and returns its result.
 template <class Launch>
 inline cudaError_t on_device(int device, Launch launch) {
     int before;

@@ -1,27 +1,28 @@
-// A tile's part of the online softmax, as `hopper` and `hopper_wide` have it: between its two products, all of it in registers, with maxima that are
-// left alone while scores stay near them (as in FlashAttention-4, arXiv:2603.05451).
+// One tile's step of the online softmax in `hopper` and `hopper_wide`: between the tile's two products, in registers, with a lazy maximum, which is not
+// updated while scores stay near it (as in FlashAttention-4, arXiv:2603.05451).
 //
-// Of a group's 64 × BLOCK_K accumulators a thread has those of two rows: S_rmem[4i + 2r + c] is row r, column 8i + 2t + c of the tile (t: lane % 4).
+// Of a group's 64 × BLOCK_K accumulators a thread holds those of two rows: S_rmem[4i + 2r + c] is row r, column 8i + 2t + c of the tile (t: lane % 4).
 #pragma once
 
 #include "ptx.cuh"
 
-// So far, in base 2, scores may lie above the m of their row before it is raised: P and l are up to 2⁸ times as large, O = P V / l and the LSE are the same.
-// Few tiles after the first then touch m and O at all.
+// By how much, in base 2, scores may exceed the m of their row before m is raised: P and l are then up to 2⁸ times as large; O = P V / l and LSE do not
+// change. So few tiles after the first update m or rescale O.
 constexpr float ABOVE_M = 8;
 
-// ABOVE_M in units of S. Beside where m starts, p.lowest, it is lost in rounding, whatever the scale: any score that may be attended raises that.
+// ABOVE_M in units of S. Added to m's initial value, p.lowest, it is lost in rounding, whatever the scale: any visible score raises m from there.
 __device__ inline float above_m(float scale_log2) { return SCORE ? ABOVE_M : fminf(ABOVE_M / scale_log2, 0x1p100f); }
 
-// S becomes 2^(scale_log2 · (S − m)), m near its rows' maximum so far; l is this lane's share of the sum. m and `above` are in units of S; but of scores
-// that are changed they are in base 2, and S becomes 2^(scale_log2 · S + shift − m). await_O() is called before all exponentials. rescale_O(raised), which
-// multiplies O by alpha if some m was raised, is called before the second row's: they leave room for rounding the first row's P, for which P's registers
-// must be free. LAZY: otherwise every tile sets m, and O is rescaled after all exponentials, which takes fewer registers.
+// Replaces S by 2^(scale_log2 · (S − m)), where m is near the row's maximum so far; l is this lane's part of the sum. m and `above` are in units of S. If
+// scores are changed (softcap, bias, ALiBi), m and `above` are in base 2, and S becomes 2^(scale_log2 · S + shift − m). await_O() is called before all
+// exponentials. rescale_O(raised), which multiplies O by alpha if some m was raised, is called before the second row's exponentials: these leave issue
+// slots for rounding the first row's P, which needs P's registers. If not LAZY, every tile sets m, and O is rescaled after all exponentials, which takes
+// fewer registers.
 template <bool LAZY, int SIZE, class AwaitO, class RescaleO>
 __device__ inline void softmax(float (&S_rmem)[SIZE], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], float scale_log2, float above,
                                [[maybe_unused]] const float (&shift)[2], const AwaitO& await_O, const RescaleO& rescale_O) {
     constexpr bool SHIFTED = (SCORE & SCORE_ALIBI) != 0;
-    // Whether row r of some lane has a new m.
+    // Updates m of row r. Returns whether some lane's m was raised.
     auto raise = [&](int r) {
         float largest = fmaxf(S_rmem[2 * r], S_rmem[2 * r + 1]);
 #pragma unroll
@@ -31,9 +32,9 @@ __device__ inline void softmax(float (&S_rmem)[SIZE], float (&m_rmem)[2], float 
         alpha[r] = 1;
         if (raised) {
             float m_new = fmaxf(m_rmem[r], largest);
-            m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
+            m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // over the four lanes of a row
             m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
-            if (LAZY && m_new <= m_rmem[r] + above) m_new = m_rmem[r];  // another row's was raised: this one's bits do not depend on that
+            if (LAZY && m_new <= m_rmem[r] + above) m_new = m_rmem[r];  // only another row's m is raised; this row's bits must not depend on that
             alpha[r] = ptx::ex2(SCORE ? m_rmem[r] - m_new : (m_rmem[r] - m_new) * scale_log2);
             m_rmem[r] = m_new;
         }
@@ -55,7 +56,7 @@ __device__ inline void softmax(float (&S_rmem)[SIZE], float (&m_rmem)[2], float 
     const bool first_raised = raise(0);
     await_O();
     exponentials(0);
-    const bool second_raised = raise(1);  // found under the exponentials of the first row, which take longer
+    const bool second_raised = raise(1);  // overlaps the exponentials of the first row, which take longer
     auto raised = [&] { return first_raised || second_raised; };
     if (LAZY) rescale_O(raised);
     exponentials(1);

@@ -1,10 +1,10 @@
-// The order in which blocks take units of work of very different length, as spans and masks make them: the longest first (Graham, 1969), so that no
-// long unit starts when the others are about to end. A unit is a tile of Q in the forward, a tile of keys in the backward, numbered head by head; its length is the
-// number of tiles that it visits.
+// The order in which blocks take units of work whose lengths differ, as they do under spans and masks: the longest first (Graham, 1969), so that no
+// long unit starts when the other blocks are about to end. A unit is a tile of Q in the forward, a tile of keys in the backward, numbered head by head; its
+// length is the number of tiles that it visits.
 //
-// Sorted by length alone, units that share keys would lie far apart, and each would read them from memory anew. So lengths are sorted into classes, each
-// twice as long as the next, and within a class units keep their order. All units shorter than a sixteenth of a block's share form one class:
-// whichever of them runs last, all blocks end within that time of each other.
+// If units were sorted by length alone, those that share keys would lie far apart, and each would read the keys from memory again. So lengths are sorted
+// into classes, each twice as long as the next, and within a class units keep their order. All units shorter than a sixteenth of a block's share form one
+// class: whichever of them runs last, all blocks end within that time of each other.
 #pragma once
 
 #include "visible.cuh"
@@ -16,7 +16,7 @@ constexpr int NO_ORDER = -1;
 
 // In a workspace.
 struct alignas(16) Order {
-    int* queue;  // how many units blocks have taken from it; of a mask's, whether there is none
+    int* queue;  // how many units blocks have taken from it; for a mask, whether there is no order
     int* units;  // [units]; each NO_ORDER if there is none
 
     Order() = default;
@@ -31,21 +31,21 @@ struct alignas(16) Order {
     }
 };
 
-// length(p, unit) is a unit's length. `blocks` take them. A warp sorts a stretch of units, 32 at a time. Where lengths come from a mask, the block
-// first measures them, and where each is as long as it may be, length.most(p, unit), there is no order.
+// length(p, unit) is a unit's length. The units are for `blocks` blocks. A warp sorts a range of units, 32 at a time. If lengths come from a mask, the
+// block first measures them; if every unit has the greatest possible length, length.most(p, unit), there is no order.
 template <class Length>
 __global__ void __launch_bounds__(32 * ORDER_WARPS)
     order_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Length length, const __grid_constant__ Order order, int units, int blocks) {
     __shared__ float sums_smem[ORDER_WARPS];
     [[maybe_unused]] __shared__ bool shorter_smem[ORDER_WARPS];
-    __shared__ int counts_smem[CLASSES][ORDER_WARPS];  // of the class: each warp's units, then all before these
+    __shared__ int counts_smem[CLASSES][ORDER_WARPS];  // of the class: first each warp's units, then all units before these
     __shared__ int totals_smem[CLASSES];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int stretch = (units + 32 * ORDER_WARPS - 1) / (32 * ORDER_WARPS) * 32, begin = warp * stretch + lane, end = min(units, (warp + 1) * stretch);
 
     if constexpr (Length::SAYS_MOST) {
         ptx::griddepcontrol_launch_dependents();
-        ptx::griddepcontrol_wait();  // what lengths are made of is there
+        ptx::griddepcontrol_wait();  // the data that lengths are computed from is visible
         length.measure(p);
         __syncthreads();  // so are lengths
     }

@@ -1,21 +1,21 @@
-// The mask in the hopper kernels: a tile of bits beside a tile of S. The copy engine brings it as it brings K or Q, from what pack_mask.cu has
-// written. Each score's accumulator starts from it: from 0, or, where it hides, from about −2¹²⁷, so large that adding any score changes nothing.
+// The mask in the hopper kernels: a tile of bits for each tile of S. The copy engine loads it, as it loads K or Q, from what pack_mask.cu has
+// written. Each score's accumulator starts from 0, or, where the mask hides, from about −2¹²⁷, so large that adding any score changes nothing.
 #pragma once
 
 #include "keep_bits.cuh"
 #include "tensor_map.cuh"
 
-// The 128 bits that one row of the tile takes from memory, though it may need half of them: the engine copies no less. A set bit hides.
+// The 128 bits that are loaded for one row of the tile. It may need only half of them, but the engine copies no less. A set bit hides.
 struct alignas(16) BitRow {
     uint32_t word[4];
 };
 constexpr int BIT_COLUMNS = 128;
 
-// Whether one row of the mask, over the keys, is for all queries.
+// Whether all queries share one row of the mask.
 __host__ __device__ inline bool one_row(const AttentionParams& p) { return p.mask.stride_i == 0; }
 
-// Map of the mask's rows of words, of which a box has `rows`. A row belongs to a query (MASK_OF_BITS) or to a key (MASK_OF_KEY_BITS). One row for
-// all queries is copied once; copied once for each, every multiprocessor would load the same 16 bytes over and over.
+// The tensor map of the mask's rows of words; a box has `rows` of them. A row belongs to a query (MASK_OF_BITS) or to a key (MASK_OF_KEY_BITS). A row that
+// all queries share is copied once; otherwise every multiprocessor would load the same 16 bytes over and over.
 inline cudaError_t make_mask_map(CUtensorMap* map, const AttentionParams& p, int rows) {
     const bool by_keys = MASK == MASK_OF_KEY_BITS;
     const int columns = by_keys ? p.Nq : p.Nk;
@@ -24,8 +24,8 @@ inline cudaError_t make_mask_map(CUtensorMap* map, const AttentionParams& p, int
                              by_keys && one_row(p) ? 4 : (columns + BIT_COLUMNS - 1) / BIT_COLUMNS * 4, !by_keys && one_row(p) ? 1 : rows, 4);
 }
 
-// This lane's part of two rows of accumulators, whose bits are rows `row` and row + step: columns 8n + 2t and 8n + 2t + 1 of the tile, which begins `first`
-// columns into the bits. more(r, w): further hidden columns of the r-th row, from 32·w on.
+// Initialises this lane's part of two rows of accumulators, columns 8n + 2t and 8n + 2t + 1 of the tile. Their bits are rows `row` and row + step; the tile
+// begins `first` columns into the bits. more(r, w): further hidden columns of the r-th row, from 32·w on.
 template <int COLUMNS, class More>
 __device__ inline void start_S(float (&S)[COLUMNS / 2], const uint8_t* tile, int first, int row, int step, int t, More more) {
     static_assert(BIT_COLUMNS % COLUMNS == 0, "a tile's bits lie in one row");

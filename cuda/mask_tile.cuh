@@ -10,7 +10,7 @@
 
 #include "tensor_core.cuh"
 
-// THREADS threads, each warp with ROWS_PER_WARP rows; `thread` is threadIdx.x or tid_x(), whichever leaves more registers.
+// For THREADS threads, where each warp has ROWS_PER_WARP rows; `thread` is threadIdx.x or tid_x(), whichever saves more registers.
 template <int THREADS, int ROWS_PER_WARP, int BLOCK_K>
 struct MaskOfBits {
     static constexpr int BLOCK_Q = THREADS / 32 * ROWS_PER_WARP;
@@ -27,12 +27,12 @@ struct MaskOfBits {
         return static_cast<uint32_t>(b * p.mask.stride_b + h * p.mask.stride_h + min(i0 + thread % BLOCK_Q, p.Nq - 1) * p.mask.stride_i);
     }
     __device__ static void copy(uint8_t* smem, const AttentionParams& p, uint32_t origin, int, int j0, int thread) {
-        if (THREADS > BLOCK_Q && thread >= BLOCK_Q) return;  // a row has one copier
+        if (THREADS > BLOCK_Q && thread >= BLOCK_Q) return;  // one thread copies a row
         ptx::cp_async_small<sizeof(Row)>(ptx::smem_address(reinterpret_cast<Row*>(smem) + thread % BLOCK_Q),
                                          static_cast<const uint32_t*>(p.mask.data) + (origin + static_cast<uint32_t>(j0) / 32));
     }
-    // This lane's part of row r of the ROWS_PER_WARP / 8 that it shares: S[n][first] and S[n][first + 1]. Where `cut`, which only CAN_CUT
-    // allows, columns of the tile from `visible` on are hidden too, and in an INTERVAL kernel those before `from`.
+    // Initialises this lane's part, S[n][first] and S[n][first + 1], of row r of the ROWS_PER_WARP / 8 rows that it shares. If `cut`, which requires CAN_CUT,
+    // columns of the tile from `visible` on are hidden too, and in an INTERVAL kernel those before `from`.
     template <bool CAN_CUT, int N_TILES>
     __device__ static void start(float (&S)[N_TILES][4], int first, const uint8_t* smem, int r, bool cut, int visible, int thread, [[maybe_unused]] int from = 0) {
         const Row row = reinterpret_cast<const Row*>(smem)[thread / 32 * ROWS_PER_WARP + 8 * r + thread % 32 / 4];
@@ -48,7 +48,7 @@ struct MaskOfBits {
 
 // In each GROUP of keys, rows 8n + 2t and 8n + 2t + 1 of the tile (n = 0, 1, …), lane t's columns, are keys RUN·t + 2n and RUN·t + 2n + 1.
 template <int BLOCK_K>
-struct Dealt {
+struct PermutedKeys {
     static constexpr int GROUP = BLOCK_K < 64 ? BLOCK_K : 64, RUN = GROUP / 4;
     __device__ static int row(int r) { return r % 8 / 2 * RUN + r / 8 * 2 + r % 2; }                             // of the first 16
     __device__ static constexpr int distance(int rows) { return rows / GROUP * GROUP + rows % GROUP / 4; }      // rows: a multiple of 16
@@ -56,17 +56,17 @@ struct Dealt {
 
 template <int THREADS, int ROWS_PER_WARP, int BLOCK_K>
 struct MaskOfBytes {
-    using Order = Dealt<BLOCK_K>;
+    using Order = PermutedKeys<BLOCK_K>;
     static constexpr int UNIT = 16;                        // of offsets, in bytes: 32 bits of them reach 64 GB
     static constexpr int RUN = Order::RUN;                 // bytes that a lane copies at once
     static constexpr int RUNS = BLOCK_K / Order::GROUP;    // of them in a lane's part of a row
-    static constexpr int ROWS = ROWS_PER_WARP / 8;         // that a lane has a part of
+    static constexpr int ROWS = ROWS_PER_WARP / 8;         // of which a lane has a part
     struct alignas(RUN) Run {
         uint32_t word[RUN / 4];  // a byte is 1 where a key may be attended
     };
     static constexpr int SIZE = ROWS * RUNS * THREADS * RUN;  // [ROWS, RUNS, THREADS] runs: each thread copies and reads its own
 
-    // The unit at which the head begins.
+    // Where the head begins, in units.
     __device__ static uint32_t origin(const AttentionParams& p, int b, int h, int, int) {
         return static_cast<uint32_t>((b * p.mask.stride_b + h * p.mask.stride_h) / UNIT);
     }

@@ -1,4 +1,5 @@
-// What the `mma` rungs share, forward_2_mma.cu and backward_2_mma.cu and, in part, the teaching rungs above them: tiles in shared memory, the two matrix products, which scores are hidden, and stores.
+// What the `mma` rungs (forward_2_mma.cu, backward_2_mma.cu) and, in part, the teaching rungs above them share: tiles in shared memory, the two matrix
+// products, which scores are hidden, and stores.
 //
 // A block is four warps. Each owns 16 rows of a tile of scores, the height of one mma.sync, and all of its columns: its accumulators lie
 // side by side. With g = l / 4 and t = l % 4, lane l holds in S_rmem[n][2r + e], where r and e are 0 or 1,

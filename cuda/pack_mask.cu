@@ -21,20 +21,20 @@ struct PackParams {
 
 constexpr int WARPS = 8;
 
-// Blocks along the keys may be more than a grid has in its second dimension: they are numbered through the second and the third.
+// There may be more blocks along the keys than a grid's second dimension allows: they are numbered through the second and the third.
 __device__ inline int block_along_keys() { return blockIdx.z * gridDim.y + blockIdx.y; }
 static dim3 grid(int64_t x, int64_t along_keys) {
     const int64_t z = (along_keys + 65534) / 65535;
     return dim3(static_cast<unsigned>(x), static_cast<unsigned>((along_keys + z - 1) / z), static_cast<unsigned>(z));
 }
 
-// Bit c: column c of these 16 may not be attended.
+// Bit c is set if column c of these 16 may not be attended.
 __device__ inline uint32_t hidden_columns(const uint4& bytes) {
     const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
     uint32_t hidden = 0;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-        // 1 in each byte that was 0; the multiplication moves bits 0, 8, 16 and 24 to 28, 29, 30 and 31.
+        // each byte that was 0 becomes 1; the multiplication moves bits 0, 8, 16 and 24 to 28, 29, 30 and 31
         const uint32_t zeros = __vseteq4(words[w], 0);
         hidden |= (zeros * 0x10204080u >> 28) << 4 * w;
     }
@@ -57,7 +57,7 @@ __device__ inline uint4 columns_one_by_one(const uint8_t* mask_gmem, int64_t str
     return {words[0], words[1], words[2], words[3]};
 }
 
-// ---- words of a query's keys: a warp takes COLUMNS columns of a row, and two lanes make a word
+// ---- words of a query's keys: a warp packs COLUMNS columns of a row, and two lanes form a word
 
 constexpr int COLUMNS = 2048;
 constexpr int AT_ONCE = 32 * 16;  // columns that the lanes of a warp read together
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(32 * WARPS) pack_mask_kernel(const __grid_cons
     uint32_t* bits_gmem = p.bits + static_cast<int64_t>(row) * (padded / 32);               // [words]
     const int begin = block_along_keys() * COLUMNS + 16 * lane;
 
-    uint4 bytes[COLUMNS / AT_ONCE];  // all loads are under way before the first is used
+    uint4 bytes[COLUMNS / AT_ONCE];  // all loads are issued before the first result is used
 #pragma unroll
     for (int n = 0; n < COLUMNS / AT_ONCE; ++n) {
         const int j = begin + n * AT_ONCE;
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(32 * WARPS) pack_mask_kernel(const __grid_cons
     }
 }
 
-// ---- words of a key's queries: a block takes QUERIES rows and KEYS columns, a warp 32 rows of these
+// ---- words of a key's queries: a block packs QUERIES rows and KEYS columns, a warp 32 of the rows
 
 constexpr int QUERIES = 32 * WARPS, KEYS = 128;
 constexpr int READERS = KEYS / 16;  // lanes that read a row, a whole line of the cache, together
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(32 * WARPS) pack_by_keys_kernel(const __grid_c
     const int part = lane / READERS, j = j0 + lane % READERS * 16, i = i0 + warp * 32 + part * 8;
     const uint8_t* mask_gmem = p.mask + bh / p.H * p.stride_b + bh % p.H * p.stride_h;
 
-    uint4 bytes[8];  // all loads are under way before the first is used
+    uint4 bytes[8];  // all loads are issued before the first result is used
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
         const uint8_t* row = mask_gmem + (i + n) * p.stride_i;

@@ -1,4 +1,5 @@
-// A large call's heads in parts, one after another in the same workspace, where a rung writes copies of its operands there (planes.cuh).
+// For rungs that write copies of their operands to the workspace (planes.cuh): a large call's heads are computed in parts, one after another in the same
+// workspace.
 //
 // Such copies take as much memory as the operands. Heads do not depend on each other, so only those being computed need copies.
 // A part is some heads of K and V and the query heads that share them, and is launched as a call of its own, whose tensors begin at its first head.
@@ -20,18 +21,18 @@ struct Share {
     int size() const { return end - begin; }
 };
 
-// Which heads a part has.
+// The heads of a part.
 struct Part {
     int b, B;    // batches from b on
     int h, Hkv;  // of each, heads of K and V from h on
 };
 
-// A part's first batch and query head: dropout's bits are drawn for those of the whole call.
+// A part's first batch and query head: dropout counts batches and heads of the whole call.
 struct First {
     int b, h;
 };
 
-// Into how many parts a call is divided: into parts of its batches, and, if it takes more, into parts of each batch's heads.
+// The number of parts of a call: first its batches are divided and, if that is not enough, each batch's heads.
 struct Parts {
     int B, Hkv;
     int of_batches = 1, of_heads = 1;
@@ -40,7 +41,7 @@ struct Parts {
     Parts(const AttentionParams& p, int64_t bytes, std::initializer_list<int64_t> blocks) : B(p.B), Hkv(p.Hkv) {
         if (bytes <= LARGE_WORKSPACE) return;
         const double work = 4.0 * p.B * p.H * p.Nq * p.Nk * HEAD_DIM / (CAUSAL ? 2 : 1);
-        // At the end of each part multiprocessors are idle. That may take 1 % of the time.
+        // At the end of each part some multiprocessors are idle. That may take 1 % of the time.
         const int64_t heads = static_cast<int64_t>(B) * Hkv, undivided = half_rounds(p, blocks);
         for (int64_t count = std::min({heads, static_cast<int64_t>(work / LEAST_WORK), tiles_of(bytes, LARGE_WORKSPACE)}); count > 1; --count) {
             of_batches = static_cast<int>(std::min<int64_t>(count, B)), of_heads = static_cast<int>(std::max<int64_t>(1, count / B));
@@ -54,12 +55,12 @@ struct Parts {
         const Share batches(n / of_heads, of_batches, B), heads(n % of_heads, of_heads, Hkv);
         return {batches.begin, batches.size(), heads.begin, heads.size()};
     }
-    // A part with as many heads as any.
+    // The part with the most heads.
     Part largest() const { return {0, (B + of_batches - 1) / of_batches, 0, (Hkv + of_heads - 1) / of_heads}; }
 
 private:
-    // Twice the time of all parts, in that of a block. A multiprocessor computes one block at a time, so a few rounds are whole ones; after many, blocks
-    // no longer end together, and half a round is lost.
+    // Twice the time of all parts, in units of a block's time. A multiprocessor computes one block at a time, so a few rounds count as whole rounds; after
+    // many, blocks no longer end together, and half a round is lost.
     int64_t half_rounds(const AttentionParams& p, std::initializer_list<int64_t> blocks) const {
         int64_t sum = 0;
         for (const int64_t each : blocks) {

@@ -24,13 +24,13 @@
 
 constexpr int PLANES = 2;  // hi, lo
 
-// The range of values in a head of K and V and the query heads that share it. The largest magnitudes are kept as a float's bits, which compare as the numbers do,
-// and as which ∞ and NaN are larger than all of them. 0 at first.
+// The range of values in a head of K and V and the query heads that share it. The largest magnitudes are kept as the bits of floats, which compare in the
+// same order as the numbers, with ∞ and NaN above all of them. 0 at first.
 struct Range {
     int q, k, v, d_o;      // the largest entry
     int v_norm, d_o_norm;  // the largest sum of a row's squares, when scaled
     int delta;             // the largest Delta, when scaled
-    int dq, dk, dv;        // the largest entry as it is summed
+    int dq, dk, dv;        // the largest entry of the gradient, before it is scaled
     int o_is_small;        // whether some row of O may have lost bits
     int unused[5];
 };
@@ -39,7 +39,7 @@ __device__ inline int magnitude(float x) { return __float_as_uint(x) & 0x7ffffff
 
 // The exponent of the power of two that scales `largest`, the largest magnitude, into [2^14, 2^15).
 __device__ inline int exponent_of(int largest) { return largest == 0 ? 0 : 14 + 127 - (largest >> 23); }
-// Whether a head with this largest entry can be scaled so: not if it is ∞, NaN or tiny.
+// Whether a head with this largest entry can be scaled like this: not if it is ∞, NaN or tiny.
 __device__ inline bool can_scale(int largest) { return largest == 0 || (largest >= __float_as_uint(0x1p-100f) && largest < 0x7f800000); }
 
 // ---- does the part that the planes lose matter?
@@ -47,29 +47,29 @@ __device__ inline bool can_scale(int largest) { return largest == 0 || (largest 
 // The factor that turns a sum of planes' products into a score.
 __device__ inline float scale_of_scores(const AttentionParams& p, const Range& range) { return scalbnf(p.scale, -exponent_of(range.q) - exponent_of(range.k)); }
 
-// Scores: an entry is off by 2^-40 of the largest at most, a score therefore by twice 2^-40 · D · scale · (largest of Q) · (largest of K). That is to
-// be below 2^-23, by which float32 itself would be off at a score of 2.
+// Scores: the error of an entry is at most 2^-40 of the largest entry, so that of a score is at most 2 · 2^-40 · D · scale · (largest of Q) · (largest of K).
+// It must be below 2^-23, which is float32's own error at a score of 2.
 __device__ inline bool scores_fit(const AttentionParams& p, const Range& range) {
     const float bound = __uint_as_float(range.q) * __uint_as_float(range.k) * (p.scale * p.D), scale = scale_of_scores(p, range);
-    // The scale's own limits: neither may a hidden score come near the others (common.cuh: start_of_sum), nor a maximum overflow.
+    // Limits of the scale: a hidden score must not come near the others (common.cuh: start_of_sum), and a maximum must not overflow.
     return can_scale(range.q) && can_scale(range.k) && can_scale(range.v) && bound < 0x1p16f && scale > 0x1p-90f && scale < 0x1p60f;
 }
-// A row of O, `largest` its largest entry in V's scale: P and V are off by 2^-40, so that is to be 2^-15 of V's largest at least.
+// For a row of O whose largest entry, in V's scale, is `largest`: P and V have errors of 2^-40, so `largest` must be at least 2^-15 of V's largest.
 __device__ inline bool row_fits(float largest) { return largest >= 1; }
 
-// dS = P∘(dP − Delta) is scaled by what is known of its size before it is computed: |dP| ≤ |dO row| · |V row|, P ≤ 1.
+// dS = P∘(dP − Delta) is scaled by a bound known before it is computed: |dP| ≤ |dO row| · |V row|, P ≤ 1.
 __device__ inline float bound_of_dS(const Range& range) {
     return sqrtf(__uint_as_float(range.v_norm)) * sqrtf(__uint_as_float(range.d_o_norm)) + __uint_as_float(range.delta);
 }
 __device__ inline int exponent_of_dS(const Range& range) { return min(60, exponent_of(__float_as_uint(bound_of_dS(range)))); }
 
-// A gradient is a sum of `terms` products, of which one factor (dS, or P) is off by 2^-25 at most, either way, and the other below 2^15. `largest`,
-// its largest entry as it is summed, is to be 2^19 times what such errors come to.
+// A gradient is a sum of `terms` products. One factor (dS, or P) has an error of at most 2^-25 of either sign, the other is below 2^15. `largest`, the
+// gradient's largest entry before scaling, must be at least 2^19 times the expected sum of these errors.
 __device__ inline bool sum_fits(int largest, int64_t terms) {
     return largest < 0x7f800000 && __uint_as_float(largest) >= 0x1p9f * (sqrtf(static_cast<float>(terms)) + 2);
 }
-// Of dQ and dK also: dP and Delta are each off by about 2^-27 of their bound, which shows where they cancel, most of all where a row sees one key alone,
-// and dP − Delta should be exactly 0. A score's part of that is P, about 1 / Nk.
+// dQ and dK have another error: dP and Delta are each off by about 2^-27 of their bound, which matters where they cancel, most of all if a row sees only
+// one key and dP − Delta should be exactly 0. A score contributes its share P of this error, about 1 / Nk.
 __device__ inline bool sum_of_dS_fits(const AttentionParams& p, int largest, int64_t terms) {
     return sum_fits(largest, terms) && __uint_as_float(largest) * p.Nk >= 0x1p22f * sqrtf(static_cast<float>(terms));
 }
@@ -101,7 +101,7 @@ struct Operands {
     Range* ranges;  // [B, Hkv]
     int64_t floats;  // of planes in the workspace
 
-    // p: the call of a part of the heads. until_dV: V's planes may lie in dV's memory, since nothing reads them once dV is being written.
+    // p: the call of a part of the heads. until_dV: V's planes may lie in dV's memory, because nothing reads them once dV is being written.
     Operands(const AttentionParams& p, bool backward, Range* ranges, bool until_dV = false)
         : of{{p.q, p.H, p.Nq, p.D, p.H / p.Hkv, {}, &Range::q, nullptr},
              {p.k, p.Hkv, p.Nk, p.D, 1, {}, &Range::k, nullptr},
@@ -120,7 +120,7 @@ struct Operands {
             floats += x.rows(p.B) * HEAD_DIM;
         }
     }
-    // Whether a row has as many columns as its planes, and the heads of all batches are at equal distances.
+    // Whether a row has as many columns as its planes, and heads of all batches are equally spaced.
     static bool planes_fit_in(const Tensor4& dV, const AttentionParams& p) { return p.Dv == HEAD_DIM && (p.B == 1 || dV.stride_b == p.Hkv * dV.stride_h); }
     static int64_t range_floats(const AttentionParams& p) { return static_cast<int64_t>(p.B) * p.Hkv * (sizeof(Range) / 4); }
 };
@@ -138,7 +138,7 @@ constexpr int ROW_PARTS = HEAD_DIM / (8 * ROW_LANES);           // of a row, one
 constexpr int ROWS_AT_ONCE = PREPARE_THREADS / ROW_LANES, PREPARE_ROWS = 4 * ROWS_AT_ONCE;
 static_assert(ROW_LANES * ROW_PARTS * 8 == HEAD_DIM, "lanes have whole parts of a row");
 
-// The largest of a warp's numbers joins what is there.
+// Updates `largest` with the largest of a warp's numbers.
 __device__ inline void join_maximum(int* to, int x) {
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) x = max(x, __shfl_xor_sync(0xffffffff, x, lanes));
@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(PREPARE_THREADS) clear_kernel(Range* ranges, i
     if (n < ints) reinterpret_cast<int*>(ranges)[n] = 0;
 }
 
-// A block of these kernels has PREPARE_ROWS rows of one head of operand blockIdx.y. For each row, this lane's 8 numbers of each part: visit(x, range, bh, i,
-// numbers), row i of head bh of all batches; beyond the end, from x.N on, the numbers are 0.
+// A block of these kernels handles PREPARE_ROWS rows of one head of operand blockIdx.y. For each row and each part of it, visit(x, range, bh, i, numbers)
+// receives this lane's 8 numbers of row i of head bh, counted over all batches; from row x.N on they are 0.
 template <class Visit>
 __device__ inline void visit_rows(const Operands& all, int B, Visit visit) {
     const Operand& x = all.of[blockIdx.y];
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS) planes_kernel(const __grid_co
     });
 }
 
-// The blocks of each of these launches.
+// The grid of each of these launches.
 inline int64_t prepare_blocks(const AttentionParams& p, const Operands& all) {
     int64_t blocks = 0;
     for (int n = 0; n < all.count; ++n) blocks = std::max(blocks, tiles_of(all.of[n].N, PREPARE_ROWS) * all.of[n].heads * p.B);
@@ -232,8 +232,8 @@ inline void launch_planes(const AttentionParams& p, const Operands& all) {
     launch_kernel(planes_kernel, blocks, PREPARE_THREADS, 0, p.stream, all, p.B);
 }
 
-// A whole call: the parts one after another, each by launch_part(its call, its Ranges, its first head), then by `exact` the heads that planes cannot hold.
-// simple_workspace: of `exact`, at the end of the call's; the Ranges lie before it.
+// Launches a whole call: its parts one after another, each by launch_part(its call, its Ranges, its first head); then, by `exact`, the heads that planes
+// cannot represent. simple_workspace: the workspace of `exact`, at the end of the call's; the Ranges lie before it.
 inline cudaError_t launch_parts(const AttentionParams& p, const Parts& parts, float* simple_workspace,
                                 cudaError_t (*launch_part)(const AttentionParams&, Range*, First), int (*exact)(const AttentionParams*)) {
     Range* ranges = reinterpret_cast<Range*>(simple_workspace) - p.B * p.Hkv;

@@ -14,14 +14,14 @@ namespace ptx {
 // The 32-bit address that instructions want for shared memory.
 __device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// threadIdx.x and blockIdx.x, read anew each time (10.1, 10.5): what is computed from them in a loop is not kept in registers around the loop.
+// threadIdx.x and blockIdx.x, re-read each time (10.1, 10.5): values computed from them in a loop are recomputed, not kept in registers across the loop.
 __device__ inline int tid_x() {
     int x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x;
 }
 
-// x, of which the compiler knows no more than that it is a number.
+// x, in a form about which the compiler can assume nothing.
 template <class T>
 __device__ inline T unknown(T x) {
     asm volatile("" : "+r"(x));
@@ -36,8 +36,8 @@ __device__ inline int ctaid_x() {
 
 // ---- asynchronous copies, sm_80 (9.7.9.25.3: cp.async)
 
-// N = 8 or 16 bytes from global to shared memory, without a register in between, 16 past L1: the first `bytes` of them, then zeros. Nothing is
-// read where `bytes` is 0. Both addresses are multiples of N.
+// Copies N = 8 or 16 bytes from global to shared memory without going through registers (16 bytes bypass L1): the first `bytes` of them, then zeros.
+// Nothing is read if `bytes` is 0. Both addresses are multiples of N.
 template <int N>
 __device__ inline void cp_async_first(uint32_t smem, const void* gmem, int bytes) {
     if (N == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(bytes) : "memory");
@@ -47,7 +47,7 @@ __device__ inline void cp_async_first(uint32_t smem, const void* gmem, int bytes
 // 16 bytes, or zeros if `valid` is false.
 __device__ inline void cp_async_16(uint32_t smem, const void* gmem, bool valid) { cp_async_first<16>(smem, gmem, valid ? 16 : 0); }
 
-// A policy for lines of the L2 cache (9.7.9.18: createpolicy): they are the first to leave.
+// A policy for lines of the L2 cache (9.7.9.18: createpolicy): evict them first.
 __device__ inline uint64_t createpolicy_evict_first() {
     uint64_t policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
@@ -66,10 +66,10 @@ __device__ inline void cp_async_small(uint32_t smem, const void* gmem) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(smem), "l"(gmem), "n"(N) : "memory");
 }
 
-// Closes the group of this thread's copies since the last commit.
+// Commits this thread's copies since the last commit as a group.
 __device__ inline void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most N of this thread's groups are under way. Other threads' copies need a barrier after it.
+// Waits until at most N of this thread's groups are in flight. To see other threads' copies, a barrier must follow.
 template <int N>
 __device__ inline void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -77,7 +77,7 @@ __device__ inline void cp_async_wait_group() {
 
 // ---- a kernel launched before the one that it depends on has ended, sm_90 (9.7.13.13: griddepcontrol)
 
-// From this block's side, kernels that depend on this one may be launched; its memory they see after their wait only.
+// As far as this block is concerned, dependent kernels may be launched; they see its writes only after their wait.
 __device__ inline void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Waits until the kernels before this one have ended and what they wrote is visible.
@@ -142,13 +142,13 @@ __device__ inline void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t
 
 // ---- arithmetic
 
-// 2^x, about 2 units in the last place; −inf gives 0 (9.7.3.21: ex2).
+// 2^x, to about 2 units in the last place; −inf gives 0 (9.7.3.21: ex2).
 __device__ inline float ex2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// log2 x and 1 / x, about 1 unit in the last place (9.7.3.20: lg2, 9.7.3.14: rcp).
+// log2 x and 1 / x, to about 1 unit in the last place (9.7.3.20: lg2, 9.7.3.14: rcp).
 __device__ inline float lg2(float x) {
     float y;
     asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -185,22 +185,22 @@ __device__ inline uint32_t cvt_pair<__nv_bfloat16>(float low, float high) {
     return pair;
 }
 
-// The way back for float16.
+// The reverse for float16.
 __device__ inline float2 floats_of_pair(uint32_t pair) {
     float2 x;
     asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}" : "=f"(x.x), "=f"(x.y) : "r"(pair));
     return x;
 }
 
-// Four bytes picked from the eight of a (numbers 0–3) and b (4–7), one for each hexadecimal digit of `selector`, lowest first; with 8 added
-// to the number the byte's sign bit is repeated eight times instead (9.7.9.7: prmt).
+// Four bytes picked from the eight of a (numbers 0–3) and b (4–7), one for each hexadecimal digit of `selector`, lowest first; if 8 is added
+// to the number, the byte's sign bit is repeated eight times instead (9.7.9.7: prmt).
 __device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
     uint32_t d;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
     return d;
 }
 
-// The product of two 32-bit numbers: x its low half, y its high one (9.7.1.3: mul). From a 64-bit product in C++ the compiler makes one addition more.
+// The product of two 32-bit numbers, low half in x, high half in y (9.7.1.3: mul). For a 64-bit product in C++ the compiler emits one more addition.
 __device__ inline uint2 mul_wide(uint32_t a, uint32_t b) {
     uint2 d;
     asm("{.reg .b64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product;}" : "=r"(d.x), "=r"(d.y) : "r"(a), "r"(b));
@@ -226,7 +226,7 @@ __device__ inline void red_max(int* p, int x) { asm volatile("red.global.max.s32
 
 // ---- signals between blocks (9.7.9.8: ld, 9.7.9.12: st; chapter 8: memory consistency model)
 
-// What the writer did before its release is seen after an acquire that reads the value it wrote.
+// What the writer did before its release is visible after an acquire that reads the released value.
 __device__ inline int ld_acquire(const int* p) {
     int x;
     asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");

@@ -12,13 +12,13 @@
 
 namespace ptx {
 
-// ---- mbarrier (9.7.13.15): a counter in shared memory of arrivals and of bytes still to come. A phase is over when both are 0; the next begins.
+// ---- mbarrier (9.7.13.15): in shared memory, counts arrivals and bytes still to come. A phase completes when both reach 0, and the next begins.
 
 __device__ inline void mbarrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// What was initialised is seen by the copy engine too.
+// Makes initialised barriers visible to the copy engine too.
 __device__ inline void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ inline void mbarrier_arrive(uint32_t barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
@@ -28,7 +28,7 @@ __device__ inline void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Waits until the phase of this parity is over: 0 for the first, then 1, 0, …
+// Waits until the phase of this parity has completed: 0 for the first, then 1, 0, …
 __device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
     asm volatile(
         "{\n"
@@ -42,16 +42,16 @@ __device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
         : "memory");
 }
 
-// ---- copies by tensor map (9.7.9.27.1.2: cp.async.bulk.tensor). One thread asks for a whole box; bytes beyond the tensor arrive as zeros.
+// ---- copies by tensor map (9.7.9.27.1.2: cp.async.bulk.tensor). One thread issues the copy of a whole box; bytes beyond the tensor arrive as zeros.
 
-// The box that begins at column d, row n, head h, batch b, to shared memory. `barrier` counts its bytes.
+// Copies the box that begins at column d, row n, head h, batch b to shared memory. `barrier` counts its bytes.
 __device__ inline void cp_async_bulk_tensor_4d(uint32_t smem, const CUtensorMap* map, int d, int n, int h, int b, uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(smem), "l"(map),
                  "r"(d), "r"(n), "r"(h), "r"(b), "r"(barrier)
                  : "memory");
 }
 
-// The way back: the box that begins there, from shared memory. What lies beyond the tensor is not written.
+// The reverse: stores the box from shared memory. What lies beyond the tensor is not written.
 __device__ inline void cp_async_bulk_tensor_4d_store(const CUtensorMap* map, int d, int n, int h, int b, uint32_t smem) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(map), "r"(d), "r"(n), "r"(h), "r"(b), "r"(smem)
                  : "memory");
@@ -63,16 +63,16 @@ __device__ inline void cp_async_bulk_wait_group_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 
-// `bytes` contiguous bytes, both addresses and the size multiples of 16 (9.7.9.25.4.1: cp.async.bulk).
+// Copies `bytes` contiguous bytes; both addresses and the size are multiples of 16 (9.7.9.25.4.1: cp.async.bulk).
 __device__ inline void cp_async_bulk(uint32_t smem, const void* gmem, int bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem), "l"(gmem), "r"(bytes), "r"(barrier)
                  : "memory");
 }
 
-// What this thread stored in shared memory is seen by wgmma and the copy engine (9.7.13.4: fence.proxy).
+// Makes what this thread stored in shared memory visible to wgmma and the copy engine (9.7.13.4: fence.proxy).
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- matrix fragments (9.7.14.5.16: stmatrix): as ldmatrix_x4, the other way. Lane l gives the row l % 8 of the matrix l / 8.
+// ---- matrix fragments (9.7.14.5.16: stmatrix): the reverse of ldmatrix_x4. Lane l gives the address of row l % 8 of matrix l / 8.
 __device__ inline void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
@@ -82,7 +82,7 @@ __device__ inline void stmatrix_x4_trans(uint32_t smem, const uint32_t (&r)[4]) 
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
-// ---- registers (9.7.19.5: setmaxnreg). A warpgroup gives registers back, or waits until it has more.
+// ---- registers (9.7.19.5: setmaxnreg). A warpgroup returns registers, or waits until it gets more.
 template <int N>
 __device__ inline void setmaxnreg_dec() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
@@ -100,22 +100,22 @@ __device__ inline void bar_arrive(int id, int threads) { asm volatile("bar.arriv
 // B lies in shared memory, A there or in registers. D: thread l of warp w has rows 16·w + l / 4 (d[4i], d[4i + 1]) and 8 further (d[4i + 2],
 // d[4i + 3]), columns 8·i + 2·(l % 4) and + 1; A in registers: as in mma_m16n8k16, each warp its 16 rows.
 
-// Registers written before are seen by the products that follow; needed before the first one that reads them.
+// Makes earlier writes to registers visible to the products that follow; required before the first product that reads them.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most N of the warpgroup's groups are under way.
+// Waits until at most N of the warpgroup's groups are in flight.
 template <int N>
 __device__ inline void wgmma_wait_group() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
 // A tile in shared memory as wgmma addresses it (9.7.15.5.1): 128-byte rows, swizzled (mode 1), groups of 8 rows 1024 bytes apart. `leading`
-// counts only for an operand whose rows are the sum's index (V): the bytes from one panel of 64 columns to the next.
+// matters only for an operand whose rows are the summation index (V): it is the distance in bytes from one panel of 64 columns to the next.
 __device__ inline uint64_t descriptor(uint32_t smem, uint32_t leading = 16) {
     return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(leading / 16) << 16 | (smem & 0x3ffff) / 16;
 }
 
-// The same tile, read from `bytes` further on: one addition, where a descriptor made anew takes several.
+// The descriptor of the same tile from `bytes` further on: one addition, while building a descriptor takes several instructions.
 __device__ inline uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + bytes / 16; }
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -143,16 +143,16 @@ __device__ inline uint64_t advance(uint64_t descriptor, int bytes) { return desc
     LIST96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
            "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-// Both operands from shared memory, each row by row along the sum (Q and K). `accumulate` 0: D = A · B.
+// Both operands from shared memory, with the summation index along the columns of both (Q and K). `accumulate` 0: D = A · B.
 template <typename T, int N>
 __device__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
-// The same with the sum's index along the rows of both (dSᵀ and K in dQ = dS K): tnspA = tnspB = 1.
+// The same with the summation index along the rows of both (dSᵀ and K in dQ = dS K): tnspA = tnspB = 1.
 template <typename T, int N>
 __device__ void wgmma_ss_transposed(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
-// The same with the sum's index along the rows of B only (Pᵀ and dO in dV += Pᵀ dO): tnspB = 1.
+// The same with the summation index along the rows of B only (Pᵀ and dO in dV += Pᵀ dO): tnspB = 1.
 template <typename T, int N>
 __device__ void wgmma_ss_transposed_b(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
-// A from registers, B with the sum's index along its rows (V): tnspB = 1.
+// A from registers, B with the summation index along its rows (V): tnspB = 1.
 template <typename T, int N>
 __device__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
 

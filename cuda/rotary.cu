@@ -1,8 +1,8 @@
 // Rotary position embedding (RoFormer, Su et al., 2021, arXiv:2104.09864, equation 34): each pair (x, y) of a row's first R features becomes
 // (x cos − y sin, y cos + x sin), computed in float32 and rounded once; the other features are copied. The gradient is rotated back, by −sin.
 //
-// Memory is the limit, so every feature is read once and written once, 16 bytes at a time. The angles, in float32, are half as many bytes as a row of
-// bfloat16: a thread therefore loads its own once and rotates HEADS heads of the token by them, all of whose loads are under way together.
+// Memory bandwidth is the limit, so every feature is read once and written once, 16 bytes at a time. The angles, in float32, are half as many bytes as a row
+// of bfloat16. A thread therefore loads its angles once and rotates HEADS heads of the token by them; it issues the loads of all these heads at once.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
@@ -26,7 +26,7 @@ struct RotaryParams {
 constexpr int THREADS = 256;
 constexpr int HEADS = 4;
 
-// Blocks of a kernel that takes HEADS heads of (b, n) with every thread: tokens and their chunks, groups of heads, batches.
+// The grid of a kernel whose threads each rotate HEADS heads of one token (b, n): tokens and their chunks, groups of heads, batches.
 static dim3 grid(const RotaryParams& p, int chunks) {
     return dim3(static_cast<unsigned>((static_cast<int64_t>(p.N) * chunks + THREADS - 1) / THREADS), (p.H + HEADS - 1) / HEADS, p.B);
 }
@@ -34,7 +34,7 @@ static dim3 grid(const RotaryParams& p, int chunks) {
 template <class T>
 constexpr int CHUNK = 16 / sizeof(T);  // features that a thread loads at once
 
-// Threads of a row that rotate: with one chunk of neighbouring pairs each, or with two chunks that lie R / 2 apart.
+// How many threads of a row rotate: each has one chunk of neighbouring pairs, or two chunks that lie R / 2 apart.
 template <class T, bool INTERLEAVED>
 __host__ __device__ inline int rotating_threads(const RotaryParams& p) {
     return p.R / CHUNK<T> / (INTERLEAVED ? 1 : 2);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(THREADS) rotary_kernel(const __grid_constant__
     T* out_gmem = static_cast<T*>(p.out) + b * p.out_stride_b + first_head * p.out_stride_h + n * p.out_stride_n;              // [HEADS, D]
     const int64_t angles = b * p.angle_stride_b + static_cast<int64_t>(n) * (p.R / 2) + (INTERLEAVED ? first / 2 : first);
 
-    uint4 x[HEADS][2];  // all loads are under way before the first is used
+    uint4 x[HEADS][2];  // all loads are issued before the first result is used
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
         if (first_head + h >= p.H) continue;

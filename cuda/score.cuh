@@ -2,7 +2,7 @@
 //
 //     x = softcap · tanh(s / softcap) + bias[b, h, i, j] − slope · |i + diagonal − j|,    ∂x/∂s = 1 − tanh²(s / softcap)
 //
-// A kernel is compiled for those that a call has (SCORE); a kernel without any contains no code for them.
+// A kernel is compiled for those that a call uses (SCORE); a kernel for calls without them contains no code for them.
 #pragma once
 
 #include "visible.cuh"
@@ -66,15 +66,15 @@ __device__ inline float score(const AttentionParams& p, const ScoreOfHead& head,
 
 // What O is multiplied by at the end: 1 / l, or 0 for a row that may attend nothing. m is the row's largest score in base 2.
 //
-// m is rounded before it is subtracted, and the same under every later maximum, so that O = P V / l does not see the rounding, but P is larger by it:
-// up to |m| = 2³¹, which bfloat16 still holds. Beyond, O becomes NaN instead of a wrong number.
+// m is rounded before it is subtracted, always in the same way, so the rounding error cancels in O = P V / l. But P itself is larger by that error. Up to
+// |m| = 2³¹ bfloat16 can still represent it; beyond, O becomes NaN instead of a wrong number.
 __device__ inline float factor_of_scored_row(const AttentionParams& p, float m, float one_over_l) {
-    const bool dead = m == LOWEST_LOG2 && (MASK || CAUSAL || INTERVAL || BIASED || p.Nk == 0);  // where nothing hides, every score was −∞: NaN
+    const bool dead = m == LOWEST_LOG2 && (MASK || CAUSAL || INTERVAL || BIASED || p.Nk == 0);  // if nothing can be hidden, all scores were −∞: NaN
     return dead ? 0 : fabsf(m) < 0x1p31f ? one_over_l : CUDART_NAN_F;
 }
 
-// factor · tanh(y) / y for |y| ≤ 1, to 13 bits, without the unit that has the exponentials to compute: a polynomial in y². The unit's own tanh takes twice as long
-// there as an exponential.
+// factor · tanh(y) / y for |y| ≤ 1, to 13 bits, by a polynomial in y²: it does not use the special function unit, which is busy with exponentials and takes
+// twice as long for a tanh as for one of those.
 __device__ inline float tanh_over(float y, float factor = 1) {
     const float u = y * y;
     return fmaf(fmaf(fmaf(-0.02662968f * factor, u, 0.11889755f * factor), u, -0.33065430f * factor), u, 0.99991856f * factor);

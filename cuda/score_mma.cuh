@@ -1,8 +1,8 @@
-// The hook of score.cuh where scores lie in the accumulators of mma.sync: rows are queries in forward_3_tensor_core.cu and forward_5_split_keys.cu, keys
-// in backward_3_tensor_core.cu.
+// The hook of score.cuh for scores in the accumulators of mma.sync. Their rows are queries in forward_3_tensor_core.cu and forward_5_split_keys.cu, and
+// keys in backward_3_tensor_core.cu.
 //
-// Scores leave the hook in base 2, so that softmax takes a difference and a power of each; those that a mask hides become −∞. The cap comes first, in a
-// pass of its own, so that one vote chooses its tanh for the whole tile. A bias of q's type is read from where it lies, with any strides.
+// The hook returns scores in base 2, so that softmax only subtracts the maximum and raises 2 to the result; scores that a mask hides become −∞. The cap is
+// applied first, in a pass of its own, so that one vote chooses its tanh for the whole tile. A bias of q's type is read in place, with any strides.
 #pragma once
 
 #include <type_traits>
@@ -15,7 +15,7 @@
 #error "this hook is for 16-bit types, whose keys lie in order"
 #endif
 
-// What the scores of a tile have in common.
+// Values shared by all scores of a tile.
 struct ScoreUnits {
     float to_log2;  // scale · log2 e
     float in_cap;   // scale / softcap
@@ -23,10 +23,10 @@ struct ScoreUnits {
 };
 __device__ inline ScoreUnits score_units(const AttentionParams& p) { return {p.scale * LOG2_E, p.scoring.scale_in_cap, p.lowest}; }
 
-// What the hook adds to a row, or in a backward to a column, of queries.
+// What the hook adds to the scores of one query: a row of the tile, or in a backward a column.
 struct ScoredQuery {
     int64_t bias;    // where its bias begins, in elements
-    float distance;  // to the lane's first key, which ALiBi counts from here
+    float distance;  // ALiBi's distance to the lane's first key
     float slope_log2;
 };
 __device__ inline ScoredQuery scored_query(const AttentionParams& p, int b, int h, int i, int distance, float slope_log2) {
@@ -39,7 +39,7 @@ __device__ inline float slope_log2(const AttentionParams& p, int b, int h) { ret
 
 // ---- the cap
 
-// S becomes its tanh: the polynomial where no score of the warp exceeds the cap, else the unit's own. What the mask has hidden becomes −∞.
+// S becomes its tanh: by the polynomial if no score of the warp exceeds the cap, else by the hardware's tanh. Scores that the mask hides become −∞.
 template <int M_TILES, int N_TILES>
 __device__ inline void cap(float (&S_rmem)[M_TILES][N_TILES][4], const ScoreUnits& units) {
     float largest = 0;
@@ -77,8 +77,8 @@ __device__ inline float score_log2(const AttentionParams& p, const ScoreUnits& u
     return hidden ? -CUDART_INF_F : x;
 }
 
-// Bias elements, of q's type, beside the accumulators of a tile: the pair [m][n][r] is for S_rmem[m][n][2r] and S_rmem[m][n][2r + 1]. They are asked for
-// before the product, where registers suffice, and arrive under it.
+// Bias elements, of q's type, laid out like the accumulators of a tile: the pair [m][n][r] is for S_rmem[m][n][2r] and S_rmem[m][n][2r + 1]. If there are
+// enough registers, they are loaded before the product and arrive while it runs.
 template <int M_TILES, int N_TILES>
 struct BiasOfTile {
     uint32_t pairs[M_TILES][N_TILES][2];
@@ -91,15 +91,15 @@ __device__ inline uint32_t pair_of(const void* bias, int64_t first, int64_t seco
     return of[first] | static_cast<uint32_t>(of[second]) << 16;
 }
 
-// Whether pairs of columns of a bias are 4 bytes at a multiple of 4.
+// Whether each pair of columns of a bias is 4 bytes at a multiple of 4.
 __device__ inline bool bias_has_pairs(const AttentionParams& p) {
     const Scoring& bias = p.scoring;
     const int64_t odd = bias.stride_b | bias.stride_h | bias.stride_i;
     return bias.stride_j == 1 && odd % 2 == 0 && reinterpret_cast<uintptr_t>(bias.bias) % 4 == 0;
 }
 
-// Of a tile whose rows are queries: query(m, r) is row 16m + 8r of the lane's, and its columns are keys j, j + 1, 8 further, … `whole`: none of them lies
-// beyond the last.
+// For a tile whose rows are queries: query(m, r) is the query of the lane's row 16m + 8r; the lane's columns are keys j, j + 1, j + 8, j + 9, …
+// `whole`: no key lies beyond the last.
 template <int M_TILES, int N_TILES, class Query>
 __device__ inline void load_bias_of_rows(BiasOfTile<M_TILES, N_TILES>& bias, const AttentionParams& p, int j, bool whole, Query query) {
     auto load = [&](auto pair) {
@@ -117,7 +117,7 @@ __device__ inline void load_bias_of_rows(BiasOfTile<M_TILES, N_TILES>& bias, con
     else load([&](int64_t row, int column) { return pair_of(p.scoring.bias, row + bias_column(p, j + column), row + bias_column(p, j + column + 1)); });
 }
 
-// Of a tile whose columns are queries: query(n, e) is column 8n + e of the lane's, and its rows are keys j, j + 8, j + 16, …
+// For a tile whose columns are queries: query(n, e) is the query of the lane's column 8n + e; the lane's rows are keys j, j + 8, j + 16, …
 template <int M_TILES, int N_TILES, class Query>
 __device__ inline void load_bias_of_columns(BiasOfTile<M_TILES, N_TILES>& bias, const AttentionParams& p, int j, Query query) {
 #pragma unroll
@@ -133,7 +133,7 @@ __device__ inline void load_bias_of_columns(BiasOfTile<M_TILES, N_TILES>& bias, 
     }
 }
 
-// A tile whose rows are queries, as load_bias_of_rows has it.
+// Scores a tile whose rows are queries (arguments as in load_bias_of_rows).
 template <int M_TILES, int N_TILES, class Query>
 __device__ inline void score_rows(float (&S_rmem)[M_TILES][N_TILES][4], const BiasOfTile<M_TILES, N_TILES>& bias, const AttentionParams& p,
                                   const ScoreUnits& units, Query query) {
@@ -153,8 +153,8 @@ __device__ inline void score_rows(float (&S_rmem)[M_TILES][N_TILES][4], const Bi
         }
 }
 
-// A tile whose columns are queries, as load_bias_of_columns has it. derivative: of two neighbouring columns' scores, in pairs of float16, if they have a
-// cap.
+// Scores a tile whose columns are queries (arguments as in load_bias_of_columns). With a cap, `derivative` receives that of two neighbouring columns' scores,
+// as a pair of float16.
 template <int M_TILES, int N_TILES, class Query>
 __device__ inline void score_columns(float (&S_rmem)[M_TILES][N_TILES][4], uint32_t (&derivative)[M_TILES][N_TILES][2],
                                      const BiasOfTile<M_TILES, N_TILES>& bias, const AttentionParams& p, const ScoreUnits& units, Query query) {

@@ -1,9 +1,9 @@
-// The hook of score.cuh in the hopper kernels, for a tile of scores that lies in the accumulators of wgmma.
+// The hook of score.cuh in the hopper kernels, for a tile of scores in the accumulators of wgmma.
 //
-// Scores are kept in a unit that is worth unit_log2() in base 2. With softcap alone they are the bare tanh, so that the cap costs one product and one
-// tanh a score; otherwise they are natural. ALiBi's distance is counted from a lane's first column, by one FFMA a score. A bias comes
-// from memory beside the tile, copied by a tensor map into the 128-byte swizzle that ldmatrix reads, and each lane gets the pairs that its
-// accumulators have: rows of it are queries and columns keys, which a backward, whose rows are keys, reads transposed.
+// Scores are kept in a unit that equals unit_log2() in base 2. With softcap alone the score is the bare tanh, so that the cap costs one multiplication and
+// one tanh per score; otherwise scores are in base e. ALiBi's distance is counted from a lane's first column, which costs one FFMA per score. A tile of the
+// bias is copied by tensor map into the 128-byte swizzle, and ldmatrix gives each lane the pairs that match its accumulators. The bias' rows are queries and
+// its columns keys; a backward, whose rows are keys, reads it transposed.
 #pragma once
 
 #include "score.cuh"
@@ -14,17 +14,17 @@
 
 constexpr bool ONLY_CAPPED = SCORE == SCORE_SOFTCAP;
 
-// A unit of what the hook leaves, in base 2.
+// The unit of the scores that the hook returns, in base 2.
 __device__ inline float unit_log2(const AttentionParams& p) { return ONLY_CAPPED ? p.scoring.cap_log2 : LOG2_E; }
 
 // ---- softcap
 
-// factor · tanh(s · in_cap) / (s · in_cap), to 12 bits, where |s · in_cap| ≤ LARGEST_1, as an attention's scores are under most caps: a polynomial in s².
+// factor · tanh(s · in_cap) / (s · in_cap), to 12 bits, by a polynomial in s², for |s · in_cap| ≤ LARGEST_1, which holds for most scores under usual caps.
 constexpr float LARGEST_1 = 0.3125f;
 __device__ inline float tanh_over_1(float s, float in_cap, float factor) {
     return fmaf(s * s, -0.32075847f * factor * in_cap * in_cap, 0.99984765f * factor);
 }
-// Whether its coefficients, and s², are numbers that float32 has.
+// Whether its coefficients, and s², are representable in float32.
 __device__ inline bool has_tanh_over_1(const AttentionParams& p) {
     const float in_cap = p.scoring.scale_in_cap;
     return p.scale > 0x1p-40f && p.scale < 0x1p40f && in_cap > 0x1p-40f && in_cap < 0x1p40f;
@@ -32,15 +32,15 @@ __device__ inline bool has_tanh_over_1(const AttentionParams& p) {
 
 // ---- ALiBi
 
-// −slope · |distance| for the scores of a tile: of the lane's row r, columns 0, 1, 8, 9 … from its first, it is first[r] + column · step where all of
-// the tile lies on one side of the diagonal. Where some lies on either side, the sign is what the slope's says, whatever that of the distance.
+// −slope · |distance| for the scores of a tile. For column 0, 1, 8, 9 … of the lane's row r it is first[r] + column · step, if the whole tile lies on one
+// side of the diagonal. If it lies on both sides, the result takes its sign from the slope, whatever the sign of the distance.
 struct Slopes {
     float first[2], step;
-    uint32_t keep = ~0u, set = 0;  // bits of a result
+    uint32_t keep = ~0u, set = 0;  // bits of the result
 
-    // distance[r] = i + diagonal − j of row r and the lane's first column, which grows by `grows` a column; least and greatest: the whole tile's.
+    // distance[r] = i + diagonal − j for row r and the lane's first column; it changes by `grows` per column. least, greatest: over the whole tile.
     __device__ Slopes(float slope, const int (&distance)[2], int grows, int least, int greatest) {
-        const float factor = CAUSAL || greatest > 0 ? -slope : slope;  // causal: what lies beyond the diagonal is hidden
+        const float factor = CAUSAL || greatest > 0 ? -slope : slope;  // causal: scores beyond the diagonal are hidden
         if (!CAUSAL && least < 0 && greatest > 0) keep = 0x7fffffffu, set = slope > 0 ? 0x80000000u : 0;
         step = grows * factor;
         for (int r = 0; r < 2; ++r) first[r] = factor * static_cast<float>(distance[r]);
@@ -56,10 +56,10 @@ struct Slopes {
 
 constexpr int BIAS_PANEL = 64;  // columns of a box: 128 bytes
 
-// Whether one row of the bias, over the keys, is for all queries. It is copied once.
+// Whether all queries share one row of the bias. It is then copied once.
 __host__ __device__ inline bool one_bias_row(const AttentionParams& p) { return p.scoring.bias_i == 1; }
 
-// Map of a bias, of which a box has `rows`, or one.
+// The tensor map of a bias, whose boxes have `rows` rows, or one.
 inline cudaError_t make_bias_map(CUtensorMap* map, const AttentionParams& p, int rows) {
     const Scoring& bias = p.scoring;
     const Tensor4 t = {const_cast<void*>(bias.bias), bias.stride_b, bias.stride_h, bias.stride_i};
@@ -68,9 +68,9 @@ inline cudaError_t make_bias_map(CUtensorMap* map, const AttentionParams& p, int
 
 // ---- a tile
 
-// Scores become what softmax is taken of. bias(n, pairs): those of columns 8n … 8n + 15, in the order of the accumulators. done(n, r, x, capped): columns
-// 8n + 2t and 8n + 2t + 1 of row r, and their tanh.
-// SMALL: no score exceeds the cap. ROWS_SHARE: what ALiBi adds to the first row, which lies on one side of the diagonal, is added to both.
+// Applies the hook to a tile of scores. bias(n, pairs) loads the bias of columns 8n … 8n + 15, in the order of the accumulators. done(n, r, x, capped)
+// receives the results for columns 8n + 2t and 8n + 2t + 1 of row r, and their tanh.
+// SMALL: no score exceeds the cap. ROWS_SHARE: the tile lies on one side of the diagonal, and what ALiBi adds to the first row is added to both rows.
 template <int COLUMNS, bool SMALL, bool ROWS_SHARE, class Bias, class Done>
 __device__ inline void score_tile(const float (&S_rmem)[COLUMNS / 2], const AttentionParams& p, [[maybe_unused]] const Slopes& slopes, Bias bias, Done done) {
     const float factor = CAPPED ? p.scoring.softcap : p.scale;

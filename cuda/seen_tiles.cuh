@@ -2,12 +2,12 @@
 // looks through the mask's bits, a tile at a time, and stops at the first element that may be attended; so a mask without structure costs next to
 // nothing.
 //
-// Its result is a bit for each tile: a tile of Q (forward) or of keys (backward) has a line of bits, one for each tile of the other side. The producer
-// and the consumers each walk through the bits from the last tile to the first; finding the next set bit reads no memory. Where every tile is visited,
-// the kernels run loops that do not read the bits and have the code of a call without the look. Calls so small that the look would not pay have no lines.
+// Its result is one bit per tile: each tile of Q (forward) or of keys (backward) has a line of bits, one for each tile of the other side. The producer
+// and the consumers each walk through the bits from the last tile to the first; finding the next set bit reads no memory. If every tile is visited, the
+// kernels run loops that do not read the bits and compile to the same code as without a scan. Calls too small for the scan to be worthwhile have no lines.
 //
-// Not with intervals, which say themselves what is visited, nor with a bias: the forward must know a tile ahead where to copy it from, and the
-// backward has no registers left.
+// Not used with intervals, which already say what is visited, nor with a bias: the forward would have to know one tile ahead where to load the bias from,
+// and the backward has no registers left.
 #pragma once
 
 #include "longest_first.cuh"
@@ -16,10 +16,10 @@
 #define LISTED (MASK && !INTERVAL && !(SCORE & SCORE_BIAS))
 
 #if LISTED
-// A line for each tile of Q or, in a backward, of keys, of each head whose mask is its own.
+// One line for each tile of Q (in a backward, of keys) of each head that has a mask of its own.
 struct alignas(16) SeenTiles {
-    uint32_t* words;  // [lines, of_line]; NULL: the mask was not looked through, and every tile is visited
-    int* lengths;     // [lines]: how many tiles each visits, those that the diagonal hides left out
+    uint32_t* words;  // [lines, of_line]; NULL: the mask was not scanned, and every tile is visited
+    int* lengths;     // [lines]: how many tiles each visits, not counting those that the diagonal hides
     int tiles, of_line;
 
     SeenTiles() = default;
@@ -27,7 +27,7 @@ struct alignas(16) SeenTiles {
         : words(reinterpret_cast<uint32_t*>(workspace)), tiles(static_cast<int>(tiles)), of_line(static_cast<int>((others + 31) / 32)) {
         lengths = reinterpret_cast<int*>(words) + tiles * p.H * p.B * of_line;
     }
-    // When memory is planned for, it is not known yet which dimensions of the mask are broadcast.
+    // When the workspace is sized, it is not known yet which dimensions of the mask are broadcast.
     static int64_t floats(const AttentionParams& p, int64_t tiles, int64_t others) {
         return whole_chunks(tiles * p.H * p.B * (tiles_of(others, 32) + 1));
     }
@@ -37,12 +37,12 @@ struct alignas(16) SeenTiles {
         const int head = (p.mask.stride_b ? b * (p.mask.stride_h ? p.H : 1) : 0) + (p.mask.stride_h ? h : 0);
         return head * tiles + tile;
     }
-    // Which of 32 tiles, from 32 · chunk on, a tile visits, the diagonal aside.
+    // Which of the 32 tiles from 32 · chunk on are visited, ignoring the diagonal.
     __device__ uint32_t word(const AttentionParams& p, int b, int h, int tile, int chunk) const {
-        return words[static_cast<uint32_t>(line(p, b, h, tile) * of_line + chunk)];  // fewer than 2³¹, as look() has seen
+        return words[static_cast<uint32_t>(line(p, b, h, tile) * of_line + chunk)];  // fewer than 2³¹: look() has checked
     }
     __device__ int length(const AttentionParams& p, int b, int h, int tile) const { return lengths[line(p, b, h, tile)]; }
-    // By one block: the lengths of all lines. limits(tile): the tiles that the diagonal leaves it.
+    // One block computes the lengths of all lines. limits(tile): the tiles that the diagonal leaves visible.
     template <class Limits>
     __device__ void measure(int lines, Limits limits) const {
         for (int line = threadIdx.x; line < lines; line += blockDim.x) {
@@ -58,8 +58,8 @@ struct alignas(16) SeenTiles {
     }
 };
 
-// Whether a launch looks: where a multiprocessor visits so many tiles that the time of two small kernels is less than a fiftieth. The emulator, whose
-// calls are small, looks at nearly all of them.
+// Whether a launch scans the mask: if each multiprocessor visits so many tiles that the two small kernels take less than a fiftieth of the time. In the
+// emulator, whose calls are small, the threshold is low, so that nearly all calls scan.
 #ifdef __CUDACC__
 constexpr int TILES_WORTH_IT = 256;
 #else
@@ -69,12 +69,12 @@ inline bool worth_looking(const AttentionParams& p, int block_q, int block_k) {
     return tiles_of(p.Nq, block_q) * tiles_of(p.Nk, block_k) * p.H * p.B >= int64_t{TILES_WORTH_IT} * p.sm_count;
 }
 
-constexpr int LOOK_WARPS = 4;  // of a block, which finds one word: a lane's tile is COLUMNS bits of each of ROWS rows, of which a warp has every fourth
+constexpr int LOOK_WARPS = 4;  // of a block, which computes one word: a lane's tile is COLUMNS bits of each of ROWS rows; each warp reads every fourth row
 
 template <int ROWS, int COLUMNS>
 __global__ void __launch_bounds__(32 * LOOK_WARPS) look_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ SeenTiles seen) {
     constexpr bool BY_KEYS = MASK == MASK_OF_KEY_BITS;
-    constexpr int AT_ONCE = 4;  // rows of a warp that are on their way together
+    constexpr int AT_ONCE = 4;  // rows that a warp loads at once
     using Bits = std::conditional_t<COLUMNS == 64, uint2, uint4>;
     static_assert(sizeof(Bits) * 8 == COLUMNS, "a lane reads a row of its tile at once");
     __shared__ uint32_t found_smem[LOOK_WARPS];
@@ -109,15 +109,15 @@ __global__ void __launch_bounds__(32 * LOOK_WARPS) look_kernel(const __grid_cons
     seen.words[blockIdx.x] = all;
 }
 
-// What kernels that follow on the stream find in `seen`, and the order in which blocks take `units` units of such lengths. A kernel that is launched
-// early after this (launch.cuh) and waits, waits for both.
+// Launches the kernels that fill `seen` and the order in which blocks take `units` units of such lengths. A kernel that is launched early after these
+// (launch.cuh) and waits, waits for both.
 template <int ROWS, int COLUMNS, class Length>
 inline cudaError_t look(const AttentionParams& p, const SeenTiles& seen, const Length& length, const Order& order, int64_t units) {
     const int64_t blocks = seen.lines(p) * seen.of_line;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     if (blocks == 0) return cudaSuccess;
     const unsigned count = static_cast<unsigned>(blocks);
-    // In a backward, what is launched early after it does not wait for what came before.
+    // In a backward, a kernel that is launched early after this one does not wait for kernels before it.
     if (MASK == MASK_OF_BITS) launch_early(look_kernel<ROWS, COLUMNS>, count, 32 * LOOK_WARPS, 0, p.stream, p, seen);
     else launch_kernel(look_kernel<ROWS, COLUMNS>, count, 32 * LOOK_WARPS, 0, p.stream, p, seen);
     return put_longest_first(p, length, order, units, p.sm_count);

@@ -14,7 +14,7 @@
 #include "score.cuh"
 
 constexpr int THREADS = HEAD_DIM < 256 ? 128 : 256;
-constexpr int BLOCKS_PER_SM = 1;         // at least. Kernels may use all registers: spilling a few to fit one block more is slower
+constexpr int BLOCKS_PER_SM = 1;         // at least. Kernels may use all registers: spilling a few to fit one more block is slower
 constexpr int LANES = 8;                 // that share a row
 constexpr int GROUPS = THREADS / LANES;  // rows that a block works on side by side
 constexpr int COLUMNS = 8;               // of a tile of scores, in one thread
@@ -22,11 +22,11 @@ constexpr int TILE = LANES * COLUMNS;    // columns of a tile of scores
 constexpr int CHUNK = 32;                // columns of Q, K, V or dO that shared memory holds at a time
 constexpr int CHUNKS = HEAD_DIM / CHUNK;
 static_assert(HEAD_DIM % CHUNK == 0, "a head size is padded to a multiple of 32");
-// Where registers are short, the thread's index is read anew, so that what follows from it takes none in the rest of a step.
+// If registers are short, the thread's index is re-read, so that values derived from it occupy none in the rest of a step.
 constexpr bool TIGHT = ARCH == 86 || ARCH == 89 ? HEAD_DIM <= 64 : ARCH >= 100 && ARCH < 120;
 
-// Shared memory. Rows are longer than their contents, so that what a warp touches at once lies in different banks of the 32: eight lanes
-// read 16 bytes from each of eight rows of a chunk, 36 banks apart; four groups write eight columns each of four rows of scores, 72 apart.
+// Shared memory. Rows are padded, so that a warp's simultaneous accesses fall into different banks: eight lanes read 16 bytes from each of
+// eight rows of a chunk, 36 words apart; four groups write eight columns each of four rows of scores, 72 words apart.
 template <int N>
 using Chunk = float[N][CHUNK + 4];  // N rows, CHUNK columns of a matrix
 template <int N>
@@ -35,7 +35,7 @@ using Scores = float[N][TILE + 8];  // N rows of a tile of P or dS
 __device__ inline int group() { return threadIdx.x / LANES; }
 __device__ inline int lane() { return threadIdx.x % LANES; }
 
-// A file that includes this rung may say which heads it has already computed itself (planes.cuh). h is a head of K and V.
+// A file that includes this rung can say which heads it has already computed itself (planes.cuh). h is a head of K and V.
 #ifndef HEAD_IS_DONE
 #define HEAD_IS_DONE(p, b, h) false
 #endif
@@ -53,7 +53,7 @@ __device__ inline Matrix matrix(const Tensor4& t, int b, int h, int rows, int co
 }
 
 // N rows from row i0 on, and CHUNK columns from column d0 on, times `factor`, as float32. What lies beyond the matrix becomes 0.
-// A warp reads 32 neighbours of one row, of any alignment and type; all of a thread's loads are under way before it waits for the first.
+// A warp reads 32 neighbouring elements of one row, of any alignment and type; a thread issues all its loads before it waits for the first.
 template <int N>
 __device__ inline void load_chunk(Chunk<N>& X_smem, const Matrix& X, int i0, int d0, float factor = 1) {
     constexpr int WARPS = THREADS / 32;
@@ -153,14 +153,14 @@ __device__ inline void store_scores(Scores<ROWS * GROUPS>& P_smem, const float (
     __syncwarp();  // a row is complete before a lane of its group reads it
 }
 
-// The mask of one batch and head: bool [Nq, Nk], read through its strides; in another form (attention.h), its words.
+// The mask of one batch and head: bool [Nq, Nk], read through its strides; or, in another form (attention.h), its words.
 __device__ inline const uint8_t* mask_of(const AttentionParams& p, int b, int h) {
     constexpr int UNIT = MASK == MASK_OF_BITS || MASK == MASK_OF_KEY_BITS ? 4 : 1;
     return static_cast<const uint8_t*>(p.mask.data) + UNIT * (b * p.mask.stride_b + h * p.mask.stride_h);
 }
 
 #if MASK == MASK_OF_BITS || MASK == MASK_OF_KEY_BITS
-// Whether the mask lets row i see column j, where it is bits: of the row, or of the column.
+// Whether a mask of bits, by rows or by columns, lets row i see column j.
 __device__ inline bool mask_allows(const AttentionParams& p, const uint8_t* mask_gmem, int i, int j) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(mask_gmem);
     if (MASK == MASK_OF_KEY_BITS && p.mask.stride_i == 0) i %= 32;
@@ -169,11 +169,11 @@ __device__ inline bool mask_allows(const AttentionParams& p, const uint8_t* mask
 }
 #endif
 
-// Bit 8·r + c of a word is about a thread's score in its row r and column c.
+// Bit 8·r + c of a word belongs to a thread's score in its row r and column c.
 __device__ inline bool bit(uint32_t bits, int r, int c) { return bits >> (COLUMNS * r + c) & 1; }
 
 // Scores that may not be attended become −∞. The tile's rows are queries and its columns keys; with KEYS_ARE_ROWS, the other way round.
-// whole: every query sees every key of the tile, as far as intervals go.
+// whole: no interval hides anything in this tile.
 template <bool KEYS_ARE_ROWS, int ROWS>
 __device__ inline void hide(float (&S_rmem)[ROWS][COLUMNS], const AttentionParams& p, const uint8_t* mask_gmem, [[maybe_unused]] bool whole,
                             [[maybe_unused]] int b, [[maybe_unused]] int h, int row0, int column0) {
@@ -183,7 +183,7 @@ __device__ inline void hide(float (&S_rmem)[ROWS][COLUMNS], const AttentionParam
     const int last = j0 + (KEYS_ARE_ROWS ? ROWS * GROUPS : TILE) - 1;
     if (!MASK && (INTERVAL ? whole : last < p.Nk && (!CAUSAL || last <= i0 + offset))) return;  // wholly inside, and wholly in the past
 
-    // First as bits, one row after another: the addresses of all rows at once would not fit in registers.
+    // First collected as bits, row by row: the addresses of all rows at once would not fit in registers.
     uint32_t visible = 0;
 #pragma unroll 1
     for (int r = 0; r < ROWS; ++r) {
@@ -213,7 +213,7 @@ __device__ inline void hide(float (&S_rmem)[ROWS][COLUMNS], const AttentionParam
 }
 
 #if SCORE
-// A tile of scaled scores becomes what softmax is taken of, and `derivative` its derivative, where there is a softcap.
+// Applies softcap, bias and ALiBi to a tile of scaled scores. `derivative` receives the derivative, if there is a softcap.
 template <bool KEYS_ARE_ROWS, int ROWS>
 __device__ inline void apply_score(float (&S_rmem)[ROWS][COLUMNS], float (&derivative_rmem)[ROWS][COLUMNS], const AttentionParams& p, int b, int h,
                                    int row0, int column0) {
@@ -239,7 +239,7 @@ __device__ inline Bounds bounds_of_tile(const AttentionParams& p, int64_t offset
 
 // ---- dropout
 
-// Which of a thread's scores dropout keeps, as bits. They belong to the element (i, j), whichever kernel asks and however its tile lies.
+// Which of a thread's scores dropout keeps, as bits. They depend only on the element (i, j), not on the kernel or the position of its tile.
 template <bool KEYS_ARE_ROWS, int ROWS>
 __device__ inline uint32_t kept_scores(const AttentionParams& p, int b, int h, int row0, int column0) {
     const uint2 key = dropout_key(p);

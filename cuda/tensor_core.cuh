@@ -6,20 +6,20 @@
 #include "swizzle.cuh"
 #include "visible.cuh"
 
-// x, which all lanes of the warp have in common: now the compiler knows, and can keep it in a register that the warp shares.
+// x, which is equal in all lanes of the warp: this tells the compiler so, and it can keep x in a uniform register.
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
 // Row r of a tile of keys is key r. Another order (mask_tile.cuh) has the same two functions: a thread that copies rows r, r + 16, … finds the
-// first at row(r) and the others at distances from it that the compiler knows.
+// first at row(r), and the others at distances from it that are compile-time constants.
 struct InOrder {
     __device__ static int row(int r) { return r; }
     __device__ static constexpr int distance(int rows) { return rows; }
 };
 
-// Rows [first, first + ROWS) of one head into shared memory; what lies beyond `rows` or beyond D becomes 0. Eight threads copy 128 bytes of a
-// row. Commits nothing: the caller groups copies. Offsets are in 16-byte units: 32 bits of them reach 64 GB, and an address that the compiler
-// keeps over a loop takes one register instead of two. The launcher refuses larger tensors (units_fit). `head` is head_unit(); `thread` is
-// threadIdx.x, or tid_x(), with which nothing is kept.
+// Copies rows [first, first + ROWS) of one head into shared memory; what lies beyond `rows` or beyond D becomes 0. Eight threads copy 128 bytes of a
+// row. The caller commits the copies. Offsets count 16-byte units: 32 bits reach 64 GB, and an address that stays in a register across a loop takes one
+// register instead of two. The launcher refuses larger tensors (units_fit). `head` is head_unit(). `thread` is threadIdx.x, or tid_x(), which is re-read
+// and keeps no register.
 template <class Tile, int THREADS, class Order = InOrder>
 __device__ inline void load_tile(uint32_t smem, const Tensor4& tensor, uint32_t head, int first, int rows, int D, uint32_t thread) {
     constexpr int ROWS_AT_ONCE = THREADS / 8;
@@ -32,7 +32,7 @@ __device__ inline void load_tile(uint32_t smem, const Tensor4& tensor, uint32_t 
     for (int r = 0; r < Tile::ROWS; source += (Order::distance(r + ROWS_AT_ONCE) - Order::distance(r)) * stride, r += ROWS_AT_ONCE)
 #pragma unroll
         for (int panel = 0; panel < Tile::PANELS; ++panel)
-            // Where not valid, the address may lie outside the tensor; nothing is read there.
+            // If not valid, the address may lie outside the tensor; nothing is read there.
             ptx::cp_async_16(smem + panel * Tile::PANEL_BYTES + r * ROW_BYTES, static_cast<const uint4*>(tensor.data) + source + panel * 8,
                              first + row + Order::distance(r) < rows && panel * 64 + chunk * 8 < D);
 }
@@ -43,10 +43,10 @@ inline bool units_fit(int64_t stride_b, int64_t stride_h, int64_t stride_n, int 
 }
 inline bool units_fit(const Tensor4& t, int B, int H, int N) { return units_fit(t.stride_b, t.stride_h, t.stride_n, B, H, N, 8); }
 
-// The 16-byte unit at which a head begins.
+// Where a head begins, in units of 16 bytes.
 __device__ inline uint32_t head_unit(const Tensor4& t, int b, int h) { return static_cast<uint32_t>((b * t.stride_b + h * t.stride_h) / 8); }
 
-// The way back, 16 bytes at a time.
+// From shared memory back to global memory, 16 bytes at a time.
 template <class Tile, int THREADS>
 __device__ inline void store_tile(element* gmem, const uint8_t* smem, int64_t stride, int first, int rows, int D) {
     constexpr int ROWS_AT_ONCE = THREADS / 8;
@@ -60,8 +60,8 @@ __device__ inline void store_tile(element* gmem, const uint8_t* smem, int64_t st
                     *reinterpret_cast<const uint4*>(smem + Tile::offset(row + r, panel * 8 + chunk));
 }
 
-// The same for one warp: 16 rows of the tile, from row `row` on, and COLUMNS columns, from column `column` on, which the tile has `more_chunks` chunks
-// further than there. The tile's first row is the tensor's row `first`.
+// The same for one warp: 16 rows of the tile, from row `row` on, and COLUMNS of the tensor's columns, from `column` on. In the tile these columns lie
+// `more_chunks` chunks further right. The tile's first row is the tensor's row `first`.
 template <class Tile, class Order = InOrder, int COLUMNS = HEAD_DIM>
 __device__ inline void store_16_rows(element* gmem, const uint8_t* smem, int64_t stride, int row, int lane, int first, int rows, int D, int column = 0,
                                      int more_chunks = 0) {

@@ -1,11 +1,11 @@
 // Tensor maps: how the copy engine finds a box of a (B, H, N, D) tensor. Made on the host, passed to the kernel by value.
 #pragma once
 
-#include <cuda.h>  // types only: the one function comes from the driver that is loaded anyway, and nothing is linked
+#include <cuda.h>  // types only: the one function is looked up in the loaded driver, and nothing is linked
 
 #include "common.cuh"
 
-// Of STAGES places that copies fill in turn: that of the n-th tile, and the parity of the barriers' phase that it fills and empties.
+// In a ring of STAGES stages: the stage of the n-th tile, and the parity of the barriers' phase in which it is filled and emptied.
 template <int STAGES>
 struct Slot {
     int stage, parity;
@@ -27,7 +27,7 @@ inline cudaError_t encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type,
     }();
     if (encode == nullptr) return cudaErrorCallRequiresNewerDriver;
     const int element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT32 ? 4 : 2;
-    // The stride of a dimension of size 1 may be anything; the encoder wants a multiple of 16 bytes.
+    // The stride of a dimension of size 1 may be anything, but the encoder requires a multiple of 16 bytes.
     auto bytes = [=](int64_t stride, int size) { return cuuint64_t(size == 1 ? 16 : stride * element_bytes); };
     const cuuint64_t sizes[4] = {cuuint64_t(D), cuuint64_t(N), cuuint64_t(H), cuuint64_t(B)};
     const cuuint64_t strides[3] = {bytes(t.stride_n, N), bytes(t.stride_h, H), bytes(t.stride_b, B)};

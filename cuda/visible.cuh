@@ -65,7 +65,7 @@ __device__ inline int first_row_of(const AttentionParams& p, int j0) { return CA
 
 // ---- tiles of intervals
 
-// What a tile of rows sees. Every row sees the columns of `all`; outside `some`, the least start to the greatest stop, no row sees any.
+// What a tile of rows sees: every row sees the columns of `all`; no row sees a column outside `some`, which reaches from the least start to the greatest stop.
 struct Bounds {
     Interval some, all;
 
@@ -106,7 +106,7 @@ struct Summaries {
         : of_rows(reinterpret_cast<Bounds*>(workspace)), q_tiles((p.Nq + block_q - 1) / block_q), k_tiles((p.Nk + block_k - 1) / block_k) {
         of_keys = reinterpret_cast<Interval*>(of_rows + static_cast<int64_t>(p.B) * p.H * q_tiles);
     }
-    // Whether a launch makes them: without spans, a forward finds bounds by arithmetic.
+    // Whether a launch makes them: without spans, a forward computes bounds by arithmetic.
     static bool made(const AttentionParams& p, bool with_keys) { return with_keys || p.seen.spans != nullptr; }
     // Of workspace, with those of keys or without.
     static int64_t floats(const AttentionParams& p, int block_q, int block_k, bool with_keys) {
@@ -116,8 +116,8 @@ struct Summaries {
     }
 };
 
-// What a block of a backward visits: of each query head that shares its keys, the tiles of rows that see some of them, from the last one down, so
-// that the blocks of a head are at the same tile at about the same time.
+// What a block of a backward visits: for each query head that shares its keys, the tiles of rows that see some of them, from the last one down, so
+// that the blocks of a head reach the same tile at about the same time.
 struct Visits {
     const Summaries summaries;
     int b, k_tile, block_k, end_h;
@@ -128,7 +128,7 @@ struct Visits {
     __device__ Interval tiles(const AttentionParams& p, int h) const {
         return summaries.of_keys[(static_cast<int64_t>(b) * p.H + h) * summaries.k_tiles + k_tile];
     }
-    // From head h on, the first place; h is end_h if there is none.
+    // The first position from head h on; h is end_h if there is none.
     __device__ void start(const AttentionParams& p, int& h, int& tile) const {
         tile = tiles(p, h).stop - 1;
         settle(p, h, tile);
@@ -142,7 +142,7 @@ struct Visits {
             if (++h < end_h) tile = tiles(p, h).stop - 1;
         }
     }
-    // Of the blocks that visit this tile, how many have keys before this block's.
+    // How many of the blocks that visit this tile have earlier keys than this block.
     __device__ int turn(const AttentionParams& p, int h, int tile) const { return k_tile - bounds(p, h, tile).some.start / block_k; }
 };
 
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(32 * SUMMARY_WARPS)
     if (threadIdx.x % 32 == 0) summaries.of_keys[tile] = last < 0 ? Interval{0, 0} : Interval{first, last + 1};
 }
 
-// What kernels that follow on the stream find summarised. Without keys, block_k is 0.
+// Launches the kernels that write the summaries. Without those of keys, block_k is 0.
 inline cudaError_t summarise(const AttentionParams& p, float* workspace, int block_q, int block_k) {
     if (!Summaries::made(p, block_k > 0)) return cudaSuccess;
     const Summaries summaries(p, workspace, block_q, block_k > 0 ? block_k : 1);

@@ -1,4 +1,4 @@
-// What the teaching rungs on wgmma share, forward_3b_wgmma.cu and those above it: the two products of a warpgroup, issued and not waited for.
+// What the teaching rungs on wgmma share, forward_3b_wgmma.cu and those above it: the two products of a warpgroup, issued but not awaited.
 #pragma once
 
 #include "mma.cuh"
@@ -7,8 +7,8 @@
 
 static_assert(HEAD_DIM % 64 == 0, "a panel has 64 columns");
 
-// The accumulators of wgmma: each warp has 16 rows, and its registers lie as those of one mma.sync after another. What softmax, hide() and
-// store_rows() see as X[n][2r + e] is wgmma's register 4n + 2r + e.
+// The accumulators of wgmma: each warp has 16 rows, and its registers are laid out like those of consecutive mma.sync. What softmax, hide() and
+// store_rows() access as X[n][2r + e] is wgmma's register 4n + 2r + e.
 template <int N>
 __device__ inline float (&flat(float (&X_rmem)[N][4]))[4 * N] {
     return reinterpret_cast<float (&)[4 * N]>(X_rmem);
@@ -18,7 +18,7 @@ __device__ inline float (&flat(float (&X_rmem)[N][4]))[4 * N] {
 // columns of the head, 32 bytes, a step; after four steps the next panel begins.
 template <class Tile_A, class Tile_B>
 __device__ inline void issue_product_transposed(float (&S_rmem)[Tile_B::ROWS / 8][4], uint32_t A_smem, uint32_t B_smem) {
-    ptx::wgmma_fence();  // whatever this thread did with these registers is done
+    ptx::wgmma_fence();  // earlier accesses of this thread to these registers are complete
 #pragma unroll
     for (int d = 0; d < HEAD_DIM / 16; ++d)
         ptx::wgmma_ss<element, Tile_B::ROWS>(flat(S_rmem), ptx::descriptor(A_smem + d / 4 * Tile_A::PANEL_BYTES + d % 4 * 32),

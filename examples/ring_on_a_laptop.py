@@ -1,4 +1,4 @@
-"""A ring on one machine: a few processes attend together to one sequence, and say what each of them computed and sent.
+"""A ring on one machine: a few processes attend together to one sequence, and print what each of them computed and sent.
 
 python examples/ring_on_a_laptop.py                              # 4 processes, causal, zigzag
 python examples/ring_on_a_laptop.py --order contiguous --ranks 3
@@ -29,7 +29,7 @@ class Did(NamedTuple):
 
 
 class Result(NamedTuple):
-    """On one rank."""
+    """What one rank did, and the whole result."""
 
     steps: list[Did]
     tensors: list[Tensor]  # the whole O, dQ, dK, dV

@@ -35,9 +35,9 @@ from tqdm import tqdm
 from flash_attention import command_line, flash_attention, parallel
 from flash_attention.reference import normal_attention_causal
 
-# ---- data: the .py files that every Python carries
+# ---- data: the .py files of Python's standard library
 
-CHARACTERS = 128  # ASCII; whatever else a source holds is read as "?"
+CHARACTERS = 128  # ASCII; other characters are read as "?"
 
 
 class Text(NamedTuple):
@@ -46,7 +46,8 @@ class Text(NamedTuple):
 
 
 def read_sources() -> tuple[Text, Text]:
-    """Training and validation text. Every tenth file or so is for validation, by its name: whole files, so that no function is in both."""
+    """Training and validation text. About every tenth file, chosen by its name, is for validation: whole files, so that no function is in
+    both."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     if not files:
         raise FileNotFoundError(f"no .py files in {sysconfig.get_paths()['stdlib']}: this Python's standard library has no sources")
@@ -57,7 +58,7 @@ def read_sources() -> tuple[Text, Text]:
 
 
 def joined(files: list[str]) -> Text:
-    """One after another, each with a line end of its own between it and the next."""
+    """Concatenates the files, with a line end after each."""
     lengths = torch.tensor([len(text) + (n + 1 < len(files)) for n, text in enumerate(files)])
     return Text(encode("\n".join(files)), torch.repeat_interleave(torch.arange(len(files), dtype=torch.int32), lengths))
 
@@ -71,7 +72,7 @@ def decode(characters: Tensor) -> str:
 
 
 def batch(text: Text, size: int, length: int, random: torch.Generator, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Random stretches of the text and the characters that follow: x, y (B, N), int64; and the file of each character of x, (B, N)."""
+    """Random excerpts of the text and the characters that follow: x, y (B, N), int64; and the file of each character of x, (B, N)."""
     starts = torch.randint(len(text.characters) - length, (size, 1), generator=random)  # (B, 1)
     places = starts + torch.arange(length + 1)
     stretches = text.characters[places].long().to(device)  # (B, N + 1)
@@ -79,7 +80,7 @@ def batch(text: Text, size: int, length: int, random: torch.Generator, device: s
 
 
 def spans_of_files(file: Tensor) -> Tensor:
-    """file (B, N) → what each character sees if files do not see each other, (B, 1, N, 2): `spans.documents` for a batch."""
+    """file (B, N) → spans (B, 1, N, 2) in which files do not see each other: `spans.documents` for a batch."""
     file = file.contiguous()
     return torch.stack([torch.searchsorted(file, file, right=right) for right in (False, True)], -1).int()[:, None]
 
@@ -90,7 +91,7 @@ ATTENTION = {"flash": partial(flash_attention, causal=True), "normal": normal_at
 
 
 def in_shares(cache: list | None) -> bool:
-    """Whether what the model gets is this process's share of each text: --context_parallel, but for a sample, which is made on one."""
+    """Whether the model gets this process's share of each text (--context_parallel), or, as for a sample, the whole text."""
     return dist.is_initialized() and cache is None
 
 
@@ -125,7 +126,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, dropout, attention, window) for _ in range(layers))
         self.norm, self.to_logits = nn.LayerNorm(dim), nn.Linear(dim, CHARACTERS, bias=False)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:  # smaller where a layer adds to the residual stream, of which there are two a block
+            if parameter.dim() == 2:  # smaller for layers that add to the residual stream, two in each block
                 nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * layers) if "to_out" in name or "down" in name else 1))
 
     def forward(self, characters: Tensor, caches: list[list[Tensor]] | None = None, spans: Tensor | None = None) -> Tensor:
@@ -150,7 +151,7 @@ SETTINGS = (
 
 
 class Refused(ValueError):
-    """What the command line asks for cannot be done, as the data or a checkpoint shows."""
+    """The data or a checkpoint do not fit the command line."""
 
 
 def add_parts(x: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def add_parts(x: Tensor) -> Tensor:
 
 
 class Training:
-    """A model, its optimizer and all that decides what comes next; `state()` is the whole of it."""
+    """A model, its optimizer and everything else that determines how training continues; `state()` returns all of it."""
 
     def __init__(self, args: argparse.Namespace):
         torch.manual_seed(args.seed)
@@ -199,7 +200,7 @@ class Training:
 
     @torch.no_grad()
     def validate(self, text: Text, batches: int = 8) -> float:
-        """Mean loss on the same stretches each time, drawn without touching the training's own random numbers."""
+        """Mean loss on always the same excerpts, drawn without using the training's random numbers."""
         random = torch.Generator().manual_seed(0)
         self.model.eval()
         losses = [self.loss(*batch(text, self.args.batch, self.args.length, random, self.args.device)) for _ in range(batches)]
@@ -232,7 +233,7 @@ class Training:
 
 
 def save(state: dict, path: Path) -> None:
-    """Atomically: whoever dies while writing leaves the checkpoint before this one."""
+    """Atomic: a process that dies while writing leaves the previous checkpoint intact."""
     partial_file = path.with_suffix(".partial")
     with partial_file.open("wb") as file:
         torch.save(state, file)
@@ -242,7 +243,7 @@ def save(state: dict, path: Path) -> None:
 
 
 def is_first() -> bool:
-    """Of the processes, the one that writes."""
+    """Whether this process is the one that writes files."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -292,7 +293,7 @@ def plot(training: Training, path: Path) -> None:
 
 @torch.no_grad()
 def sample(model: Transformer, prompt: str, length: int, temperature: float, random: torch.Generator) -> str:
-    """The prompt and what the model makes of it, `length` characters in all. Keys and values are computed once a character and kept."""
+    """The prompt and the model's continuation, `length` characters in all. Keys and values are computed once per character and cached."""
     model.eval()
     device = model.position.weight.device
     text = encode(prompt).long()[None].to(device)  # (1, N)
@@ -326,7 +327,7 @@ def compare_speed(args: argparse.Namespace) -> None:
             training = Training(args)
             drawn = batch(text, args.batch, args.length, training.random, args.device)
             for step in range(3 + args.steps):
-                if step == 3:  # until here kernels were compiled and the optimizer set up
+                if step == 3:  # the first steps compiled kernels and set up the optimizer
                     torch.cuda.synchronize()
                     torch.cuda.reset_peak_memory_stats()
                     start = time.perf_counter()

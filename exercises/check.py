@@ -55,7 +55,7 @@ def solution(number: int) -> str:
 
 
 def blank(number: int) -> str:
-    """What stands in the blank of the exercise as it was handed out: nothing that computes."""
+    """The content of the exercise's blank as it is handed out: it compiles, but computes nothing."""
     return BLANKS.get(number, "")
 
 
@@ -69,7 +69,7 @@ BLANKS = {
 
 @contextlib.contextmanager
 def source(number: int, text: str) -> Iterator[Path]:
-    """The text as a file of the exercise's name, beside what it includes."""
+    """The text as a file with the exercise's name, in a folder with the files that it includes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILES[number].name
         header = (FOLDER / "exercise.cuh").read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def source(number: int, text: str) -> Iterator[Path]:
 
 
 def compile_ahead(answers: list[tuple[int, str]]) -> None:
-    """Compiles several exercises' files at once. What does not compile says so when it is checked."""
+    """Compiles several exercises' files at once. A file that does not compile is reported when it is checked."""
 
     def one(answer: tuple[int, str]) -> None:
         with source(*answer) as path, contextlib.suppress(BuildError):
@@ -96,7 +96,7 @@ def specialisation(path: Path) -> Specialisation:
 
 
 def check(number: int, text: str) -> list[str]:
-    """Compiles and runs an exercise's file. → lines about a right answer: what it cost.
+    """Compiles and runs an exercise's file. → for a right answer, lines with its counts.
 
     Raises:
         Wrong: what is wrong, in words.
@@ -137,7 +137,7 @@ def on_emulator(task: Task, path: Path) -> list[str]:
 
 
 def on_gpu(task: Task, path: Path) -> list[str]:
-    """The same on this machine's GPU, if it has one that can run it."""
+    """Runs it on this machine's GPU, if it has one that can."""
     nvcc = build.find_nvcc()
     if not torch.cuda.is_available() or nvcc is None:
         return []
@@ -166,7 +166,7 @@ def packed(task: Task, inputs, out, log, device: int, stream: int) -> bytes:
 
 
 def notes(log: torch.Tensor) -> list[tuple[int, int]]:
-    """What a kernel noted on its way, up to the first 0."""
+    """The kernel's notes, up to the first 0."""
     pairs = [(int(what), int(n)) for what, n in log.view(-1, 2)]
     return pairs[: next((n for n, pair in enumerate(pairs) if pair[0] == 0), len(pairs))]
 
@@ -198,7 +198,7 @@ def check_solutions() -> bool:
 
 
 def said(number: int, answer: str) -> str | None:
-    """What the learner reads about an answer; None if it is right."""
+    """The message for an answer; None if it is right."""
     try:
         check(number, filled(number, answer))
     except Wrong as wrong:
@@ -232,7 +232,7 @@ def main() -> int:
         parser.error("name one exercise, or --solutions, or --wrong_answers")
     if compiler.find_compiler() is None or sys.platform != "linux":
         parser.error("the emulator needs Linux and a C++ compiler (g++ or clang++)")
-    build.log.setLevel("ERROR")  # what is being compiled is no news here
+    build.log.setLevel("ERROR")  # do not report what is being compiled
     if arguments.solutions:
         return int(not check_solutions())
     if arguments.wrong_answers:

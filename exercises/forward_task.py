@@ -1,4 +1,4 @@
-"""Exercise 8: a forward of one's own, checked by the harness of checks/ and scored by what the emulator counts and by its model's clock."""
+"""Exercise 8: your own forward kernel, checked by the harness of checks/ and scored by the emulator's counts and its model's clock."""
 
 import sys
 from pathlib import Path
@@ -37,11 +37,11 @@ CASES = (
         Case(B=2, H=4, Hkv=2, Nq=33, Nk=65, D=40, dtype=HALF),
     ),
 )
-BESIDE = ("simple", "mma", "swizzle", "tensor_core", "hopper")  # rungs that a score is shown beside
+BESIDE = ("simple", "mma", "swizzle", "tensor_core", "hopper")  # rungs whose scores are shown for comparison
 
 
 def kernels(path: Path) -> list[Specialisation]:
-    """What check() compiles, in the order of its cases."""
+    """The specialisations that check() compiles, in the order of its cases."""
     cases = [case for _, _, case in CASES]
     wanted = [Specialisation(str(path), emulator.ARCH, 64, cuda.DTYPE_NAMES[case.dtype], case.causal) for case in cases]
     return list(dict.fromkeys(wanted))
@@ -54,7 +54,7 @@ def forward(rung: EmulatedRung, q: Tensor, k: Tensor, v: Tensor, causal: bool) -
 
 
 def check(path: Path) -> list[str]:
-    """Lines of a score.
+    """The lines of a score.
 
     Raises:
         Wrong: the kernel fails in a case; the message says in which, and what is likely.
@@ -75,7 +75,7 @@ def check(path: Path) -> list[str]:
 
 
 def score(rung: EmulatedRung) -> list[str]:
-    """What it moves and computes, beside the rungs of cuda/."""
+    """A table of what it moves and computes, with rungs of cuda/ for comparison."""
     q, k, v = torch.randn(3, 1, 1, 512, 64, dtype=HALF, generator=torch.Generator().manual_seed(0)).unbind()
     heads = "KB from global memory", "shared-memory cycles", "× the least", "exponentials", "cycles of the model"
     lines = [f"{'B 1 H 1 N 512 D 64, float16':30}" + "".join(f"{head:>24}" for head in heads)]

@@ -1,9 +1,9 @@
-"""The exercises: what each is given, what must come out, and what its typical mistakes look like from outside.
+"""The exercises: the inputs of each, the expected output, and the symptoms of its typical mistakes.
 
-A task hands tensors to a kernel and judges what it left in its output, what the emulator counted, and, in one case, in which order things
-happened. `Wrong` carries the words that the learner reads.
+A task passes tensors to a kernel and judges its output, what the emulator counted, and, in one case, the order of events.
+The message of `Wrong` is what the learner reads.
 
-One file because tasks share what they judge by; each task is a section of its own.
+One file because tasks share their judging functions; each task is a section of its own.
 """
 
 import re
@@ -26,7 +26,7 @@ class Wrong(Exception):
 
 @dataclass
 class Task:
-    """One exercise: a file with a blank, and what is tried on it."""
+    """One exercise: a file with a blank, its inputs, and how the result is judged."""
 
     number: int
     file: str
@@ -34,8 +34,8 @@ class Task:
     sizes: tuple[int, ...]  # Problem::n
     shape: tuple[int, ...]  # of the output, float32
     expected: Callable[..., Tensor]  # of the inputs, in float64
-    alternatives: tuple[tuple[Callable[..., Tensor], str], ...] = ()  # what a mistake would give, and words for it
-    hints: tuple[tuple[str, str], ...] = ()  # the emulator's message fits → words
+    alternatives: tuple[tuple[Callable[..., Tensor], str], ...] = ()  # the result of a typical mistake, and the message for it
+    hints: tuple[tuple[str, str], ...] = ()  # pattern of the emulator's message → hint
     judge: Callable[[Counts, list[tuple[int, int]]], None] = lambda counts, log: None
     tolerance: float = 1e-4
     min_arch: int = 80
@@ -56,7 +56,7 @@ class Task:
         out, inputs = out.cpu().double(), tuple(x.cpu().double() for x in inputs)
         if (missing := out == UNWRITTEN).any():
             if missing.all():
-                raise Wrong("Nothing of the output was written.")
+                raise Wrong("The kernel has written no output.")
             raise Wrong(f"{int(missing.sum())} of {out.numel()} numbers of the output were not written, first {first(missing)}.")
         want = self.expected(*inputs)
         if close(out, want, self.tolerance):
@@ -73,7 +73,7 @@ class Task:
         )
 
     def explain(self, message: str) -> str:
-        """The emulator's message in words, if it is a typical one."""
+        """The hint for the emulator's message, if it is a typical one."""
         for pattern, words in (*self.hints, *HINTS):
             if re.search(pattern, message, re.DOTALL):
                 return words
@@ -88,16 +88,16 @@ def close(x: Tensor, y: Tensor, tolerance: float) -> bool:
     return bool(((x - y).abs() <= tolerance * y.abs().clamp(min=1)).logical_or(x.isnan() & y.isnan()).logical_or(x == y).all())
 
 
-# What the emulator says → what it means, whatever the exercise.
+# The emulator's message → a hint, for all exercises.
 HINTS = (
-    (r"cp\.async of thread .* writes .* cp\.async of thread .* writes", "Two copies write to one stage, and nothing keeps them apart."),
+    (r"cp\.async of thread .* writes .* cp\.async of thread .* writes", "Two copies write to the same stage, and nothing orders them."),
     (
         r"thread \d+ reads it.* and cp\.async of thread \d+ .* writes",
-        "A copy overwrites a stage that other threads still read: they must meet (__syncthreads) before it is issued.",
+        "A copy overwrites a stage that other threads still read: a __syncthreads() is missing before it is issued.",
     ),
     (
         r"cp\.async of thread \d+ .* writes .* thread \d+ reads",
-        "A thread reads what a copy is still to bring: wait for the copy's group, and, for other threads' copies, meet at a "
+        "A thread reads data before their copy has arrived: wait for the copy's group, and, for other threads' copies, meet at a "
         "barrier after it.",
     ),
     (
@@ -116,10 +116,10 @@ HINTS = (
         "The kernel writes beyond the end of the output: a tile may reach further than the matrix.",
     ),
     (r"outside of the block's|of dynamic shared memory, of which the launch asked", "An address lies beyond the block's shared memory."),
-    (r"hangs", "The block hangs: somebody waits for what never comes."),
+    (r"hangs", "The block hangs: a thread waits for something that never happens."),
     (
         r"ended without waiting for its cp\.async",
-        "The kernel ends with copies still under way: the last groups must be waited for, or never be issued.",
+        "The kernel ends while copies are still in flight: the last groups must be waited for, or not be issued at all.",
     ),
 )
 
@@ -129,13 +129,13 @@ HINTS = (
 
 def rows_of_every_size() -> tuple[Tensor, ...]:
     x = torch.randn(4, 300, generator=torch.Generator().manual_seed(1))
-    x[1] *= 400  # overflows, unless the maximum is taken away first
-    x[2] -= 500  # vanishes, unless it is
+    x[1] *= 400  # overflows, unless the maximum is subtracted first
+    x[2] -= 500  # underflows, unless it is
     return (x,)
 
 
 def by_lanes(x: Tensor) -> Tensor:
-    """[rows, 300] → [rows, 10, 32]: the lane's columns along dimension 1; what is not there is −∞."""
+    """[rows, 300] → [rows, 10, 32]: a lane's columns along dimension 1, padded with −∞."""
     return torch.nn.functional.pad(x, (0, 20), value=-torch.inf).unflatten(1, (10, 32))
 
 
@@ -164,7 +164,7 @@ ROW = Task(
     (
         (own_sums, "Each lane divides by the sum of its own columns: add the lanes' sums up, by shuffles, before the division."),
         (own_maxima, "Each lane subtracts the maximum of its own columns: all lanes need the row's, by shuffles, before exponentials."),
-        (no_maximum, "Exponentials overflow, or all vanish, in rows with large scores: subtract the row's maximum first."),
+        (no_maximum, "Exponentials overflow, or are all 0, in rows with large scores: subtract the row's maximum first."),
     ),
 )
 
@@ -274,7 +274,7 @@ def conflicts(counts: Counts, _) -> None:
         raise Wrong(
             f"The product is right, but at {name} ldmatrix takes {worst.cycles / worst.least:g} × the cycles of shared memory "
             f"that it needs, {worst.cycles} for "
-            f"{worst.least}: some of the eight rows that it reads at once begin at the same banks. Let the place of a chunk "
+            f"{worst.least}: some of the eight rows that it reads at once begin at the same banks. Let the position of a chunk "
             f"depend on its row."
         )
 
@@ -289,8 +289,8 @@ LDMATRIX = Task(
     hints=(
         (
             r"shared byte|outside of the block's|of dynamic shared|waits|nothing orders",
-            "Two chunks share a place, or one lies beyond its row: a row has the 128 bytes from row · 128 on, and its eight "
-            "chunks take eight different places there.",
+            "Two chunks share a position, or one lies beyond its row: a row has the 128 bytes from row · 128 on, and its eight "
+            "chunks take eight different positions there.",
         ),
     ),
     judge=conflicts,
@@ -307,7 +307,7 @@ TILES = 5
 def under_way(_, log: list[tuple[int, int]]) -> None:
     """
     Raises:
-        Wrong: a tile is processed with no copy of the next one under way.
+        Wrong: a tile is processed with no copy of the next one in flight.
     """
     open_tiles: list[int] = []
     groups: list[list[int]] = []
@@ -320,9 +320,9 @@ def under_way(_, log: list[tuple[int, int]]) -> None:
         elif what == WAIT:
             groups = groups[max(0, len(groups) - n) :]
         elif what == PROCESS and n + 1 < TILES and n + 1 not in (tile for group in groups for tile in group):
-            asked = any(event == (COPY, n + 1) for event in log[: log.index((PROCESS, n))])
-            why = "has been waited for already: one group may be under way, wait_all_but(1)" if asked else "has not been asked for yet"
-            raise Wrong(f"The sums are right, but nothing is under way while tile {n} is processed: the copy of tile {n + 1} {why}.")
+            issued = any(event == (COPY, n + 1) for event in log[: log.index((PROCESS, n))])
+            why = "has been waited for already: one group may be in flight, wait_all_but(1)" if issued else "has not been issued yet"
+            raise Wrong(f"The sums are right, but no copy is in flight while tile {n} is processed: that of tile {n + 1} {why}.")
 
 
 def sums_of_tiles(x: Tensor) -> Tensor:
@@ -344,7 +344,7 @@ PIPELINE = Task(
     hints=(
         (
             r"thread \d+ reads shared byte \d+, which no thread has written",
-            "A thread reads what a copy is still to bring: wait for the copy's group, and, for other threads' copies, meet at a "
+            "A thread reads data before their copy has arrived: wait for the copy's group, and, for other threads' copies, meet at a "
             "barrier after it.",
         ),
     ),
@@ -367,7 +367,7 @@ WGMMA = Task(
             "Only the first 64 columns are multiplied: after four products the next panel begins, PANEL_BYTES further.",
         ),
         (lambda q, k: q[:, -16:] @ k[:, -16:].T, "Only the last 16 columns are left: from the second product on, accumulate must be 1."),
-        (lambda q, k: torch.zeros(64, 64, dtype=torch.float64), "Nothing was multiplied: S is still 0."),
+        (lambda q, k: torch.zeros(64, 64, dtype=torch.float64), "No product was computed: S is still 0."),
     ),
     hints=(
         (
@@ -381,7 +381,7 @@ WGMMA = Task(
         (r"no wgmma\.fence since", "ptx::wgmma_fence() must come between the last use of S_rmem and the first product."),
         (
             r"begins within a swizzle's pattern|a product of warpgroup .* no thread has written|a product of warpgroup .* dynamic",
-            "A descriptor points beside a tile: 32 bytes a step of 16 columns, four steps a panel, panels PANEL_BYTES apart.",
+            "A descriptor points outside the tile: 32 bytes a step of 16 columns, four steps a panel, panels PANEL_BYTES apart.",
         ),
         (
             r"nothing orders two accesses.*a product of warpgroup",
@@ -405,7 +405,7 @@ RING = Task(
     hints=(
         (
             r"hangs.*thread 128 waits for phase 0 of the mbarrier at shared byte \d+, which is in phase 0, where 128 of 128",
-            "The producer waits for somebody to empty a stage that has never been filled. In the first round wait for the phase "
+            "The producer waits until a stage is emptied that has never been filled. In the first round wait for the phase "
             "before it, which is over: its parity "
             "is that of the tile's round, xor 1.",
         ),
@@ -420,7 +420,7 @@ RING = Task(
         ),
         (
             r"arrives at the mbarrier",
-            "The producer arrives at full(stage) again while the copy before is still under way: wait for empty(stage) first, "
+            "The producer arrives at full(stage) again while the previous copy is still in flight: wait for empty(stage) first, "
             "the phase before this tile's.",
         ),
         (
@@ -430,10 +430,10 @@ RING = Task(
         ),
         (
             r"the copy engine, for phase",
-            "A consumer reads what the copy engine has not brought yet: the bytes must be announced, by "
-            "mbarrier_arrive_expect_tx, before anybody can wait for them.",
+            "A consumer reads data that the copy engine has not delivered yet: the bytes must be announced, by "
+            "mbarrier_arrive_expect_tx, before a thread can wait for them.",
         ),
-        (r"hangs", "The block hangs: does every wait name the phase that it means? A wait passes when the phase of its parity is over."),
+        (r"hangs", "The block hangs: does every wait use the right parity? A wait passes when the phase of its parity is over."),
     ),
     min_arch=90,
 )

@@ -1,11 +1,11 @@
-"""Typical wrong answers, as data: what stands in the solution, what instead, and words that the learner must read.
+"""Typical wrong answers, as data: a text of the solution, its replacement, and words that the message must contain.
 
 `python exercises/check.py --wrong_answers` applies each and expects its message.
 """
 
 from dataclasses import dataclass
 
-# exercise: what stands in the solution (once), what instead, words of the message
+# exercise: a text of the solution (found once), its replacement, words of the message
 TABLE = {
     1: [
         ("m = fmaxf(m, x[j]);", "m = 0;", "subtract the row's maximum first"),
@@ -33,7 +33,7 @@ TABLE = {
     4: [
         ("(chunk ^ row % 8) * 16", "chunk * 16", "8 ×"),
         ("(chunk ^ row % 8) * 16", "(chunk ^ row % 4) * 16", "2 ×"),
-        ("(chunk ^ row % 8) * 16", "(chunk ^ row) * 16", "Two chunks share a place"),
+        ("(chunk ^ row % 8) * 16", "(chunk ^ row) * 16", "Two chunks share a position"),
     ],
     5: [
         ("wait_all_but(1);", "wait_all_but(0);", "has been waited for already"),
@@ -49,7 +49,7 @@ TABLE = {
     6: [
         ("ptx::fence_proxy_async();", ";", "wgmma may not see what the threads stored"),
         ("ptx::wgmma_wait_group<0>();", ";", "S is read while the product still writes it"),
-        ("d / 4 * PANEL_BYTES + d % 4 * 32", "d * 32", "A descriptor points beside a tile"),
+        ("d / 4 * PANEL_BYTES + d % 4 * 32", "d * 32", "A descriptor points outside the tile"),
         ("d < COLUMNS / 16;", "d < COLUMNS / 32;", "Only the first 64 columns are multiplied"),
         ("d > 0);", "0);", "accumulate must be 1"),
         ("ptx::wgmma_fence();", ";", "must come between the last use of S_rmem"),

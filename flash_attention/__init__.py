@@ -5,7 +5,7 @@
 - `flash_attention.scores`: ALiBi, sinks, rotary positions, relative positions.
 - `flash_attention.cache`: keys and values kept while a text is generated.
 - `flash_attention.parallel`: one sequence over several GPUs.
-- `flash_attention.integrations.sdpa`, `.hugging_face`, `.flash_attn`: in the place of PyTorch's own function, in transformers, and by the
+- `flash_attention.integrations.sdpa`, `.hugging_face`, `.flash_attn`: in place of PyTorch's own function, in transformers, and under the
   flash-attn package's names.
 """
 

@@ -1,4 +1,4 @@
-"""What a forward and a backward return, allocated. Shared by every backend and by the shape-only versions of the ops, so that all agree."""
+"""Allocates what a forward and a backward return. Shared by every backend and by the shape-only versions of the ops, so that all agree."""
 
 import torch
 from torch import Tensor
@@ -43,5 +43,5 @@ def backward_outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def bias_gradient(q: Tensor, bias: Tensor | None) -> Tensor:
-    """dBias, zeros shaped as the bias. Nothing where there is none: an op gives one number of results."""
+    """dBias, zeros shaped as the bias; an empty tensor without one, because an op always returns the same number of results."""
     return q.new_empty(0) if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)

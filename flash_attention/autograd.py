@@ -7,9 +7,9 @@ torch.func's transforms nest in any order. The Functions below are the rules:
 
     op                 derivative         derivative in forward mode
     forward            backward           jvp
-    backward           second_backward    backward, linear in dO, + the cotangents of q, k, v in second_backward: a Hessian is symmetric
-    second_backward    PyTorch's, of the arithmetic in reference/second_derivative.py: that makes every order beyond
-    jvp                its result is also the cotangents of dO and dLSE in second_backward, J · (gQ, gK, gV), which then take its place
+    backward           second_backward    backward, linear in dO, + second_backward's cotangents of q, k, v: a Hessian is symmetric
+    second_backward    PyTorch's, of the arithmetic in reference/second_derivative.py, and so every higher order
+    jvp                second_backward's: its cotangents of dO and dLSE are J · (gQ, gK, gV), which is what jvp computes
 
 A bias and ALiBi's slopes come last, because most calls have none. Where a bias gets a gradient (`to_bias`), it is the fourth result of
 `backward`, and its cotangent the sixth of `second_backward`; otherwise that result is an empty tensor.
@@ -90,7 +90,7 @@ class Attention(Function):
         ctx.settings = settings
         ctx.save_for_backward(q, k, v, mask, spans, seed, bias, alibi, O, LSE)
         if is_op:
-            ctx.save_for_forward(q, k, v, mask, spans, seed, bias, alibi, O, LSE)  # for jvp, which plain calls have no use for
+            ctx.save_for_forward(q, k, v, mask, spans, seed, bias, alibi, O, LSE)  # for jvp, which plain calls do not need
         ctx.set_materialize_grads(False)  # LSE is rarely differentiated: None tells the backward to skip its gradient
         return O, LSE
 
@@ -120,7 +120,7 @@ class Attention(Function):
 
 class PlainAttention(Function):
     """(q, k, v) → O: `Attention` for a plan that needs nothing but memory (`cuda.Forward.is_plain`), without LSE. A small
-    call waits for the host, and each argument, output and saved tensor of a Function takes it a microsecond."""
+    call is bound by the host, and each argument, output and saved tensor of a Function costs it a microsecond."""
 
     @staticmethod
     def forward(ctx, plan, q, k, v):
@@ -141,17 +141,18 @@ class PlainAttention(Function):
 
 def plain_attention(plan: cuda.Forward, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """O, differentiable, of an eager call by a plain plan."""
-    # Without Function.apply, which looks for transforms and what is left of them: `is_eager_call` has done so, and that has no address.
+    # Not by Function.apply, which looks for transforms and for tensors left over from them: `is_eager_call` has excluded transforms, and
+    # such tensors have no address.
     return super(Function, PlainAttention).apply(plan, q, k, v)
 
 
 def _batched(*gradients: Tensor | None) -> bool:
-    """Whether torch.autograd.grad(…, is_grads_batched=True) maps them: in a way older than functorch, which only the tensors show."""
+    """Whether torch.autograd.grad(…, is_grads_batched=True) maps them. That vmap is older than functorch; only the tensors show it."""
     return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in gradients)
 
 
 def _primals(ctx) -> list[Tensor | None]:
-    """What a Function saved for its jvp, without tangents."""
+    """The tensors that a Function saved for its jvp, without their tangents."""
     return [None if x is None else forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors]
 
 
@@ -165,8 +166,8 @@ def _filled(tangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> lis
 
 
 class AttentionBackward(Function):
-    """(dO, dLSE, q, k, v, bias) → (dQ, dK, dV, dBias). O and LSE come along as what the forward already knows; they get no gradient,
-    because `second_backward` differentiates the whole formula, in which they are functions of q, k, v and bias."""
+    """(dO, dLSE, q, k, v, bias) → (dQ, dK, dV, dBias). O and LSE are passed along because the forward has computed them; they get no
+    gradient, because `second_backward` differentiates the whole formula, in which they are functions of q, k, v and bias."""
 
     @staticmethod
     def forward(ctx, compute, *arguments):
@@ -224,7 +225,7 @@ class AttentionSecondBackward(Function):
 
 
 def _zeros(x: Tensor) -> Tensor:
-    """Of x's shape, in no memory."""
+    """Zeros of x's shape that take no memory."""
     return x.new_zeros(()).expand(x.shape)
 
 
@@ -269,12 +270,12 @@ def _jvp_rule(keyset, *arguments):
     if not _differentiated(arguments):
         return _BelowAutograd(ops.jvp.default, keyset).call(*arguments)
     tQ, tK, tV, q, k, v, mask, spans, _, _, seed, *rest = arguments
-    dO, dLSE = q.new_zeros(*q.shape[:3], v.shape[3]), allocate.lse(q).zero_()  # any: what is wanted does not depend on them
+    dO, dLSE = q.new_zeros(*q.shape[:3], v.shape[3]), allocate.lse(q).zero_()  # any values: the two results do not depend on them
     return ops.second_backward(tQ, tK, tV, dO, dLSE, q, k, v, mask, spans, seed, *rest)[:2]
 
 
 def _differentiated(arguments: tuple) -> bool:
-    """By the transform at hand, in either mode."""
+    """Whether the innermost transform differentiates one of these arguments, in either mode."""
     return _in_forward_mode(arguments) or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
 
 
@@ -282,14 +283,14 @@ def _in_forward_mode(arguments: tuple) -> bool:
     return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled() and any(map(_is_dual, arguments))
 
 
-# What follows the settings, where it is not given.
+# Defaults of the arguments after the settings.
 FORWARD_LAST = None, None  # bias, alibi
 BACKWARD_LAST = None, None, False  # bias, alibi, to_bias
 SECOND_LAST = None, None, None  # gBias, bias, alibi
 
 
 def _split(rest: tuple, last: tuple) -> tuple[Settings, tuple]:
-    """Settings, and what follows them: the dispatcher leaves out what is as its default."""
+    """The settings, and the arguments after them: the dispatcher omits arguments that have their default value."""
     return Settings(*rest[:COUNT]), rest[COUNT:] + last[len(rest) - COUNT :]
 
 
@@ -313,7 +314,7 @@ def _fake_second_backward(gQ, gK, gV, dO, dLSE, q, k, v, mask, spans, seed, *res
 
 
 def _fold(x: Tensor) -> Tensor:
-    """(n, B, …) → (n·B, …), without expanding in memory the later dimensions that are broadcast (stride 0), as a mask's mostly are."""
+    """(n, B, …) → (n·B, …). Later dimensions that are broadcast (stride 0), as a mask's often are, are not expanded in memory."""
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride()[2:])
     index = (slice(None), slice(None), *once)
     core = x[index]
@@ -323,9 +324,9 @@ def _fold(x: Tensor) -> Tensor:
 def _vmapped(op, tensors: int, last: tuple):
     """The vmap rule of an op whose first `tensors` arguments (then a seed, then settings, then `last`) may be mapped.
 
-    A mapped axis is folded into the batch, so that a vmapped call is one call. Not with dropout, whose random bits depend on the batch
-    index: there each sample keeps the bits it would have alone, and the calls are made one by one. Nor with a bias that batches share,
-    which has a gradient for each sample.
+    A mapped axis is folded into the batch, so that a vmapped call is one call. There are two exceptions, in which calls are made one by
+    one: dropout, whose random bits depend on the batch index (each sample keeps the bits that it would have alone), and a bias that
+    batches share, which has a gradient for each sample.
     """
 
     def rule(info, in_dims, *arguments):
@@ -351,7 +352,7 @@ def _vmapped(op, tensors: int, last: tuple):
 
 
 def _batch(x: Tensor, dim: int | None) -> int:
-    """The batch size of an argument whose mapped axis, if it has one, is in front."""
+    """The batch size of an argument whose mapped axis, if any, comes first."""
     return x.shape[0 if dim is None else 1]
 
 
@@ -366,14 +367,15 @@ class _BelowAutograd:
             return self.op.redispatch(self.keys, *arguments)
 
     def __call__(self, *arguments):
-        """From a Function's forward, which turns gradients of both modes off, for every transform around it."""
+        """Called from a Function's forward, which has disabled both modes of differentiation for every transform around it: enables them
+        again."""
         with torch.enable_grad(), _set_fwd_grad_enabled(True):
             return self.call(*arguments)
 
 
 def _differentiable(op, function, tensors: int, last: tuple):
-    """The autograd rule of an op. Like an operator of torch's own it records its derivative for the innermost of torch.func's transforms,
-    then computes inside the next."""
+    """The autograd rule of an op. Like torch's own operators it records its derivative for the innermost transform of torch.func, then
+    computes inside the next."""
 
     def rule(keyset, *arguments):
         arguments += last[len(arguments) - tensors - 1 - COUNT :]

@@ -1,4 +1,4 @@
-"""Keys and values kept while a text is generated, and attention that reads them where they lie.
+"""A cache of keys and values for text generation, and attention that reads them in place.
 
     cache = KeyValueCache(layers=32, B=4, Hkv=8, D=128, capacity=4096, dtype=torch.bfloat16, device="cuda")
     cache[layer].append(k, v)  # (4, 8, n, 128): the next n tokens of each sequence
@@ -91,7 +91,7 @@ class KeyValueCache:
             self.pages, self._taken = pages, 0  # pages go out in order; `clear` takes them all back
             self._table = torch.full((B, columns), pages, dtype=torch.int32)  # the host's copy
             self.block_table = self._table.to(device, copy=True)
-        # Zeros: what a mask hides is still multiplied, by 0.
+        # Zeros, because elements that a mask hides are still multiplied, by 0.
         self.keys = torch.zeros(*shape, D, dtype=dtype, device=device)
         self.values = torch.zeros(*shape, Dv, dtype=dtype, device=device)
         self.lengths = torch.zeros(layers, B, dtype=torch.int32, device=device)
@@ -116,7 +116,7 @@ class KeyValueCache:
         self.lengths.zero_()
         self.starts = None
         for layer in self._layers:
-            if layer.longest is not None:  # else a CUDA graph may append behind the host's back
+            if layer.longest is not None:  # unknown: a CUDA graph may append without the host's knowledge
                 layer.longest, layer.equal = 0, True
         if self.block_table is not None:
             self._taken = 0
@@ -124,7 +124,7 @@ class KeyValueCache:
             self.block_table.copy_(self._table)
 
     def reserve(self, tokens: int) -> None:
-        """Gives every sequence the pages for its first `tokens` tokens, as an append does by itself unless a CUDA graph captures it.
+        """Allocates pages for the first `tokens` tokens of every sequence. An append does so itself, unless a CUDA graph captures it.
 
         Raises:
             ValueError: `tokens` is more than the capacity. MemoryError: there are not enough free pages; none has been allocated.
@@ -139,7 +139,7 @@ class KeyValueCache:
         if not needed:
             return
         if self._taken + needed > self.pages:
-            raise MemoryError(f"{tokens} tokens of {self.B} sequences need {needed} pages more, and {self.pages - self._taken} are left")
+            raise MemoryError(f"{tokens} tokens of {self.B} sequences need {needed} more pages, and {self.pages - self._taken} are left")
         self._table[:, :columns][missing] = torch.arange(self._taken, self._taken + needed, dtype=torch.int32)
         self._taken += needed
         self.block_table.copy_(self._table)
@@ -149,7 +149,7 @@ class Layer:
     """One layer of a KeyValueCache.
 
     Attributes:
-        longest: no sequence has more tokens; None: an append was captured in a CUDA graph, and only the device knows from then on.
+        longest: no sequence has more tokens; None once an append has been captured in a CUDA graph: then only the device knows.
         equal: whether all sequences are known to have `longest` tokens.
     """
 
@@ -168,11 +168,11 @@ class Layer:
         rotary: tuple[Tensor, Tensor] | None = None,
         interleaved: bool = False,
     ) -> None:
-        """Writes the next n tokens of each sequence behind those it has.
+        """Appends the next n tokens of each sequence.
 
         Args:
             k: (B, Hkv, n, D), v: (B, Hkv, n, Dv), any strides.
-            counts: integers (B,), of each sequence's n tokens the first counts[b] ≤ n are meant, the others are filling; all n
+            counts: integers (B,): only the first counts[b] ≤ n of a sequence's n tokens are appended, the others are filler; all n
                 unless given.
             rotary: tables cos and sin, float (positions, R / 2) (`scores.rotary_angles`): the first R features of a key are rotated by the
                 angles of its position, which counts from its sequence's first token that is not padding. `attend` rotates queries so.
@@ -212,7 +212,7 @@ class Layer:
         self.equal = self.equal and counts is None and not capturing
 
     def _as_float8(self, x: Tensor, scale: Tensor) -> Tensor:
-        """x (B, Hkv, n, head size) as it is kept. The first tokens set the scale (Hkv)."""
+        """x (B, Hkv, n, head size) in the cache's dtype. The first tokens set the scale (Hkv)."""
         if self.longest in (0, None) and x.shape[2]:
             largest = x.abs().amax((0, 2, 3)).float()
             first = torch.where(largest > 0, largest * (2 / FLOAT8_MOST), 1)
@@ -240,7 +240,7 @@ class Layer:
 
 
 def check_rotary(tables: tuple[Tensor, Tensor], device: torch.device, most: int | None) -> None:
-    """tables: cos and sin. most: the most tokens of a sequence, where the host knows."""
+    """tables: cos and sin. most: the most tokens of a sequence, if the host knows it."""
     cos, sin = tables
     if cos.dim() != 2 or cos.shape != sin.shape or not cos.device == sin.device == device:
         shown = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in tables)
@@ -252,8 +252,8 @@ def check_rotary(tables: tuple[Tensor, Tensor], device: torch.device, most: int 
 def rotated(
     x: Tensor, before: Tensor, starts: Tensor | None, tables: tuple[Tensor, Tensor], interleaved: bool, stand_still: bool = False
 ) -> Tensor:
-    """x (B, heads, n, D), rotated by the angles of its places. before: integers (B,), how many tokens came before the first. stand_still:
-    all n stand where the first does."""
+    """x (B, heads, n, D), rotated by the angles of its positions. before: integers (B,), how many tokens precede the first. stand_still:
+    all n have the first one's position."""
     first = before if starts is None else before - starts
     places = first[:, None] + torch.arange(x.shape[2], device=x.device) * (not stand_still)  # (B, n)
     return rotate(x, *(table[places.clamp(min=0)] for table in tables), interleaved=interleaved)
@@ -283,8 +283,8 @@ def attend(
         rotary, interleaved: rotates the queries, as `append` does the keys: query i by the angles of token lengths[b] − Nq + i.
         return_lse: return LSE (B, H, Nq) too.
         backend: "split_keys", the kernel for few rows, which reads lengths and pages on the device, or "emulated:split_keys", the same on a
-            CPU; another name as for `flash_attention()`, which gets a mask, and a copy where keys lie in pages. None: the kernel for few
-            rows on a GPU where it is the fastest, otherwise the latter.
+            CPU. With any other name, `flash_attention()` is called, with a mask and, if keys lie in pages, on a copy. None: "split_keys" on
+            a GPU if it is the fastest, otherwise `flash_attention()`.
 
     Returns:
         O (B, H, Nq, Dv), and LSE if asked for. No gradients.
@@ -338,7 +338,7 @@ def attend_keys(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     longest, equal = known
     left, right = window or (None, None)
-    if right == 0 or q.shape[2] == 1:  # of one query, which stands at the end, a limit to the right hides nothing
+    if right == 0 or q.shape[2] == 1:  # a limit to the right hides nothing from a single query, which stands at the end
         causal, right = causal or right == 0, None
     if left is not None and q.shape[2] == 1:
         first = (lengths - 1 - left).clamp(min=0)
@@ -361,11 +361,11 @@ def attend_keys(
             if backend is not None:
                 raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}")
     if capturing:
-        raise NotImplementedError('of the backends only "split_keys" finds the lengths on the device, as a CUDA graph needs it')
+        raise NotImplementedError('only backend "split_keys" reads the lengths on the device, which a CUDA graph requires')
     longest = int(lengths.max()) if longest is None else longest
     if block_table is not None:
         pages = block_table[:, : -(-longest // k.shape[2])].long()
-        # A page that is not there yet holds nothing that is seen.
+        # A page that has not been allocated yet holds nothing that is seen.
         k, v = (_of_pages(x, pages.clamp(max=x.shape[0] - 1)) for x in (k, v))
     k, v = k[:, :, :longest], v[:, :, :longest]
     if scales is not None:
@@ -381,7 +381,7 @@ def attend_keys(
         if starts is not None:
             mask = mask & (j >= starts[:, None, None, None])
         causal, window = False, None
-        if alibi is not None and not equal:  # each sequence's queries stand at another column
+        if alibi is not None and not equal:  # the queries of each sequence stand at different columns
             distance = (place - j).abs().to(sum_dtype(q))
             bias, alibi = -alibi.to(distance.dtype)[..., None, None] * distance, None
     else:
@@ -391,7 +391,7 @@ def attend_keys(
 
 
 def _of_pages(x: Tensor, pages: Tensor) -> Tensor:
-    """(pages, Hkv, page_size, D) and which ones, (B, n) → (B, Hkv, n · page_size, D)."""
-    as_bytes = x.dtype == FLOAT8  # which are not indexed everywhere
+    """(pages, Hkv, page_size, D) and page numbers (B, n) → (B, Hkv, n · page_size, D)."""
+    as_bytes = x.dtype == FLOAT8  # float8 tensors cannot be indexed everywhere
     found = (x.view(torch.uint8) if as_bytes else x)[pages].transpose(1, 2).flatten(2, 3)
     return found.view(FLOAT8) if as_bytes else found

@@ -1,7 +1,7 @@
-"""One call of attention, as interface.py makes it and every layer below is handed it.
+"""One call of attention, as interface.py makes it and hands it down.
 
-`Settings` is what a call has beside tensors: a new setting is a field here, is checked in interface.py, and is used where it means
-something. The layers between pass the whole object on. The ops (torch.library) take it flat, by the schema that its fields make.
+`Settings` holds everything but tensors: a new setting is a field here, is checked in interface.py, and is used where it has a meaning. The
+layers between pass the whole object on. The ops (torch.library) take its fields one by one, by the schema that is made from them.
 """
 
 import types
@@ -23,8 +23,9 @@ class Settings(NamedTuple):
     right: int | None = None  # and after it; 0 is causal
     backend: str = ""  # as `flash_attention.backends.as_chosen` writes it
     block_size: int | None = None  # of the reference's tiles
-    # Where these rows and columns are parts of a longer sequence: the positions of the first ones in it, and its Nk − Nq (None: these are
-    # all). Everything that depends on positions, including dropout's bits and the columns in spans, then counts from its start.
+    # If these rows and columns are parts of a longer sequence: the positions of the first ones in it, and its Nk − Nq (None: these are
+    # all). Everything that depends on positions, including dropout's bits and the columns in spans, then counts from the start of that
+    # sequence.
     q_offset: int = 0
     k_offset: int = 0
     diagonal: int | None = None
@@ -32,7 +33,7 @@ class Settings(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """These rows and columns are all there are: positions count from the first of them."""
+        """Whether these rows and columns are the whole sequence: positions count from the first of them."""
         return self.q_offset == self.k_offset == 0 and self.diagonal is None
 
     def visible(self, Nq: int, Nk: int, spans: Tensor | None) -> Visible:
@@ -47,12 +48,12 @@ class Settings(NamedTuple):
         return Score.of(self.softcap, bias, alibi, self.diagonal_of(Nq, Nk))
 
     def diagonal_of(self, Nq: int, Nk: int) -> int:
-        """The column, among these, of the first of these rows."""
+        """The column, counted from the first of these, at which the first of these rows stands."""
         return (Nk - Nq if self.diagonal is None else self.diagonal) + self.q_offset - self.k_offset
 
 
 def _schema_type(hint) -> str:
-    """As the ops' schemas write it: int | None is int?."""
+    """A type as the ops' schemas write it: int | None is int?."""
     kinds = get_args(hint) or (hint,)
     return kinds[0].__name__ + "?" * (types.NoneType in kinds)
 
@@ -83,7 +84,7 @@ class Form(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What determines how a call is computed: shapes, strides, dtypes and settings."""
+    """Everything that determines how a call is computed: shapes, strides, dtypes and settings."""
 
     q: Form  # (B, H, Nq, D)
     k: Form  # (B, Hkv, Nk, D)
@@ -96,7 +97,7 @@ class Call(NamedTuple):
     mask_is_aligned: bool = False  # begins at a multiple of 16 bytes
     bias: Form | None = None  # (B or 1, H or 1, Nq or 1, Nk or 1)
     alibi: Form | None = None  # (B or 1, H)
-    to_bias: bool = False  # a backward's: whether it gives the bias' gradient
+    to_bias: bool = False  # a backward's: whether it computes the bias' gradient
 
     @classmethod
     def of(
@@ -126,12 +127,12 @@ class Call(NamedTuple):
     @property
     def score(self) -> tuple[str, ...]:
         """The arguments that change scores before the softmax, by name."""
-        given = {"softcap": self.settings.softcap, "bias": self.bias, "alibi": self.alibi}
+        given = {"softcap": self.settings.softcap, "bias": self.bias, "alibi": self.alibi}  # named as attention.h's SCORE_ bits
         return tuple(name for name, x in given.items() if x is not None)
 
     @property
     def has_float8_keys(self) -> bool:
-        """K and V are e4m3, with a scale for each of their heads."""
+        """Whether K and V are e4m3, with a scale for each of their heads."""
         return self.k.dtype == torch.float8_e4m3fn
 
     @property

@@ -1,5 +1,5 @@
-"""What the scripts here share. Types for argparse: what they raise becomes a message that names the argument, and exit code 2. And `run`,
-which keeps exit code 1 for what a script says with it: that results differ."""
+"""What the scripts here share: types for argparse, whose errors become a message that names the argument, and exit code 2; and `run`, which
+reserves exit code 1 for a script's own verdict, that results differ."""
 
 import math
 import os
@@ -14,7 +14,7 @@ import torch
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Exit with what `main` returns, and with 2 if it breaks off."""
+    """Exits with the code that `main` returns, or with 2 if it raises."""
     try:
         code = main()
     except Exception:
@@ -29,7 +29,7 @@ def positive(text: str) -> int:
 
 
 def threads(text: str) -> int:
-    """Of a CPU. PyTorch crashes beyond some thousands."""
+    """A number of CPU threads. PyTorch crashes beyond a few thousand."""
     return _whole(text, 1, 1024)
 
 
@@ -45,7 +45,7 @@ def positive_number(text: str) -> float:
 
 
 def probability(text: str) -> float:
-    """Of dropping something: below 1."""
+    """A dropout probability: below 1."""
     number = _number(text)
     if not 0 <= number < 1:
         raise ArgumentTypeError(f"must be a number in [0, 1), got {text!r}")
@@ -64,7 +64,7 @@ def device(text: str) -> str:
 
 
 def output_file(text: str) -> Path:
-    """A file that can be written, so that a run does not fail only when it is over. Parent folders may be missing."""
+    """A file that can be written, checked before the run instead of after it. Parent folders may be missing."""
     file = Path(text)
     folder = next(parent for parent in file.absolute().parents if parent.exists())
     if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
@@ -73,7 +73,7 @@ def output_file(text: str) -> Path:
 
 
 def output_folder(text: str) -> Path:
-    """A folder that can be written to, or can be made."""
+    """A folder that exists and is writable, or can be created."""
     output_file(os.path.join(text, "a file"))
     return Path(text)
 
@@ -89,4 +89,4 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        return math.nan  # no comparison holds for it
+        return math.nan  # NaN: every comparison is false

@@ -1,6 +1,6 @@
 """What `torch.utils.flop_counter` counts for the ops: products alone, two operations for each multiplication, as for torch's own attention.
 
-Causality and masks spare nothing there, and key/value heads count for every query head that reads them.
+Causality and masks do not reduce the count, and key/value heads count for every query head that reads them, as in torch.
 """
 
 import torch
@@ -8,11 +8,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flash_attention import autograd
 
-# How many products of an op have D columns (or sum over D), how many Dv, and where its argument q is.
+# For each op: how many of its products have D columns (or sum over D), how many Dv, and the index of its argument q.
 PRODUCTS = {
     "forward": (1, 1, 0),  # Q Kᵀ; P V
     "backward": (3, 2, 2),  # Q Kᵀ again, dS K, dSᵀ Q; dO Vᵀ, Pᵀ dO
-    "second_backward": (7, 5, 5),  # reference/second_derivative.py has them all
+    "second_backward": (7, 5, 5),  # counted in reference/second_derivative.py
 }
 
 

@@ -102,7 +102,7 @@ def flash_attention(
 
 
 def _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, scored, backend, block_size, key) -> tuple[Tensor, Tensor]:
-    """O and LSE of any call, from arguments as they came; its plan is kept if it is one that can be repeated."""
+    """O and LSE of any call, from unchecked arguments. Its plan is kept under `key`, if there is one."""
     softcap, bias, alibi = scored
     causal, scale, dropout_p, block_size, softcap = map(_python_number, (causal, scale, dropout_p, block_size, softcap))
     if isinstance(window, (tuple, list)):
@@ -123,8 +123,8 @@ def _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, scored, b
     scale = q.shape[3] ** -0.5 if scale is None else torch.sym_float(scale)
     left, right = window or (None, None)
     settings = Settings(scale, float(dropout_p), left, 0 if bool(causal) else right, check_name(backend) or "", block_size, softcap=softcap)
-    # Choosing looks at the machine and at real tensors. What only stands for one (while compiling, on the meta device, a FakeTensor or
-    # another subclass) leaves the choice to the op, when it runs.
+    # Choosing a backend needs the machine and real tensors. For placeholders (while compiling, on the meta device, FakeTensors and other
+    # subclasses) the op chooses when it runs.
     if torch.compiler.is_compiling() or q.is_meta or type(q) is not Tensor:
         return attention(None, q, k, v, mask, spans, seed, settings, bias, alibi)
     call = Call.of(q, k, v, mask, spans, settings, bias=bias, alibi=alibi)
@@ -138,7 +138,7 @@ def _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, scored, b
 
 
 def _python_number(x):
-    """A NumPy scalar as Python's own number; anything else as it is."""
+    """A NumPy scalar as a Python number; anything else unchanged."""
     return x.item() if type(x).__module__ == "numpy" and getattr(x, "shape", None) == () else x
 
 
@@ -146,7 +146,7 @@ def _seed(q: Tensor) -> Tensor:
     limit = torch.iinfo(torch.int64).max
     if type(q) is Tensor:
         return torch.randint(limit, (), dtype=torch.int64, device=q.device)
-    return q.new_empty((), dtype=torch.int64).random_(limit)  # the same number; of q's kind: what belongs to a FakeTensor is fake
+    return q.new_empty((), dtype=torch.int64).random_(limit)  # draws the same number, in a tensor of q's class: fake for a FakeTensor
 
 
 def _autocasts(device_type: str) -> bool:
@@ -198,7 +198,7 @@ def _check(q, k, v, causal, scale, dropout_p, window, spans, block_size) -> None
 
 
 def _checked_scores(softcap, bias, alibi, q: Tensor, k: Tensor) -> tuple[float | None, Tensor | None, Tensor | None]:
-    """The three as backends take them: a bias (B or 1, H or 1, Nq or 1, Nk or 1), slopes (B, H)."""
+    """Checks the three and returns them as backends take them: a bias (B or 1, H or 1, Nq or 1, Nk or 1), slopes (B, H)."""
     (B, H, Nq, _), Nk = q.shape, k.shape[2]
     if softcap is not None:
         check_softcap(softcap)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
 
 CHUNKED = "from flash_attention.integrations.earlier import ChunkedFlashAttention as FlashAttention"
-# What code written for another FlashAttention passes → what it becomes here.
+# Arguments of other FlashAttentions → what to write here instead.
 ADVICE = {
     "head_dim": "for attention without projections: from flash_attention import ScaledDotProduct as FlashAttention",
     "embed_size": f"for the chunked module's arguments: {CHUNKED}",
@@ -29,7 +29,7 @@ ADVICE = {
 }
 ADVICE["attention_dropout"] = ADVICE["softmax_scale"]
 
-# A parameter of torch.nn.MultiheadAttention → the layer's parameters, of which it is the rows one after another.
+# A parameter of torch.nn.MultiheadAttention → the layer's parameters that it stacks row by row.
 COPIES = {
     "in_proj_weight": ("to_q.weight", "to_k.weight", "to_v.weight"),
     "q_proj_weight": ("to_q.weight",),
@@ -42,7 +42,7 @@ COPIES = {
 
 
 def _advises(init):
-    """Arguments that do not fit raise Python's own TypeError, followed by what to write instead."""
+    """For wrong arguments, raises Python's own TypeError, extended by what to write instead."""
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -218,13 +218,13 @@ class FlashAttention(nn.Module):
         elif scored.pop("bias") is not None:
             raise ValueError("a layer that is parallel takes no score_bias")
         else:
-            from flash_attention.parallel import parallel_attention  # here, for builds of torch without torch.distributed
+            from flash_attention.parallel import parallel_attention  # imported here, for builds of torch without torch.distributed
 
             O = parallel_attention(q, k, v, **options, **scored, group=self.parallel, order=self.order)
         return self.to_out(O.transpose(1, 2).flatten(2).to(dtype))  # type: ignore[union-attr]
 
     def _project(self, stream: str, x: Tensor) -> Tensor:
-        """(B, N, width) → (B, heads or kv_heads, N, dim_head), a view of what the stream's projection gives."""
+        """(B, N, width) → (B, heads or kv_heads, N, dim_head), a view of the output of the stream's projection."""
         name, heads = {"query": ("to_q", self.heads), "key": ("to_k", self.kv_heads), "value": ("to_v", self.kv_heads)}[stream]
         projection = getattr(self, name)
         _check_shape(stream, x, "B", "N", getattr(projection, "in_features", "any width"))
@@ -235,7 +235,7 @@ class FlashAttention(nn.Module):
         return projected.flatten(2).unflatten(2, (heads, self.dim_head)).transpose(1, 2)
 
     def _apply(self, *arguments, **settings):
-        """The slopes go along to another device, and stay float32."""
+        """Moves the slopes to the new device too; they stay float32."""
         super()._apply(*arguments, **settings)
         if self.alibi is not None:
             self.alibi = alibi_slopes(self.heads, self.alibi.device)
@@ -298,7 +298,7 @@ def from_multihead_attention(mha: nn.MultiheadAttention) -> FlashAttention:
     """A `FlashAttention` with copies of the parameters of `mha`, its dropout and training mode, and so its outputs. Each copy has the
     device, dtype and requires_grad of its original: what was frozen stays frozen. No random number is drawn.
 
-    What is called otherwise:
+    Differences:
         The layer takes and returns (B, N, dim). Of an `mha` with batch_first=False, which has (N, B, dim), transpose both.
         Three streams go by name: `layer(query, key=key, value=value)`.
         It returns the output alone, not a pair with the attention weights.
@@ -368,7 +368,7 @@ def _check_dropout(p: float) -> None:
 
 
 def _check_shape(name: str, x: Tensor, *shape: str | int) -> None:
-    """`shape`: words for dimensions of any size, a number for the last if it has only one."""
+    """`shape`: names for dimensions of any size; a number for the last dimension if its size is fixed."""
     if _stands_in(x):
         return
     if not isinstance(x, Tensor):

@@ -1,11 +1,11 @@
-"""What is done to scores, beside `flash_attention()`'s own softcap, bias and alibi, or can be done outside a kernel.
+"""What can be done to scores outside a kernel, beside `flash_attention()`'s own softcap, bias and alibi.
 
-    alibi_slopes                  the slopes that ALiBi's paper takes: alibi=alibi_slopes(H)
-    with_sinks                    a learned score to which each row may attend instead of its keys
+    alibi_slopes                  the slopes of ALiBi's paper: alibi=alibi_slopes(H)
+    with_sinks                    a learned score that each row may attend to instead of its keys
     rotary, rotary_angles         rotary position embedding of q and k
     relative_position_buckets     T5's: bias=table[relative_position_buckets(Nq, Nk)].permute(2, 0, 1)
 
-Plain PyTorch: any device, any order of derivatives, torch.compile and torch.func. Of eager calls on CUDA tensors, `rotary` is a kernel.
+Plain PyTorch: any device, any order of derivatives, torch.compile and torch.func. In eager calls on CUDA tensors, `rotary` is a kernel.
 """
 
 import math
@@ -20,8 +20,8 @@ from flash_attention.reference.tiles import lowest, sum_dtype
 def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor:
     """The slopes of "Train Short, Test Long" (Press et al. 2021, arXiv:2108.12409, section 3): float32 (heads,).
 
-    For n heads, a power of two, 2^(−8/n), 2^(−16/n), …, 2^(−8). For another number, as the authors' code has it: those of the next lower
-    power of two n, then every other one of the 2n.
+    If the number of heads n is a power of two, 2^(−8/n), 2^(−16/n), …, 2^(−8). Otherwise, as in the authors' code: the slopes for the next
+    lower power of two n, then every other slope for 2n.
 
     Raises:
         ValueError: heads is not a positive integer.
@@ -38,15 +38,15 @@ def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor
 
 
 def with_sinks(O: Tensor, LSE: Tensor, sinks: Tensor) -> Tensor:
-    """Attention in which the softmax of each row has one more score, the head's sink, that no value belongs to: (B, H, Nq, Dv), as O.
+    """Attention in which the softmax of each row has one more score, the head's sink, which has no value: (B, H, Nq, Dv), as O.
 
-    gpt-oss (arXiv:2508.10925) learns one a head; a zero is "softmax off by one". Exact: with e^sink in the sum, every probability shrinks
-    by Σ / (Σ + e^sink) = sigmoid(LSE − sink), so no kernel need know of it. Its gradient comes back through O, LSE and sinks, as
+    gpt-oss (arXiv:2508.10925) learns one per head; a sink of zero is "softmax off by one". Exact: with e^sink in the sum, every probability
+    shrinks by Σ / (Σ + e^sink) = sigmoid(LSE − sink), so no kernel needs to know about it. Gradients flow through O, LSE and sinks, because
     `flash_attention()`'s LSE is differentiable.
 
     Args:
         O, LSE: (B, H, Nq, Dv) and (B, H, Nq), of `flash_attention(…, return_lse=True)`.
-        sinks: float, (H,) or (B, H). The LSE of all that a row may then attend is torch.logaddexp(LSE, sinks[..., None]).
+        sinks: float, (H,) or (B, H). LSE including the sink is torch.logaddexp(LSE, sinks[..., None]).
 
     Raises:
         TypeError: sinks is not a float tensor. ValueError: its shape, or those of O and LSE, do not fit.
@@ -62,7 +62,7 @@ def with_sinks(O: Tensor, LSE: Tensor, sinks: Tensor) -> Tensor:
     B, H = O.shape[:2]
     if sinks.shape not in ((H,), (B, H)):
         raise ValueError(f"sinks must have shape (H,) = ({H},) or (B, H) = ({B}, {H}), got {tuple(sinks.shape)}")
-    LSE = LSE.masked_fill(LSE.isneginf(), lowest(LSE.dtype))  # of a row that attends nothing, O = 0 whatever it is multiplied by
+    LSE = LSE.masked_fill(LSE.isneginf(), lowest(LSE.dtype))  # in a row that attends nothing, O = 0 whatever the factor
     share = (LSE - sinks[..., None].to(LSE.dtype)).sigmoid()
     return (O * share[..., None]).to(O.dtype)
 
@@ -77,7 +77,7 @@ def rotary_angles(positions: Tensor, size: int, base: float = 10_000.0) -> tuple
     if size < 2 or size % 2:
         raise ValueError(f"the size of what is rotated must be even and positive, got {size}")
     frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size)
-    angles = positions.to(torch.float64)[..., None] * frequencies  # float32 has no digits left for the angle of position 10⁶
+    angles = positions.to(torch.float64)[..., None] * frequencies  # float32 is too coarse for the angle of position 10⁶
     return angles.cos().float(), angles.sin().float()
 
 
@@ -132,9 +132,9 @@ def relative_position_buckets(
 ) -> Tensor:
     """T5's buckets of relative positions (Raffel et al. 2019, arXiv:1910.10683, section 2.1): int64 (Nq, Nk), each in 0 … buckets − 1.
 
-    Row i stands at column p = i + Nk − Nq. Half of the buckets hold one distance each, the other half ranges that grow as the logarithm up
-    to max_distance, the last all beyond. bidirectional: half of the buckets for columns after p, the other half for p and before; otherwise
-    columns after p share p's bucket, as a causal mask hides them.
+    Row i stands at column p = i + Nk − Nq. Half of the buckets hold one distance each, the other half ranges that grow logarithmically up
+    to max_distance; the last one holds everything beyond. bidirectional: half of the buckets are for columns after p, the other half for p
+    and before; otherwise columns after p share p's bucket, because a causal mask hides them.
 
     Raises:
         ValueError: there are fewer than 2 buckets (4 if bidirectional), or max_distance lies among the exact ones.

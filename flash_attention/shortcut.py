@@ -17,17 +17,17 @@ from flash_attention.backends import cuda
 from flash_attention.call import Call, Settings
 
 CAPACITY = 1024  # of kept plans: when it is reached, the table is cleared
-FEW = 16  # the same of the backwards that a forward's plan keeps
+FEW = 16  # the same for the backwards that a forward's plan keeps
 
 
 class Kept(NamedTuple):
     plan: cuda.Forward
     settings: Settings
-    needs_nothing: bool  # but memory: no mask, no dropout, no copy
+    needs_nothing: bool  # except memory: no mask, no dropout, no copy
     has_backward: bool
 
 
-_kept: dict[Hashable, Any] = {}  # Kept by what `signature` gives, and plans
+_kept: dict[Hashable, Any] = {}  # `signature` → Kept, and (which, call) → plan
 
 
 def is_eager_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -45,7 +45,7 @@ def is_eager_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def signature(q: Tensor, k: Tensor, v: Tensor, mask, causal, scale, dropout_p, window, backend) -> Hashable | None:
-    """What determines the plan of this call, or None if it is not of a plain kind. Nothing has been checked yet."""
+    """Everything that determines the plan of this call, or None if the shortcut does not apply to it. Nothing has been checked yet."""
     plain = (
         is_eager_call(q, k, v)
         and q.is_cuda
@@ -65,7 +65,7 @@ def signature(q: Tensor, k: Tensor, v: Tensor, mask, causal, scale, dropout_p, w
     try:
         shapes, strides = (q.shape, k.shape, v.shape), (q.stride(), k.stride(), v.stride())
         of_mask = () if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device, mask.data_ptr() % 16 == 0)
-    except RuntimeError:  # of a nested tensor, which has no shape and is refused later
+    except RuntimeError:  # a nested tensor has no shape, and is refused later
         return None
     dtypes = q.dtype, k.dtype, v.dtype
     key = shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, dropout_p, window, backend, of_mask
@@ -73,10 +73,10 @@ def signature(q: Tensor, k: Tensor, v: Tensor, mask, causal, scale, dropout_p, w
 
 
 def kept(key: Hashable, q: Tensor, k: Tensor, v: Tensor) -> Kept | None:
-    """What is kept of a call like this one, if it serves this one too."""
+    """What was kept from an earlier call like this one, if it serves this one too."""
     try:
         found = _kept.get(key)
-    except TypeError:  # a window that holds something unhashable, and is refused later
+    except TypeError:  # a window with unhashable contents, which is refused later
         return None
     if found is None or (found.needs_nothing and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16):
         return None
@@ -90,25 +90,25 @@ def keep(key: Hashable, plan: Callable, settings: Settings) -> None:
 
 
 def plan(which: int, call: Call) -> Callable:
-    """What computes the call's forward or backward (`backends.plan`), kept or made."""
+    """The plan of the call's forward or backward (`backends.plan`), kept or made now."""
     key = which, call
     if (found := _kept.get(key)) is None:
         found = backends.plan(which, call)
-        # An emulated one is made of files that may change.
+        # Not an emulated one: its source files may change.
         if isinstance(found, (cuda.Forward, cuda.Backward)) and call.q.device.type == "cuda":
             _keep(key, found)
     return found
 
 
 def plan_backward(arguments: tuple[Tensor | None, ...], settings: tuple, bias=None, alibi=None, to_bias: bool = False) -> Callable:
-    """What computes the backward of these arguments of the op."""
+    """The plan of the backward op for these arguments."""
     dO, _, q, k, v, mask, spans, O, _, _ = arguments
     return plan(cuda.BACKWARD, Call.of(q, k, v, mask, spans, Settings(*settings), O, dO, bias, alibi, to_bias))
 
 
 def plain_backward(forward: cuda.Forward, dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, LSE: Tensor) -> tuple[Tensor, ...]:
-    """dQ, dK and dV after a plain forward plan. It keeps the plans of its backwards: from one to the next only strides may differ, those of
-    dO, and of what hooks have saved (torch.autograd.graph.saved_tensors_hooks).
+    """dQ, dK and dV after a plain forward plan, which keeps the plans of its backwards. These differ only in strides: of dO, and of tensors
+    that hooks have saved (torch.autograd.graph.saved_tensors_hooks).
     """
     key = dO.stride(), q.stride(), k.stride(), v.stride(), O.stride()
     if (found := forward.backwards.get(key)) is None:

@@ -1,4 +1,4 @@
-"""What rows see, as intervals: `flash_attention(q, k, v, spans=…)` takes them, in memory that is linear in the length.
+"""Which columns each row sees, as intervals for `flash_attention(q, k, v, spans=…)`; their memory is linear in the length.
 
 Each function gives int32 (B or 1, 1, Nq, 2): row i sees columns spans[…, i, 0] ≤ j < spans[…, i, 1].
 """
@@ -18,8 +18,8 @@ def documents(
 ) -> Tensor:
     """Documents packed one after another, each of which sees itself: (1, 1, sum of lengths, 2), on the lengths' device.
 
-    lengths: of the documents' queries, 0 included, a list or a 1-D integer tensor. k_lengths: of their keys, if these are other ones.
-    causal, window: inside each document, aligned to its last row and column, as `flash_attention()` has them for the whole.
+    lengths: numbers of queries of the documents, 0 allowed: a list or a 1-D integer tensor. k_lengths: numbers of keys, if different.
+    causal, window: within each document, aligned to its last row and column, as `flash_attention()` aligns them for the whole.
 
     Raises:
         TypeError: lengths are not integers. ValueError: not one-dimensional, negative, or of different numbers of documents.
@@ -57,7 +57,7 @@ def prefix(lengths: int | Sequence[int] | Tensor, Nq: int, Nk: int | None = None
 
 
 def chunks(size: int, N: int, *, before: int = 0, causal: bool = False, device: torch.device | str | None = None) -> Tensor:
-    """Chunks of `size` rows, each of which sees itself and `before` chunks before it: (1, 1, N, 2).
+    """Chunks of `size` rows, each of which sees itself and the `before` chunks preceding it: (1, 1, N, 2).
 
     >>> chunks(2, 4, before=1)[0, 0].tolist()
     [[0, 2], [0, 2], [0, 4], [0, 4]]
@@ -70,7 +70,7 @@ def chunks(size: int, N: int, *, before: int = 0, causal: bool = False, device: 
 
 
 def _spans(start: Tensor, stop: Tensor) -> Tensor:
-    """(Nq) or (B, Nq) each → (1 or B, 1, Nq, 2)."""
+    """start and stop, (Nq) or (B, Nq) each → (1 or B, 1, Nq, 2)."""
     spans = torch.stack((start, stop), -1).int()
     return spans[None, None] if spans.dim() == 2 else spans[:, None]
 

@@ -1,9 +1,9 @@
-"""The private functions of PyTorch that this package relies on, each with where and what for. No public function does the same.
+"""The private functions of PyTorch that this package relies on, each with where and why it is used. No public function does the same.
 
     python -m flash_attention.torch_private     which of them the installed PyTorch lacks
 
-checks/check_torch_private.py compares the table with the sources, and with the installed PyTorch: a new version of it that has lost one
-fails there, by name, and not in the middle of a training run.
+checks/check_torch_private.py compares the table with the sources and with the installed PyTorch: if a new version has lost one of them,
+the check fails and names it, instead of a training run.
 """
 
 import importlib
@@ -44,7 +44,7 @@ PRIVATE = {
 
 
 def missing() -> list[str]:
-    """Those of `PRIVATE` that the installed PyTorch does not have. A build without CUDA has no streams, and calls no kernels."""
+    """The entries of `PRIVATE` that the installed PyTorch lacks. A build without CUDA has no streams, but calls no kernels either."""
     without_cuda = torch.version.cuda is None
     return [name for name in PRIVATE if not _exists(name) and not (without_cuda and name.startswith("torch._C._cuda_"))]
 

@@ -1,10 +1,10 @@
 """Execute the lessons, keep what they print in the notebooks themselves, and export them as static HTML to build/notebooks/.
 
 python notebooks/build.py            execute every lesson, write its outputs, the HTML and docs/tile_loop.gif
-python notebooks/build.py --check    exit with 1 if any outputs do not come from the present sources
+python notebooks/build.py --check    exit with 1 if any outputs are not those of the current sources
 
-A notebook's metadata holds a hash of what its outputs depend on (the reference, the modules beside it, its own code, and the kernels and
-the kept results and the ring if it reads them) and one of the outputs themselves. The time of a run and addresses are left out.
+A notebook's metadata holds two hashes: of everything its outputs depend on (the reference, the modules in this folder, its own code; if it
+reads them also the kernels, the kept results and the ring), and of the outputs themselves. Times and addresses are left out.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROOT = HERE.parent
 HTML = ROOT / "build" / "notebooks"
 GIF = ROOT / "docs" / "tile_loop.gif"
 RING = ROOT / "examples" / "ring_on_a_laptop.py"
-LESSON_SECONDS = 300  # a cell that takes longer hangs
+LESSON_SECONDS = 300  # a cell that takes longer is taken to hang
 
 
 def lessons() -> list[Path]:
@@ -39,7 +39,7 @@ def lessons() -> list[Path]:
 
 
 def hashes(notebook: NotebookNode) -> dict[str, str]:
-    """Of what the outputs depend on, and of the outputs."""
+    """Two hashes: of everything that the outputs depend on, and of the outputs."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     text = json.dumps([cell.source for cell in code])
     modules = [file for file in HERE.glob("*.py") if file != Path(__file__).resolve()]
@@ -80,7 +80,7 @@ def execute(file: Path) -> NotebookNode:
 
 
 def stale(file: Path) -> str | None:
-    """Why the notebook's outputs are not those of the present sources; None if they are."""
+    """Why the notebook's outputs are not those of the current sources; None if they are."""
     notebook = nbformat.read(file, as_version=4)
     made_from, present = notebook.metadata.get("made_from", {}), hashes(notebook)
     if made_from.get("sources") != present["sources"]:

@@ -57,7 +57,7 @@ def kept_result(name: str) -> dict[str, Any] | None:
 
 
 def tile_kinds(steps: Iterable[SimpleNamespace], Nq: int, Nk: int, block_q: int, block_k: int) -> list[list[str]]:
-    """For each tile of the whole matrix of scores, from what the observer saw: "skipped" if it was never computed, "masked" if some of its
+    """The kind of each tile of the scores, from the observer's record: "skipped" if it was never computed, "masked" if some of its
     scores were hidden, "done" if none was."""
     kinds = [["skipped"] * math.ceil(Nk / block_k) for _ in range(math.ceil(Nq / block_q))]
     for step in steps:
@@ -78,7 +78,7 @@ def tile_legend(where: Axes | Figure, **options) -> None:
 
 
 def draw_visits(ax: Axes, steps: Sequence[SimpleNamespace], visible: Any, name: str) -> tuple[int, int]:
-    """What each row sees, and around it the tiles that the loop visited, each where it began. → how many, of how many that there are."""
+    """What each row sees, and the tiles that the loop visited, outlined. → the number of visited tiles, and of all tiles."""
     seen = visible.dense(slice(0, visible.Nq), slice(0, visible.Nk))[0, 0]
     ax.imshow(seen, cmap="Greys", vmin=0, vmax=3, extent=(0, visible.Nk, visible.Nq, 0), interpolation="nearest")
     for step in steps:
@@ -202,7 +202,7 @@ def draw_roofline(
     *,
     title: str = "",
 ) -> None:
-    """What a machine can reach: bandwidth (bytes/s) times operations per byte, until its operations/s end. Each ceiling comes with a label.
+    """A roofline: bandwidth (bytes/s) times operations per byte, up to the machine's operations/s. Each ceiling comes with a label.
 
     points: name → (operations per byte, operations per second).
     """
@@ -265,7 +265,7 @@ def draw_banks(ax: Axes, place: Callable[[int, int], int], chosen: int, title: s
 
 
 def draw_schedule(ax: Axes, pieces: Iterable[tuple[str, int, str, int, int]], until: int, title: str) -> None:
-    """Which unit works on what, and when: (unit, group, name, first cycle, last cycle) of every piece of work, up to cycle `until`."""
+    """When each unit does what: (unit, group, name, first cycle, last cycle) of every piece of work, up to cycle `until`."""
     units: dict[str, int] = {}
     for unit, group, name, start, end in pieces:
         y = units.setdefault(unit, len(units))
@@ -285,7 +285,7 @@ def draw_schedule(ax: Axes, pieces: Iterable[tuple[str, int, str, int, int]], un
 
 
 def draw_labels(ax: Axes, labels: Any, title: str = "", marked: Iterable[tuple[int, int]] = (), fontsize: float = 6) -> None:
-    """A grid of whole numbers, each with a colour of its own class (number modulo 8); cells in `marked` are outlined."""
+    """A grid of whole numbers, coloured by their value modulo 8; cells in `marked` are outlined."""
     names = ("Q", "K", "V", "S", "P", "O", "m", "in fast memory")
     X = matrix(labels)
     for row in range(X.shape[0]):
@@ -300,7 +300,7 @@ def draw_labels(ax: Axes, labels: Any, title: str = "", marked: Iterable[tuple[i
 
 
 def draw_served(ax: Axes, number: Any, calls: Mapping[int, tuple[int, int]], title: str = "") -> None:
-    """Which cells of a grid belong to each of these calls, each call in a colour of its own; in a cell its row and column among the call's.
+    """The cells of a grid that belong to each of these calls, one colour a call; a cell shows its row and column within the call.
 
     number: for each cell the number of its call. calls: number → the call's first cell.
     """

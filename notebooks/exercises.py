@@ -1,8 +1,8 @@
-"""What says whether an exercise is solved. The exercise `name` of a lesson is checked by `check_name`; solutions/ holds the answers.
+"""The checks of the lessons' exercises. The exercise `name` of a lesson is checked by `check_name`; solutions/ holds the answers.
 
 A blank answer (it returns None) is "not solved yet"; a right one is "solved"; a wrong one raises AssertionError and says what differs.
 
-One file because a lesson imports its checks from one place, and each check is a function of its own.
+One file because lessons import all their checks from here; each check is an independent function.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class NotSolvedError(Exception):
 
 
 def exercise(check: Callable[[Callable], None]) -> Callable[[Callable], None]:
-    """Decorates a check: `check(answer)` asserts, and what comes of it is printed."""
+    """Decorates a check: calls `check(answer)`, which asserts, and prints the outcome."""
 
     @wraps(check)
     def checked(answer: Callable) -> None:
@@ -42,7 +42,7 @@ def exercise(check: Callable[[Callable], None]) -> Callable[[Callable], None]:
 
 
 def result(answer: Callable, *arguments) -> Any:
-    """What the answer makes of the arguments."""
+    """What the answer returns for these arguments."""
     given = answer(*arguments)
     if given is None:
         raise NotSolvedError
@@ -224,7 +224,7 @@ def check_key_head(answer: Callable) -> None:
 
 @exercise
 def check_largest_tile(answer: Callable) -> None:
-    """The tile fits, and one with a row and a column more does not; room is counted on what the observer is shown."""
+    """The tile fits, and one with a row and a column more does not. Sizes are those of the tensors that the observer gets."""
 
     def room(B: int, D: int) -> int:
         Q = numbers(1, 1, B, D)
@@ -239,7 +239,7 @@ def check_largest_tile(answer: Callable) -> None:
 
 @exercise
 def check_causal_reads(answer: Callable) -> None:
-    """Numbers of K and V that the causal loop reads where the last step has left others, counted over its run."""
+    """Numbers of K and V that the causal loop reads, a tile only if it is not the previous step's, counted over its run."""
     for N, D, B in ((8, 2, 2), (12, 4, 3), (16, 8, 2), (6, 4, 6)):
         steps = watch(flash_attention2_causal_forward, *numbers(3, 1, 1, N, D), block_q=B, block_k=B)[1]
         tiles = [step.j for step in steps]
@@ -315,7 +315,7 @@ def check_parities(answer: Callable) -> None:
 
 @exercise
 def check_groups_left(answer: Callable) -> None:
-    """The groups issued after the tile's own: so many may be under way, and one more would be the tile itself."""
+    """The number of groups issued after the tile's own: so many may be in flight; one more would include the tile's own."""
     for tiles, ahead in ((5, 1), (6, 2), (7, 3), (1, 1), (3, 2)):
         for tile in range(tiles):
             issued = min(tiles, tile + ahead + 1)
@@ -363,7 +363,7 @@ def check_units_busy(answer: Callable) -> None:
 
 @exercise
 def check_shared_unit(answer: Callable) -> None:
-    """How long what takes `need` cycles alone takes beside others that use the unit for `others` of each step's `cycles`."""
+    """How long work of `need` cycles takes while others use the unit for `others` of each step's `cycles`."""
     for need, others, cycles in ((512, 0, 2000), (512, 1000, 2000), (100, 1500, 2000), (768, 1024, 2647)):
         expected, found = need / (1 - others / cycles), result(answer, need, others, cycles)
         assert abs(found - expected) < 1e-6 * expected, (
@@ -377,7 +377,7 @@ def check_idle_in_rounds(answer: Callable) -> None:
     for works, multiprocessors in ((2048, 132), (132, 132), (133, 132), (2816, 132), (5, 4)):
         rounds = -(-works // multiprocessors)
         expected, found = 1 - works / (rounds * multiprocessors), result(answer, works, multiprocessors)
-        assert abs(found - expected) < 1e-9, f"{works} works on {multiprocessors}: {rounds} rounds, {expected:.1%} lost, not {found:.1%}"
+        assert abs(found - expected) < 1e-9, f"{works} tiles on {multiprocessors}: {rounds} rounds, {expected:.1%} lost, not {found:.1%}"
 
 
 # ---- lesson 9

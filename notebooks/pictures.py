@@ -1,6 +1,6 @@
-"""Matrices with their numbers, tiles with their states, and the tile loops step by step, drawn from the record that `watch` has made.
+"""Pictures of matrices with their numbers, of tiles with their states, and of the tile loops step by step, from a record made by `watch`.
 
-Beside this file: record.py (the record), player.py (animations with buttons), timeline.py (emulated kernels), charts.py (figures).
+See also: record.py (the record), player.py (animations with buttons), timeline.py (emulated kernels), charts.py (charts).
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flash_attention.reference import flash_attention2_forward, normal_attention
 
-# Okabe and Ito's palette, told apart with any kind of colour vision. A gradient dX has the colour of X; states also differ by hatching.
+# Okabe and Ito's palette, distinct with any kind of colour vision. A gradient dX has the colour of X; states also differ by hatching.
 COLOURS = {
     "Q": "#E69F00",
     "K": "#56B4E9",
@@ -168,8 +168,8 @@ def draw_forward(
 ) -> None:
     """Step n of a forward: Q, K, V with the tiles in fast memory, S and P of this tile, and m, l, O as they stand.
 
-    divide: O of the record is not yet divided by l (FlashAttention-2); it is drawn divided, to be compared with `truth`, of which the
-    error of each step is drawn.
+    divide: O of the record is not yet divided by l (FlashAttention-2); it is drawn divided, and so is its error against `truth` after
+    each step.
     """
     step, Nq, Nk, D, Dv = steps[n], Q.shape[2], K.shape[2], Q.shape[3], V.shape[3]
     block_q, block_k = block_sizes(steps)

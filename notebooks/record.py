@@ -1,4 +1,4 @@
-"""A tile loop as it ran: `watch` runs one of the reference algorithms and keeps what its `observe` callback is shown.
+"""The record of a tile loop: `watch` runs one of the reference algorithms and keeps everything that its `observe` callback is given.
 
 All pictures of a loop are drawn from that record. Nothing here computes attention.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 def watch(algorithm: Callable, *arguments, **options) -> tuple[Any, list[SimpleNamespace]]:
     """Run a reference algorithm; return its result and one record for each tile, in the order of the loop.
 
-    A record has as attributes all that `observe` was shown: i, j and copies of the tensors.
+    A record has as attributes everything that `observe` was given: i, j and copies of the tensors.
     """
     steps: list[SimpleNamespace] = []
 
@@ -35,10 +35,10 @@ def matrix(X: Any) -> Tensor:
 
 
 def traffic(steps: Sequence[SimpleNamespace], D: int, Dv: int) -> dict[str, int]:
-    """Elements that cross between slow and fast memory, by the order in which a forward's run met its tiles.
+    """Elements that move between slow and fast memory, from the order in which a forward visited its tiles.
 
-    Fast memory holds one tile of each matrix. A tile of Q, K or V is read unless it is the one of the step before; a tile of O is written
-    when another takes its place, and read when it comes back. O's first zeros are not counted, nor m, l and LSE (two numbers a row or one).
+    Fast memory holds one tile of each matrix. A tile of Q, K or V is read unless the previous step used it too; a tile of O is written
+    when another replaces it, and read when it is needed again. Not counted: O's initial zeros, and m, l and LSE (two numbers a row or one).
     """
     moved = {"Q read": 0, "K read": 0, "V read": 0, "O read": 0, "O written": 0}
     seen, i, j = set(), None, None
@@ -46,7 +46,7 @@ def traffic(steps: Sequence[SimpleNamespace], D: int, Dv: int) -> dict[str, int]
         rows, columns = step.i.stop - step.i.start, step.j.stop - step.j.start
         if step.i != i:
             moved["Q read"] += rows * D
-            moved["O written"] += rows * Dv  # sooner or later it leaves
+            moved["O written"] += rows * Dv  # each visit of a tile of O ends with a write
             moved["O read"] += rows * Dv * (step.i.start in seen)
         if step.j != j:
             moved["K read"] += columns * D
@@ -79,6 +79,6 @@ def columns_so_far(steps: Sequence[SimpleNamespace], name: str, N: int) -> Tenso
 
 
 def errors(steps: Sequence[SimpleNamespace], truth: Tensor, divide: bool) -> list[float]:
-    """After each step: the largest |O − truth|; rows not yet reached count as 0, which is what O starts from."""
+    """After each step: the largest |O − truth|; rows not yet reached count as 0, O's initial value."""
     truth = matrix(truth)
     return [float((rows_so_far(steps[: n + 1], "O", len(truth), divide).nan_to_num(0) - truth).abs().max()) for n in range(len(steps))]

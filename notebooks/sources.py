@@ -1,5 +1,5 @@
-"""Lesson 6 reads the kernels' own sources: the lines of the algorithm that their comments name, their constants and small formulas as
-Python functions, and the layout of mma's fragments from the comment in ptx.cuh. So no picture can show another kernel than the one at hand.
+"""Reads the kernels' sources for lesson 6: the lines of the algorithm that their comments name, their constants and small formulas as
+Python functions, and the layout of mma's fragments from the comment in ptx.cuh. So every picture shows the kernel as it is.
 """
 
 import re
@@ -18,7 +18,7 @@ def source(file: str) -> str:
 
 
 class Block(NamedTuple):
-    """A piece of a source that stands for some lines of the paper's algorithm."""
+    """A piece of a source that implements some lines of the paper's algorithm."""
 
     lines: tuple[int, ...]  # of the algorithm
     first: int  # number of its first line in the file
@@ -26,8 +26,8 @@ class Block(NamedTuple):
 
 
 def blocks_by_line(text: str, first: int = 1) -> list[Block]:
-    """Cut a source at its comments "line n" or "lines n and m": each begins a block, which ends before the next. `first` is the number that
-    the text's first line has in its file."""
+    """Cut a source at its comments "line n" or "lines n and m": each begins a block, which ends before the next. `first` is the line number
+    of the text's first line in its file."""
     lines = text.split("\n")
     marks = []
     for n, line in enumerate(lines):
@@ -39,7 +39,7 @@ def blocks_by_line(text: str, first: int = 1) -> list[Block]:
 
 
 def kernel(file: str, name: str) -> tuple[int, str]:
-    """First line's number and text of a __global__ function."""
+    """The number of a __global__ function's first line, and its text."""
     text = source(file)
     found = re.search(rf"^__global__ .*\b{name}\(.*?^}}", text, re.MULTILINE | re.DOTALL)
     if found is None:
@@ -48,7 +48,7 @@ def kernel(file: str, name: str) -> tuple[int, str]:
 
 
 def header(file: str, beginning: str) -> str:
-    """The paragraph of a file's opening comment that begins like this ("The idea", "Change from"), as one line without its first words."""
+    """The paragraph of a file's opening comment that begins with these words ("The idea", "Change from"), as one line."""
     opening = re.match(r"(?://.*\n)+", source(file))[0]
     for paragraph in re.split(r"^//\s*$", opening, flags=re.MULTILINE):
         text = " ".join(line.removeprefix("//").strip() for line in paragraph.strip().split("\n"))
@@ -58,7 +58,7 @@ def header(file: str, beginning: str) -> str:
 
 
 def _python(expression: str) -> str:
-    """A C expression on integers that are not negative, as Python."""
+    """A C expression on non-negative integers, as Python."""
     expression = re.sub("!(?!=)", " not ", re.sub("/+", "//", expression).replace("&&", " and ").replace("||", " or "))
     choice = re.fullmatch(r"(.+?) \? (.+?) : (.+)", expression)
     return f"({choice[2]} if {choice[1]} else {_python(choice[3])})" if choice else expression
@@ -66,7 +66,7 @@ def _python(expression: str) -> str:
 
 def constants(*files: str, **given: int) -> dict[str, int]:
     """The constants of some files, in order: `constexpr int NAME = …;`, or bool. Those that are given keep their value; one whose
-    expression cannot be computed from the others is left out. What says a kernel's kind is that of a plain one unless it is given."""
+    expression cannot be computed from the others is left out. The macros that select a kind of kernel (CAUSAL …) are 0 unless given."""
     values = {"CAUSAL": 0, "INTERVAL": 0, "MASK": 0, "DROPOUT": 0, "SCORE": 0, "BIASED": 0, "TALL": 0, **given}
     if "HEAD_DIM" in given:
         values.setdefault("V_HEAD_DIM", given["HEAD_DIM"])
@@ -81,7 +81,7 @@ def constants(*files: str, **given: int) -> dict[str, int]:
 
 def functions(file: str, **known: int | Callable[..., int]) -> dict[str, Callable[..., int]]:
     """Functions of integers that consist of a return: `type name(int a, int b) { return …; }`. They may call each other. known: constants
-    that they use, or functions to take the place of the file's own."""
+    that they use, or functions that replace the file's own."""
     scope: dict = dict(known)
     pattern = r"(\w+)\(((?:u?int(?:32_t)? \w+(?:, )?)+)\) \{\s*return (.+?);\s*\}"
     found = re.findall(pattern, source(file))
@@ -93,7 +93,7 @@ def functions(file: str, **known: int | Callable[..., int]) -> dict[str, Callabl
 
 
 def fragment(operand: str) -> dict[tuple[int, int], tuple[int, int]]:
-    """Who holds what in mma.m16n8k16, from the comment in ptx.cuh: (row, column) of A, B or D → (lane, register)."""
+    """Where each element is in mma.m16n8k16, from the comment in ptx.cuh: (row, column) of A, B or D → (lane, register)."""
     comment = re.search(rf"^//   {operand}: (.+)$", source("ptx.cuh"), re.MULTILINE)[1]
     places = re.findall(r"\(([^,()]+), ([^,()]+)\)", comment)
     owners = {}

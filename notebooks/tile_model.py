@@ -1,8 +1,8 @@
-"""Lesson 8's model: how many cycles a step of `hopper`'s loop takes, and what a forward or backward of a whole problem takes then.
+"""Lesson 8's model: how many cycles a step of `hopper`'s loop takes, and from that the forward or backward of a whole problem.
 
-A step is one tile of keys against one tile of queries. What is known of a multiprocessor is read from the emulator's cost model
+A step is one tile of keys against one tile of queries. The constants of a multiprocessor are read from the emulator's cost model
 (cuda/emulator/model.h), tile sizes from the kernels, the backward's instructions from the profiler's counts (results/h200_cycles.json).
-Two numbers of the backward are fitted (`FITTED`), each to one measured step, and one clock for all; nothing else is.
+Two numbers of the backward are fitted (`FITTED`), each to one measured step, and one clock rate for all; nothing else is fitted.
 """
 
 import itertools
@@ -20,16 +20,16 @@ KNOWN = {name: float(value) for name, value in re.findall(r"X\((\w+), ([\d.]+), 
 MULTIPROCESSORS = 132  # of an H100 or H200
 GROUP_ROWS = 64  # of Q, in the forward, that a group of four warps computes
 FITTED = {
-    "EXPOSED": 1.24,  # × the backward's instructions that no product hides: to D 128
-    "REDUCED": 13.3,  # bytes of dQ a cycle that a multiprocessor adds up in global memory, while all do: to D 256
+    "EXPOSED": 1.24,  # × the backward's instructions: the time that no product overlaps; fitted at D 128
+    "REDUCED": 13.3,  # bytes of dQ a cycle that a multiprocessor adds to global memory while all others do so too; fitted at D 256
 }
-BETWEEN = 1060  # cycles from one tile of Q to the next beside its steps (LOG.md: 11 800 for four steps of 2 684)
-GHZ = 1.73  # while such kernels run, as power allows: 1.55 to 1.9 were seen
+BETWEEN = 1060  # cycles from one tile of Q to the next in addition to its steps (LOG.md: 11 800 for four steps of 2 684)
+GHZ = 1.73  # the clock while such kernels run; the power limit decides: 1.55 to 1.9 were seen
 
 
 @dataclass
 class Step:
-    """cycles: what a step takes. busy: what each unit of the multiprocessor needs for it. why_not: it does not fit."""
+    """cycles: the length of a step. busy: for how many of them it uses each unit. why_not: the reason why it does not fit."""
 
     cycles: float
     busy: dict[str, float]
@@ -46,19 +46,19 @@ def forward_step(D: int, groups: int | None = None, keys: int | None = None, sta
     tiles = constants("forward_4_tiles.cuh", HEAD_DIM=D)
     groups, keys = groups or tiles["CONSUMERS"], keys or tiles["BLOCK_K"]
     # ---- what one group needs, in cycles
-    product = 2 * GROUP_ROWS * keys * D / KNOWN["TENSOR_FLOP"]  # S, and O as much
-    scores = GROUP_ROWS * keys // 128  # of a thread
+    product = 2 * GROUP_ROWS * keys * D / KNOWN["TENSOR_FLOP"]  # for S; the same for O
+    scores = GROUP_ROWS * keys // 128  # of each thread
     exponentials = (scores + 2) * KNOWN["EXPONENTIAL"]
-    instructions = 4.5 * scores + 2.5 * (D + keys) / 16 + 110  # counted in the machine code, a warp's; O is rescaled too rarely to count
-    held = 2 * product - KNOWN["WGMMA_DEPTH"] * D / 2  # until the last four products of O are all that is left
-    # ---- what all need of shared memory: operands of S (64 rows of Q and all of K, 16 columns at a time), of O (V alone), and the copies
+    instructions = 4.5 * scores + 2.5 * (D + keys) / 16 + 110  # of a warp, counted in the machine code; O is rescaled too rarely to count
+    held = 2 * product - KNOWN["WGMMA_DEPTH"] * D / 2  # the issue blocks until only the last four products of O are left
+    # ---- cycles of shared memory: operands of S (64 rows of Q and all of K, 16 columns at a time), of O (V alone), and the copies
     S_operands = D / 16 * 32 * (GROUP_ROWS + keys) / KNOWN["SHARED_BYTES"]
     O_operands = keys / 16 * 32 * D / KNOWN["SHARED_BYTES"]
     bytes_copied = 2 * 2 * keys * D
     copied = bytes_copied / KNOWN["SHARED_BYTES"]
 
     def shared_by(others: float, need: float, cycles: float) -> float:
-        """What takes `need` alone, while others use the unit for so many of the step's cycles."""
+        """The cycles that work of `need` cycles takes while others use the unit for so many of the step's cycles."""
         return need / max(0.02, 1 - others / cycles)
 
     cycles = groups * 2 * product * 1.5
@@ -68,7 +68,7 @@ def forward_step(D: int, groups: int | None = None, keys: int | None = None, sta
         for need, unit in ((held, tensor), (exponentials, exponentials), (instructions, instructions)):
             chain += shared_by((groups - 1) * unit, need, cycles)
         cycles += 0.1 * (max(chain, groups * tensor, bytes_copied / KNOWN["L2_BYTES"]) - cycles)
-    # ---- a ring of places: a tile's place is free when it has been used, and full again a copy later
+    # ---- a ring of stages: a stage is free when its tile has been used, and full again a copy later
     copy = KNOWN["TMA_LATENCY"] + bytes_copied / 2 / KNOWN["L2_BYTES"]
     cycles = max(cycles, (cycles + copy) / stages)
     busy = {
@@ -83,7 +83,7 @@ def forward_step(D: int, groups: int | None = None, keys: int | None = None, sta
 
 def _does_not_fit(D: int, groups: int, keys: int, stages: int) -> str | None:
     registers = {1: 255, 2: 232, 3: 160}[groups]
-    needed = keys // 2 + D // 2 + keys // 4 + 32  # S, O, P in pairs, and addresses, maxima, sums
+    needed = keys // 2 + D // 2 + keys // 4 + 32  # S, O, P (two elements a register), and addresses, maxima, sums
     if needed > registers:
         return f"registers: about {needed} of {registers}"
     q_stages = 2 if D <= 128 else 1
@@ -96,8 +96,8 @@ def backward_step(D: int) -> Step:
     file = "backward_4_hopper.cu" if D <= 128 else "backward_4_hopper_wide.cu"
     tiles = constants(file, HEAD_DIM=D)
     keys, rows = tiles["BLOCK_K"], tiles["BLOCK_Q"]
-    product = 2 * keys * rows * D / KNOWN["TENSOR_FLOP"]  # S; dP, dV, dK and dQ as much
-    columns = rows if D <= 128 else 32  # of S and dP that a product makes; above 128 each group has half the rows
+    product = 2 * keys * rows * D / KNOWN["TENSOR_FLOP"]  # for S; the same for dP, dV, dK and dQ
+    columns = rows if D <= 128 else 32  # of S and dP in one product; above 128 each group has half the rows
     slower = max(1.0, 32 * (64 + columns) / KNOWN["SHARED_BYTES"] / (2 * 64 * columns * 16 / KNOWN["TENSOR_FLOP"]))
     tensor = (3 + 2 * slower) * product
     exponentials = 2 * (keys * rows / 256) * KNOWN["EXPONENTIAL"]
@@ -110,7 +110,7 @@ def backward_step(D: int) -> Step:
 
 
 def shape(part: str, D: int, B: int, H: int, N: int) -> tuple[int, int]:
-    """Blocks' works in all, and steps of each, of a dense problem."""
+    """The work items (tiles) of a dense problem, and the steps of each."""
     if part == "forward":
         tiles = constants("forward_4_tiles.cuh", HEAD_DIM=D)
         return B * H * math.ceil(N / tiles["BLOCK_Q"]), math.ceil(N / tiles["BLOCK_K"])
@@ -119,29 +119,29 @@ def shape(part: str, D: int, B: int, H: int, N: int) -> tuple[int, int]:
 
 
 def measured(part: str, D: int) -> dict[str, float] | None:
-    """The profiler's counts of `hopper` at this head size, and the cycles of one of its steps, beginnings and ends included."""
+    """The profiler's counts of `hopper` at this head size, and the cycles of one of its steps, prologue and epilogue included."""
     kept = kept_result("h200_cycles")
     if kept is None:
         return None
     row = next(row for row in kept["results"] if (row["rung"], row["part"], row["h"] * row["d"], row["d"]) == ("hopper", part, 2048, D))
-    works, steps = shape(part, D, row["b"], row["h"], row["n"])
-    step = row["cycles"] / (math.ceil(works / MULTIPROCESSORS) * steps)
-    return {**row, "blocks": works, "steps_of_block": steps, "step": step}
+    items, steps = shape(part, D, row["b"], row["h"], row["n"])
+    step = row["cycles"] / (math.ceil(items / MULTIPROCESSORS) * steps)
+    return {**row, "blocks": items, "steps_of_block": steps, "step": step}
 
 
 def problem_cycles(part: str, D: int, B: int, H: int, N: int) -> float:
-    """The main kernel of a whole dense problem: the multiprocessors take works in rounds, and the last round is as long as any."""
-    works, steps = shape(part, D, B, H, N)
+    """The main kernel of a whole dense problem: the multiprocessors take items in rounds, and the last round is as long as any."""
+    items, steps = shape(part, D, B, H, N)
     step = forward_step(D) if part == "forward" else backward_step(D)
-    return math.ceil(works / MULTIPROCESSORS) * (steps * step.cycles + (BETWEEN if part == "forward" else 0))
+    return math.ceil(items / MULTIPROCESSORS) * (steps * step.cycles + (BETWEEN if part == "forward" else 0))
 
 
 # ---- the model with sliders
 
 
 def explorer() -> HTML:
-    """Sliders for head size, groups, keys of a tile and stages; bars of what each unit needs, and what a step takes. Runs from the exported
-    page, without a kernel: every setting is computed here, and the page only chooses."""
+    """Sliders for head size, groups, keys of a tile and stages; bars for the cycles of each unit and of the step. It works in the exported
+    page, without a kernel: every combination is computed here, and the page only selects one."""
     choices = {"D": [64, 128, 256], "groups": [1, 2, 3], "keys": [64, 128, 192], "stages": [1, 2, 3]}
     found = {}
     for setting in itertools.product(*choices.values()):

@@ -1,4 +1,4 @@
-"""What one block of an emulated kernel does when: a lane for each engine and warp, from the emulator's trace (`emulated.tracing()`)."""
+"""A timeline of one block of an emulated kernel: a lane for each engine and warp, from the emulator's trace (`emulated.tracing()`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ KINDS = {
     "exponentials": ("P", "softmax: P = exp(S − m)"),
     "arithmetic": ("done", "other work of the group"),
     "load": ("done", "other work of the group"),
-    "product": ("S", "asks for products"),
+    "product": ("S", "issues products"),
     "store": ("O", "O to shared memory"),
-    "issue": ("in fast memory", "held up: its products queue"),
+    "issue": ("in fast memory", "blocked: its products queue"),
     "wait": ("skipped", "waits"),
 }
 TENSORS = {"q": "Q", "k": "K", "v": "V", "o": "O", "d_o": "dO", "dq": "dQ", "dk": "dK", "dv": "dV"}
@@ -46,10 +46,10 @@ def draw_timeline(
     """What one block of an emulated kernel (`emulated.tracing()`) does between two times, in cycles of the model.
 
     Lanes: the copy engine, the tensor cores, then each warpgroup that computes, shown by its first warp (or each warp, where a kernel has
-    no warpgroups), and the warp that asks for copies.
+    no warpgroups), and the warp that issues copies.
 
-    now: what is later is pale, and beside each lane stands what it does at that time, and what for. barriers: names for those words, as
-    {"mbarrier 64": "K_full[0]"}.
+    now: later events are drawn pale, and a text beside each lane says what it does at that time, and what it waits for. barriers: names of
+    mbarriers in these texts, as {"mbarrier 64": "K_full[0]"}.
     """
     mine = [e for e in trace.events if (e.launch, e.block) == (launch, block) and e.end > e.start and e.end > start]
     end = max(e.end for e in mine) if end is None else end
@@ -96,13 +96,13 @@ def draw_timeline(
     handles = [swatch(name, Patch, label=legend) for legend, name in used.items() if legend]
     if now is None:
         figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    else:  # words differ from frame to frame, but nothing moves
+    else:  # texts differ in length from frame to frame: a fixed layout, so that nothing moves
         figure.legend(handles=handles, loc="lower center", ncols=6, frameon=False, fontsize=8)
         figure.subplots_adjust(left=0.1, right=0.8, top=0.92, bottom=0.25)
 
 
 def play_timeline(trace: Any, times: Sequence[float], *, width: float = 12, dpi: int = 75, seconds: float = 1.5, **options) -> Player:
-    """`draw_timeline` with buttons: a frame for each time. Other options go there."""
+    """`draw_timeline` with buttons: a frame for each time. Other options are passed on to it."""
     lanes, *_ = _lanes(trace, options.get("launch", 1), options.get("block", 0))
 
     def draw(figure: Figure, now: float) -> None:
@@ -114,8 +114,8 @@ def play_timeline(trace: Any, times: Sequence[float], *, width: float = 12, dpi:
 def turning_points(
     trace: Any, *, start: float = 0, end: float = float("inf"), launch: int = 1, block: int = 0, least: float = 100
 ) -> list[float]:
-    """The times between at which a product, a softmax or a wait of the groups that compute begins: what a timeline is stepped through by.
-    least: what takes fewer cycles does not count, and of two times nearer than this the first does."""
+    """The times between `start` and `end` at which a product, softmax or wait of the computing groups begins: the steps of an animation.
+    least: shorter events do not count, and of two times closer than this only the first counts."""
     _, names, _ = _lanes(trace, launch, block)
     mine = [e for e in trace.events if (e.launch, e.block) == (launch, block) and e.cycles >= least and start <= e.start < end]
     times: list[float] = []
@@ -127,7 +127,7 @@ def turning_points(
 
 
 def _lanes(trace: Any, launch: int, block: int) -> tuple[list[str | int], dict[int, str], list[int]]:
-    """The lanes of a timeline, engines by name and warps by number; the names of the warps that compute; the warps that ask for copies."""
+    """The lanes of a timeline, engines by name and warps by number; the names of the warps that compute; the warps that issue copies."""
     roles = {warp: role for (of, at, warp), role in trace.roles().items() if (of, at) == (launch, block)}
     by_group = any(e.actor == "tensor cores" and (e.launch, e.block) == (launch, block) for e in trace.events)
     warps = sorted(w for w, role in roles.items() if role == "products" and (w % 4 == 0 or not by_group))
@@ -163,7 +163,7 @@ def _doing(trace: Any, events: Sequence[Any], lane: str | int, names: Mapping[in
 
 
 def _look(event: Any, groups: dict[int, str], producer: bool) -> tuple[str, str, str]:
-    """An event's colour, its words in the legend, and in the picture."""
+    """An event's colour, its text in the legend, and its text in the picture."""
     tensor = TENSORS.get(event.tensors[0], event.tensors[0])
     if event.kind == "copy":
         return tensor or "done", f"copy of {tensor}" if tensor else "copy", tensor
@@ -176,5 +176,5 @@ def _look(event: Any, groups: dict[int, str], producer: bool) -> tuple[str, str,
         return "skipped", "waits", "waits"
     name, legend = KINDS[event.kind]
     if producer:
-        return "done", "asks for copies", ""
+        return "done", "issues copies", ""
     return name, legend, "softmax" if event.kind == "exponentials" else ""

@@ -1,12 +1,11 @@
-"""FlashAttention (Dao, Fu, Ermon, Rudra, Ré 2022, arXiv:2205.14135): Algorithm 1 and Algorithm 4, for any mask,
-window, packed documents.
+"""FlashAttention (Dao, Fu, Ermon, Rudra, Ré 2022, arXiv:2205.14135): Algorithms 1 and 4, with any mask, window or packed documents.
 
-K and V blocks are outside: each is loaded once, while O, l and m of every block of rows go back and forth between slow and fast memory.
-"line n" below is line n of the paper's algorithm; Algorithm 2 of the paper is Algorithm 1 with the mask and the dropout that are here
-too.
+K and V blocks are the outer loop: each is loaded once, while O, l and m of every block of rows move back and forth between slow and fast
+memory.
+"line n" below is line n of the paper's algorithm; the paper's Algorithm 2 is Algorithm 1 with mask and dropout, which are included here.
 
-S and P exist one tile at a time. `observe`, if given, is called after every tile with the variables below as keywords: it is how the
-notebooks step through this very code. What it is shown is overwritten later, so it copies what it keeps.
+S and P exist one tile at a time. `observe`, if given, is called after every tile with the variables below as keywords: that is how the
+notebooks step through this very code. The tensors it gets are overwritten later, so it must copy what it keeps.
 """
 
 from collections.abc import Callable

@@ -1,15 +1,15 @@
-"""FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithms 1 and 2, for any mask, window, packed documents, bias.
+"""FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithms 1 and 2, with any mask, window, packed documents or bias.
 
-Against the first paper: Q blocks are outside, so that O, m and l of a block of rows stay in fast memory until they are done and O is
-divided by l once, at the end; and the backward is left one vector, LSE = m + log l, instead of two. "line n" below is line n of the
-paper's algorithm.
+Compared with the first paper, Q blocks are the outer loop: O, m and l of a block of rows stay in fast memory until they are done, and O is
+divided by l once, at the end. And the backward needs one vector, LSE = m + log l, instead of two. "line n" below is line n of the paper's
+algorithm.
 
-`score` is applied to each tile of scores before the softmax (softcap, bias, ALiBi). `visible` says which tiles the loops visit: what no
-row of a tile sees is never computed, and only a tile that is not seen whole is hidden in part (section 3.1, "Causal masking", and the same
-for any interval of columns).
+`score` is applied to each tile of scores before the softmax (softcap, bias, ALiBi). `visible` says which tiles the loops visit: a tile that
+no row sees is never computed, and only a tile that is not seen whole is masked (section 3.1, "Causal masking", here for any interval of
+columns).
 
-S and P exist one tile at a time. `observe`, if given, is called after every tile with the variables below as keywords: it is how the
-notebooks step through this very code. What it is shown is overwritten later, so it copies what it keeps.
+S and P exist one tile at a time. `observe`, if given, is called after every tile with the variables below as keywords: that is how the
+notebooks step through this very code. The tensors it gets are overwritten later, so it must copy what it keeps.
 """
 
 import math
@@ -61,7 +61,8 @@ def flash_attention2_forward(
     """Algorithm 1. Q (B, H, Nq, D), K (B, Hkv, Nk, D), V (B, Hkv, Nk, Dv) → O (B, H, Nq, Dv) in Q's dtype, LSE (B, H, Nq).
 
     mask: bool, (B, Nk) or broadcastable to (B, H, Nq, Nk), True = may attend. A row that may attend nothing gets O = 0, LSE = −inf.
-    scale: 1/√D unless given. visible: which columns each row sees; all unless given. score: what becomes of a score, itself unless given.
+    scale: 1/√D unless given. visible: which columns each row sees; all unless given. score: how scores are changed; not at all unless
+        given.
     block_q, block_k: rows and columns of a tile.
     observe(i, j, S, P, m, l, O): slices i and j, S and P of this tile (B, H, Bq, Bk), and of rows i so far m, l (B, H, Bq, 1) and
     O (B, H, Bq, Dv), which is not yet divided by l.
@@ -145,7 +146,7 @@ def flash_attention2_backward(
     visible = Visible(Nq, Nk) if visible is None else visible
     S_memory, dP_memory = fast_memory(Q, K, block_q, block_k), fast_memory(Q, K, block_q, block_k)
     P_memory, dS_memory = (S_memory, dP_memory) if observe is None else (torch.empty_like(S_memory), torch.empty_like(dP_memory))
-    derivative_memory = None if score is None or score.softcap is None else torch.empty_like(S_memory)
+    derivative_memory = torch.empty_like(S_memory) if score is not None and score.has_derivative else None
     dQ = Q.new_zeros(Q.shape, dtype=dtype)  # line 3
     dK, dV = K.new_empty(K.shape), V.new_empty(V.shape)
     dead = LSE.isneginf()  # rows that attend nothing: P = 2^(S − ∞) = 0
@@ -177,7 +178,7 @@ def flash_attention2_backward(
             if dBias is not None:
                 score.add_gradient_(dBias, dS, i, j)
             if derivative is not None:
-                dS.mul_(derivative)  # through the softcap
+                dS.mul_(derivative)  # through softcap, from the changed score to the scaled product
             add_matmul_(dQ[:, :, i], dS, Kj * scale)  # line 15
             add_matmul_mT_(dKj, dS, Qi)  # line 16; Qi carries the scale
             if observe is not None:

@@ -6,10 +6,10 @@ Written out for a row, with a dot for a tangent, f the softcap and B the bias (s
     LSE = log Σ exp(x)    P = exp(x − LSE)     LSĖ = Σ P∘ẋ,       Ṗ = P∘(ẋ − LSĖ)
     O = (P∘Z) V                                Ȯ = (Ṗ∘Z) V + (P∘Z) V̇ = (P∘ẋ∘Z) V + (P∘Z) V̇ − LSĖ · O
 
-so that each tile adds (P∘ẋ∘Z) V + (P∘Z) V̇ to one sum and P∘ẋ to another, and −LSĖ · O comes at the end. P is recomputed from LSE, as in the
-backward: no running maximum, nothing to rescale. Five products of a tile where the forward has two; memory is linear in N.
+so that each tile adds (P∘ẋ∘Z) V + (P∘Z) V̇ to one sum and P∘ẋ to another, and −LSĖ · O is added at the end. P is recomputed from LSE, as
+in the backward: no running maximum, nothing to rescale. A tile takes five products, where the forward takes two; memory is linear in N.
 
-`second_derivative` gives the same with derivatives of its own; this is for tangents that are not differentiated again.
+`second_derivative` computes the same differentiably; this is for tangents that are not differentiated again.
 """
 
 import math
@@ -64,7 +64,7 @@ def flash_attention2_jvp(
     mask = broadcast_mask(mask, B, H, Nq, Nk)
     visible = Visible(Nq, Nk) if visible is None else visible
     P_memory, tX_memory = fast_memory(Q, K, block_q, block_k), fast_memory(Q, K, block_q, block_k)
-    derivative_memory = None if score is None or score.softcap is None else torch.empty_like(P_memory)
+    derivative_memory = torch.empty_like(P_memory) if score is not None and score.has_derivative else None
     tO, tLSE = torch.empty_like(O), torch.empty_like(LSE)
     LSE = (LSE * LOG2_E).masked_fill_(LSE.isneginf(), math.inf)  # rows that attend nothing: P = 2^(S − ∞) = 0
 

@@ -63,7 +63,7 @@ def normal_attention(
     if mask is not None:
         dead = ~mask.any(
             -1, keepdim=True
-        )  # rows that attend nothing: hiding none of their scores keeps NaN away, zeroing the result makes it right
+        )  # rows that attend nothing: their scores stay unmasked, which avoids NaN, and their result is set to zero below
         S = S.masked_fill(~(mask | dead), -math.inf)
 
     P = S.softmax(-1) if Nk else S

@@ -1,4 +1,4 @@
-"""The one trick that FlashAttention rests on: softmax over a row of which only one piece is at hand at a time.
+"""The one trick that FlashAttention rests on: softmax over a row of which only one piece is available at a time.
 
 A piece of a row is summarised by two numbers: m, its maximum, and l = Σ exp(x − m). Two summaries merge into the summary of both pieces
 together (Milakov and Gimelshein 2018, arXiv:1805.02867), so one pass over the row, in any order and with any cut, gives what softmax

@@ -1,9 +1,9 @@
-"""What becomes of a score before the softmax. Defined here once, for naive attention, the tiled algorithms and their derivatives.
+"""What happens to a score before the softmax. Defined here once, for naive attention, the tiled algorithms and their derivatives.
 
     s = scale · q·k        x = softcap · tanh(s / softcap) + bias[b, h, i, j] − alibi[b, h] · |p − j|
 
 in this order, each only if it is given; then come mask, window and spans. p = i + diagonal is the column at which row i stands, as in
-visible.py, so that a part of the matrix gets what the whole would give it.
+visible.py, so that a part of the matrix gets the same values as in the whole.
 
     softcap   keeps scores between −softcap and softcap (Bello et al. 2016, arXiv:1611.09940, section 4.3; Gemma 2, arXiv:2408.00118)
     bias      relative positions (T5, arXiv:1910.10683, section 2.1; Swin, arXiv:2103.14030, equation 4), pair representations (AlphaFold 2)
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .tiles import LOG2_E
 
-# A bias below this hides an element, as −∞ does: code written for other attention hides with a dtype's lowest number, which has no room
-# for a score beside it and overflows in base 2.
+# A bias below this hides an element, as −∞ does. Code written for other attention functions hides with a dtype's lowest number, to which no
+# score can be added and which overflows in base 2.
 HIDES = -(2.0**126)
 
 
@@ -39,18 +39,31 @@ class Score:
         """None where scores stay as they are."""
         return None if softcap is None and bias is None and alibi is None else Score(softcap, bias, alibi, diagonal)
 
+    @property
+    def has_derivative(self) -> bool:
+        """Whether ∂x/∂s is anything but 1."""
+        return self.softcap is not None
+
     # ---- plain and differentiable, for naive attention and derivatives
 
     def __call__(self, S: Tensor, i: slice, j: slice) -> Tensor:
-        """Of rows i and columns j, S (B, H, rows, columns). What the bias hides, `sees` says."""
+        """Changes the scores S (B, H, rows, columns) of rows i and columns j. Which elements the bias hides is said by `sees`."""
         if self.softcap is not None:
             S = (S / self.softcap).tanh() * self.softcap
         if self.bias is not None:
             bias = self._bias(i, j)
-            S = S + bias.masked_fill(bias < HIDES, 0).to(S.dtype)  # from −∞, NaN would come back
+            S = S + bias.masked_fill(bias < HIDES, 0).to(S.dtype)  # the gradient of −∞ would be NaN
         if self.alibi is not None:
             S = S - self._slopes(S) * self._distance(S, i, j)
         return S
+
+    def derivatives(self, S: Tensor) -> tuple[Tensor, Tensor] | None:
+        """∂x/∂s and ∂²x/∂s² at scores S; None where they are 1 and 0."""
+        if self.softcap is None:
+            return None
+        capped = (S / self.softcap).tanh()
+        first = 1 - capped * capped
+        return first, capped * first * (-2 / self.softcap)
 
     def sees(self, i: slice, j: slice) -> Tensor | None:
         """Rows i and columns j as a mask, True = the bias does not hide it; None without a bias."""
@@ -59,8 +72,8 @@ class Score:
     # ---- in place and in base 2 (tiles.py), for the tiled algorithms
 
     def apply_(self, S: Tensor, i: slice, j: slice, derivative: Tensor | None = None) -> Tensor | None:
-        """S (B, H, rows, columns) times log2 e becomes x times log2 e, −∞ where the bias hides. Returns ∂x/∂s, written to the start of
-        `derivative`, or None where it is 1 or `derivative` is None."""
+        """In place: S (B, H, rows, columns), which is s · log2 e, becomes x · log2 e, −∞ where the bias hides. Returns ∂x/∂s, written to
+        the start of `derivative`, or None if it is 1 everywhere or `derivative` is None."""
         if self.softcap is not None:
             cap = self.softcap * LOG2_E
             S.div_(cap).tanh_()
@@ -72,7 +85,7 @@ class Score:
             S.add_(bias.to(S.dtype).masked_fill(bias < HIDES, -math.inf), alpha=LOG2_E)
         if self.alibi is not None:
             S.addcmul_(self._slopes(S), self._distance(S, i, j), value=-LOG2_E)
-        return None if self.softcap is None else derivative
+        return derivative if self.has_derivative else None
 
     def add_gradient_(self, dBias: Tensor, dX: Tensor, i: slice, j: slice) -> None:
         """dBias, shaped as the bias, += dX (B, H, rows, columns), summed over what was broadcast."""

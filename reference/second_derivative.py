@@ -1,4 +1,4 @@
-"""The derivative of the backward pass, for gradient penalties, Hessian-vector products and gradgradcheck; and its own derivatives.
+"""The derivative of the backward pass, for gradient penalties, Hessian-vector products and gradgradcheck; and derivatives of that.
 
 The backward is itself a function (dO, dLSE, Q, K, V, B) → (dQ, dK, dV, dB). Written out for a block of rows,
 
@@ -6,8 +6,8 @@ The backward is itself a function (dO, dLSE, Q, K, V, B) → (dQ, dK, dV, dB). W
     dS = dX∘f′      dQ = scale · dS K     dK = scale · dSᵀ Q     dV = Tᵀ dO     dB = dX, summed over what was broadcast
 
 (Z is dropout's factor, f the softcap, B the bias: score.py), reverse mode through these lines from cotangents gQ, gK, gV, gB of dQ, dK, dV,
-dB gives the lines of `_rows`. Rows of attention do not see each other, so every function here goes through blocks of rows: memory is linear
-in N, as everywhere.
+dB gives the lines of `_rows`. Rows of attention are independent, so every function here goes through blocks of rows: memory is linear in N,
+as everywhere.
 
 Derivatives of the third order and beyond are left to PyTorch: `_rows` is plain arithmetic, in which the softmax depends on Q and K.
 """
@@ -27,7 +27,7 @@ from .tiles import block_size, blocks, broadcast_mask, sum_dtype
 from .visible import Visible
 
 BLOCK_Q = 128
-# What of a tensor belongs to a block of rows: those rows; all of it, for keys; rows or all, as a bias has them or not.
+# Which part of a tensor belongs to a block of rows: ROWS: those rows; KEYS: all of it; BIAS: those rows, or all if it has only one.
 ROWS, KEYS, BIAS = "rows", "keys", "bias"
 INPUTS = ROWS, KEYS, KEYS, ROWS, ROWS, ROWS, KEYS, KEYS, BIAS, BIAS  # gQ, gK, gV, dO, dLSE, Q, K, V, and with a bias gB, B
 RESULTS = ROWS, ROWS, ROWS, KEYS, KEYS, BIAS  # cotangents of dO, dLSE, Q, K, V, and with a bias B
@@ -65,7 +65,7 @@ def second_backward_vjp(
 ) -> tuple[Tensor | None, ...]:
     """Cotangents of the inputs of `flash_attention_second_backward` (INPUTS), those that are `needed`, from cotangents of its results.
 
-    A block of rows is computed again, with autograd watching. Differentiable if gradients are enabled.
+    A block of rows is recomputed, recorded by autograd. Differentiable if gradients are enabled.
     """
     wanted, create_graph = [n for n, need in enumerate(needed) if need], torch.is_grad_enabled()
 
@@ -93,7 +93,7 @@ def _blocks(
     dropout: Dropout | None,
     block_q: int | None,
 ) -> Iterator[tuple[Callable, Callable]]:
-    """For each block of rows: `_rows` there, and what takes its arguments, or its results, from tensors that hold all rows."""
+    """For each block of rows: `_rows` for that block, and a function that takes its arguments, or its results, from tensors of all rows."""
     B, H, Nq, D = Q.shape
     Nk = K.shape[2]
     scale = D**-0.5 if scale is None else scale
@@ -112,7 +112,7 @@ def _blocks(
 
 
 def _arguments(i: slice, H: int, tensors: Sequence[Tensor], kinds: Sequence[str]) -> tuple[Tensor, ...]:
-    """Views where that is possible, so that autograd tells even one and the same tensor in two places apart."""
+    """Views where possible; new ones, so that autograd distinguishes one tensor that is passed twice."""
     parts = []
     for x, kind in zip(tensors, kinds, strict=False):
         own_rows = kind == ROWS or (kind == BIAS and x.shape[2] != 1)
@@ -141,28 +141,28 @@ def _rows(
     if may is None:
         P = S.softmax(-1)
     else:
-        dead = ~may.any(-1, keepdim=True)  # rows that attend nothing: P = 0, and NaN that was sent to them goes no further
+        dead = ~may.any(-1, keepdim=True)  # rows that attend nothing: P = 0, and a NaN gradient that arrives there goes no further
         P = S.masked_fill(~(may | dead), -math.inf).softmax(-1).masked_fill(dead, 0)
         gQ, dO, dLSE = (x.masked_fill(dead, 0) for x in (gQ, dO, dLSE))
     T, dP = P * Z, (dO @ V.mT) * Z
     inner = dP - (P * dP).sum(-1, keepdim=True) + dLSE  # dX = P∘inner
     dX = P * inner
 
-    from_dS = scale * (gQ @ K.mT + Q @ gK.mT)  # what dQ and dK hand back to dS
+    from_dS = scale * (gQ @ K.mT + Q @ gK.mT)  # the cotangent of dS, from dQ and dK
     from_dX, dS = from_dS, dX
-    if score is not None and score.softcap is not None:
-        capped = (X / score.softcap).tanh()
-        first = 1 - capped * capped  # f′; f″ = −2/softcap · tanh · f′
+    derivatives = None if score is None else score.derivatives(X)
+    if derivatives is not None:
+        first, second = derivatives  # f′ and f″
         from_dX, dS = from_dS * first, dX * first
     if bias is not None:
         from_dX = from_dX + (gB if may is None else torch.where(dead, 0, gB))
-    weight = (P * from_dX).sum(-1, keepdim=True)  # what D and dLSE hand back
+    weight = (P * from_dX).sum(-1, keepdim=True)  # the cotangent of D and of dLSE
     from_dP = P * (from_dX - weight) * Z
     from_P = from_dX * inner - weight * dP + (dO @ gV.mT) * Z
     through_softmax = P * (from_P - (P * from_P).sum(-1, keepdim=True))
     from_X = through_softmax
-    if score is not None and score.softcap is not None:
-        from_X = first * (from_X - from_dS * dX * capped * (2 / score.softcap))
+    if derivatives is not None:
+        from_X = first * from_X + second * from_dS * dX
     from_X = scale * from_X
 
     to_dO, to_dLSE = T @ gV + from_dP @ V, weight.squeeze(-1)
@@ -171,7 +171,7 @@ def _rows(
 
 
 def _gather(parts: Iterator[Sequence[Tensor]], like: Sequence[Tensor], kinds: Sequence[str]) -> tuple[Tensor, ...]:
-    """The blocks' results put together, as the tensors `like`: rows one after another, keys summed over blocks and grouped heads."""
+    """Puts the blocks' results together, shaped as `like`: rows are concatenated, keys are summed over blocks and grouped heads."""
     gathered = [[] for _ in like]
     one_after_another = [kind == ROWS or (kind == BIAS and y.shape[2] != 1) for y, kind in zip(like, kinds, strict=False)]
     for part in parts:

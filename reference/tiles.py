@@ -10,15 +10,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# exp(S − m) is computed as 2^(S·log2 e − m·log2 e): on a CPU, PyTorch's exp2 is four times faster than its exp, and a GPU has only exp2 in
-# hardware. The product Q Kᵀ takes this factor along, so S and m are in base 2. Multiplied after it, two large scores would each be rounded,
-# and their small difference be lost.
+# exp(S − m) is computed as 2^(S·log2 e − m·log2 e): on a CPU, PyTorch's exp2 is four times as fast as its exp, and a GPU has only exp2 in
+# hardware. The product Q Kᵀ includes the factor log2 e, so S and m are in base 2. If the factor were applied after the product, two large
+# scores would each be rounded, and their small difference would be lost.
 LOG2_E = math.log2(math.e)
 
 
 def lowest(dtype: torch.dtype) -> float:
-    """Where the papers start a running maximum at −∞, the code starts it here, at the lowest finite number: a row that has met only hidden
-    scores would otherwise compute −∞ − (−∞) = NaN."""
+    """The papers start a running maximum at −∞. The code starts it here, at the lowest finite number: a row that has met only hidden scores
+    would otherwise compute −∞ − (−∞) = NaN."""
     return torch.finfo(dtype).min
 
 
@@ -44,14 +44,14 @@ def tile(X: Tensor, rows: slice) -> Tensor:
 
 
 def fast_memory(Q: Tensor, K: Tensor, block_q: int, block_k: int) -> Tensor:
-    """Room for one (B, H, block_q, block_k) tile of scores, set aside once and used for every tile: so it stays in cache, a CPU's fast
-    memory."""
+    """Memory for one (B, H, block_q, block_k) tile of scores, allocated once and used for every tile, so that it stays in cache, a CPU's
+    fast memory."""
     rows, columns = min(block_q, Q.shape[2]), min(block_k, K.shape[2])
     return Q.new_empty(Q.shape[0] * Q.shape[1] * rows * columns, dtype=sum_dtype(Q))
 
 
 # The three products of a tile. Grouped-query attention: query head h reads key/value head h // (H / Hkv). K and V are never repeated: the
-# query heads of a group are neighbours, so their rows one after another are one taller matrix, which meets their key head in one product.
+# query heads of a group are adjacent, so their rows form one taller matrix, which one product multiplies by their key head.
 
 
 def matmul_into(memory: Tensor, A: Tensor, B: Tensor, factor: float = 1) -> Tensor:
@@ -69,7 +69,7 @@ def add_matmul_(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
     Hkv = B.shape[1]
     if X.shape[1] == Hkv or X.is_contiguous():
         _view(X, Hkv).baddbmm_(fold(A, Hkv), fold(B, Hkv))
-    else:  # of several heads, blocks of rows do not lie one after another
+    else:  # blocks of rows of several heads are not contiguous
         X.add_(torch.bmm(fold(A, Hkv), fold(B, Hkv)).view(X.shape))
     return X
 
@@ -89,7 +89,7 @@ def fold(X: Tensor, Hkv: int) -> Tensor:
 
 
 def _view(X: Tensor, Hkv: int) -> Tensor:
-    """The same as a view, for a sum in place: of any other tensor `flatten` would be a copy, and the sum would be lost. A view raises."""
+    """The same as a view, for adding in place: `flatten` may copy, and the sum would be lost; `view` raises instead."""
     return X[0] if X.shape[0] == 1 and X.shape[1] == Hkv else X.view(X.shape[0] * Hkv, -1, X.shape[3])
 
 
@@ -99,14 +99,14 @@ def exp2_minus(memory: Tensor, S: Tensor, m: Tensor) -> Tensor:
 
 
 def natural(x: Tensor) -> Tensor:
-    """A score, a maximum or a logarithm of a sum from base 2 to base e. Divided, not multiplied by ln 2: then times log2 e is x again."""
+    """A score, a maximum or a logarithm of a sum from base 2 to base e. Divided by log2 e, so that multiplying by it gives x again."""
     return x / LOG2_E
 
 
 def hide_dead(dead: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients (B, H, Nq) or (B, H, Nq, D) become 0 in the rows that attend nothing, which are set in `dead` (B, H, Nq).
 
-    There O = 0 and LSE = −∞, whatever the inputs. What comes back from O / |O| or from a logaddexp of two LSEs is NaN, and 0·NaN is NaN.
+    There O = 0 and LSE = −∞, whatever the inputs. The gradient of O / |O|, or of a logaddexp of two such LSEs, is NaN, and 0·NaN is NaN.
     """
     return tuple(dX if dX is None else torch.where(dead if dX.dim() == 3 else dead[..., None], 0, dX) for dX in gradients)  # one pass
 

@@ -1,4 +1,4 @@
-"""Which columns a row sees, before any mask: an interval [start, stop). Said here once; loops, masks, schedules and pictures ask.
+"""Which columns a row sees, before any mask: an interval [start, stop). Defined here once, for loops, masks, schedules and pictures.
 
 Row i stands at column i + diagonal. Three things limit what it sees, and all must allow:
 
@@ -35,7 +35,7 @@ class Visible:
         return i + (self.Nk - self.Nq if self.diagonal is None else self.diagonal)
 
     def interval(self, i: int) -> tuple[int, int]:
-        """Start and stop of row i, without the spans. Neither is less in row i + 1."""
+        """Start and stop for row i, without the spans. Neither decreases from one row to the next."""
         start = 0 if self.left is None else max(0, self.place(i) - self.left)
         stop = self.Nk if self.right is None else min(self.Nk, self.place(i) + self.right + 1)
         return start, stop
@@ -84,7 +84,7 @@ class Visible:
     # ---- which elements
 
     def dense(self, i: slice, j: slice, device: torch.device | str | None = None) -> Tensor:
-        """Rows i and columns j as a mask, bool (B or 1, H or 1, rows, columns), True = sees. It is what all the above stands for."""
+        """Rows i and columns j as a mask, bool (B or 1, H or 1, rows, columns), True = sees. All methods above describe this mask."""
         device = device if self.spans is None else self.spans.device
         row = torch.arange(i.start, i.stop, device=device)[:, None] + self.place(0)
         column = torch.arange(j.start, j.stop, device=device)
@@ -104,8 +104,8 @@ class Visible:
             return S
         if self.spans is not None:
             return S.masked_fill_(~self.dense(i, j), -math.inf)
-        # Only the columns that some row does not see, and for these ∞ where it hides and 0 elsewhere: subtracted, twice as fast as
-        # masked_fill_ on a CPU. tril_ and triu_ come first, as ∞ − ∞ is NaN.
+        # Only columns that some row does not see are touched: ∞ is subtracted where they are hidden, 0 elsewhere. On a CPU that is twice as
+        # fast as masked_fill_. tril_ and triu_ come first, because ∞ − ∞ is NaN.
         if self.right is not None and (first := self.interval(i.start)[1]) < j.stop:
             ending = S[..., max(first - j.start, 0) :]
             diagonal = self.place(i.start) + self.right - max(first, j.start)
@@ -115,6 +115,16 @@ class Visible:
             diagonal = self.place(i.start) - self.left - j.start
             beginning.triu_(diagonal).sub_(beginning.new_full(beginning.shape[-2:], math.inf).tril_(diagonal - 1))
         return S
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether anything but the mask may hide an element."""
+        return self.right is not None or self.hides_earlier
+
+    @property
+    def hides_earlier(self) -> bool:
+        """Whether a row may not see columns before its own: then few tiles are seen whole."""
+        return self.left is not None or self.spans is not None
 
     @property
     def blinds(self) -> bool:
@@ -142,7 +152,7 @@ class Visible:
 
 
 def _least_and_greatest(spans: Tensor, Nk: int) -> tuple[int, int]:
-    """The least start and the greatest stop of those (…, 2) that hold anything."""
+    """The least start and the greatest stop of those spans (…, 2) that are not empty."""
     start, stop = spans.unbind(-1)
     empty = start >= stop
     return int(start.masked_fill(empty, Nk).amin()), int(stop.masked_fill(empty, 0).amax())

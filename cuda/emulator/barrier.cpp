@@ -1,9 +1,9 @@
-// Named barriers (PTX ISA 9.7.13.1: bar.sync, bar.arrive); __syncthreads is number 0. And what a block that hangs, or that ends, is asked.
+// Named barriers (PTX ISA 9.7.13.1: bar.sync, bar.arrive); __syncthreads is number 0. Also the report of a block that hangs, and the checks when one ends.
 #include "launch.h"
 
 namespace emulator {
 
-// All that were to come have: what each of them did before is seen by those who waited.
+// All expected threads have arrived: what each did before is visible to those that waited.
 static void complete(Block& block, NamedBarrier& barrier) {
     Clocks& clocks = block.clocks;
     if (block.timing) block.timing->turn_is_over(&barrier - block.barriers, barrier.waiting);
@@ -26,7 +26,7 @@ static bool arrive(int id, int threads, bool waits, void* site) {
     if (waits) barrier.waiting.push_back(block.running);
     else block.clocks.tick(block.running);
     ++barrier.arrived;
-    const int ended = id == 0 && threads == block.grid.threads ? block.threads_done : 0;  // __syncthreads waits for those that have not ended
+    const int ended = id == 0 && threads == block.grid.threads ? block.threads_done : 0;  // __syncthreads waits for the threads that have not ended
     if (barrier.arrived + ended < barrier.expected) return false;
     complete(block, barrier);
     return true;
@@ -104,7 +104,7 @@ void report_deadlock(Block& block) {
     fail("%s", message.c_str());
 }
 
-// Nothing may be left half done.
+// Nothing may be left unfinished.
 void block_ends(Block& block) {
     for (Warp& warp : block.warps) warp.gathered.flush(session.counters);
     for (int id = 0; id < 16; ++id)

@@ -11,11 +11,11 @@ void thread_begins();
 void end_of_thread(Block&);
 
 thread_local Block* current = nullptr;
-static thread_local void* launcher;  // where the launcher goes on
+static thread_local void* launcher;  // where the launcher resumes
 
 // ---- a block begins
 
-static int registers_at_start(int threads) {  // what the compiler may use if one block fills a multiprocessor: 65536 shared by all, in units of 8
+static int registers_at_start(int threads) {  // what the compiler may use if one block fills a multiprocessor: 65536 divided among its threads, in units of 8
     const int each = 65536 / ((threads + 127) / 128 * 128) / 8 * 8;
     return each < 255 ? each : 255;
 }
@@ -77,7 +77,7 @@ void leave_block() {
     __builtin_unreachable();
 }
 
-// ---- who goes on
+// ---- which thread runs next
 
 void Block::awake(int t) {
     threads[t].wait = Wait::nothing;
@@ -119,13 +119,13 @@ double Block::next_time() {
     return time;
 }
 
-// Who has the least time. What is under way takes effect in between.
+// The thread with the least time. Operations in flight take effect in between.
 int Block::next_in_time() {
     struct Least {
         int thread = NOBODY;
         double time = INFINITY;
     };
-    const auto least_of = [&](uint32_t w) {  // of several, whoever runs, then the first
+    const auto least_of = [&](uint32_t w) {  // of several, the running one, else the first
         Least least;
         for (uint32_t left = ready[w]; left; left &= left - 1) {
             const int t = 32 * w + __builtin_ctz(left);
@@ -205,7 +205,7 @@ void set_registers(int count) {
     Block& block = *current;
     meet(0xffffffff, "setmaxnreg", SITE, nullptr, [](Block&, Warp&, uint32_t) {});
     Thread& t = block.self();
-    // A warp at a time gives back or takes: the block's 65536 are counted in warps of 32.
+    // A warp returns or takes registers as a whole: the block's 65536 are counted for warps of 32.
     if (block.lane() == 0) {
         while (32 * (count - t.registers) > block.free_registers) block.wait(Wait::registers, "setmaxnreg", SITE, 0, count);
         block.free_registers -= 32 * (count - t.registers);

@@ -1,8 +1,8 @@
-// A block: its threads, who of them can go on, and in which order they do.
+// A block: its threads, which of them can run, and in which order they do.
 //
-// A thread runs until it has to wait for others. Who goes on then is drawn (or, if the launch is traced, is who has the least time): another lane of the warp, or another warp; so is when a copy or a product that
-// is under way takes effect. All that is drawn comes from one seed. If no thread can go on and nothing is under way, the block hangs, and the error says
-// who waits for what.
+// A thread runs until it has to wait for others. Which one runs next, another lane of the warp or another warp, is chosen at random (or, if the launch is
+// traced, by least time); so is the moment at which a copy or a product in flight takes effect. All random choices come from one seed. If no thread can
+// run and nothing is in flight, the block hangs, and the error says who waits for what.
 #pragma once
 
 #include <stdint.h>
@@ -20,7 +20,7 @@
 #include "under_way.h"
 #include "warp.h"
 
-#define SITE __builtin_return_address(0)  // in a function that a kernel calls: from where
+#define SITE __builtin_return_address(0)  // in a function that a kernel calls: the call site
 
 namespace emulator {
 
@@ -33,7 +33,7 @@ struct Random {  // xorshift64*, Marsaglia 2003
     uint32_t below(uint32_t n) { return static_cast<uint64_t>((*this)()) * n >> 32; }
 };
 
-enum class Pause { done, waits, drawn, fault };  // why a block stops: it waits for another one; it was drawn that another one goes on
+enum class Pause { done, waits, drawn, fault };  // why a block pauses: it waits for another one; it was drawn that another one runs
 enum class Wait { nothing, warp, barrier, mbarrier, registers, memory };
 
 struct Thread {
@@ -51,19 +51,19 @@ struct Thread {
     std::vector<BusyRegisters> busy;
     Touched touched;
     int registers;
-    uint32_t loads;    // the tick since which it has read what the copy engine brought, and done nothing that waits for the values; 0: none
-    std::deque<std::pair<uint32_t, uint32_t>> early;  // from and to which tick it had such reads when it arrived at an mbarrier; the last few times
+    uint32_t loads;    // the tick since which it has read bytes that the copy engine wrote, without waiting for their values; 0: none
+    std::deque<std::pair<uint32_t, uint32_t>> early;  // the range of ticks of such reads at each of its last few arrivals at an mbarrier
 };
 
 struct NamedBarrier {
     int expected = 0, arrived = 0;
     std::vector<int> waiting;
-    std::vector<uint32_t> clock;  // what those who came know together
+    std::vector<uint32_t> clock;  // union of the clocks of all threads that have arrived
 };
 
 struct Block {
     uintptr_t library;  // where the kernel's is loaded
-    int slot;           // of those resident at a time
+    int slot;           // which of the resident blocks' slots
     bool alone;         // there is one slot
     Index index;
     Grid grid;
@@ -88,8 +88,7 @@ struct Block {
     Pause run();
 
     Thread& self() { return threads[running]; }
-    // The running thread does what needs the values that it has read: an instruction that the compiler moves neither before those that it depends on nor
-    // behind an arrival.
+    // The running thread uses the values that it has read, in an instruction that the compiler moves neither before the loads nor after an arrival.
     void loads_have_come() {
         if (self().loads) self().loads = 0, clocks.tick(running);
     }
@@ -100,14 +99,14 @@ struct Block {
     void asleep(int thread);
     void maybe_let_others_run();
     void let_earlier_ones_run();  // traced
-    double next_time();           // when something happens in it, traced
+    double next_time();           // when something happens in it, if traced
     uint32_t* clock() { return clocks.of(running); }
 
 private:
     static constexpr int NOBODY = -1, ANOTHER_BLOCK = -2;
-    int next();  // who goes on
+    int next();  // the thread to run next
     int next_in_time();
-    int direction = 1;  // in which a warp's lanes take turns
+    int direction = 1;  // in which a warp's lanes take turns: 1 or −1
     void switch_to(int thread);
     bool someone_waits_for_memory() const;
     bool wake_who_waits_for_memory();
@@ -116,7 +115,7 @@ private:
 
 extern thread_local Block* current;  // the block that runs on this thread of the machine, or null
 
-// Gives up the launch: the message becomes Python's exception. Sites are written as @offset, for addr2line.
+// Aborts the launch: the message becomes a Python exception. Sites are written as @offset, for addr2line.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 [[noreturn]] void leave_block();
 [[noreturn]] void report_deadlock(Block&);
@@ -132,7 +131,7 @@ void count_rows(const uint32_t (&addresses)[32], bool write, void* site);
 void block_ends(Block&);
 void check_global(const void*, unsigned bytes, bool write, void* site);
 
-// A return address is behind the call: one less is in it.
+// A return address lies behind the call; one byte less lies inside it.
 inline uint32_t site_offset(const void* site) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(site) - current->library - 1); }
 
 }  // namespace emulator

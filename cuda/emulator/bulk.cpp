@@ -1,12 +1,12 @@
-// The copy engine: boxes by tensor map and plain rows of bytes, to shared memory and back (PTX ISA 9.7.9.25.4: cp.async.bulk, 9.7.9.27.1: cp.async.bulk.tensor).
-// One thread asks; the bytes move at some later time.
+// The copy engine: boxes by tensor map and plain rows of bytes, to shared memory and back (PTX ISA 9.7.9.25.4: cp.async.bulk, 9.7.9.27.1:
+// cp.async.bulk.tensor). One thread issues a copy; the bytes move at some later time.
 #include "launch.h"
 #include "model.h"
 #include "tensor_map.h"
 
 namespace emulator {
 
-// ---- tensor maps: refused here where the driver refuses them (CUDA Driver API, cuTensorMapEncodeTiled)
+// ---- tensor maps: refused here if the driver would refuse them (CUDA Driver API, cuTensorMapEncodeTiled)
 
 CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes, const cuuint64_t* strides,
                            const cuuint32_t* box, const cuuint32_t* element_strides, CUtensorMapInterleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
@@ -32,7 +32,7 @@ static TensorMap map_at(const void* p, void* site) {
     return map;
 }
 
-// The box's rows: row(shared address, element of global memory or null beyond the tensor, bytes that are inside the tensor, bytes).
+// Calls row(shared address, element in global memory or null beyond the tensor, bytes inside the tensor, bytes) for each row of the box.
 template <class Row>
 static void each_row(const TensorMap& map, const int (&at)[4], uint32_t address, Row row) {
     const int row_bytes = map.box[0] * map.element_bytes;
@@ -48,7 +48,7 @@ static void each_row(const TensorMap& map, const int (&at)[4], uint32_t address,
             }
 }
 
-// How many of its bytes lie inside the tensor.
+// How many of a row's bytes lie inside the tensor.
 static int check_box(const TensorMap& map, const int (&at)[4], uint32_t address, bool write, void* site) {
     int all = 0;
     if (at[0] < 0) fail("thread %d: a box that begins at column %d is not emulated: @%x", current->running, at[0], site_offset(site));
@@ -58,7 +58,7 @@ static int check_box(const TensorMap& map, const int (&at)[4], uint32_t address,
     return all;
 }
 
-// A row's bytes in 16-byte chunks, each where the swizzle has it.
+// A row's bytes in 16-byte chunks, each at its swizzled position.
 template <class Chunk>
 static void each_chunk(const TensorMap& map, uint32_t address, int bytes, Chunk chunk) {
     for (int n = 0; n < bytes; n += 16) {
@@ -77,7 +77,7 @@ static int engine_barrier(uint32_t address, void* site) {
     return n;
 }
 
-// From now until the phase is over, no thread may read these bytes, and all their readers must be known to have finished.
+// From now until the phase completes, no thread may read these bytes; and all their previous readers must be known to have finished.
 static void announce(uint32_t address, int bytes, int alignment, int barrier, void* site) {
     Block& block = *current;
     uint8_t* to = block.shared.at(address, bytes, alignment, "the copy engine", site);
@@ -85,7 +85,7 @@ static void announce(uint32_t address, int bytes, int alignment, int barrier, vo
                         {.who = block.clocks.mbarrier(barrier), .when = block.mbarriers[barrier].phase + 1, .seen = block.clock(), .site = site, .write = true, .async = true});
 }
 
-// When the bytes will have come, if the launch is traced.
+// When the bytes will have arrived, if the launch is traced.
 static double time_of_load(uint32_t address, int bytes, int from_memory, const void* source, int barrier, void* site) {
     Block& block = *current;
     Timing* timing = block.timing.get();
@@ -126,7 +126,7 @@ void bulk_load(uint32_t address, const void* source, int bytes, uint32_t barrier
     }, over);
 }
 
-// ---- and back; the thread that asks waits for its groups
+// ---- from shared memory; the thread that issues a store waits for its groups
 
 void tensor_store(const void* p, const int (&at)[4], uint32_t address) {
     Block& block = *current;

@@ -1,7 +1,7 @@
-// What has happened before what: a vector clock for each thread (Lamport 1978; Mattern 1988; used here as in FastTrack, Flanagan and Freund 2009).
+// Which events happened before which: a vector clock for each thread (Lamport 1978; Mattern 1988; used here as in FastTrack, Flanagan and Freund 2009).
 //
-// Component n of a thread's clock is the last tick of n of which the thread can know: everything that n did until then came before. Threads are the
-// first components. The others are agents that work on their own once they have been told what to do: what they did is known to who has waited for it.
+// Component n of a thread's clock is the last tick of n that the thread can know of: everything that n did up to then happened before. Threads are the
+// first components. The others are asynchronous units: a thread knows what they did once it has waited for it.
 //
 //     a warpgroup's products     ticks are groups (wgmma.commit_group)
 //     a warp's bulk stores       groups (cp.async.bulk.commit_group)
@@ -48,14 +48,14 @@ struct Clocks {
     void join(uint32_t* to, const uint32_t* from) const {
         for (int n = components(), c = 0; c < n; ++c) to[c] = to[c] > from[c] ? to[c] : from[c];
     }
-    // What this thread does from here on is not part of what it has published until now.
+    // What this thread does from here on is not part of what it has published so far.
     void tick(int thread, bool fence = false) {
         const uint32_t before = of(thread)[thread]++;
         fences[thread].push_back(fence ? before : fences[thread].back());
     }
-    // Whether a write of this thread at tick `written` was followed by a fence.proxy.async of which a clock that says `seen` knows.
+    // Whether a write of this thread at tick `written` was followed by a fence.proxy.async that a clock with the value `seen` knows of.
     bool fenced(int thread, uint32_t written, uint32_t seen) const { return fences[thread][seen] >= written; }
-    // The same of what this thread's cp.async wrote: the fence must come after the wait for its group.
+    // The same for what this thread's cp.async wrote: the fence must come after the wait for its group.
     bool cp_async_fenced(int thread, uint32_t group, uint32_t seen) const {
         return group < cp_async_waits[thread].size() && fences[thread][seen] >= cp_async_waits[thread][group];
     }

@@ -20,7 +20,7 @@ void cp_async(uint32_t address, const void* source, int bytes, int first) {
     }
     block.clocks.cp_async_used = true;
     CopyGroups& copies = block.self().copies;
-    // Until this thread has waited for the group, no thread may read these bytes; and all their readers must be known to have finished.
+    // Until this thread has waited for the group, no thread may read these bytes; and all their previous readers must be known to have finished.
     block.shared.access(block.shared.offset(to), bytes,
                         {.who = block.clocks.cp_async_of(block.running), .when = copies.groups + 1, .seen = block.clock(), .site = SITE, .write = true});
     if (Timing* timing = block.timing.get()) {

@@ -9,8 +9,8 @@
 
 namespace emulator {
 
-// Shared memory delivers 32 banks of 4 bytes a cycle: lanes that want different words of one bank come one after another. Of 8 bytes, 16 lanes come
-// together, of 16 bytes 8.
+// Shared memory delivers 32 banks of 4 bytes per cycle: lanes that access different words of one bank are served one after another. Accesses of 8 bytes are
+// served 16 lanes at a time, of 16 bytes 8 lanes.
 void Counters::shared_instruction(uint32_t place, uint32_t lanes, const uint32_t (&addresses)[32], int bytes) {
     const int together = bytes <= 4 ? 32 : 128 / bytes;
     Place& at = shared[place];

@@ -31,7 +31,7 @@ enum Count {
 struct Counters {
     uint64_t total[COUNTS] = {};
     struct Place {
-        uint64_t instructions = 0, cycles = 0, least = 0;  // of a warp; cycles of shared memory, and those without any conflict
+        uint64_t instructions = 0, cycles = 0, least = 0;  // of a warp; the cycles of shared memory that they took, and would take without any conflict
     };
     std::map<uint32_t, Place> shared;     // by place in the library
     std::map<uint32_t, uint64_t> waits;   // by place
@@ -42,7 +42,7 @@ struct Counters {
     std::string report() const;
 };
 
-// Lanes make their plain accesses one by one: the n-th of each lane at one place belong to one instruction of the warp.
+// Lanes make their plain accesses one by one: the n-th accesses of all lanes at one place belong to one instruction of the warp.
 struct Gathered {
     struct Row {
         uint32_t lanes = 0, addresses[32];

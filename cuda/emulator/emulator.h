@@ -1,15 +1,15 @@
-// What the headers that stand in for CUDA's ask of the emulator's runtime. A kernel's library is compiled with these declarations and linked with the
-// runtime, which is compiled once for all kernels.
+// The emulator's runtime as the headers that replace CUDA's call it. A kernel's library is compiled with these declarations and linked with the runtime,
+// which is compiled once for all kernels.
 #pragma once
 
 #include <stdint.h>
 
-extern "C" const char* emulator_message();  // what the last failed launch of this thread has to say
+extern "C" const char* emulator_message();  // the message of this thread's last failed launch
 
 namespace emulator {
 
 constexpr int SHARED_MEMORY = 227 * 1024;   // that a block may have, on sm_90 (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")
-constexpr int FIRST_SHARED_ADDRESS = 1024;  // the system keeps 1 KB of each block's
+constexpr int FIRST_SHARED_ADDRESS = 1024;  // the system reserves 1 KB per block
 
 // ---- launching (launch.cpp)
 
@@ -20,9 +20,9 @@ struct Grid {
     Index blocks;
     int threads, dynamic_bytes;
 };
-// Runs a grid: every thread calls thread(arguments). `dynamic` is where dynamic shared memory begins; `kernel` says which library it is in.
+// Runs a grid: every thread calls thread(arguments). `dynamic` is the start of dynamic shared memory; `kernel` identifies the library.
 void run(const Grid&, uint8_t* dynamic, void* kernel, void (*thread)(void*), void* arguments, long argument_bytes);
-int last_error();  // a cudaError_t, forgotten once told
+int last_error();  // a cudaError_t, reset when it is read
 void* driver_function(const char* name);
 
 // ---- this thread (block.cpp). For one thread they never change, and the compiler may call them once.
@@ -32,7 +32,7 @@ void* driver_function(const char* name);
 [[gnu::const]] Index block_index();
 [[gnu::const]] Index grid_size();
 
-// ---- what a warp does together (warp.cpp, matrix.cpp): returns once all lanes of the mask have come
+// ---- collective instructions of a warp (warp.cpp, matrix.cpp): they return once all lanes of the mask have arrived
 
 void warp_sync(uint32_t mask);
 uint32_t shuffle(uint32_t mask, uint32_t x, int source_lane);
@@ -46,7 +46,7 @@ void mma_m16n8k16(Type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 
 float exponential_2(float x);
 float exponential(float x);
-float tangent(float x);  // the hyperbolic one, in the same unit
+float tangent(float x);  // the hyperbolic tangent, in the same unit
 
 // ---- memory by instruction (memory.cpp, copies.cpp). Shared addresses have 32 bits.
 
@@ -58,7 +58,7 @@ void reduce_add(float* p, const float* x, int count);
 void reduce_max(int* p, int x);
 int load_acquire(const int* p);
 void store_release(int* p, int x);
-void cp_async(uint32_t address, const void* source, int bytes, int first);  // the first so many bytes, then zeros
+void cp_async(uint32_t address, const void* source, int bytes, int first);  // copies this many bytes, then zeros
 void cp_async_commit();
 void cp_async_wait(int groups);
 

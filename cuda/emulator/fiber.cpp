@@ -2,7 +2,7 @@
 
 #include <stdint.h>
 
-// The registers that a function must hand back as it found them are kept on the stack that is left; all others the compiler has saved before the call.
+// Callee-saved registers are stored on the stack that is left; the compiler has saved all others before the call.
 
 #if defined(__x86_64__)  // System V ABI, AMD64, 3.2.1: rbx, rbp, r12 – r15
 

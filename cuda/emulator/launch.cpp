@@ -66,7 +66,7 @@ struct Stacks {
 
 char* stack_of(int thread) {
     static thread_local Stacks stacks;
-    if (!stacks.memory)  // pages come into being when they are first touched
+    if (!stacks.memory)  // the system allocates pages when they are first touched
         stacks.memory = static_cast<char*>(mmap(nullptr, MAX_STACKS * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     return stacks.memory + thread * STACK_BYTES;
 }
@@ -97,12 +97,12 @@ static uintptr_t find_library(void* kernel, uint8_t*& window, uint32_t& bytes) {
     return wanted.base;
 }
 
-// How many blocks a multiprocessor holds at a time, as far as shared memory and threads go. How many registers the compiler needs, the emulator does not know.
+// How many blocks a multiprocessor holds at a time, limited by shared memory and threads. The emulator does not know how many registers a kernel needs.
 static int how_many_fit(const Grid& grid, int static_bytes) {
     return std::max(1, std::min(2048 / grid.threads, (SHARED_MEMORY + FIRST_SHARED_ADDRESS) / (grid.dynamic_bytes + static_bytes + FIRST_SHARED_ADDRESS)));
 }
 
-// Traced, whoever has the least time goes on, until another block has less.
+// If traced, the block with the least time runs, until another block has less.
 static size_t least_in_time(const std::vector<Block*>& resident) {
     size_t least = 0;
     double time = INFINITY, next = INFINITY;
@@ -115,7 +115,7 @@ static size_t least_in_time(const std::vector<Block*>& resident) {
     return least;
 }
 
-// Some blocks are resident at a time, as on a multiprocessor. Only one runs, and has the window; the others' shared memory is kept aside.
+// Several blocks are resident at a time, as on a multiprocessor. Only one runs, with its shared memory in the window; that of the others is saved elsewhere.
 static void run_blocks(const Grid& grid, uint8_t* dynamic, void* kernel) {
     uint8_t* window;
     uint32_t bytes;
@@ -132,7 +132,7 @@ static void run_blocks(const Grid& grid, uint8_t* dynamic, void* kernel) {
     Block* owner = nullptr;  // of the window
     if (trace) trace->begin = trace->end, ++trace->launch;
     for (auto& slot : slots) slot->free_from = trace ? trace->begin : 0;
-    int in_vain = 0;         // blocks in a row that could do nothing but wait for others
+    int in_vain = 0;         // consecutive blocks that could only wait for others
     while (true) {
         while (resident.size() < static_cast<size_t>(resident_blocks) && begun < count) {
             auto is_free = [&](auto& slot) { return std::find(resident.begin(), resident.end(), slot.get()) == resident.end(); };
@@ -195,7 +195,7 @@ extern "C" void emulator_begin(uint64_t seed, int resident) {
     session.failed = false, session.message.clear(), session.memories.clear();
 }
 
-// Memory that kernels may read and, if writable, write; if it has not been written, they must write before they read.
+// Memory that kernels may read and, if `writable`, write. If it has not been written yet, they must write it before they read it.
 extern "C" void emulator_memory(uintptr_t first, int64_t bytes, int writable, int written, const char* name) {
     emulator::Memory memory{first, first + bytes, writable != 0, name, {}};
     if (!written) memory.written.assign(bytes, false);

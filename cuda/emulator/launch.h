@@ -1,4 +1,4 @@
-// A launch, and what Python tells the emulator before it and asks after it. One for each thread of the machine.
+// A launch: its settings, which Python makes before it, and its results, which Python reads after it. One for each thread of the machine.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,5 @@
-// mbarrier (PTX ISA 9.7.13.15): a phase is over once all arrivals and all announced bytes have come. Who waits for it sees what those who arrived had done.
+// mbarrier (PTX ISA 9.7.13.15): a phase completes once all arrivals and all announced bytes have come. What arriving threads did before is then visible to
+// threads that wait for it.
 #include "block.h"
 #include "model.h"
 
@@ -79,7 +80,7 @@ void mbarrier_wait(uint32_t address, int parity) {
     count_wait(SITE);
     block.maybe_let_others_run();
     if (block.timing) block.timing->meet(SITE);
-    while (static_cast<int>(block.mbarriers[n].phase & 1) == parity) {  // the phase that is running, not the one before
+    while (static_cast<int>(block.mbarriers[n].phase & 1) == parity) {  // the current phase, not the one before
         block.mbarriers[n].waiting.push_back(me);
         block.wait(Wait::mbarrier, "mbarrier.try_wait", SITE, n, block.mbarriers[n].phase);
     }

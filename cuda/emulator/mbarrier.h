@@ -1,4 +1,4 @@
-// mbarrier objects (PTX ISA 9.7.13.15), as a block keeps account of them.
+// mbarrier objects (PTX ISA 9.7.13.15), as a block tracks them.
 #pragma once
 
 #include <stdint.h>
@@ -11,13 +11,13 @@ struct MBarrier {
     uint32_t offset;               // in shared memory
     int arrivals;                  // of a phase
     int missing;                   // arrivals in this one
-    int64_t bytes;                 // announced and not yet come; may be below 0 for a while
+    int64_t bytes;                 // bytes announced and not yet arrived; may be negative for a while
     uint32_t phase;                // 0 at first
     int initialised_by;            // thread
     uint32_t initialised_at;       // its tick
     bool visible_to_engine;        // fence.mbarrier_init
-    std::vector<uint32_t> coming;  // what those who have arrived in this phase know together
-    std::vector<uint32_t> over;    // and those of the phases before
+    std::vector<uint32_t> coming;  // union of the clocks of all threads that have arrived in this phase
+    std::vector<uint32_t> over;    // and in the phases before
     std::vector<int> waiting;
 };
 

@@ -1,5 +1,5 @@
-// Every plain access to memory. Kernels are compiled with -fsanitize=thread, so that the compiler puts a call before each one; the functions called are
-// these, instead of ThreadSanitizer's own (https://github.com/llvm/llvm-project/blob/main/compiler-rt/lib/tsan/rtl/tsan_interface.h).
+// Every plain access to memory. Kernels are compiled with -fsanitize=thread, so that the compiler inserts a call before each one. These are the functions
+// called, instead of ThreadSanitizer's own (https://github.com/llvm/llvm-project/blob/main/compiler-rt/lib/tsan/rtl/tsan_interface.h).
 #include "launch.h"
 #include "model.h"
 
@@ -44,7 +44,7 @@ inline void access(const void* p, unsigned bytes, bool write, void* site, bool a
         block->shared.access(block->shared.offset(p), bytes, {.who = t.id, .when = seen[t.id], .seen = seen, .site = site, .write = write});
     } else {
         const Memory& memory = access_global(*block, at, bytes, write, site);
-        if (&memory == &session.memories.back()) return;  // the launch's arguments, which a GPU has in its constant cache
+        if (&memory == &session.memories.back()) return;  // the launch's arguments, which a GPU keeps in constant memory
         count(write ? GLOBAL_WRITTEN : GLOBAL_READ, bytes);
         if (block->timing) block->timing->global(p, bytes, write, site);
     }
@@ -52,7 +52,7 @@ inline void access(const void* p, unsigned bytes, bool write, void* site, bool a
 
 void check_global(const void* p, unsigned bytes, bool write, void* site) { access_global(*current, reinterpret_cast<uintptr_t>(p), bytes, write, site); }
 
-// A local array whose address a product was given.
+// A local array whose address has been passed to a product.
 static void access_registers(Block& block, uintptr_t at, unsigned bytes, bool write, void* site) {
     Thread& t = block.self();
     t.touched.touch(at - reinterpret_cast<uintptr_t>(t.stack), bytes);
@@ -108,7 +108,7 @@ int load_acquire(const int* p) {
     access(p, 4, false, SITE);
     Thread& t = block.self();
     const int x = *p;
-    // The same again: it waits until the value changes.
+    // A thread that reads the same value again is spinning: it waits until the value changes.
     if (t.memory == p && t.value == x) block.wait(Wait::memory, "ld.acquire", SITE, 0, x, p);
     else block.maybe_let_others_run();
     t.memory = p, t.value = *p;
@@ -119,7 +119,7 @@ void store_release(int* p, int x) {
     access(p, 4, true, SITE);
     if (Timing* timing = current->timing.get()) {
         timing->meet(SITE);
-        timing->trace.released[p] = timing->now() + model::SIGNAL, timing->limit = timing->now();  // others may have waited
+        timing->trace.released[p] = timing->now() + model::SIGNAL, timing->limit = timing->now();  // others may be waiting for this value
         timing->arrive({SIGNALLED}, SITE);
     }
     *p = x;
@@ -149,7 +149,7 @@ extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_vptr_update(void**, void*) {}
 extern "C" void __tsan_vptr_read(void**) {}
-// Of the guard of a static variable in the launcher, which is 64 bits wide on aarch64.
+// For the guard of a static variable in the launcher, which is 64 bits wide on aarch64.
 extern "C" uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 extern "C" uint64_t __tsan_atomic64_load(const volatile uint64_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 extern "C" void* __tsan_memcpy(void* to, const void* from, unsigned long bytes) {
@@ -160,7 +160,7 @@ extern "C" void* __tsan_memset(void* to, int x, unsigned long bytes) {
     emulator::access(to, bytes, true, SITE, false);
     return memset(to, x, bytes);
 }
-// Until version 14 clang calls the C library's; the linker gives these instead (--wrap).
+// Up to version 14, clang calls the C library's functions; the linker substitutes these (--wrap).
 extern "C" void* __wrap_memcpy(void* to, const void* from, unsigned long bytes) {
     emulator::access(from, bytes, false, SITE, false), emulator::access(to, bytes, true, SITE, false);
     return memcpy(to, from, bytes);

@@ -54,7 +54,7 @@ inline void st_shared(uint32_t smem, uint32_t x) { emulator::store_shared(smem, 
 
 // ---- matrix fragments and tensor cores (9.7.14.5.15: ldmatrix, 9.7.14.5.8: mma.m16n8k16)
 
-// The emulator gets copies, here and below, so that for the compiler the caller's arrays stay its own, as registers are.
+// The emulator gets copies, here and below, so that the addresses of the caller's arrays do not escape and the compiler treats them like registers.
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
     uint32_t x[4];
     emulator::ldmatrix_x4(x, smem, false);

@@ -54,7 +54,7 @@ inline void setmaxnreg_inc() {
 inline void bar_sync(int id, int threads) { emulator::barrier_sync(id, threads); }
 inline void bar_arrive(int id, int threads) { emulator::barrier_arrive(id, threads); }
 
-// ---- wgmma (9.7.15). The addresses of d and a go to the emulator, which sees from then on who touches these registers while the product is under way.
+// ---- wgmma (9.7.15). The emulator gets the addresses of d and a, and reports whoever touches these registers while the product is in flight.
 
 inline void wgmma_fence() { emulator::wgmma_fence(); }
 inline void wgmma_commit_group() { emulator::wgmma_commit(); }

@@ -1,4 +1,4 @@
-// The runtime as one file for the compiler, which is quicker than one after another.
+// The whole runtime as one translation unit, which compiles faster than its files one by one.
 #include "barrier.cpp"
 #include "block.cpp"
 #include "bulk.cpp"

@@ -6,7 +6,7 @@ namespace emulator {
 
 void Shared::begin(uint8_t* at, uint32_t all, uint32_t dynamic_from, uint32_t dynamic_bytes, uint32_t limit) {
     window = at, bytes = all, dynamic_at = dynamic_from, dynamic_end = dynamic_from + dynamic_bytes, dynamic_limit = limit;
-    // What no thread has written is NaN in every type.
+    // Memory that no thread has written reads as NaN in every type.
     memset(window, 0xff, dynamic_end), memset(window + dynamic_limit, 0xff, bytes - dynamic_limit);
     granules.assign((bytes + 3) / 4, Granule{0, {0, 0}, 0, {0, 0}, NOBODY, {NOBODY, NOBODY}, 0, {0, 0}, 0, false});
 }
@@ -38,7 +38,7 @@ void Shared::access(uint32_t offset, int count, const Access& by) {
 }
 
 void Shared::access(Granule& g, uint32_t mask, uint32_t offset, const Access& by) {
-    // The same thread once more, with no other in between.
+    // The same thread reads again, with no other access in between.
     if (!by.write && g.reader[0] == by.who && g.read_tick[0] == by.when && (g.read_bytes[0] & mask) == mask) return;
     if (g.reserved) fail("%s accesses an mbarrier, at shared byte %u, as if it were data: @%x", who_is(by.who, by.when).c_str(), offset, site_offset(by.site));
     if (g.writer != NOBODY && g.write_bytes & mask && by.seen[g.writer] < g.write_tick) report(g, -1, offset, by);
@@ -46,11 +46,11 @@ void Shared::access(Granule& g, uint32_t mask, uint32_t offset, const Access& by
         for (int n = 0; n < 2; ++n) {
             if (g.reader[n] == NOBODY || !(g.read_bytes[n] & mask)) continue;
             if (by.seen[g.reader[n]] < g.read_tick[n]) report(g, n, offset, by);
-            // A load waits for its value where that is used, and an arrival at a barrier does not wait for loads.
+            // A thread waits for a load only where it uses the value: an arrival at a barrier does not wait for loads.
             if (!by.async || g.reader[n] >= current->clocks.threads) continue;
             for (const auto& [first, last] : current->threads[g.reader[n]].early)
                 if (first <= g.read_tick[n] && g.read_tick[n] <= last && by.seen[g.reader[n]] == last)
-                    fail("%s writes shared byte %u, at @%x, which thread %d reads at @%x: it has told so, but done nothing before that waits for what it reads", who_is(by.who, by.when).c_str(),
+                    fail("%s writes shared byte %u, at @%x, which thread %d reads at @%x: it has arrived since, but did nothing before that waits for the values", who_is(by.who, by.when).c_str(),
                          offset, site_offset(by.site), g.reader[n], g.read_site[n]);
         }
         g.writer = by.who, g.write_tick = by.when, g.write_site = site_offset(by.site), g.write_bytes = mask, g.written |= mask;
@@ -67,7 +67,7 @@ void Shared::access(Granule& g, uint32_t mask, uint32_t offset, const Access& by
         fail("%s reads shared byte %u, at @%x, which cp.async of thread %d wrote at @%x with no fence.proxy.async between its wait and this: the engine may not see it",
              who_is(by.who, by.when).c_str(), offset, site_offset(by.site), thread, g.write_site);
     if (!by.async && g.writer != NOBODY && block.clocks.is_mbarrier(g.writer) && !block.threads[by.who].loads) block.threads[by.who].loads = by.when;
-    // Two readers are remembered: one whose read this one follows makes place for it, else one that is drawn.
+    // Only two readers are remembered. This one replaces a reader whose read is ordered before it, otherwise one chosen at random.
     int n = 0;
     if (g.reader[0] != NOBODY && g.reader[0] != by.who && by.seen[g.reader[0]] < g.read_tick[0]) {
         n = 1;

@@ -1,5 +1,5 @@
 // Shared memory, and for every 4 bytes of it who wrote them last and who has read them since. Two accesses to the same bytes, of which one writes, must
-// be ordered by a barrier, a wait or a fence (clock.h); if not, the order in which they happen here is luck.
+// be ordered by a barrier, a wait or a fence (clock.h); if not, their order here is accidental.
 #pragma once
 
 #include <stdint.h>
@@ -11,7 +11,7 @@
 
 namespace emulator {
 
-// One access: by component `who` at its tick `when`; `seen` is the clock of the thread that makes it or asks for it.
+// One access, by component `who` at its tick `when`; `seen` is the clock of the thread that makes or issues it.
 struct Access {
     int who;
     uint32_t when;
@@ -19,11 +19,11 @@ struct Access {
     void* site;
     bool write;
     bool async = false;     // by wgmma or the copy engine, which see what threads wrote only after a fence.proxy.async
-    bool may_be_garbage = false;  // bytes that were never written are no error, but NaN
+    bool may_be_garbage = false;  // reading bytes that were never written is no error: they are NaN
 };
 
 struct Shared {
-    // The block gets the window; and while another has it, keeps its memory aside.
+    // Copies the block's memory into the window; and out of it again, while another block runs.
     void begin(uint8_t* window, uint32_t bytes, uint32_t dynamic_at, uint32_t dynamic_bytes, uint32_t dynamic_end);
     void keep();
     void restore() const;

@@ -1,4 +1,4 @@
-// A tensor map, as the emulator keeps it in the 128 bytes of a CUtensorMap.
+// A tensor map, as the emulator stores it in the 128 bytes of a CUtensorMap.
 #pragma once
 
 #include <stdint.h>
@@ -21,7 +21,7 @@ struct TensorMap {
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 constexpr uint64_t TENSOR_MAP = 0x70616d726f736e65;
 
-// Where in shared memory the byte that belongs at this address lies under a 128-byte swizzle: 16-byte chunks change places within each 128 bytes.
+// The address in shared memory of a byte under a 128-byte swizzle, which permutes the 16-byte chunks within each 128 bytes.
 constexpr uint32_t swizzled_128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 CUresult encode_tensor_map(CUtensorMap*, CUtensorMapDataType, cuuint32_t rank, void* address, const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,

@@ -22,7 +22,7 @@ double Timing::end() const {
 
 // ---- segments
 
-// A warp's events do not overlap: of lanes that do different things at a time, the first to be known is shown.
+// A warp's events do not overlap: if lanes do different things at the same time, the first to be recorded is shown.
 void Timing::warp_event(int warp, const char* kind, double from, double to, double amount, const About& about, void* site) {
     WarpTime& of = warps[warp];
     if (of.event >= 0) {
@@ -35,7 +35,7 @@ void Timing::warp_event(int warp, const char* kind, double from, double to, doub
         }
     }
     if (from >= to) return;
-    trace.last[WARP] = -1;  // others' events are not continued
+    trace.last[WARP] = -1;  // events of other kinds are not extended
     of.event = trace.events.size();
     trace.add({WARP, number(), warp, kind, about, amount, from, to, site_offset(site), {0, 0}});
 }
@@ -61,7 +61,7 @@ void Timing::close(int thread, void* site) {
             end = std::max(end, start + exponentials);
         }
         const double issued = issue ? trace.take(ISSUE_OF + part, begin, issue) + issue : begin;
-        if (issue > 64) end = std::max(end, issued);  // a few instructions find their place between those of others
+        if (issue > 64) end = std::max(end, issued);  // a few instructions fit between those of other warps
         warp.done[warp.next] = {segment, begin, end, bit}, warp.next = (warp.next + 1) % 4;
         warp_event(thread / 32, segment.exponentials ? "exponentials" : "arithmetic", begin, end, 32.0 * segment.exponentials, {}, site);
     }
@@ -79,7 +79,7 @@ double Timing::meet(int first, int count, uint32_t mask, void* site) {
     double latest = 0;
     for (int t = first; t < first + count; ++t)
         if (mask >> t % 32 & 1) close(t, site), latest = std::max(latest, lanes[t].now);
-    for (int w = first / 32; count > 32 && w < (first + count) / 32; ++w)  // warps that wait for others of their warpgroup
+    for (int w = first / 32; count > 32 && w < (first + count) / 32; ++w)  // warps that wait for the rest of their warpgroup
         warp_event(w, "wait", lanes[32 * w].now, latest, 0, {WARPGROUP, first / 128}, site);
     for (int t = first; t < first + count; ++t)
         if (mask >> t % 32 & 1) lanes[t].now = latest;
@@ -116,7 +116,7 @@ void Timing::global(const void* p, int bytes, bool write, void* site) {
     else mine.loads = std::max(mine.loads, copy(COPIES_IN, mine.now + model::L2_LATENCY, p, bytes, {}, site)), mine.loaded = memory_of(p);
 }
 
-// Bytes between global memory and the multiprocessor: when they are over.
+// Transfers bytes between global memory and the multiprocessor; returns when they are done.
 double Timing::copy(int actor, double from, const void* global, int bytes, const About& about, void* site) {
     const double cycles = bytes / model::L2_BYTES, start = trace.take(actor, from, cycles);
     trace.add({actor, number(), block.running / 32, actor == COPIES_IN ? "copy" : "store", about, double(bytes), start, start + cycles, site_offset(site), {memory_of(global), 0}});
@@ -125,7 +125,7 @@ double Timing::copy(int actor, double from, const void* global, int bytes, const
 
 void Timing::tile(uint32_t offset, int bytes, const void* source) { std::fill_n(tiles.begin() + offset / 16, (bytes + 15) / 16, memory_of(source)); }
 
-// ldmatrix and stmatrix: lanes whose rows lie in the same banks come one after another.
+// ldmatrix and stmatrix: lanes whose rows lie in the same banks are served one after another.
 void Timing::rows(int warp, const uint32_t (&addresses)[32], bool write, double at, void* site) {
     Counters counter;
     counter.shared_instruction(0, 0xffffffff, addresses, 16);
@@ -162,7 +162,7 @@ void Timing::product(int warpgroup, int n, int tile_a, int tile_b, double at, vo
     group.queue.pop_front();
 }
 
-// ---- waits and what ends them
+// ---- waits, and the events that end them
 
 void Timing::wait(int thread, double until, const About& about, void* site) {
     Lane& waits = lanes[thread];

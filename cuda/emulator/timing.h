@@ -1,6 +1,6 @@
-// The model's clock: when each thread of a block does what, if the launch is traced. A thread has a time of its own. What it does between two places where it
-// meets others is a segment, whose cost is the sum of the instructions seen in it; where it waits, it goes on when what it waited for is over. The block runs the
-// thread whose time is least, so that requests come to the engines in the order of their times, whatever the seed.
+// The model's clock: when each thread of a block does what, if the launch is traced. Each thread has its own time. What it does between two points where it
+// meets other threads is a segment, whose cost is the sum of the instructions seen in it; after a wait, it resumes when what it waited for is done. The
+// block runs the thread whose time is least, so that requests reach the engines in the order of their times, whatever the seed.
 #pragma once
 
 #include <stdint.h>
@@ -16,7 +16,7 @@ struct Block;
 
 struct Segment {
     int exponentials = 0;
-    double issue = 0, own = 0;  // cycles: of the sub-partition, which other warps cannot have, and further ones
+    double issue = 0, own = 0;  // cycles: of the sub-partition, which no other warp can use meanwhile; and further ones, of this warp alone
     bool operator==(const Segment&) const = default;
 };
 
@@ -33,7 +33,7 @@ struct Timing {
             Segment segment;
             double begin = 0, end = 0;
             uint32_t lanes = ~0u;
-        } done[4];  // the last segments: lanes that do the same at about the same time do it together
+        } done[4];  // the last segments: lanes that do the same at about the same time are taken to do it together
         int next = 0, event = -1, arrival = -1, operand = 0;
         std::vector<double> copies;  // when the cp.async of each group of its lanes are over
         std::vector<double> stores;  // when each group of its bulk stores has read shared memory
@@ -49,8 +49,8 @@ struct Timing {
 
     Block& block;
     Trace& trace;
-    double limit = 0;    // when another resident block has something to do
-    double horizon = 0;  // not after the time of any thread of another warp than the one that ran last
+    double limit = 0;    // when another resident block can run
+    double horizon = 0;  // at most the time of any thread outside the warp that ran last
     std::vector<Lane> lanes;
     std::vector<WarpTime> warps;
     std::vector<Group> groups;
@@ -69,10 +69,10 @@ struct Timing {
     void spend(double issue, double own = 0) { lane().segment.issue += issue, lane().segment.own += own; }
     void shared(uint32_t offset, int bytes, bool write);
     void global(const void*, int bytes, bool write, void* site);
-    // Its segment ends here, and it goes on when no other thread has an earlier time.
+    // Its segment ends here, and it resumes when no other thread has an earlier time.
     void meet(void* site);
 
-    // ---- all threads of a warp or warpgroup, the last of which calls: their segments end here, and they have the same time
+    // ---- called by the last thread of a warp or warpgroup to arrive: the segments of all end here, and they get the same time
     double meet(int first, int count, uint32_t mask, void* site);
     double go_on(int first, int count, double at);  // at this time at the earliest
 
@@ -97,7 +97,7 @@ private:
     friend void end_of_thread(Block&);
 };
 
-// Of groups that are over one after another, the n-th: as the ones before, unless more is added.
+// The n-th of groups that complete in order: by default as the ones before, unless something is added to it.
 inline double& of_group(std::vector<double>& over, uint32_t n) {
     if (over.size() <= n) over.resize(n + 1, over.empty() ? 0 : over.back());
     return over[n];

@@ -1,5 +1,5 @@
-// A trace: who did what from when to when, in the model's cycles. One multiprocessor works off the whole grid; the engines that its blocks share take what they
-// are asked for in order.
+// A trace: who did what from when to when, in the model's cycles. One multiprocessor runs the whole grid; the engines that its blocks share serve requests
+// in order.
 #pragma once
 
 #include <stdint.h>
@@ -42,13 +42,13 @@ struct Trace {
     std::map<const int*, double> released;  // when a number in global memory was stored for others
 
     Trace() { std::fill(last, last + ACTORS, -1); }
-    // The engine's next cycles not before `from`: when they begin.
+    // Reserves the engine's next free cycles from `from` on; returns when they begin.
     double take(int actor, double from, double cycles) {
         const double start = std::max(free[actor], from);
         free[actor] = start + cycles;
         return start;
     }
-    // An engine's event; the continuation of its last one becomes part of it.
+    // Adds an engine's event; if it continues the last one, that is extended instead.
     void add(Event);
 };
 

@@ -1,5 +1,4 @@
-// What has been asked for and takes effect later: copies and products. Each at a time that is drawn, between the instruction that asks for it and the one that
-// waits for it.
+// Copies and products in flight. Each takes effect at a random time between the instruction that issues it and the one that waits for it.
 #pragma once
 
 #include <stdint.h>
@@ -11,7 +10,7 @@
 
 namespace emulator {
 
-// The copy engine's: in any order.
+// The copy engine's operations take effect in any order.
 struct UnderWay {
     struct Effect {
         std::function<void()> take;
@@ -20,7 +19,7 @@ struct UnderWay {
     std::vector<Effect> effects;
     bool empty() const { return effects.empty(); }
     void add(std::function<void()> take, double at) { effects.push_back({std::move(take), at}); }
-    // One of them, whichever is drawn, takes effect.
+    // One of them, chosen at random, takes effect.
     void one(uint32_t drawn) {
         const size_t n = drawn % effects.size();
         auto take = std::move(effects[n].take);
@@ -32,7 +31,7 @@ struct UnderWay {
     }
 };
 
-// A thread's cp.async: groups in order, the last of them open.
+// A thread's cp.async: groups in order; the last one is not committed yet.
 struct CopyGroups {
     struct Copy {
         uint8_t* to;
@@ -50,7 +49,7 @@ struct CopyGroups {
     }
 };
 
-// The bulk stores of a warp, of which one lane asks for them and waits.
+// The bulk stores of a warp, issued and waited for by one of its lanes.
 struct BulkGroups {
     struct Store {
         uint32_t group;
@@ -60,14 +59,14 @@ struct BulkGroups {
     uint32_t committed = 0;
 };
 
-// Registers of a thread that a product under way reads or writes.
+// Registers of a thread that a product in flight reads or writes.
 struct BusyRegisters {
     uintptr_t first, last;
     bool written;
     uint32_t group;
 };
 
-// When a thread last touched each 4 bytes of its stack, counted in its wgmma.fences: what it has touched since the last one, no product may use.
+// When a thread last touched each 4 bytes of its stack, counted in its wgmma.fences. A product may not use what the thread has touched since the last one.
 struct Touched {
     uint8_t fences = 0;          // 0: none yet
     std::vector<uint8_t> when;   // by place in the stack
@@ -93,7 +92,7 @@ struct Warpgroup {
     };
     std::deque<Product> waiting;  // for their time
     uint32_t groups = 0;          // committed so far
-    // Where its threads meet: how many have come, and to what.
+    // Where its threads meet: how many have arrived, and for which instruction.
     int there = 0;
     const char* what = nullptr;
     void* site = nullptr;

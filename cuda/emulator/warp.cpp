@@ -38,7 +38,7 @@ void meet(uint32_t mask, const char* what, void* site, void* arguments, void (*e
         }
 }
 
-// ---- __syncwarp (PTX ISA 9.7.13.2: bar.warp.sync): the only one that orders memory
+// ---- __syncwarp (PTX ISA 9.7.13.2: bar.warp.sync): the only one of these that orders memory accesses
 
 void warp_sync(uint32_t mask) {
     meet(mask, "__syncwarp", SITE, nullptr, [](Block& block, Warp& warp, uint32_t mask) {

@@ -1,5 +1,5 @@
-// What the lanes of a warp do together (PTX ISA 9.7.13.2 – 9.7.13.6, 9.7.9.6, 9.7.14.5). Each lane leaves its arguments on its stack and waits; the last to
-// come executes the instruction for all.
+// Collective instructions of a warp (PTX ISA 9.7.13.2 – 9.7.13.6, 9.7.9.6, 9.7.14.5). Each lane leaves its arguments on its stack and waits; the last lane
+// to arrive executes the instruction for all.
 #pragma once
 
 #include <stdint.h>
@@ -25,7 +25,7 @@ struct Warp {
     } at[32];
 };
 
-// The calling lane meets those of the mask. `execute` gets every lane's arguments, once, when all are there.
+// The calling lane waits for all lanes of the mask. `execute` is called once, with every lane's arguments.
 void meet(uint32_t mask, const char* what, void* site, void* arguments, void (*execute)(Block&, Warp&, uint32_t mask));
 
 // Lane `lane`'s arguments.

@@ -29,7 +29,7 @@ static void meet_group(const char* what, void* site, void* arguments, void (*exe
 
 struct Operand {
     uint32_t start, leading, stride;
-    bool transposed;  // the sum's index runs along the rows
+    bool transposed;  // the summation index runs along the rows
 
     Operand(uint64_t descriptor, bool transposed, void* site)
         : start((descriptor & 0x3fff) << 4), leading((descriptor >> 16 & 0x3fff) << 4), stride((descriptor >> 32 & 0x3fff) << 4), transposed(transposed) {
@@ -98,7 +98,7 @@ struct Product {
     }
 };
 
-// What it will read in shared memory must be known to be there, and must stay until its group has been waited for.
+// The shared memory that it will read must be known to be written, and must not change until its group has been waited for.
 static void announce(Block& block, int group, const Operand& operand, int lines, int seen_by, void* site) {
     const Access by{.who = block.clocks.products_of(group), .when = block.warpgroups[group].groups + 1, .seen = block.clocks.of(seen_by), .site = site, .write = false, .async = true,
                     .may_be_garbage = true};
@@ -140,10 +140,10 @@ void wgmma(const Wgmma& mine) {
             const auto tile_of = [&](const Operand& operand) { return timing->tile_at(block.shared.offset(block.shared.pointer(operand.start))); };
             timing->product(first / 128, w.n, w.a ? 0 : tile_of(Operand(w.a_descriptor, w.a_transposed, site)), tile_of(b), timing->now(), site);
         }
-        const int seen_by = first + block.random.below(128);  // one of those who must all know that the operands are there
+        const int seen_by = first + block.random.below(128);  // one of the threads that must all know that the operands are written
         announce(block, first / 128, Operand(w.b_descriptor, w.b_transposed, site), w.n, seen_by, site);
         if (!w.a) announce(block, first / 128, Operand(w.a_descriptor, w.a_transposed, site), 64, seen_by, site);
-        // They take effect one after another: now if all before have, and it is so drawn.
+        // Products take effect in order: this one now, if all earlier ones have and the random choice says so.
         if (group.waiting.empty() && block.random.below(2)) product->execute(block);
         else group.waiting.push_back({group.groups + 1, [product, &block] { product->execute(block); }});
     });

@@ -33,7 +33,7 @@ _warned: set[str] = set()
 
 
 def as_chosen(asked_for: str | None, name: str) -> str:
-    """The name by which an op knows the backend to call, and whether another may replace it."""
+    """The name that an op is given: which backend to call, and whether another may replace it."""
     return name if name == asked_for or name not in cuda.RUNGS else f"{asked_for or ''}/{name}"
 
 
@@ -72,7 +72,7 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
         if name not in (None, "reference"):
             raise ValueError(f"block_size sets the reference's tiles and backend {name!r} has its own, got block_size {block_size}")
         return "reference"
-    reasons: dict[str, list[str]] = {}  # and whose they are
+    reasons: dict[str, list[str]] = {}  # reason → names of the backends that gave it
     unbuilt = False
     names = DEFAULT if name is None else GROUPS.get(name, (name,))
     for each in names:
@@ -93,8 +93,8 @@ def choose(name: str | None, call: Call, which: int = cuda.FORWARD) -> str:
 
 def resolve(which: int, call: Call):
     """The backend of a call whose settings name it. A compiled graph leaves the choice to the op: an empty name means the fastest, "cuda"
-    the fastest kernel, and a rung's own name is refused here if it cannot serve the call. A choice made before (`as_chosen`) is made
-    again only where kernels could not be built, and for a backward that another rung computes faster.
+    the fastest kernel, and a rung's own name is refused here if it cannot serve the call. An earlier choice (`as_chosen`) is revised
+    only where kernels could not be built, and for a backward that another rung computes faster.
 
     Raises: as `choose`.
     """
@@ -106,7 +106,7 @@ def resolve(which: int, call: Call):
 
 
 def plan(which: int, call: Call) -> Callable:
-    """What computes the call's forward or backward."""
+    """The plan of the call's forward or backward."""
     try:
         return resolve(which, call).plan(which, call)
     except build.BuildError:  # the failure is now recorded: `choose` skips the rung, and a rung requested by name raises again

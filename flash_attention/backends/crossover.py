@@ -10,7 +10,7 @@ from flash_attention.call import Call
 # (max head size, (rows, cost) of each tile). PACKED_START and HEAD_START: prologue and epilogue of a tile, in keys.
 PACKED_TILES = ((128, ((16, 0.5), (32, 0.8))), (256, ((16, 0.72),)))
 PACKED_START, HEAD_START = 400, 200
-MOST_QUERIES = 256  # more have not been timed
+MOST_QUERIES = 256  # larger groups have not been timed
 
 
 def _multiprocessors(call: Call) -> int:

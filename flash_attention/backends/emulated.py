@@ -1,7 +1,7 @@
 """The CUDA kernels on a CPU: each rung of `cuda/`, compiled by the machine's C++ compiler and run by the emulator in `cuda/emulator/`.
 
-For learning, for checking, and for work on kernels without a GPU: thousands of times slower than one, and so taken by name only,
-as in `flash_attention(q, k, v, backend="emulated:hopper")`. What a GPU may forgive raises an EmulatorError here.
+For learning, for checking, and for work on kernels without a GPU. It is thousands of times slower than a GPU and so used only by name,
+as in `flash_attention(q, k, v, backend="emulated:hopper")`. Mistakes that a GPU may not notice raise an EmulatorError here.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from flash_attention.backends.launch import INTERVAL, KEYS, MASK, SETTINGS, STRI
 from flash_attention.build import Specialisation, emulated
 from flash_attention.call import Call, Form
 
-SM_COUNT = 2  # multiprocessors of the emulated device: few, so that a block that stays on one gets several works
+SM_COUNT = 2  # multiprocessors of the emulated device: few, so that a persistent block gets several work items
 
 
 class EmulatorError(RuntimeError):
@@ -35,8 +35,8 @@ class EmulatorError(RuntimeError):
 class Options:
     """How this process emulates kernels: `flash_attention.backends.emulated.options.seed = 3`."""
 
-    seed: int = int(os.environ.get("FLASH_ATTENTION_EMULATOR_SEED", "0"))  # draws the order of threads, copies and products
-    resident: int = 2  # blocks that run at a time, by turns; 1 to 8
+    seed: int = int(os.environ.get("FLASH_ATTENTION_EMULATOR_SEED", "0"))  # for the random order of threads, copies and products
+    resident: int = 2  # blocks that are resident at a time and take turns; 1 to 8
     sources: Path | None = None  # a folder that replaces this package's cuda/
     counts: list["Counts"] | None = None  # collects each launch's counts, if set (`counting`)
     traces: list[Trace] | None = None  # and its trace (`tracing`)
@@ -46,10 +46,10 @@ options = Options()
 
 
 class Place(NamedTuple):
-    """Accesses to shared memory at one place of a kernel, of whole warps."""
+    """Accesses to shared memory at one place of a kernel, counted as instructions of whole warps."""
 
     instructions: int
-    cycles: int  # that shared memory takes for them
+    cycles: int  # of shared memory that they take
     least: int  # without any bank conflict
 
 
@@ -72,7 +72,7 @@ class Counts:
                 counts.total[name] = numbers[0]
             elif kind == "waits":
                 counts.waits[name] = counts.waits.get(name, 0) + numbers[0]
-            else:  # a loop that the compiler has unrolled is several places of one line
+            else:  # an unrolled loop is several places on one line
                 before = counts.shared.get(name, (0, 0, 0))
                 counts.shared[name] = Place(*(a + b for a, b in zip(before, numbers, strict=True)))
         return counts
@@ -112,7 +112,7 @@ def tracing() -> Iterator[list[Trace]]:
 
 
 class Memory(NamedTuple):
-    """Memory that a launch may access. Unless `written`, it must be written before it is read. Where two overlap, the first counts."""
+    """Memory that a launch may access. Unless `written`, it must be written before it is read. If two overlap, the first one counts."""
 
     name: str
     address: int
@@ -122,7 +122,7 @@ class Memory(NamedTuple):
 
 
 class EmulatedLaunch(Launch):
-    """A launch that tells the emulator which memory is the call's."""
+    """A launch that tells the emulator which memory belongs to the call."""
 
     mask_form: str | None = None
     key_bytes: int = 0  # of an element of k and v
@@ -209,7 +209,7 @@ def extent(shape, strides) -> int:
 
 
 def run(library: ctypes.CDLL, function, params: bytes, memories: list[Memory], *, poison: bool = True) -> None:
-    """Calls a launcher of the library, which may touch these memories; with `poison`, what is not written yet is NaN until it is.
+    """Calls a launcher of the library, whose kernels may access these memories; with `poison`, unwritten memory is filled with NaN.
 
     Raises:
         EmulatorError: what the emulator found; places in the kernel are given as file:line.

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from flash_attention.build import emulated
 
-WORK = ("exponentials", "arithmetic", "load", "store", "product")  # of a warp: not issue, which is being held up, nor wait
+WORK = ("exponentials", "arithmetic", "load", "store", "product")  # activities of a warp; issue (being held up) and wait are not
 
-# What a wgmma of these two tensors makes: A (rows), B (columns). A that threads have made, in registers or shared memory, has no name.
+# What a wgmma of these two tensors computes: A (rows), B (columns). An A that threads have computed has no name.
 FORWARD = {("q", "k"): "S", ("", "k"): "S", ("", "v"): "O"}
 BACKWARD = {("k", "q"): "S", ("v", "d_o"): "dP", ("", "d_o"): "dV", ("", "q"): "dK", ("", "k"): "dQ"}
 
@@ -21,11 +21,11 @@ BACKWARD = {("k", "q"): "S", ("v", "d_o"): "dP", ("", "d_o"): "dV", ("", "q"): "
 class Event(NamedTuple):
     launch: int  # 1, 2 … of the call
     actor: str  # "warp", or an engine that all blocks of the multiprocessor share
-    block: int  # in the grid; of an engine: whose request
+    block: int  # in the grid; for an engine, the block whose request it serves
     warp: int
     kind: str  # exponentials, arithmetic, load, store, product, issue, wait, arrive; copy
-    tensors: tuple[str, str]  # of a copy: what; of a product: A and B, where that can be told
-    about: str  # what a wait waits for; what a product, a copy or an arrival is part of
+    tensors: tuple[str, str]  # copied; or, of a product, A and B, where known
+    about: str  # what a wait waits for; the group or phase that a product, a copy or an arrival belongs to
     amount: float  # bytes, FLOP, exponentials
     start: float  # cycles
     end: float
@@ -71,7 +71,7 @@ class Trace:
         return {actor: sorted(found[actor], key=lambda event: event.start) for actor in sorted(found, key=_in_order)}
 
     def causes(self, wait: Event) -> list[Event]:
-        """What a wait waited for: the copies, products, arrivals that it names."""
+        """The copies, products or arrivals that a wait waited for."""
         anywhere = wait.about == "a number in global memory"
         same = [e for e in self.events if e.about == wait.about and e.launch == wait.launch and (anywhere or e.block == wait.block)]
         return [e for e in same if e.kind not in ("wait", "issue")]
@@ -97,7 +97,7 @@ def _in_order(actor: tuple[int, str]) -> tuple:
 
 
 def summary(trace: Trace) -> list[str]:
-    """A line for each actor: busy, and what it waits for."""
+    """One line for each actor: how busy it is, and what it waits for."""
     lines = []
     roles = trace.roles()
     span: dict[int, list[float]] = defaultdict(lambda: [float("inf"), 0.0])

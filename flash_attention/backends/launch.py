@@ -1,6 +1,6 @@
 """From tensors to a kernel's launch: `struct AttentionParams` of cuda/attention.h, filled in.
 
-What shapes and settings determine is packed into bytes once; a call puts its addresses between them.
+The fields that shapes and settings determine are packed into bytes once; a call inserts its addresses between them.
 """
 
 import ctypes
@@ -38,26 +38,26 @@ NO_KEYS = bytes(KEYS.size)
 SCORING = struct.Struct("@5q 3q q 5i 3f")
 
 LARGEST = torch.finfo(torch.float32).max
-# Where a kernel's running maximum of unscaled scores starts, unless scale · log2 e times it would overflow. A masked score, which is
-# summed from −2¹²⁷, lies below it.
+# Where a kernel's running maximum of unscaled scores starts, unless its product with scale · log2 e would overflow. A masked score, whose
+# accumulator starts from −2¹²⁷, lies below it.
 LOWEST = -(2.0**126)
 SMALLEST_SCALE = 2.0**-100
 
 
 class Addresses(NamedTuple):
-    """The other addresses of a launch, beside those of q, k, v, O and their gradients; 0 for what the call does not have."""
+    """The addresses of a launch other than those of q, k, v, O and their gradients; 0 for what the call does not have."""
 
     lse: int = 0
     d_lse: int = 0
     workspace: int = 0
     seed: int = 0
     spans: int = 0
-    mask: bytes = NO_MASK  # its form in the struct, address and strides
+    mask: bytes = NO_MASK  # as the struct has it: address and strides
     keys: bytes = NO_KEYS  # `struct KeySource`
     bias: int = 0
     alibi: int = 0
     d_bias: int = 0
-    bias_stride: tuple[int, ...] | None = None  # of a copy that replaces the bias
+    bias_stride: tuple[int, ...] | None = None  # if a copy replaces the bias, the copy's
 
 
 class Scoring(NamedTuple):
@@ -77,7 +77,7 @@ class Scoring(NamedTuple):
 
 
 def _in_range(x: float) -> float:
-    """x, or the nearest number that float32 has."""
+    """x, limited to the range of float32."""
     return max(min(x, LARGEST), -LARGEST)
 
 
@@ -98,7 +98,7 @@ class Launch(NamedTuple):
         raise_on(self.library.attention(self._params(tensors, others)), self.library, q)
 
     def workspace_floats(self, has_spans: bool) -> int:
-        """Of a launch with spans, or without."""
+        """The floats of workspace that a launch needs, with spans or without."""
         return self.library.workspace_floats(self._params((), Addresses(spans=int(has_spans))))
 
     def _params(self, addresses: Sequence[int], others: Addresses) -> bytes:
@@ -124,7 +124,7 @@ def raise_on(error: int, library: ctypes.CDLL, x: Tensor) -> None:
 
 
 def fields(call: Call, tensors: tuple[Form, ...], scale: float) -> tuple[tuple[int | bytes, ...], bytes, bytes]:
-    """The fields of a Launch: of the tensors, of the settings, and of the interval that each row sees."""
+    """Three fields of a Launch: tensors, settings and interval."""
     q, _, v, *_ = tensors
     (B, H, Nq, D), (_, Hkv, Nk, Dv) = q.shape, v.shape
     drop = threshold(call.settings.dropout_p)
@@ -136,7 +136,7 @@ def fields(call: Call, tensors: tuple[Form, ...], scale: float) -> tuple[tuple[i
 
 
 def _interval(call: Call) -> bytes:
-    """`struct Interval` of attention.h. A limit that no row reaches is none."""
+    """`struct Seen` of attention.h, without the address of the spans. A limit that no row reaches counts as none."""
     settings, Nq, Nk = call.settings, call.q.shape[2], call.k.shape[2]
     diagonal = settings.diagonal_of(Nq, Nk)
     left = -1 if settings.left is None or diagonal + Nq - 1 - settings.left <= 0 else settings.left
@@ -161,15 +161,15 @@ def scoring(call: Call) -> Scoring | None:
 def positive(scale: float) -> tuple[float, float]:
     """scale split into a factor for q and a scale that is positive and not tiny.
 
-    Kernels take the maximum of unscaled scores; under a negative scale that would be the minimum. And they start the sum of a hidden score
-    at −2¹²⁷; under a tiny scale that would no longer lie far below the others."""
+    Kernels take the maximum of unscaled scores; under a negative scale that would be the minimum. And the accumulator of a hidden score
+    starts at −2¹²⁷; under a tiny scale that would no longer lie far below the others."""
     if abs(scale) >= SMALLEST_SCALE:
         return math.copysign(1, scale), abs(scale)
     return (math.copysign(SMALLEST_SCALE, scale), max(abs(scale) / SMALLEST_SCALE, SMALLEST_SCALE)) if scale else (0, 1.0)
 
 
 def strides_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
-    """0 where a dimension of size 1 may be broadcast."""
+    """The strides, with 0 for dimensions of size 1, which are broadcast."""
     return tuple(0 if n == 1 else s for n, s in zip(shape, stride, strict=True))
 
 

@@ -27,32 +27,32 @@ def library(
     score: tuple[str, ...],
     tall: bool,
 ) -> ctypes.CDLL:
-    """The rung's forward (0) or backward (1) for one kind of call, compiled if it must be."""
+    """The library of the rung's forward (0) or backward (1) for one kind of call, compiled if necessary."""
     arch = build.arch_of(torch.cuda.get_device_capability(device))
     wanted = rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout, float8, score, tall)
     return declared(build.load(wanted, params_size(score)))
 
 
 def helper_library(file: str, params_size: int, device: int) -> ctypes.CDLL:
-    """Of a kernel beside attention, compiled if it must be: pack_mask.cu and rotary.cu have one function, named as the file is."""
+    """The function of a kernel that is not attention, compiled if necessary: pack_mask.cu and rotary.cu have one, named like the file."""
     arch = build.arch_of(torch.cuda.get_device_capability(device))
     return helper_declared(build.load(build.Specialisation(file, arch), params_size), file)
 
 
 def params_size(score: tuple[str, ...]) -> int:
-    """Of the struct that a kernel takes."""
+    """The size of the struct that a kernel takes."""
     return PARAMS.size + (SCORING.size if score else 0)
 
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library, its functions of cuda/attention.h declared to ctypes."""
+    """Declares the functions of cuda/attention.h to ctypes; returns the library."""
     library.attention.argtypes = library.workspace_floats.argtypes = [ctypes.c_char_p]
     library.workspace_floats.restype = ctypes.c_int64
     return library
 
 
 def helper_declared(library: ctypes.CDLL, file: str) -> ctypes.CDLL:
-    """The library of such a kernel, its function declared to ctypes."""
+    """Declares the function of such a kernel to ctypes; returns the library."""
     getattr(library, file.removesuffix(".cu")).argtypes = [ctypes.c_char_p]
     return library
 
@@ -71,5 +71,5 @@ def why_no_kernels(rung: "Rung", device: int) -> str | None:
 
 @functools.cache
 def sm_count(device: int) -> int:
-    """Its multiprocessors."""
+    """The number of its multiprocessors."""
     return torch.cuda.get_device_properties(device).multi_processor_count

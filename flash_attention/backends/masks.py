@@ -1,4 +1,4 @@
-"""A mask as kernels read it: its bytes in place, or bits, which another kernel, cuda/pack_mask.cu, packs."""
+"""A mask in the form that kernels read: its bytes in place, or bits packed by another kernel, cuda/pack_mask.cu."""
 
 import ctypes
 import functools
@@ -33,14 +33,14 @@ def mask_fields(rung: "Rung", form: str | None, mask: Tensor | None) -> tuple[by
 
 
 def is_read_once(mask: Form) -> bool:
-    """Whether a forward reads each byte of the mask once, and may read 16 at a time. Then packing, which reads them too, saves nothing."""
+    """Whether a forward reads each byte of the mask once, and can read 16 at a time. Then packing, which reads them too, saves nothing."""
     b, h, i, j = mask.stride
     once = all(stride or n == 1 for n, stride in zip(mask.shape[:3], (b, h, i), strict=True))
     return once and j == 1 and not (b | h | i) % 16
 
 
 def pack_mask(mask: Tensor, by_keys: bool = False, launch: Callable | None = None) -> Tensor:
-    """bool (B, H, Nq, Nk), any strides → int32 (B or 1, H or 1, Nq or 1, words): what is broadcast is packed once.
+    """bool (B, H, Nq, Nk), any strides → int32 (B or 1, H or 1, Nq or 1, words): broadcast dimensions are packed once.
 
     Bit c % 32 of word c / 32 is set if column c is hidden; rows are padded with ones to a multiple of 128 columns. With by_keys, the rows
     of the result are keys and its bits queries, (B or 1, H or 1, Nk, words); a mask that is the same for all queries gives words for 128.
@@ -66,5 +66,5 @@ def _launch_pack_mask(mask: Tensor, bits: Tensor, *settings: int) -> None:
 
 @functools.cache
 def pack_mask_library(device: int) -> ctypes.CDLL:
-    """The packing kernel, compiled if it must be."""
+    """The packing kernel, compiled if necessary."""
     return helper_library(PACK_MASK, PACK_PARAMS.size, device)

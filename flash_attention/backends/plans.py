@@ -27,11 +27,11 @@ class Forward(NamedTuple):
     launch: Launch
     mask_form: str | None
     factor: float  # of q
-    copied: tuple[bool, ...]  # of q, k, v: which the kernel cannot read as they are
+    copied: tuple[bool, ...]  # of q, k, v: whether the kernel cannot read it in place
     O_is_like_q: bool  # allocate.is_like, computed once
     LSE_shape: tuple[int, ...]
     workspace: int  # floats
-    backwards: dict  # strides of a backward's inputs → `Backward`, and whether it is plain: `shortcut.plain_backward`
+    backwards: dict  # strides of a backward's inputs → (`Backward`, whether it is plain), for `shortcut.plain_backward`
 
     @classmethod
     def of(cls, rung: "Rung", call: Call, copied: tuple[bool, ...] = (False,) * 3) -> "Forward":
@@ -47,12 +47,12 @@ class Forward(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Nothing but memory is needed before the launch, and nothing after it."""
+        """Whether nothing but allocating memory comes before the launch, and nothing after it."""
         special = self.mask_form is not None or self.call.has_dropout or self.call.score
         return self.factor == 1 and not any(self.copied) and not special
 
     def repeat(self, q: Tensor, k: Tensor, v: Tensor, lse: bool = True, keys: bytes = NO_KEYS) -> tuple[Tensor, Tensor | None]:
-        """O and, if asked for, LSE, of a plain plan for tensors at multiples of 16 bytes. keys: `struct KeySource`."""
+        """O and, if asked for, LSE, by a plain plan, for tensors that begin at multiples of 16 bytes. keys: `struct KeySource`."""
         O = torch.empty_like(q) if self.O_is_like_q else allocate.output(q, v)
         LSE = torch.empty(self.LSE_shape, dtype=torch.float32, device=q.device) if lse else None  # allocate.lse, in a third of the time
         workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device) if self.workspace else None
@@ -95,7 +95,7 @@ class Backward(NamedTuple):
     launch: Launch
     mask_form: str | None
     factor: float  # of q
-    copied: tuple[bool, ...]  # of q, k, v, O, dO: which the kernel cannot read as they are
+    copied: tuple[bool, ...]  # of q, k, v, O, dO: whether the kernel cannot read it in place
     hides_dead: bool  # rows may attend nothing, and the kernels do not drop what comes back to them
     workspace: int  # floats
     outputs_are_like: bool  # allocate.is_like, of dQ, dK and dV
@@ -117,12 +117,12 @@ class Backward(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Nothing but memory is needed before the launch, and nothing after it."""
+        """Whether nothing but allocating memory comes before the launch, and nothing after it."""
         special = self.hides_dead or self.mask_form is not None or self.call.spans is not None or self.call.has_dropout or self.call.score
         return self.factor == 1 and not any(self.copied) and not special
 
     def repeat(self, q: Tensor, k: Tensor, v: Tensor, LSE: Tensor, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """dQ, dK and dV of a plain plan, if LSE gets no gradient. addresses: of q, k, v, O, dO, multiples of 16 bytes."""
+        """dQ, dK and dV by a plain plan, if LSE gets no gradient. addresses: of q, k, v, O, dO, multiples of 16 bytes."""
         like = torch.empty_like
         dQ, dK, dV = (like(q), like(k), like(v)) if self.outputs_are_like else allocate.backward_outputs(q, k, v)
         workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device)
@@ -169,7 +169,7 @@ def _as_contiguous(tensors: tuple[Tensor, ...], copied: tuple[bool, ...]) -> lis
 
 
 def _readable_bias(rung: "Rung", bias: Tensor | None) -> tuple[Tensor | None, tuple[int, ...] | None]:
-    """A bias that the rung's kernels can read: for a tensor map, rows begin at multiples of 16 bytes. If it is a copy, also its strides."""
+    """A bias that the rung's kernels can read: for a tensor map, rows begin at multiples of 16 bytes. Also its strides, if it is a copy."""
     if bias is None or rung.bias_up_to is None:
         return bias, None
     *outer, last = strides_of(bias.shape, bias.stride())

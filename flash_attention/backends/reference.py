@@ -15,20 +15,20 @@ from flash_attention.call import Call, Settings
 from flash_attention.reference import Dropout, Score, Visible, flash2, flash2_causal, forward_mode, second_derivative
 from flash_attention.reference.tiles import blocks, sum_dtype
 
-# Elements that one step of the tile loop touches (10 MB in float32). Measured on 2 cores with 1 MB of L2 each: more falls out of cache,
-# less leaves PyTorch's cost per call showing. A worker, which has one core, takes a quarter.
+# Elements that one step of the tile loop touches (10 MB in float32). Measured on 2 cores with 1 MB of L2 each: more does not stay in cache,
+# with less PyTorch's cost per operation dominates. A worker, which has one core, takes a quarter.
 WORKING_SET = 5 << 19
 WORKER_SET = WORKING_SET // 4
 # Rows of a worker's piece in the forward, columns in the backward.
 SPAN = 1024
-# Least floating-point operations per thread for which a call is given to workers: 50 ms. After an operation of its own, PyTorch's threads
-# spin for 5 ms, during which they occupy the workers' cores.
+# A call is given to workers only if it has this many floating-point operations per thread, 50 ms: after each of its own operations,
+# PyTorch's threads spin for 5 ms, during which they occupy the workers' cores.
 WORKER_FLOPS = 1 << 33
-# Least elements in one step for which it is: Python holds its lock in each step, so only one worker at a time runs its part.
+# And this many elements in one step: each step has a part that holds Python's lock, which one worker at a time can run.
 WORKER_STEP = 1 << 17
-# Elements of K in a batch.
+# Elements of K in a batch, from which copying heads that are unevenly spaced costs more than it saves.
 EVEN = 1 << 17
-# Rows and columns of a tile where windows or spans cut it: 128 rows of a window of 512 see 640 columns.
+# Rows and columns of a tile that windows or spans cut: 128 rows under a window of 512 see 640 columns.
 NARROW_Q, NARROW_K = 128, 640
 
 
@@ -137,7 +137,7 @@ def backward(
     large = _large(5, q, k, visible, settings) and not broadcast  # heads add to one dBias: in turn, so that the order is always the same
     columns = list(blocks(0, Nk, SPAN if large else max(Nk, 1))) or [slice(0, 0)]
     parts = [(b, h, h_kv, _Sum(dQ[b, h], columns)) for b, h, h_kv in _heads(q, k, sizes, large)]
-    # Neighbours in the list belong to different sums, so that few parts of dQ wait to be added; not too many sums are begun at a time.
+    # Consecutive pieces belong to different sums, so that few parts of dQ wait to be added; the number of sums begun at a time is limited.
     some = (parts[n : n + workers.MAX_WORKERS] for n in range(0, len(parts), workers.MAX_WORKERS))
     pieces = [(*part, j) for few in some for j in columns for part in few]
     each = workers.run if large else workers.in_turn
@@ -148,8 +148,8 @@ def backward(
 
 
 class _Sum:
-    """Parts that add up to `out`, one for each of `spans`. Added in the order of the spans, whichever comes first: the same result for any
-    number of threads."""
+    """Adds up parts of `out`, one for each of `spans`, always in the order of the spans, whichever arrives first: the result is the same
+    for any number of threads."""
 
     def __init__(self, out: Tensor, spans: list[slice]):
         self.out, self.spans = out, deque(spans)
@@ -158,7 +158,7 @@ class _Sum:
         self.lock = Lock()
 
     def add(self, span: slice, rows: slice, part: Tensor) -> None:
-        """The part of one span, which is about these rows of `out`."""
+        """Adds the part of one span, for these rows of `out`."""
         with self.lock:
             self.parts[span.start] = rows, part
             while self.spans and self.spans[0].start in self.parts:
@@ -178,7 +178,7 @@ class _Sum:
 
 
 def jvp(settings: Settings, tQ, tK, tV, q, k, v, mask, spans, seed, O, LSE, tBias=None, bias=None, alibi=None) -> tuple[Tensor, Tensor]:
-    """Tangents of O and LSE, which the forward has given, from those of q, k, v and a bias."""
+    """Tangents of O and LSE (the forward's results) from those of q, k, v and a bias."""
     Nq, Nk = q.shape[2], k.shape[2]
     visible = settings.visible(Nq, Nk, spans)
     score = settings.score(Nq, Nk, bias, alibi)
@@ -228,11 +228,11 @@ def second_backward_vjp(settings: Settings, cotangents, inputs, needed, mask, sp
 
 
 def _options(settings: Settings, q: Tensor, k: Tensor, spans, seed, bias: Tensor | None, alibi: Tensor | None) -> dict:
-    """Of second_derivative.py."""
+    """The options of second_derivative.py's functions."""
     Nq, Nk = q.shape[2], k.shape[2]
-    limited = spans is not None or settings.left is not None or settings.right is not None
+    visible = settings.visible(Nq, Nk, spans)
     return {
-        "visible": settings.visible(Nq, Nk, spans) if limited else None,
+        "visible": visible if visible.is_limited else None,
         "score": settings.score(Nq, Nk, bias, alibi),
         "scale": settings.scale,
         "dropout": _dropout(settings, seed, slice(0, q.shape[0]), slice(0, q.shape[1]), (0, 0)),
@@ -241,16 +241,17 @@ def _options(settings: Settings, q: Tensor, k: Tensor, spans, seed, bias: Tensor
 
 
 def _dropout(settings: Settings, seed: Tensor | None, b: slice, h: slice, corner: tuple[int, int]) -> Dropout | None:
-    """For a part of the call whose first row and column are those of the corner."""
+    """The dropout of a part of the call that begins at this row and column."""
     corner = corner[0] + settings.q_offset, corner[1] + settings.k_offset
     return None if seed is None else Dropout(settings.dropout_p, seed, range(b.start, b.stop), range(h.start, h.stop), corner)
 
 
 def _block_sizes(visible: Visible, settings: Settings) -> tuple[int, int]:
-    """Rows and columns of a tile: fewer rows where the edge of what rows see cuts tiles, so that fewer hidden scores are computed."""
+    """Rows and columns of a tile. If windows, spans or causality cut tiles, a tile has fewer rows, so that fewer hidden scores are
+    computed."""
     if settings.block_size is not None:
         return settings.block_size, settings.block_size
-    if visible.left is not None or visible.spans is not None:
+    if visible.hides_earlier:
         return NARROW_Q, NARROW_K
     return (flash2 if visible.right is None else flash2_causal).BLOCK_Q, flash2.BLOCK_K
 
@@ -258,9 +259,9 @@ def _block_sizes(visible: Visible, settings: Settings) -> tuple[int, int]:
 def _forward_block_sizes(q: Tensor, k: Tensor, visible: Visible, settings: Settings) -> tuple[int, int]:
     """Rows and columns of the forward's tiles.
 
-    If few rows share a key head, each tile of K is read from memory once, whatever its size, and a tile of S is narrow: it gets more
-    columns, until it is as large as one of many rows, which makes operations fewer. Not if tiles of K and V are converted first, since the
-    result must stay in cache, or if random bits are drawn, which takes 32 rows at least.
+    If few rows share a key head, each tile of K is read from memory once, whatever its size. A tile of S then gets more columns, until
+    it is as large as a tile of many rows, so that there are fewer operations. Not if tiles of K and V are converted first, because the
+    result must stay in cache, nor with dropout, which draws for at least 32 rows.
     """
     block_q, block_k = _block_sizes(visible, settings)
     if settings.block_size is not None or settings.dropout_p or q.dtype != sum_dtype(q):
@@ -270,32 +271,32 @@ def _forward_block_sizes(q: Tensor, k: Tensor, visible: Visible, settings: Setti
 
 
 def _tile(q: Tensor, k: Tensor, sizes: tuple[int, int]) -> int:
-    """Elements of a head that one step touches: a tile of S, and the rows of Q and O beside it."""
+    """Elements of a head that one step touches: a tile of S, and its rows of Q and O."""
     rows, columns = (min(most, max(x.shape[2], 1)) for most, x in zip(sizes, (q, k), strict=True))
     return rows * (columns + 2 * q.shape[3])
 
 
 def _large(matmuls: int, q: Tensor, k: Tensor, visible: Visible, settings: Settings) -> bool:
-    """Whether workers are worthwhile. Not whether there are any: one thread computes the same pieces, and so the same result."""
+    """Whether workers are worthwhile, regardless of whether there are any: one thread computes the same pieces, and so the same result."""
     if q.device.type != "cpu":
         return False
     B, H, Nq, D = q.shape
     flops = 2 * matmuls * B * H * Nq * k.shape[2] * D
-    if visible.left is not None or visible.spans is not None:
+    if visible.hides_earlier:
         flops *= _seen(visible)
     step = min(B * H * _tile(q, k, _block_sizes(visible, settings)), WORKER_SET)
     return flops >= WORKER_FLOPS * max(2, torch.get_num_threads()) and step >= WORKER_STEP
 
 
 def _seen(visible: Visible) -> float:
-    """The part of the matrix of scores that tiles are computed of, about."""
+    """About which fraction of the matrix of scores the tiles cover."""
     rows = list(blocks(0, visible.Nq, max(NARROW_Q, visible.Nq // 64)))
     visited = sum((i.stop - i.start) * (j.stop - j.start) for i in rows for j in [visible.columns(i)])
     return visited / max(1, visible.Nq * visible.Nk)
 
 
 def _heads(q: Tensor, k: Tensor, sizes: tuple[int, int], large: bool) -> Iterator[tuple[slice, slice, slice]]:
-    """Batches, query heads and the key/value heads they read, for one run of the tile loop after another."""
+    """Batches, query heads and the key/value heads that they read, for each run of the tile loop."""
     B, H = q.shape[:2]
     Hkv = k.shape[1]
     group = H // Hkv
@@ -303,7 +304,7 @@ def _heads(q: Tensor, k: Tensor, sizes: tuple[int, int], large: bool) -> Iterato
     working_set = WORKER_SET if large else WORKING_SET
     heads_kv = min(Hkv, max(1, working_set // (per_head * group)))
     batches = max(1, working_set // (per_head * H)) if heads_kv == Hkv else 1
-    # Heads of several batches that do not lie at equal distances are copied for each product, which costs more than it saves from here on.
+    # If heads of several batches are unevenly spaced, each product copies them, which costs more than it saves from here on.
     if k.stride(0) != Hkv * k.stride(1) and k[0].numel() >= EVEN:
         batches = 1
     for b in range(0, B, batches):

@@ -24,8 +24,8 @@ log = logging.getLogger("flash_attention")
 
 
 def serves(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether the kernel computes `scores.rotary` of these CUDA tensors: an eager call that does not differentiate the angles, rows that
-    begin at multiples of 16 bytes, and whole chunks of 16 bytes that are rotated or not. Otherwise the formula does."""
+    """Whether the kernel computes `scores.rotary` of these CUDA tensors: an eager call that does not differentiate the angles, with rows
+    that begin at multiples of 16 bytes and chunks of 16 bytes that are rotated as a whole or not at all. Otherwise the formula does."""
     return (
         is_eager_call(x, cos, sin)
         and x.is_cuda
@@ -38,7 +38,7 @@ def serves(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def reads(x: Tensor, half: int) -> bool:
-    """Whether the kernel can read x, whose first 2 · half features are rotated in either way, where it lies."""
+    """Whether the kernel can read x in place; its first 2 · half features are rotated, interleaved or not."""
     if x.dtype not in DTYPE_NAMES or x.layout is not torch.strided:
         return False
     chunk = 16 // x.element_size()
@@ -49,7 +49,8 @@ def reads(x: Tensor, half: int) -> bool:
 
 
 class Rotary(torch.autograd.Function):
-    """x → x rotated, `back` by the opposite angles, and its gradient the other way. Differentiable again, as each way is `turn`."""
+    """Rotates x (`back`: by the opposite angles), and its gradient the opposite way. Each is this Function again, so any derivative
+    exists."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved, back, turn):
@@ -64,7 +65,7 @@ class Rotary(torch.autograd.Function):
 
 
 def launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, run: Callable | None = None) -> Tensor:
-    """x (B, H, N, D), cos and sin (N, R / 2) or (B, N, R / 2) → as x, in its memory's order. run: what calls the kernel."""
+    """x (B, H, N, D), cos and sin (N, R / 2) or (B, N, R / 2) → as x, in the same memory layout. run: calls the kernel."""
     out = torch.empty_like(x)
     cos, sin = (angles.to(torch.float32).contiguous() for angles in (cos, sin))
     _, N, half = (1, *cos.shape)[-3:]
@@ -82,7 +83,7 @@ def _run(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, fields: tuple) -> Non
 
 @functools.cache
 def _library(device: int) -> ctypes.CDLL | None:
-    """The kernel's library; None if it cannot be built, which is said once."""
+    """The kernel's library; None if it cannot be built, which is logged once."""
     try:
         return helper_library(ROTARY, PARAMS.size, device)
     except build.BuildError as error:

@@ -23,32 +23,32 @@ MANY_KEYS = 256  # with at least as many keys, `min_rows` does not apply to a pl
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: it is part of the key by which a call's library is found
 class Rung:
-    """One rung: which files, and what they serve. min_arch is a compute capability times ten."""
+    """One rung: its files, and what they serve. min_arch is a compute capability times ten."""
 
     name: str
     files: tuple[str, str | None]  # forward, backward; a step of the ladder may have a forward alone
     min_arch: int
     dtypes: tuple[str, ...]
     head_dims: tuple[int, ...]  # compiled sizes; a head size is padded to the next
-    pairs: tuple[tuple[int, int], ...] = ()  # compiled sizes of Q and K beside others of V
+    pairs: tuple[tuple[int, int], ...] = ()  # compiled pairs of sizes: of Q and K, and another of V
     multiple_of: int = 1  # head sizes are multiples of this, and rows begin at multiples of as many elements
     masks: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # forms (build.MASK_NUMBER) that its forward and its backward read
     dropout: bool = False
     intervals: bool = False  # whether each row may see its own interval: windows, spans, parts of a longer sequence
     scores: tuple[str, ...] = ()  # which of softcap, bias and alibi its kernels apply
     bias_as_q: bool = False  # a bias must have q's dtype
-    bias_up_to: int | None = None  # if set: tiles of a bias are copied by tensor map, beside head sizes up to this
+    bias_up_to: int | None = None  # if set, tiles of a bias are copied by tensor map, for head sizes up to this
     sums_bias: bool = False  # its own backward computes a bias' gradient
     drops_dead: bool = False  # its backward itself drops what comes back to rows that attend nothing
     teaching: bool = False  # a step of the ladder, taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
     wide_forward: tuple[int, str] | None = None  # above this head size the forward has a file of its own
-    wide_backward: tuple[int, str] | None = None  # so has the backward
-    plain_backward: tuple[int, str] | None = None  # and up to this size another, without dropout, changed scores or a mask over intervals
-    tall_forward: tuple[tuple[int, ...], str] | None = None  # of plain calls: compiled sizes, and the file whose tiles have more rows
+    wide_backward: tuple[int, str] | None = None  # the same for the backward
+    plain_backward: tuple[int, str] | None = None  # and up to this one another, without dropout, changed scores or a mask over intervals
+    tall_forward: tuple[tuple[int, ...], str] | None = None  # for plain calls: compiled sizes, and the file whose tiles have more rows
     min_rows: tuple[tuple[int, int, int], ...] = ()  # (max head size, most rows for which the rung below is faster, the same with dropout)
-    packs_heads: bool = False  # a tile has all query heads of a key head: the rung for few queries
+    packs_heads: bool = False  # a tile holds all query heads of a key head: the rung for few queries
     min_scores: tuple[tuple[int, int], ...] = ()  # (max head size, most scores of all heads for which the rung below is faster)
     forward_workspace: bool = False  # whether its forward may need one
     float8_keys: bool = False  # whether K and V may be e4m3
@@ -141,7 +141,7 @@ class Rung:
         try:
             self._libraries(which, call)
         except build.BuildError as error:
-            return str(error)[:2000]  # a compiler may have much to say
+            return str(error)[:2000]  # a compiler's message may be long
         return None
 
     def _libraries(self, which: int, call: Call) -> ctypes.CDLL:
@@ -168,7 +168,7 @@ class Rung:
         return not self.drops_dead and (call.mask is not None or call.spans is not None or call.bias is not None or blinds)
 
     def why_no_backward(self) -> str | None:
-        """Why no call of this rung may ask for gradients, or None."""
+        """Why this rung computes no gradients, or None."""
         return None if self.files[BACKWARD] else "it is a step of the ladder and has a forward alone"
 
     def runs_on(self, arch: int) -> bool:
@@ -176,7 +176,7 @@ class Rung:
         return arch == self.min_arch if self.only_min_arch else arch >= self.min_arch
 
     def compiled(self, call: Call) -> tuple[int, int]:
-        """The compiled head sizes, of Q and K and of V, to which the call's are padded: the least that hold them."""
+        """The compiled head sizes, of Q and K and of V, to which the call's are padded: the smallest that are large enough."""
         sizes = (*((size, size) for size in self.head_dims), *self.pairs)
         return min((size for size in sizes if size[0] >= call.q.shape[3] and size[1] >= call.v.shape[3]), key=sum)
 
@@ -193,7 +193,7 @@ class Rung:
         score: tuple[str, ...] = (),
         tall: bool = False,
     ) -> build.Specialisation:
-        """What its forward or backward for one kind of call is compiled from. sizes: compiled ones, of Q and K and of V. tall: by
+        """The specialisation of its forward or backward for one kind of call. sizes: compiled ones, of Q and K and of V. tall: use
         `tall_forward`."""
         D, Dv = sizes
         kind = dtype, visible == "causal", mask, dropout, visible == "interval"
@@ -202,7 +202,7 @@ class Rung:
         return build.Specialisation(file, arch, D, *kind, None if Dv == D else Dv, float8, score)
 
     def file(self, which: int, head_dim: int, special: bool = False) -> str:
-        """The source of its forward or backward for a compiled head size. special: not served by `plain_backward`."""
+        """The source file of its forward or backward for a compiled head size. special: not served by `plain_backward`."""
         wide = (self.wide_forward, self.wide_backward)[which]
         if not wide or head_dim <= wide[0]:
             return self.files[which]
@@ -223,7 +223,7 @@ class Rung:
         return call.q.shape[2] > few[call.has_dropout] or (plain and call.k.shape[2] >= MANY_KEYS)
 
     def plan(self, which: int, call: Call) -> "Forward | Backward":
-        """What computes the call's forward or backward.
+        """The plan of the call's forward or backward.
 
         Raises:
             NotImplementedError: a backward is wanted and the rung has a forward alone.
@@ -245,7 +245,7 @@ class Rung:
     def mask_forms(self, which: int, dropout: bool, score: tuple[str, ...] = ()) -> tuple[str, ...]:
         """The forms in which this rung's forward or backward reads a mask, the usual one first."""
         # With dropout, only the first form: one call of Philox covers columns 8 apart, but the bytes that a thread reads at once are
-        # neighbours. Where scores are changed too: with bytes, the keys of a tile are not in order.
+        # adjacent. With changed scores too: with bytes, the keys of a tile are permuted.
         return self.masks[which][:1] if dropout or score else self.masks[which]
 
     def _mask_form(self, which: int, call: Call) -> str | None:

@@ -11,19 +11,19 @@ from flash_attention.backends.plans import Forward
 from flash_attention.backends.rung import Rung
 from flash_attention.call import Call, Form, Settings
 
-PAGE_MULTIPLE = 16  # of a page's keys: what a warp finds with one number
+PAGE_MULTIPLE = 16  # a page's keys are a multiple of this: a warp looks up the page of so many keys at once
 CAPACITY = 1024  # of kept plans: when it is reached, the table is cleared
 
 
 class Plan(NamedTuple):
-    """What shapes, strides and settings determine of attention over such keys."""
+    """The part of attention over such keys that shapes, strides and settings determine."""
 
     rung: Rung
     call: Call
-    reason: str | None  # why the kernel cannot serve the call, or cannot read these keys where they lie: a cache is never copied
-    forward: Forward | None  # unless there is a reason
+    reason: str | None  # why the kernel cannot serve the call, or cannot read these keys in place: a cache is never copied
+    forward: Forward | None  # None if there is a reason
     is_plain: bool = False  # `Forward.is_plain`
-    worthwhile: bool = False  # whether the rung is the one to choose
+    worthwhile: bool = False  # whether a call should choose the rung
 
     @classmethod
     def of(
@@ -71,7 +71,7 @@ class Plan(NamedTuple):
         return plan
 
     def why_not(self, k: Tensor, v: Tensor) -> str | None:
-        """Why the kernel cannot serve the call, or cannot read these keys where they lie, or None."""
+        """Why the kernel cannot serve the call, or cannot read these keys in place, or None."""
         if self.reason is None and (k.data_ptr() | v.data_ptr()) % 16:
             return "it reads keys and values that begin at multiples of 16 bytes"
         return self.reason
@@ -88,7 +88,7 @@ class Plan(NamedTuple):
         lse: bool = True,
         alibi: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """→ O (B, H, Nq, Dv), LSE (B, H, Nq) if asked for. Of k and v nothing is copied, and nothing waits for the device.
+        """→ O (B, H, Nq, Dv), LSE (B, H, Nq) if asked for. k and v are not copied, and the host does not wait for the device.
 
         lengths, starts: int32 (B,), the keys [start, length) of each sequence. block_table: int32 (B, pages of a sequence) where keys lie
         in pages. scales: float32 (2, Hkv), of float8 keys and values. alibi: float32 (B, H), as the plan was made for.

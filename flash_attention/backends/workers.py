@@ -1,8 +1,9 @@
 """Threads that each compute whole pieces of a CPU call.
 
-PyTorch spreads each operation over its threads and waits at its end for the slowest. A tile loop is thousands of operations, so a core that
-is busy elsewhere delays the others thousands of times. Here a thread takes a piece, runs that piece's operations alone, and takes the
-next one: threads wait for each other only after the last piece.
+PyTorch spreads each operation over its threads and then waits for the slowest. A tile loop is thousands of operations, so a core that
+is busy with another program delays the others thousands of times. Here a thread takes a piece, runs that piece's operations alone, and
+takes
+the next one: threads wait for each other only after the last piece.
 """
 
 import os
@@ -13,23 +14,23 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
-# Other thread pools than OpenMP's have one number of threads for the whole process, or do not let it be changed.
+# Thread pools other than OpenMP's have one number of threads for the whole process, or do not allow changing it.
 AVAILABLE = "backend: OpenMP" in torch.__config__.parallel_info()
-# Python's lock is held between operations, by one thread at a time: more workers than this would wait for it. They use more threads each.
+# Between operations a worker holds Python's lock: more workers than this would wait for it. Instead each uses more threads.
 MAX_WORKERS = 8
 
 _starting = threading.Lock()
-_caller = threading.local()  # as in OpenMP, each calling thread has workers of its own
+_caller = threading.local()  # as in OpenMP, each calling thread has its own workers
 
 
 def in_turn(work: Callable[..., None], pieces: Iterable[tuple]) -> None:
-    """work(*piece) for one piece after another, each spread over all threads."""
+    """Calls work(*piece) for one piece after another; PyTorch spreads each over all threads."""
     for piece in pieces:
         work(*piece)
 
 
 def run(work: Callable[..., None], pieces: Iterable[tuple]) -> None:
-    """work(*piece) for every piece, on workers that share torch.get_num_threads() threads; on the calling thread if that is 1.
+    """Calls work(*piece) for every piece, on workers that share torch.get_num_threads() threads; on the calling thread if that is 1.
 
     An exception in a piece is raised here; pieces that have not started by then are dropped.
     """
@@ -49,13 +50,13 @@ def run(work: Callable[..., None], pieces: Iterable[tuple]) -> None:
         wait(jobs)
         for job in jobs:
             job.result()
-    finally:  # also where an interrupt comes before all workers have their job
+    finally:  # also if an interrupt arrives before all workers have their job
         left.clear()
-        jobs.clear()  # an exception's traceback keeps this frame alive, and a job its exception
+        jobs.clear()  # breaks a cycle: an exception's traceback keeps this frame alive, and a job keeps its exception
 
 
 def _take(work: Callable[..., None], left: deque[tuple], inference: bool) -> None:
-    """As many of the pieces as this worker can take, under those of the caller's settings for its thread that matter inside an op."""
+    """Takes pieces until none is left, under those thread-local settings of the caller that matter inside an op."""
     try:
         with torch.inference_mode(inference), torch._C.DisableTorchFunctionSubclass():
             while left:
@@ -70,7 +71,7 @@ def _take(work: Callable[..., None], left: deque[tuple], inference: bool) -> Non
 
 
 def _workers(threads: int) -> list[ThreadPoolExecutor]:
-    """The calling thread's, each one thread. New ones when torch.set_num_threads has changed the number; the old ones then end."""
+    """The calling thread's workers, one thread each. When torch.set_num_threads has changed the number, they end and new ones start."""
     if getattr(_caller, "threads", None) != threads:
         count = min(threads, MAX_WORKERS)
         _caller.workers = [ThreadPoolExecutor(1, "flash_attention", _use_threads, (threads // count,)) for _ in range(count)]
@@ -79,7 +80,8 @@ def _workers(threads: int) -> list[ThreadPoolExecutor]:
 
 
 def _use_threads(number: int) -> None:
-    """For the operations of this thread. torch.set_num_threads also sets what later threads start with: another thread sets that back."""
+    """Sets the number of threads for this thread's operations. torch.set_num_threads also changes what later threads start with: another
+    thread restores that."""
     with _starting:
         before = torch.get_num_threads()
         torch.set_num_threads(number)
@@ -95,5 +97,5 @@ def _after_fork() -> None:
     _starting.release()
 
 
-if hasattr(os, "register_at_fork"):  # never while a worker starts: the child would keep its number of threads
+if hasattr(os, "register_at_fork"):  # no fork while a worker starts: the child would keep the worker's number of threads
     os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_after_fork)

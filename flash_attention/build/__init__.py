@@ -41,7 +41,6 @@ ENVIRONMENT = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")  # that 
 
 DTYPE_NUMBER = {"float32": 0, "float16": 1, "bfloat16": 2}  # as in attention.h
 MASK_NUMBER = {None: 0, "bits": 1, "bytes": 2, "key bits": 3}  # as in attention.h
-SCORE_NUMBER = {"softcap": 1, "bias": 2, "alibi": 4}  # as in attention.h
 
 log = logging.getLogger("flash_attention")
 
@@ -82,7 +81,7 @@ class Specialisation(NamedTuple):
         if self.float8_keys:
             values["KEYS_FLOAT8"] = 1
         if self.score:
-            values["SCORE"] = sum(SCORE_NUMBER[name] for name in self.score)
+            values["SCORE"] = sum(_score_bits()[name] for name in self.score)
         return [f"-D{name}={value}" for name, value in values.items()]
 
     def flags(self) -> list[str]:
@@ -95,6 +94,13 @@ class Specialisation(NamedTuple):
         flags |= {"float8 keys": self.float8_keys, **dict.fromkeys(self.score, True)}
         size = f"D {self.head_dim}" + (f" Dv {self.v_head_dim}" if self.v_head_dim else "")
         return " ".join([self.file, f"sm_{self.arch}", size, self.dtype, *(name for name, on in flags.items() if on)])
+
+
+@functools.cache
+def _score_bits() -> dict[str, int]:
+    """attention.h's SCORE_ constants, by the name of the argument."""
+    text = (SOURCES / "attention.h").read_text(encoding="utf-8")
+    return {name.lower(): int(bit) for name, bit in re.findall(r"#define SCORE_(\w+) (\d+)", text)}
 
 
 def arch_number(arch: str) -> int:
@@ -143,7 +149,7 @@ def host_compiler() -> str:
 
 
 def compilers(nvcc: str) -> str:
-    """All that shapes a library beside its sources and flags."""
+    """A hash of everything that determines a library besides its sources and flags."""
     environment = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if os.environ.get(name)]
     return "\n".join([_version(nvcc), _version(host_compiler()), *environment])
 
@@ -249,7 +255,7 @@ def build(kernel: Specialisation, into: Path | None = None) -> Path:
 
 
 def _compile(nvcc: str, kernel: Specialisation, library: Path) -> None:
-    # A warning, because Python shows nothing less by itself, and a call that stands still for seconds should say why.
+    # A warning, because Python shows no lower level by default, and a call that pauses for seconds should say why.
     log.warning("flash_attention: compiling %s", kernel)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="building-", dir=library.parent) as folder:
@@ -275,8 +281,8 @@ def _nvcc(nvcc: str, kernel: Specialisation, *more: str) -> str:
 
 
 def complaints(output: str) -> list[str]:
-    """What the assembler's output says against a kernel: registers spilled to memory, or any use of a stack; warnings C7508 – C7517, that
-    it had to serialise asynchronous matrix products."""
+    """Complaints in the assembler's output: registers spilled to memory, any use of a stack, and warnings C7508 – C7517, which say that it
+    had to serialise asynchronous matrix products."""
     properties = re.findall(r"Function properties for (\S+)\n\s*(.* stack frame, .*)", output)
     spills = [f"{_unmangled(name)}: {numbers}" for name, numbers in properties if re.search(r"[1-9]", numbers)]
     return spills + [line.strip() for line in output.splitlines() if re.search(r"C75(0[89]|1[0-7])", line)]
@@ -289,7 +295,7 @@ def _unmangled(name: str) -> str:
 
 
 def noted_complaints(library: Path) -> list[str]:
-    """Those of the library's kernels when it was compiled, from the file beside it."""
+    """The complaints about the library's kernels when it was compiled, from the file beside it."""
     return json.loads(library.with_suffix(".json").read_text())["complaints"]
 
 
@@ -321,14 +327,14 @@ def _lock(path: Path):
 
 # ---- loading
 
-failures: dict[Specialisation, str] = {}  # what could not be built in this process, and why: not tried again
+failures: dict[Specialisation, str] = {}  # specialisations that could not be built in this process, and why: they are not tried again
 
 
 def load(kernel: Specialisation, params_size: int) -> ctypes.CDLL:
-    """A kernel's library, with the interface of cuda/attention.h, built if it must be. `params_size`: bytes of the struct that it takes.
+    """A kernel's library, with the interface of cuda/attention.h, built if necessary. `params_size`: bytes of the struct that it takes.
 
     Raises:
-        BuildError: it cannot be built or loaded; the second time at once, without another attempt.
+        BuildError: it cannot be built or loaded; the second time immediately, without another attempt.
     """
     if kernel in failures:
         raise BuildError(failures[kernel])

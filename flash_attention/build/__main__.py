@@ -20,13 +20,13 @@ from flash_attention.backends.cuda import BACKWARD, FORWARD, PACK_MASK, RUNGS
 from flash_attention.backends.rotary import ROTARY
 from flash_attention.build import BuildError, Specialisation
 
-ARCHS = ("75", "80", "86", "89", "90a", "100", "120")  # that every release is checked for
+ARCHS = ("75", "80", "86", "89", "90a", "100", "120")  # architectures for which every release is checked
 KINDS = tuple(product(("all", "causal", "interval"), (False, True), (False, True)))  # what a row sees, mask, dropout
 USUAL = (("all", False, False), ("causal", False, False), ("all", True, False), ("causal", True, True))  # what most models use of them
 
 
 def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=KINDS) -> list[Specialisation]:
-    """All that each rung may be asked for, in every form in which it reads a mask."""
+    """Every specialisation of each rung, in every form in which it reads a mask."""
     wanted = [Specialisation(file, arch) for arch in archs for file in (PACK_MASK, ROTARY)]
     for arch, rung in product(archs, RUNGS.values()):
         if not rung.runs_on(build.arch_number(arch)):
@@ -48,12 +48,12 @@ def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=
 
 
 def usual_set(archs: list[str], head_dims: list[int] | None = None) -> list[Specialisation]:
-    """What most models use: each rung's common head sizes and dtypes, dense, causal, and with mask and dropout."""
+    """The specialisations that most models use: each rung's common head sizes and dtypes, dense, causal, and with mask and dropout."""
     return specialisations(archs, head_dims, USUAL)
 
 
 def in_parallel(one: Callable[[Specialisation], list[str]], wanted: list[Specialisation], jobs: int):
-    """Runs `one` for each. → dict of kernels and what it found, if anything; list of what it raised."""
+    """Runs `one` for each kernel. → {kernel: what it returned, if anything}, and a list of what it raised."""
     found, failed = {}, []
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(wanted), unit="kernel", disable=None) as bar:
 
@@ -70,7 +70,7 @@ def in_parallel(one: Callable[[Specialisation], list[str]], wanted: list[Special
 
 
 def check(archs: list[str], head_dims: list[int] | None, jobs: int, file: Path | None) -> bool:
-    """Compiles every specialisation for its complaints alone. The file holds one entry an architecture, and keeps those of others."""
+    """Compiles every specialisation only to collect complaints. The file has one entry per architecture; entries of others are kept."""
     results = json.loads(file.read_text()) if file and file.exists() else {}
     good = True
     for arch in archs:
@@ -85,7 +85,8 @@ def check(archs: list[str], head_dims: list[int] | None, jobs: int, file: Path |
         compilers = build.compilers(build.find_nvcc() or "nvcc").splitlines()
         results[arch] = {"kernels": len(wanted), "complaints": found, "failed": failed, "compilers": compilers}
         if file:
-            file.write_text(json.dumps(results, indent=1) + "\n")
+            rows = (f"{json.dumps(arch)}: {json.dumps(result)}" for arch, result in results.items())  # one row a line
+            file.write_text("{\n" + ",\n".join(rows) + "\n}\n")
     return good
 
 
@@ -155,7 +156,7 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     archs = arguments.arch or [build.arch_of(torch.cuda.get_device_capability())]
     chosen = specialisations if arguments.all else usual_set
     level = build.log.level
-    build.log.setLevel(logging.ERROR)  # the progress bar says as much
+    build.log.setLevel(logging.ERROR)  # the progress bar already shows this
     try:
         return not compile_set(chosen(archs, arguments.head_dim), arguments.out, arguments.jobs)
     finally:

@@ -22,17 +22,17 @@ FOLDER = "emulator"  # of the sources, and of the cache
 COMMON = ("-g1", "-fPIC", "-march=native")
 RUNTIME = ("-std=c++20", "-O2", "-fno-semantic-interposition", "-shared")
 KERNEL = (
-    "-std=c++17",  # as nvcc has it; the library's headers for C++20 take half as long again to read
+    "-std=c++17",  # nvcc's default; the standard library's headers take half as long again to parse as C++20
     "-O2",
     "-fsanitize=thread",
     "-ffp-contract=fast",
     "-fno-strict-aliasing",
-)  # multiply-adds and aliasing as nvcc has them
-GCC = ("-fno-extern-tls-init",)  # it would call a function to initialise an extern thread_local variable (shared memory) that needs none
-# clang would jump into the runtime instead of calling it, which then could not tell from where; addr2line finds its inlined functions
-# in DWARF 4 only.
+)  # multiply-adds and aliasing as with nvcc
+GCC = ("-fno-extern-tls-init",)  # otherwise it calls a function to initialise shared memory (extern thread_local), which needs none
+# clang would tail-call the runtime, which could then not tell from where it was called; addr2line finds clang's inlined functions only
+# in DWARF 4.
 CLANG = ("-fno-optimize-sibling-calls", "-gdwarf-4")
-WRAPPED = ("memcpy", "memmove", "memset")  # by which clang copies and clears, without telling ThreadSanitizer
+WRAPPED = ("memcpy", "memmove", "memset")  # functions by which clang copies and clears memory without telling ThreadSanitizer
 ARCH = "90a"  # what the emulated device is
 
 
@@ -57,7 +57,7 @@ def _machine(compiler: str) -> str:
 
 
 def _common(compiler: str) -> tuple[str, ...]:
-    """g++ would make inline variables unique in the process, of which each library has its own."""
+    """A flag for g++, which would otherwise share inline variables across the process; each library must have its own."""
     return COMMON if _is_clang(compiler) else (*COMMON, "-fno-gnu-unique")
 
 
@@ -79,8 +79,8 @@ def runtime(sources: Path) -> Path:
 
 
 def _precompiled(sources: Path, compiler: str, flags: tuple[str, ...], headers: list[str]) -> list[str]:
-    """What makes g++ read the headers that all kernels include from a file in the cache: a quarter of the time of compiling one.
-    Not from a copy of the sources, which is compiled once or twice."""
+    """Flags that make g++ read the headers that all kernels include precompiled from the cache, which saves a quarter of the time. Not for
+    a copy of the sources, which is compiled only once or twice."""
     if _is_clang(compiler) or sources != build.SOURCES:
         return []
     key = build._hash(_machine(compiler), *flags, *headers, digits=24)
@@ -104,7 +104,7 @@ def build_kernel(kernel: Specialisation, sources: Path | None = None) -> Path:
     link = [f"-Wl,--wrap={name}" for name in WRAPPED] if clang else []
     headers = _contents(sources, "*.cuh", "*.h", f"{FOLDER}/*.h", f"{FOLDER}/include/*.h")
     text = (sources / kernel.file).read_text()
-    included = [(sources / name).read_text() for name in re.findall(r'#include "(\w+\.cu)"', text)]  # a rung that falls back on another
+    included = [(sources / name).read_text() for name in re.findall(r'#include "(\w+\.cu)"', text)]  # a rung that includes its fallback
     key = build._hash(_machine(compiler), *flags, *link, linked.name, text, *included, *headers, digits=24)
 
     def commands(out: Path) -> list[list[str]]:

@@ -2,7 +2,7 @@
 
 `ChunkedFlashAttention(embed_size, heads, chunk_size)(values, keys, queries, mask=None)`, and the official package's first interface,
 `PackedFlashAttention(softmax_scale, attention_dropout)(qkv, key_padding_mask=None, causal=False)`. The interfaces are theirs and what is
-computed is attention: the first of them attended over the batch axis, without a scale, and within chunks only.
+computed is attention: the original of the first attended over the batch axis, without a scale, and only within chunks.
 """
 
 import torch

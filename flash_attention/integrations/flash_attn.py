@@ -294,7 +294,7 @@ def flash_attn_with_kvcache(
 
 
 def _window(window_size) -> tuple[int | None, int | None] | None:
-    """As `flash_attention()` takes it: there -1 is no limit."""
+    """window_size as `flash_attention()` takes it; here −1 means no limit."""
     left, right = (None if limit < 0 else int(limit) for limit in window_size)
     return None if left is None and right is None else (left, right)
 
@@ -308,7 +308,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, options: dict, deterministic: bo
 
 
 class _Deterministic(torch.autograd.Function):
-    """`flash_attention()` whose backward alone runs under `torch.use_deterministic_algorithms`, which is what its kernels ask."""
+    """`flash_attention()` whose backward, and only that, runs under `torch.use_deterministic_algorithms`, the setting that kernels look
+    at."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, options: dict) -> tuple[Tensor, Tensor]:
@@ -342,7 +343,7 @@ def _deterministic():
 
 
 def _next_seed(q: Tensor) -> Tensor:
-    """The seed that the next call with dropout draws."""
+    """The seed that the next call with dropout will draw."""
     with torch.random.fork_rng([q.device] if q.is_cuda else [], enabled=True):
         return _seed(q)
 
@@ -363,7 +364,7 @@ def _probabilities(
 
 
 def _check_cache(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table) -> int:
-    """The most tokens of a sequence, if all fits together."""
+    """Checks the arguments; returns the most tokens of a sequence."""
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
         if x is None:
             continue

@@ -32,15 +32,15 @@ except ImportError as error:
         "pip install 'flash_attention[transformers]', in a clone pip install -e '.[transformers]'"
     ) from error
 
-# Keywords that models pass along without any effect here: `sliding_window` is in the mask, the others are meant for other layers.
-# Any other keyword that is set is refused, whether it is known here or not.
+# Keywords that models pass and that have no effect here: `sliding_window` is in the mask, the others are meant for other layers. Any other
+# keyword that is set is refused, known or not.
 HARMLESS = frozenset(
     ["sliding_window", "max_length_q", "max_length_k", "deterministic", "position_ids", "use_cache", "num_items_in_batch", "grid_thw",
      "input_ids", "logits_to_keep", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"]
 )  # fmt: skip
 DOCUMENTS = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))  # several documents in one row: harmless if a mask separates them
 
-# Model types that none but `eager` computes rightly, and why.
+# Model types that only `eager` computes correctly, and why.
 EAGER_ONLY = {
     "git": "its text layers add the mask to scores of their own",
     "bigbird_pegasus": "its encoder adds the mask to scores of its own",
@@ -76,8 +76,8 @@ def mask(
     allow_is_causal_skip: bool = True,
     **others,
 ) -> Tensor:
-    """What transformers' `sdpa_mask` makes: bool (B, 1, Nq, Nk), True = may attend. Causality, sliding windows, padding and packed
-    documents become an `ImpliedMask`, which takes no memory of that size; other patterns are written out by `sdpa_mask`.
+    """The mask that transformers' `sdpa_mask` makes: bool (B, 1, Nq, Nk), True = may attend. Causality, sliding windows, padding and packed
+    documents become an `ImpliedMask`, which takes no memory of that size; other patterns are materialised by `sdpa_mask`.
 
     `sdpa_mask` returns None for some masks. None does not say whether the mask is causal or absent, how it is aligned, or for how many
     queries it is: a model that drops the first queries, as Gemma 4 does in layers that share keys and values, must not change what the
@@ -109,7 +109,7 @@ def mask(
 
 
 class Pattern(NamedTuple):
-    """What each row sees: `Visible`'s terms, and which keys are no padding."""
+    """What each row sees, in the terms of `Visible`, and which keys are not padding."""
 
     left: int | None = None
     right: int | None = None
@@ -119,7 +119,7 @@ class Pattern(NamedTuple):
 
     @classmethod
     def of(cls, function) -> "Pattern | None":
-        """The pattern of a mask function of transformers.masking_utils, or None if it is not one of those known here."""
+        """The pattern of a mask function of transformers.masking_utils, or None if the function is unknown here."""
         if getattr(function, "__module__", None) != masking_utils.__name__ or not inspect.isfunction(function):
             return None
         inside = inspect.getclosurevars(function).nonlocals
@@ -153,17 +153,18 @@ class Pattern(NamedTuple):
         return torch.stack(ends, -1).int()[:, None]
 
     def dense(self, Nq: int, Nk: int, device: torch.device) -> Tensor:
-        """Written out, (B or 1, 1, Nq, Nk)."""
+        """The mask materialised, (B or 1, 1, Nq, Nk)."""
         visible = Visible(Nq, Nk, self.left, self.right, self.spans, self.diagonal)
         seen = visible.dense(slice(0, Nq), slice(0, Nk), device)
         return seen if self.keys is None else seen & self.keys[:, None, None]
 
     def options(self, Nq: int, Nk: int) -> tuple[slice, dict[str, Any]] | None:
-        """The keys to attend, and `flash_attention()`'s options for these, aligned to their last one; None if it cannot be said so."""
+        """The keys to attend, and `flash_attention()`'s options for them, aligned to the last one; None if options cannot express the
+        pattern."""
         left, right, diagonal = self.left, self.right, self.diagonal
         stop = Nk if right is None else min(Nk, Nq + diagonal + right)
         start = 0
-        if Nq == 1:  # then all that is limited is where the keys begin and end
+        if Nq == 1:  # then only the first and the last key are limited
             start, left, right = 0 if left is None else max(0, diagonal - left), None, None
         if ((left, right) != (None, None) and stop - Nq != diagonal) or not 0 <= start < stop:
             return None
@@ -176,12 +177,12 @@ def _tighter(*limits: int | None) -> int | None:
 
 
 def _only(parts: list[Pattern]) -> Tensor | None:
-    """The documents of the pattern that has some."""
+    """The documents of whichever pattern has some."""
     return next((part.document for part in parts if part.document is not None), None)
 
 
 class ImpliedMask(Tensor):
-    """A bool mask (B, 1, Nq, Nk) kept as a pattern, not in memory. An operation that reads it sees it written out.
+    """A bool mask (B, 1, Nq, Nk) kept as a pattern, not in memory. It is materialised when an operation reads it.
 
     Nk > Nq + diagonal is the first pass over an empty static cache, whose unwritten keys come last.
     """
@@ -194,7 +195,7 @@ class ImpliedMask(Tensor):
 
     def __init__(self, shape: tuple[int, ...], pattern: Pattern, device: torch.device | str) -> None:
         self.pattern = pattern
-        self.written: Tensor | None = None  # once an operation has seen it, which may have changed it
+        self.written: Tensor | None = None  # once an operation has read it, and perhaps changed it
 
     def write(self) -> Tensor:
         if self.written is None:
@@ -248,7 +249,7 @@ def attention(
     Nq, Nk = query.shape[2], key.shape[2]
     pattern = None  # of what a row sees, where it is not a mask in memory
     if isinstance(attention_mask, ImpliedMask):
-        everything = attention_mask.pattern._replace(diagonal=0) == Pattern()  # for as many queries as there are
+        everything = attention_mask.pattern._replace(diagonal=0) == Pattern()  # for all queries
         if attention_mask.written is None and (everything or attention_mask.shape[2:] == (Nq, Nk)):
             pattern = attention_mask.pattern
     elif attention_mask is None:
@@ -301,7 +302,8 @@ def attention(
 
 
 def _check(module: nn.Module, query: Tensor, attention_mask: Tensor | None, pattern: Pattern | None, others: dict) -> Pattern | None:
-    """The pattern, with the documents of the keywords if it has none. Refuses every keyword that is set and not known to change nothing."""
+    """The pattern, with the documents given by keywords if it has none. Refuses every keyword that is set unless it is known to have no
+    effect."""
     if others.get("output_attentions"):
         logger.warning_once('attention weights are never computed: output_attentions=True needs attn_implementation="eager"')
     separated = attention_mask is not None if pattern is None else pattern.document is not None
@@ -320,7 +322,7 @@ def _check(module: nn.Module, query: Tensor, attention_mask: Tensor | None, patt
 
 
 def _both(a: Tensor | None, b: Tensor) -> Tensor:
-    """One mask for two, each bool (True = may attend) or float (added to the scores)."""
+    """Combines two masks, each bool (True = may attend) or float (added to the scores)."""
     if a is None:
         return b
     if a.dtype == b.dtype == torch.bool:

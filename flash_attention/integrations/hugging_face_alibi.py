@@ -5,7 +5,7 @@
     model = use_tiled_attention(AutoModelForCausalLM.from_pretrained("bigscience/bloom-560m"))
 
 Both add slope · column to the scores, which by the softmax's invariance is ALiBi's distance (Press et al. 2021, arXiv:2108.12409): a bias
-of one row, (B or 1, H, 1, Nk). Causality and padding stay what they stand for, so nothing of size Nq · Nk is in memory.
+of one row, (B or 1, H, 1, Nk). Causality and padding are not materialised, so nothing of size Nq · Nk is in memory.
 """
 
 import torch
@@ -31,9 +31,9 @@ def use_tiled_attention(model: PreTrainedModel) -> PreTrainedModel:
         if getattr(module, "slow_but_exact", False) and module.pretraining_tp > 1:
             raise NotImplementedError("slow_but_exact multiplies the slices of pretraining_tp one by one, which is not computed here")
     name = register()
-    for module in model.modules():  # models in models have configs of their own
+    for module in model.modules():  # nested models have their own configs
         if isinstance(module, PreTrainedModel):
-            module.config._attn_implementation = name  # now their masks are not written out
+            module.config._attn_implementation = name  # so that their masks are not materialised
     for module in found:
         module.__class__ = TILED[type(module)]
     return model

@@ -14,27 +14,29 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode, has_torch_
 from flash_attention.backends import cuda
 from flash_attention.interface import DTYPES, NUMBERS, _autocasts, flash_attention
 
-TORCHS_OWN = torch._C._nn.scaled_dot_product_attention  # what torch.nn.functional calls by that name unless it is patched
+TORCHS_OWN = torch._C._nn.scaled_dot_product_attention  # torch.nn.functional's function, before any patch
 
 
 @contextmanager
 def use_flash_attention() -> Iterator[None]:
     """Inside the `with`, `torch.nn.functional.scaled_dot_product_attention` runs on this project.
 
-    Calls that `flash_attention()` has no counterpart for reach torch's own function as if nothing were patched, and so do wrong ones, which
+    Calls without a counterpart in `flash_attention()` reach torch's own function as if nothing were patched, and so do invalid calls, which
     get its exceptions: `attn_mask` together with `is_causal`, nested, sparse and empty tensors, other dtypes, dropout_p = 1, key and value
-    with other numbers of heads; and on a GPU, a float `attn_mask` that only `simple` could add to the scores: torch's kernels are faster.
+    with different numbers of heads; and on a GPU, a float `attn_mask` that only `simple` could add to the scores: torch's kernels are
+    faster.
 
     Subclasses of Tensor with a `__torch_function__`, TorchFunctionModes, torch.fx and torch.jit.script see torch's own function, as ever;
     below all modes, a call without such tensors runs here. `torch.nn.attention.bias.causal_lower_right` and `causal_upper_left` are served.
 
-    The function is replaced in its module, so every thread sees it for as long as any thread is inside, autograd's own threads too (they
-    recompute checkpointed activations: run the backward inside the `with` too). The last one to leave puts the original back, after an
-    exception too, unless something else has been put in its place meanwhile: that stays, and what it keeps of this project calls torch's
-    own from then on. Blocks may be nested, and may stand in a compiled function; a function that was compiled outside is compiled again.
+    The function is replaced in its module, so every thread sees the replacement while any thread is inside, autograd's own threads included
+    (they recompute checkpointed activations: run the backward inside the `with` too). The last thread to leave restores the original, after
+    an exception too, unless other code has patched the function meanwhile: that patch stays, and if it calls this project's replacement,
+    torch's own function runs from then on. Blocks may be nested and may be inside a compiled function; a function that was compiled outside
+    is compiled again.
 
-    Not reached: modules that imported the function by its name before, and what does not call it (nn.MultiheadAttention with
-    need_weights=True, and its fused path for inference; its masks are float ones). Dropout draws this project's random bits.
+    Not reached: modules that imported the function by name before, and code that does not call it (nn.MultiheadAttention with
+    need_weights=True, and its fused path for inference; its masks are float). Dropout draws this project's random bits.
     `torch.nn.attention.sdpa_kernel` has no effect on the calls that are served.
 
     >>> with use_flash_attention():
@@ -82,7 +84,7 @@ def scaled_dot_product_attention(
 
 
 def _serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Tensor | None:
-    """The result, or None for what torch's own function must see."""
+    """The result, or None if the call must go to torch's own function."""
     if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad and not torch.compiler.is_compiling():
         scale = scale.item()
     if not _are_served(query, key, value, dropout_p, is_causal, scale, enable_gqa):
@@ -93,7 +95,7 @@ def _serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         if type(attn_mask) is not CausalBias or is_causal:
             return None
         lengths, top_left = (attn_mask.seq_len_q, attn_mask.seq_len_kv), attn_mask.variant == CausalVariant.UPPER_LEFT
-        is_causal = top_left or lengths[0] == lengths[1]  # as torch has it, whatever the lengths of the tensors are
+        is_causal = top_left or lengths[0] == lengths[1]  # as torch defines it, whatever the tensors' lengths
         if not is_causal and lengths != (Lq, Lk):
             return None
         attn_mask, causal = None, True
@@ -129,7 +131,7 @@ def _serve(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
 
 
 def _are_served(query, key, value, dropout_p, is_causal, scale, enable_gqa) -> bool:
-    """Whether all but the mask, and how leading dimensions broadcast, is what `flash_attention()` takes."""
+    """Whether `flash_attention()` takes this call, apart from its mask and how leading dimensions broadcast."""
     tensors = query, key, value
     if not all(isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested and x.dim() >= 2 for x in tensors):
         return False
@@ -142,7 +144,7 @@ def _are_served(query, key, value, dropout_p, is_causal, scale, enable_gqa) -> b
         and query.shape[-1] == key.shape[-1]
         and key.shape[-2] == value.shape[-2]
         and all(x.numel() for x in tensors)
-        # Where torch refuses one type and takes another, it knows best.
+        # torch accepts some types and refuses others: leave those to it.
         and isinstance(is_causal, bool)
         and isinstance(enable_gqa, bool)
         and not (enable_gqa and not _are_grouped(*tensors))
@@ -183,12 +185,12 @@ def _in_four_dimensions(x: Tensor, batch: list[int], heads: int) -> Tensor:
 
 
 class _Patch:
-    """Puts the replacement into torch.nn.functional while a `with` is open, except while a call is shown to `__torch_function__`s."""
+    """Puts the replacement into torch.nn.functional while a `with` is open, except while a call is handed to `__torch_function__`s."""
 
     def __init__(self):
         self.lock = threading.Lock()
         self.depth = 0  # of `with` blocks, in all threads together
-        self.shown = 0  # calls now being handled by some `__torch_function__`, which must find torch's own function in the module
+        self.shown = 0  # calls that some `__torch_function__` is handling; it must find torch's own function in the module
         self.open = False
         self.original = TORCHS_OWN
 
@@ -211,7 +213,7 @@ _causal_bias = CausalBias.__dict__["__torch_function__"]
 
 @classmethod  # type: ignore[misc]  # it becomes one of CausalBias
 def _causal_bias_beside_a_patch(cls, func, types, args=(), kwargs=None):
-    """It knows torch's own function as what stands in the module. Code that imported the function by its name calls it all the same."""
+    """It looks torch's own function up in the module. Code that imported the function by name still calls the original."""
     func = functional.scaled_dot_product_attention if func is TORCHS_OWN else func
     return _causal_bias.__func__(cls, func, types, args, kwargs)
 
@@ -221,16 +223,16 @@ _thread = threading.local()
 
 
 def _replacement(*args, **kwargs) -> Tensor:
-    if not _patch.open:  # code that keeps this function after the `with`
+    if not _patch.open:  # code that has kept this function beyond the `with`
         return _torchs_own(*args, **kwargs)
-    modes = torch.compiler.is_compiling() and torch._C._len_torch_function_stack()  # has_torch_function knows them otherwise
+    modes = torch.compiler.is_compiling() and torch._C._len_torch_function_stack()  # has_torch_function does not recognise them
     if modes or has_torch_function((*args, *kwargs.values())):
         return _show(*args, **kwargs)
     O = _try_to_serve(args, kwargs)
     return _torchs_own(*args, **kwargs) if O is None else O
 
 
-torch.jit._builtins._register_builtin(_replacement, "aten::scaled_dot_product_attention")  # what torch.jit.script takes it for
+torch.jit._builtins._register_builtin(_replacement, "aten::scaled_dot_product_attention")  # what torch.jit.script takes it to be
 
 
 def _try_to_serve(args: tuple, kwargs: dict) -> Tensor | None:
@@ -246,7 +248,7 @@ def _arguments(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 
 
 def _torchs_own(*args, **kwargs) -> Tensor:
-    """What the `with` found in the module: torch's own, or a patch by others. One of those may lead back here: then torch's own."""
+    """The function that the `with` found in the module: torch's own, or another patch. If that patch leads back here, torch's own."""
     if _patch.original is TORCHS_OWN or getattr(_thread, "in_others_patch", False):
         return TORCHS_OWN(*args, **kwargs)
     _thread.in_others_patch = True
@@ -257,8 +259,8 @@ def _torchs_own(*args, **kwargs) -> Tensor:
 
 
 def _show(*args, **kwargs) -> Tensor:
-    """The call as torch makes it, through every TorchFunctionMode and `__torch_function__`, which find torch's own function in its
-    module; below the modes it may be served."""
+    """Makes the call as torch does, through every TorchFunctionMode and `__torch_function__`, which find torch's own function in its
+    module; below the modes it may be served here."""
     _patch.update(shown=+1)
     try:
         with _at_the_bottom(_ServingMode()):
@@ -276,7 +278,7 @@ class _ServingMode(TorchFunctionMode):
 
 @contextmanager
 def _at_the_bottom(mode: TorchFunctionMode) -> Iterator[None]:
-    """The mode is active below those that are active already, so that it sees a call last."""
+    """Activates the mode below all modes that are already active, so that it sees a call last."""
     stack = [mode, *_pop_modes()]
     for each in stack:
         _push_mode(each)

@@ -2,7 +2,7 @@
 
     q, k, v = (shard(x, group) for x in (q, k, v))      # or made from the shards of the input, as a model does
     O = parallel_attention(q, k, v, group=group, causal=True)
-    O = unshard(O, group)                               # if the whole is wanted anywhere
+    O = unshard(O, group)                               # if the whole is needed anywhere
 
 Every rank of the group calls with its own share, and runs the backward if there is one. The result is that of one device.
 """
@@ -57,8 +57,9 @@ def parallel_attention(
         spans: int32 (B or 1, H or 1, Nq / ranks, 2), of this rank's rows, `shard(documents(…), group)` for example: columns of the whole.
         dropout_p: as in `flash_attention()`. The seed is drawn by the group's first rank, from its generator.
         order: "zigzag", in which causal work is balanced, or "contiguous", in which a window has fewer neighbours.
-        method: "ring": K and V go from rank to rank while the last ones are attended to. "all_to_all": each rank attends with its share of
-            the heads over the whole sequence. None: the ring where its copies hide behind the arithmetic, else what sends less.
+        method: "ring": K and V go from rank to rank while each rank attends to those it holds. "all_to_all": each rank attends with its
+            share of the heads over the whole sequence. None: the ring if its copies hide behind the arithmetic, else the method that sends
+            less.
         observe: called after each step of a ring, forward and backward, with what this rank computed and what travelled meanwhile.
 
     Returns:
@@ -123,14 +124,14 @@ def all_to_all_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor |
 
 
 def _ring_is_better(ranks: int, H: int, Hkv: int, Nq: int, Nk: int, D: int, Dv: int) -> bool:
-    """Whether the ring's copies hide behind its arithmetic, or are fewer. Lengths are those of a share."""
+    """Whether the ring's copies hide behind its arithmetic, or are fewer bytes. Lengths are those of a share."""
     round_trip = (ranks - 1) * Hkv * Nk * (D + Dv)
     exchanged = (ranks - 1) * (H * Nq + Hkv * Nk) * (D + Dv) // ranks
     return Nq * H >= HIDDEN_ROWS * Hkv or round_trip <= exchanged
 
 
 def _device(group: dist.ProcessGroup, q) -> torch.device:
-    """Where a message of this group may lie, if q is no tensor either."""
+    """A device for messages of this group: q's, or the group's own if q is not a tensor."""
     if isinstance(q, Tensor):
         return q.device
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else torch.device("cpu")

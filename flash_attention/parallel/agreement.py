@@ -1,8 +1,8 @@
-"""Before anything is computed, the ranks tell each other what they were called with: about 200 bytes.
+"""Before anything is computed, the ranks exchange the arguments that they were called with: about 200 bytes.
 
-Ranks with different shapes would wait for each other without end, ranks with different settings would compute something wrong in silence.
-So each call begins with one all-gather, after which all ranks go on or all raise the same error. A rank that refuses its own arguments
-tells the others before it raises. One that died, or makes another call, is waited for until the group's timeout.
+Ranks with different shapes would wait for each other forever; ranks with different settings would silently compute something wrong. So each
+call begins with one all-gather, after which all ranks continue or all raise the same error. A rank that refuses its own arguments tells the
+others before it raises. If a rank has died, or makes another call, the others wait until the group's timeout.
 
 The same message carries the seed of dropout, drawn by the group's first rank, and which shards each rank needs.
 """
@@ -53,7 +53,7 @@ DTYPE_NUMBER = {dtype: n for n, dtype in enumerate(DTYPES)}
 
 
 def digest(x: Tensor | None) -> int | None:
-    """A number that tells tensors with different contents apart, but for chance. The host waits for the device."""
+    """A hash of a tensor's contents. The host waits for the device."""
     return None if x is None else zlib.crc32(x.detach().cpu().contiguous().view(torch.uint8).numpy())
 
 
@@ -69,7 +69,7 @@ def _number(value) -> int:
 
 
 def _shown(name: str, number: int) -> str:
-    """A number of `_number`, in words."""
+    """A number from `_number`, in words."""
     if number == NONE:
         return "None"
     hint = Terms.__annotations__[name]
@@ -91,7 +91,7 @@ def refuse(group: ProcessGroup, device: torch.device) -> None:
 
 
 def agree(group: ProcessGroup, device: torch.device, terms: Terms, needs: list[bool], draw_seed: Callable[[], Tensor] | None) -> Agreement:
-    """What all ranks together are about to compute. draw_seed: called on the first rank, if there is dropout.
+    """What all ranks have agreed to compute. draw_seed: called on the first rank, if there is dropout.
 
     Raises:
         ValueError: on every rank, if they were called with different things. RuntimeError: on every other rank, if one refused its
@@ -126,7 +126,7 @@ def _gather(group: ProcessGroup, device: torch.device, numbers: list[int], seed:
 
     if device.type != "cuda":
         return exchange()
-    # On a stream of its own: the host then waits for the message, not for all that the device has yet to compute.
+    # On a separate stream: the host then waits only for the message, not for everything that is queued on the device.
     current, own = torch.cuda.current_stream(device), _stream(device)
     if seed is not None:
         own.wait_stream(current)

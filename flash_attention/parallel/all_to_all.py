@@ -1,8 +1,8 @@
 """All-to-all over heads (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509): each rank attends with some heads over all positions.
 
-One all-to-all turns shares of the sequence with all heads into the whole sequence with a share of the heads, another turns O back. In
-between stands one plain call. Each rank sends (ranks − 1) / ranks of its Q, K, V and O, however many ranks there are, where a ring sends
-its K and V ranks − 1 times; but nothing is computed meanwhile, and the number of ranks must divide that of the heads.
+One all-to-all turns shares of the sequence with all heads into the whole sequence with a share of the heads; another one turns O back. In
+between is one plain call. Each rank sends only (ranks − 1) / ranks of its Q, K, V and O, while a ring sends its K and V ranks − 1 times.
+But nothing is computed meanwhile, and the number of ranks must divide the number of heads.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Which positions of a sequence each rank holds, and a tensor's way there and back.
+"""Which positions of a sequence each rank holds, and how a tensor is sharded and put together again.
 
 A rank's shard is one run of positions, or two. Under causal attention later rows see more columns: in contiguous order the last of W ranks
 computes 2W − 1 times what the first does. Zigzag (Brandon et al. 2023, "Striped Attention", has the problem; the order is Llama 3's and
@@ -62,7 +62,7 @@ def runs(N: int, ranks: int, rank: int, order: str) -> list[range]:
 
 
 def places(held: list[range]) -> list[slice]:
-    """Where each of a shard's runs lies in the shard."""
+    """The offset of each run within the shard."""
     stops = torch.tensor([0, *map(len, held)]).cumsum(0).tolist()
     return [slice(start, stop) for start, stop in pairwise(stops)]
 
@@ -94,8 +94,8 @@ def shard(x: Tensor, group: Group = None, dim: int = 2, *, order: str = "zigzag"
 def unshard(x: Tensor, group: Group = None, dim: int = 2, *, order: str = "zigzag") -> Tensor:
     """The whole tensor, on every rank, from the shares that `shard` gave: dim is ranks times as long.
 
-    Differentiable, for a loss that is the sum of what the ranks compute from it: gradients are summed over ranks. Where every rank computes
-    the same loss from the whole, divide it by the number of ranks.
+    Differentiable. Gradients are summed over ranks, which is right for a loss that is the sum of the ranks' losses. If every rank computes
+    the same loss from the whole tensor, divide it by the number of ranks.
     """
     return _Unshard.apply(x, group_of(group), dim, order)
 

@@ -1,4 +1,4 @@
-"""Processes on this machine as the ranks of one gloo group: each runs a function, and hands back what it returns. For trials and checks.
+"""Processes on this machine as the ranks of one gloo group: each runs a function and returns its result. For trials and checks.
 
 A process that hangs is killed: a fault must be an error on every rank within the group's timeout.
 """
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 GROUP_SECONDS = 120
-# Processes are forked from one that has imported torch: they start at once.
+# Processes are forked from one that has already imported torch, so that they start quickly.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "flash_attention.parallel"])
 
@@ -31,8 +31,8 @@ class Raised(NamedTuple):
 
 
 def run(ranks: int, function: Callable, *arguments, seconds: float = GROUP_SECONDS, dead: tuple[int, ...] = ()) -> list:
-    """What `function(rank, *arguments)` returns on each rank of a gloo group with a timeout of `seconds`, or `Raised`; None for the ranks
-    in `dead`, which may end in any way. The function must be one that a new process can import."""
+    """The results of `function(rank, *arguments)` on each rank of a gloo group with a timeout of `seconds`, or `Raised`; None for the ranks
+    in `dead`, which may end in any way. A new process must be able to import the function."""
     with tempfile.TemporaryDirectory() as folder:
         return _run(ranks, function, arguments, Path(folder), seconds, dead)
 

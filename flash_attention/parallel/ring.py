@@ -1,15 +1,15 @@
 """Ring attention (Liu, Zaharia, Abbeel 2023, arXiv:2310.01889): queries stay, keys and values go round.
 
-Each rank holds its share of Q, K and V. In step t it attends from its rows to the K and V of the rank t places before it, while these are
-already on their way to the next rank. A step gives O and LSE over some of the columns, and two such results merge into one:
+Each rank holds its share of Q, K and V. In step t it attends from its rows to the K and V of the rank t places before it, while sending
+these on to the next rank. A step gives O and LSE over some of the columns, and two such results merge into one:
 
     LSE = log(e^LSE₁ + e^LSE₂)      O = O₁ + w (O₂ − O₁),  w = e^(LSE₂ − LSE) = sigmoid(LSE₂ − LSE₁)
 
-In the backward K and V go round once more. A step's dK and dV are sums over the rows at hand: they travel along, each rank adds its
-part, and the last one sends them home. dQ stays where its rows are.
+In the backward K and V go round once more. dK and dV are sums over all rows: they travel with K and V, each rank adds the contribution of
+its rows, and the last one sends them home. dQ stays where its rows are.
 
 Sums are in float32 (float64 for float64), in an order that does not depend on what arrives first. Everything that depends on positions
-uses those in the whole sequence: the result is that of one device, the elements that dropout drops included.
+uses those in the whole sequence: the result equals that of one device, including which elements dropout drops.
 
 One file because the forward and the backward take the same trips and divide the same shares.
 """
@@ -77,20 +77,19 @@ class Share:
 
     @property
     def by_position(self) -> bool:
-        """A kernel must know where its rows and columns stand in the whole."""
+        """Whether a kernel must know where its rows and columns stand in the whole sequence."""
         return self.settings.dropout_p > 0 or self.alibi is not None
 
     @property
     def needs(self) -> list[bool]:
-        """Of which shards some row sees some column."""
+        """The shards of which some row sees some column."""
         return [any(map(any, self.seen[shard])) for shard in range(self.ranks)]
 
     def parts(self, shard: int) -> list[Part]:
         """The fewest calls that compute what this rank's rows see of a shard's columns.
 
-        A shard's runs are in the order of their positions, so what a row sees of it, an interval of the whole, is an interval of the shard
-        too: one call computes any step. The bits of dropout and ALiBi's distances are those of positions that a kernel counts on from one
-        offset: there each pair of runs is a call.
+        A shard's runs are in the order of their positions, so an interval of the whole sequence is an interval of the shard too: one call
+        computes any step. But for dropout and ALiBi a kernel counts positions from one offset: then each pair of runs is a separate call.
         """
         columns, seen = self.columns_of(shard), self.seen[shard]
         if not any(map(any, seen)):
@@ -114,13 +113,13 @@ class Share:
         return [Part(rows, part, self.settings._replace(left=None, right=None), self._local_spans(rows, columns))]
 
     def _without_spans(self, held: list[range], columns: list[range]) -> Settings | None:
-        """The settings of a call of these runs whose rows all see intervals that limits and a diagonal describe, if they do."""
+        """The settings of one call for these runs, if limits and a diagonal can describe what all its rows see; else None."""
         settings = self.settings
         if all(self._visible(i, j).whole(slice(0, len(i)), slice(0, len(j))) for i in held for j in columns):
             return settings._replace(left=None, right=None)
         standing = [range(i.start + self.Nk - self.Nq, i.stop + self.Nk - self.Nq) for i in held]
         if standing == columns and settings.left is None and settings.right == 0:
-            return settings  # causal, a run behind a run as in the whole
+            return settings  # causal, with runs that are consecutive as in the whole
         if len(held) > 1 or len(columns) > 1:
             return None
         diagonal = standing[0].start - columns[0].start
@@ -136,14 +135,14 @@ class Share:
         return seen.start < seen.stop
 
     def _at(self, i: range, j: range) -> Settings:
-        """The settings of a run of rows and a run of columns, with their places in the whole."""
+        """The settings for a run of rows and a run of columns, with their positions in the whole."""
         return self.settings._replace(q_offset=i.start, k_offset=j.start, diagonal=self.Nk - self.Nq)
 
     def _spans_of(self, rows: slice) -> Tensor | None:
         return None if self.spans is None else self.spans[:, :, rows]
 
     def _intervals(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Start and stop, columns of the whole, of what these of the rank's rows see: (B or 1, H or 1, rows) each."""
+        """Start and stop, in columns of the whole sequence, of what these rows see: (B or 1, H or 1, rows) each."""
         place = torch.cat([torch.arange(i.start, i.stop, device=self.device) for i in self.held])[rows] + self.Nk - self.Nq
         left, right = self.settings.left, self.settings.right
         start = torch.zeros_like(place) if left is None else (place - left).clamp(min=0)
@@ -153,12 +152,12 @@ class Share:
         return torch.maximum(start, self.spans[:, :, rows, 0]), torch.minimum(stop, self.spans[:, :, rows, 1])
 
     def _local_spans(self, rows: slice, columns: list[range]) -> Tensor:
-        """The same as columns of these runs, one behind the other."""
+        """The same, in columns of these runs put one after another."""
         bounds = torch.stack(self._intervals(rows), -1)  # (B or 1, H or 1, rows, 2)
         return sum((bounds - run.start).clamp(0, len(run)) for run in columns).int()
 
     def _seen_by_spans(self, shards: list[list[range]]) -> list[list[list[bool]]]:
-        """`seen`, from the rows' intervals themselves. The host waits for the device once."""
+        """Computes `seen` from the rows' intervals. The host waits for the device once."""
         all_runs = torch.tensor([[run.start, run.stop] for columns in shards for run in columns], device=self.device)
         rows = []
         for place in places(self.held):
@@ -174,7 +173,7 @@ class Share:
 
 
 class Trip(NamedTuple):
-    """K and V on their way from rank to rank, in one direction."""
+    """K and V travelling from rank to rank, in one direction."""
 
     direction: int  # 1: to the next rank; −1: to the one before
     hops: list[int]  # how far the shard of each rank goes
@@ -190,9 +189,9 @@ class Trip(NamedTuple):
 
 
 def trips(needs: list[list[bool]]) -> list[Trip]:
-    """The trips, of the fewest steps in all, on which every shard passes the ranks that need it. needs[r][s]: rank r needs that of s.
+    """The trips, with the fewest steps in total, on which every shard visits the ranks that need it. needs[r][s]: rank r needs rank s's.
 
-    Once round for what all need; a window's few neighbours on both sides are reached on two short trips.
+    If all ranks need all shards, one trip goes all the way round; a window's few neighbours on both sides take two short trips.
 
     >>> trips([[True] * 3] * 3)
     [Trip(direction=1, hops=[2, 2, 2])]
@@ -201,7 +200,7 @@ def trips(needs: list[list[bool]]) -> list[Trip]:
     distances = [(s, (r - s) % ranks) for r, row in enumerate(needs) for s, needed in enumerate(row) if needed and r != s]
 
     def rest(forth: int) -> int:
-        """How far trips the other way must go."""
+        """How far trips in the other direction must go."""
         return max((ranks - d for _, d in distances if d > forth), default=0)
 
     forth = min(reversed(range(ranks)), key=lambda n: n + rest(n))
@@ -211,7 +210,7 @@ def trips(needs: list[list[bool]]) -> list[Trip]:
 
 
 class Message(NamedTuple):
-    """Sent by one rank, received by another. Between two ranks, messages of a step come in the order of their tags."""
+    """A message from one rank to another. Between two ranks, messages of a step are ordered by their tags."""
 
     tag: int
     peer: int  # rank in the group
@@ -225,7 +224,7 @@ class Step(NamedTuple):
     what: str  # "forward" or "backward"
     t: int
     computed: list[tuple[int, Part]]  # whose shard, and which part of it
-    messages: list[Message]  # on their way meanwhile
+    messages: list[Message]  # being sent meanwhile
 
     def sent(self) -> int:
         """Bytes."""
@@ -255,23 +254,23 @@ def unpack(flat: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Traveller:
-    """One trip's buffers on one rank: the K and V at hand, and, in a backward, the dK and dV that go with them."""
+    """One trip's buffers on one rank: the K and V that it holds and, in a backward, the dK and dV that travel with them."""
 
     def __init__(self, number: int, trip: Trip, rank: int, k: Tensor, v: Tensor, first_dtype: torch.dtype | None = None):
         self.trip, self.rank, self.k, self.v = trip, rank, k, v
         self.tags = 2 * number, 2 * number + 1  # of K and V, of dK and dV
         self.at_hand, self.spare = pack(k, v), None
-        # What the first rank adds is a kernel's own result, as a rule: sent in its dtype, it loses nothing.
+        # The first rank's contribution is usually a kernel's own result: sent in its dtype, it loses nothing.
         self.first_dtype = first_dtype
         self.gradient: Tensor | None = None  # to be sent
-        self.incoming: Tensor | None = None  # of the shard at hand
+        self.incoming: Tensor | None = None  # of the shard that the rank holds
         self.homecoming: Tensor | None = None
 
     def neighbour(self, distance: int) -> int:
         return (self.rank + self.trip.direction * distance) % len(self.trip.hops)
 
     def move(self, t: int) -> list[Message]:
-        """K and V from step t to step t + 1."""
+        """Sends and receives K and V, from step t to step t + 1."""
         messages = []
         owner = self.trip.shard(self.rank, t)
         if owner is not None and self.trip.hops[owner] > t:
@@ -282,12 +281,12 @@ class Traveller:
         return messages
 
     def arrived(self) -> None:
-        """After `move` is done."""
+        """Called when `move` is complete."""
         if self.spare is not None:
             self.at_hand, self.spare = self.spare, self.at_hand
 
     def move_gradients(self, t: int) -> list[Message]:
-        """dK and dV, complete up to step t − 1: to the rank that adds its own in step t, or home."""
+        """Sends dK and dV, complete up to step t − 1, to the rank that adds its part in step t, or home."""
         messages, tag, hops = [], self.tags[1], self.trip.hops
         owner = self.trip.shard(self.rank, t - 1) if t >= 2 else None
         if owner is not None:
@@ -303,14 +302,14 @@ class Traveller:
         return messages
 
     def dtype_after(self, t: int) -> torch.dtype:
-        """In which dK and dV travel to step t."""
+        """The dtype in which dK and dV travel to step t."""
         return self.first_dtype if t == 2 else sum_dtype(self.k)
 
     def _empty(self, t: int) -> Tensor:
         return torch.empty_like(self.at_hand, dtype=self.dtype_after(t))
 
     def add(self, t: int, terms: list[tuple[slice, Tensor, Tensor]]) -> None:
-        """This rank's terms of dK and dV, of some columns each, of the shard at hand in step t."""
+        """Adds this rank's contributions, each for some columns, to dK and dV of the shard that it holds in step t."""
         if len(terms) == 1 and self.incoming is None and terms[0][1].shape == self.k.shape:
             self.gradient = pack(*terms[0][1:], self.dtype_after(t + 1))
             return
@@ -343,7 +342,7 @@ class Ring:
         return [Traveller(n, trip, self.rank, k, v, first_dtype) for n, trip in enumerate(self.trips)]
 
     def at_hand(self, t: int, travellers: list[Traveller], k: Tensor, v: Tensor) -> Iterator[tuple[Traveller | None, int, Tensor, Tensor]]:
-        """Whose K and V this rank has in step t: its own (no traveller) in step 0."""
+        """The rank whose K and V this rank holds in step t: itself (no traveller) in step 0."""
         if t == 0:
             yield None, self.rank, k, v
             return
@@ -420,11 +419,11 @@ class Merged:
 
     def __init__(self, q: Tensor, v: Tensor):
         self.q, self.v = q, v
-        self.O: Tensor | None = None  # the only result so far, as it came, or the sum, in sum_dtype
+        self.O: Tensor | None = None  # the only result so far, unchanged, or the merged results, in sum_dtype
         self.LSE: Tensor | None = None
 
     def add(self, rows: slice, O: Tensor, LSE: Tensor) -> None:
-        """O (B, H, rows, Dv) and LSE (B, H, rows) over other columns."""
+        """Merges in O (B, H, rows, Dv) and LSE (B, H, rows) over other columns."""
         if self.O is None and O.shape[2] == self.q.shape[2]:
             self.O, self.LSE = O, LSE
             return
@@ -444,7 +443,7 @@ class Merged:
 
 
 def _call(part: Part, backend: str | None, alibi: Tensor | None, q: Tensor, k: Tensor, v: Tensor, O=None, dO=None) -> tuple:
-    """The call (a backward's with O and dO), with the backend that serves it, and its spans."""
+    """The call (of a backward, with O and dO), with the backend that serves it, and its spans."""
     spans = None if part.spans is None else part.spans.expand(*q.shape[:3], 2)
     call = Call.of(q, k, v, None, spans, part.settings, O, dO, alibi=alibi)
     return call._replace(settings=part.settings._replace(backend=as_chosen(backend, choose(backend, call)))), spans
@@ -457,13 +456,13 @@ def compute(part: Part, backend: str | None, q: Tensor, k: Tensor, v: Tensor, se
 
 
 def compute_backward(part: Part, backend: str | None, dO, dLSE, q, k, v, O, LSE, seed, alibi: Tensor | None = None):
-    """dQ, dK, dV of a part. O and LSE are those of whole rows: so P, dP and their sums over a row are what they are in the whole."""
+    """dQ, dK, dV of a part. O and LSE are those of whole rows, so P, dP and their row sums are the same as in the whole sequence."""
     call, spans = _call(part, backend, alibi, q, k, v, O, dO)
     return shortcut.plan(BACKWARD, call)(dO, dLSE, q, k, v, None, spans, O, LSE, seed, *_slopes(alibi))[:3]
 
 
 def _slopes(alibi: Tensor | None) -> tuple:
-    """As a plan's last arguments: no bias, and the slopes."""
+    """A plan's last arguments: no bias, and the slopes."""
     return () if alibi is None else (None, alibi)
 
 
@@ -482,5 +481,5 @@ class RingAttention(Function):
     @once_differentiable
     def backward(ctx, dO, dLSE):
         q, k, v, O, LSE, seed = ctx.saved_tensors
-        dO = torch.zeros_like(O) if dO is None else dO  # without any gradient too: the others wait for this rank's part
+        dO = torch.zeros_like(O) if dO is None else dO  # even if no gradient arrives: the other ranks wait for this rank's part
         return None, *ctx.ring.backward(dO, dLSE, q, k, v, O, LSE, seed), None
