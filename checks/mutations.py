@@ -66,7 +66,7 @@ WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
 WIDE_WINDOW_TURNS = case(D=128, Nk=700, window=(200, 0))  # deterministic
 MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
 LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
-# NaN comes back to rows that attend nothing.
+# dO is NaN in rows that attend nothing.
 DEAD_ROWS = case(mask="dead rows")
 DEAD_SPANS = case(Nk=130, spans="some blind")
 DEAD_FIRST = case(Nk=90, window=(30, 0))

@@ -501,7 +501,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 template <bool ALTERNATE>
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
 #if LISTED
-    if (leaves_out(maps)) return backward<true, true>(p, maps);  // where blocks take turns, they visit every tile
+    if (leaves_out(maps)) return backward<true, true>(p, maps);  // if blocks take turns, they visit every tile
 #endif
     backward<ALTERNATE, false>(p, maps);
 }

@@ -180,7 +180,7 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         seen_tiles = SeenTiles(workspace_for_seen(p), p, k_tiles, tiles_of(p.Nq, BLOCK_Q));
         const KeyTileLength length{seen_tiles, static_cast<int>(seen_tiles.lines(p))};
         if (const cudaError_t error = look<BLOCK_K, BLOCK_Q>(p, seen_tiles, length, order, k_blocks); error != cudaSuccess) return error;
-        launch_prepare(call, p, true);  // runs beside these
+        launch_prepare(call, p, true);  // overlaps these
     } else
 #endif
     launch_prepare(call, p);

@@ -159,7 +159,7 @@ struct Visit {
 #endif
 
 #if LISTED
-// Found in the block's place in the order, which it reads in any case.
+// Stored in the block's entry of the order, which it reads in any case.
 __device__ inline bool leaves_out(const Maps& maps) { return maps.seen_tiles.words != nullptr && maps.order.units[blockIdx.x] != NO_ORDER; }
 template <bool LEAVES_OUT>
 using VisitOf = std::conditional_t<LEAVES_OUT, ListedVisit, Visit>;

@@ -40,18 +40,18 @@ struct Workspace {
 // other along the columns, each 512 contiguous bytes.
 __device__ inline int64_t fragment_offset(int64_t row, int column, int lane) { return row * HEAD_DIM + column * 16 + lane * 4; }
 
-// ---- rows that attend nothing: what comes back to them is dropped. It may be NaN, and though their P is 0, 0·NaN is NaN in dK and dV. Where a call may
-// have such rows, what comes before therefore writes a copy of dO in which they are 0, and the backward kernel reads that.
+// ---- rows that attend nothing: their dO is ignored. It may be NaN, and although their P is 0, 0 · NaN would make dK and dV NaN. If a call may have such
+// rows, the kernel before the backward therefore writes a copy of dO in which they are 0, and the backward reads that copy.
 
 inline bool may_be_dead(const AttentionParams& p) {
     if (MASK || SCORE & SCORE_BIAS) return true;
 #if INTERVAL
-    const int64_t first = p.seen.diagonal, last = first + p.Nq - 1;  // where the first and the last row stand
+    const int64_t first = p.seen.diagonal, last = first + p.Nq - 1;  // columns of the diagonal in the first and the last row
     return p.seen.spans != nullptr || (p.seen.right >= 0 && first + p.seen.right < 0) || (p.seen.left >= 0 && last - p.seen.left >= p.Nk);
 #endif
     return CAUSAL && p.Nq > p.Nk;
 }
-// The copy, [B, H, Nq, Dv], comes `after` floats. It begins at a multiple of 512 bytes, as tensors do: the copy engine reads lines of the cache.
+// The copy, [B, H, Nq, Dv], begins after `after` floats, rounded up to a multiple of 512 bytes, as tensors are: the copy engine reads whole cache lines.
 inline int64_t begin_of_copy(int64_t after) { return tiles_of(after, 128) * 128; }
 // Of workspace.
 inline int64_t floats_with_copy(const AttentionParams& p, int64_t after) {
@@ -70,7 +70,7 @@ constexpr int ROW_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // th
 constexpr int PREPARE_THREADS = 256;
 constexpr int PREPARE_ROWS = PREPARE_THREADS / ROW_LANES;
 
-// COPIES: to copy, in which rows that attend nothing are 0
+// COPIES: also writes the copy of dO in which rows that attend nothing are 0
 template <bool COPIES>
 __device__ inline void prepare(const AttentionParams& p, [[maybe_unused]] element* copy) {
     const Workspace workspace(p);
@@ -125,7 +125,7 @@ __device__ inline void prepare(const AttentionParams& p, [[maybe_unused]] elemen
 __global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ AttentionParams p) { prepare<false>(p, nullptr); }
 __global__ void __launch_bounds__(PREPARE_THREADS) prepare_copying_kernel(const __grid_constant__ AttentionParams p, element* copy) { prepare<true>(p, copy); }
 
-// early: beside the kernel before. with: the call as the backward kernel gets it.
+// early: may overlap the previous kernel. with: the call as the backward kernel gets it.
 inline void launch_prepare(const AttentionParams& p, const AttentionParams& with, bool early = false) {
     const unsigned blocks = static_cast<unsigned>(Workspace::all_rows(p) / PREPARE_ROWS);
     element* copy = static_cast<element*>(with.d_o.data);

@@ -48,7 +48,7 @@ __device__ inline uint32_t hidden_columns(const uint8_t* mask_gmem, int64_t stri
     return hidden;
 }
 
-// 16 columns, a byte each, for any stride; those beyond the row's end are 0.
+// 16 columns, a byte each, with any stride; columns beyond the row's end are 0.
 __device__ inline uint4 columns_one_by_one(const uint8_t* mask_gmem, int64_t stride_j, int j, int Nk) {
     uint32_t words[4] = {};
 #pragma unroll
@@ -87,13 +87,13 @@ __global__ void __launch_bounds__(32 * WARPS) pack_mask_kernel(const __grid_cons
     }
 }
 
-// ---- words of a key's queries: a block packs QUERIES rows and KEYS columns, a warp 32 of the rows
+// ---- words that follow a key's queries: a block packs QUERIES rows and KEYS columns, each warp 32 of the rows
 
 constexpr int QUERIES = 32 * WARPS, KEYS = 128;
 constexpr int READERS = KEYS / 16;  // lanes that read a row, a whole line of the cache, together
 
 __global__ void __launch_bounds__(32 * WARPS) pack_by_keys_kernel(const __grid_constant__ PackParams p, bool aligned) {
-    constexpr int ROW_WORDS = KEYS + 4;  // so that the rows of two chunks of 128 queries begin at other banks
+    constexpr int ROW_WORDS = KEYS + 4;  // so that the rows of two chunks of 128 queries begin at different banks
     __shared__ __align__(16) uint32_t bits_smem[WARPS][ROW_WORDS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t j_blocks = (p.Nk + KEYS - 1) / KEYS, i_blocks = (p.Nq + QUERIES - 1) / QUERIES;
@@ -118,10 +118,10 @@ __global__ void __launch_bounds__(32 * WARPS) pack_by_keys_kernel(const __grid_c
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
             const uint32_t nonzero = ((words[w] & 0x7f7f7f7fu) + 0x7f7f7f7fu | words[w]) & 0x80808080u;
-            may[w] = may[w] >> 1 | nonzero;  // what the shift moves across bytes is 0
+            may[w] = may[w] >> 1 | nonzero;  // bits that the shift moves into the next byte are 0
         }
     }
-    // Four lanes have the same columns of 32 rows, and exchange words: then lane `part` has word `part` of each of the four.
+    // Four lanes hold the same columns of 32 rows. They exchange words: afterwards lane `part` holds word `part` of each of the four.
 #pragma unroll
     for (int bit = 1; bit < 4; bit *= 2)
 #pragma unroll
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(32 * WARPS) pack_by_keys_kernel(const __grid_c
             const uint32_t other = __shfl_xor_sync(0xffffffff, part & bit ? low : high, bit * READERS);
             (part & bit ? low : high) = other;
         }
-    // Bytes of four columns in four words of eight rows become four columns of 32 rows.
+    // Transposes bytes: from four words (of eight rows) with a byte for each of four columns to four words, each with 32 rows of one column.
     const uint32_t first[2] = {ptx::prmt(may[0], may[1], 0x5140), ptx::prmt(may[0], may[1], 0x7362)};
     const uint32_t last[2] = {ptx::prmt(may[2], may[3], 0x5140), ptx::prmt(may[2], may[3], 0x7362)};
     uint4 columns;  // 16 · (lane % READERS) + 4 · part + 0, 1, 2, 3

@@ -96,7 +96,7 @@ class Backward(NamedTuple):
     mask_form: str | None
     factor: float  # of q
     copied: tuple[bool, ...]  # of q, k, v, O, dO: whether the kernel cannot read it in place
-    hides_dead: bool  # rows may attend nothing, and the kernels do not drop what comes back to them
+    hides_dead: bool  # rows may attend nothing, and the kernels do not ignore their dO
     workspace: int  # floats
     outputs_are_like: bool  # allocate.is_like, of dQ, dK and dV
 

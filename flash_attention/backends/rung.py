@@ -39,7 +39,7 @@ class Rung:
     bias_as_q: bool = False  # a bias must have q's dtype
     bias_up_to: int | None = None  # if set, tiles of a bias are copied by tensor map, for head sizes up to this
     sums_bias: bool = False  # its own backward computes a bias' gradient
-    drops_dead: bool = False  # its backward itself drops what comes back to rows that attend nothing
+    drops_dead: bool = False  # its backward kernels ignore dO of rows that attend nothing
     teaching: bool = False  # a step of the ladder, taken only by name
     only_min_arch: bool = False  # instructions that no other compute capability has
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
@@ -163,7 +163,7 @@ class Rung:
         return plain and self.tall_forward is not None and sizes[0] == sizes[1] and sizes[0] in self.tall_forward[0]
 
     def must_hide_dead(self, call: Call) -> bool:
-        """Whether rows may attend nothing and its backward does not drop what comes back to them."""
+        """Whether rows may attend nothing and its backward does not ignore their dO."""
         blinds = call.settings.visible(call.q.shape[2], call.k.shape[2], None).blinds
         return not self.drops_dead and (call.mask is not None or call.spans is not None or call.bias is not None or blinds)
 
