@@ -335,7 +335,8 @@ TABLE = {
         ("-0.33065430f * factor", "-0.23065430f * factor", case(softcap=6.0)),
     ],
     ("tensor_core", "backward_workspace.cuh"): [
-        ("p.lse[row] == -CUDART_INF_F ? uint4{} : dO_rmem;", "dO_rmem;", DEAD_ROWS),
+        ("= dead ? uint4{} : dO_rmem;", "= dO_rmem;", DEAD_ROWS),
+        ("may_be_dead(p) && p.Dv > p.D;", "false;", case(mask="dead rows", D=24, Dv=64)),
         ("if (MASK || SCORE & SCORE_BIAS) return true;", "if (SCORE & SCORE_BIAS) return true;", DEAD_ROWS),
         ("return p.seen.spans != nullptr ||", "return", DEAD_SPANS),
         ("(p.seen.right >= 0 && first + p.seen.right < 0)", "false", DEAD_FIRST),

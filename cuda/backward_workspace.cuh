@@ -41,7 +41,8 @@ struct Workspace {
 __device__ inline int64_t fragment_offset(int64_t row, int column, int lane) { return row * HEAD_DIM + column * 16 + lane * 4; }
 
 // ---- rows that attend nothing: their dO is ignored. It may be NaN, and although their P is 0, 0 · NaN would make dK and dV NaN. If a call may have such
-// rows, the kernel before the backward therefore writes a copy of dO in which they are 0, and the backward reads that copy.
+// rows, the kernel before the backward therefore writes a copy of dO in which they are 0, and the backward reads that copy. It lies in dQ's memory, which
+// is not written until all else is done, unless V's rows are longer than Q's: then it lies in the workspace.
 
 inline bool may_be_dead(const AttentionParams& p) {
     if (MASK || SCORE & SCORE_BIAS) return true;
@@ -51,16 +52,19 @@ inline bool may_be_dead(const AttentionParams& p) {
 #endif
     return CAUSAL && p.Nq > p.Nk;
 }
-// The copy, [B, H, Nq, Dv], begins after `after` floats, rounded up to a multiple of 512 bytes, as tensors are: the copy engine reads whole cache lines.
+inline bool copy_needs_workspace(const AttentionParams& p) { return may_be_dead(p) && p.Dv > p.D; }
+// There the copy, [B, H, Nq, Dv], begins after `after` floats, rounded up to a multiple of 512 bytes, as tensors are: the copy engine reads whole cache
+// lines.
 inline int64_t begin_of_copy(int64_t after) { return tiles_of(after, 128) * 128; }
 // Of workspace.
 inline int64_t floats_with_copy(const AttentionParams& p, int64_t after) {
-    return may_be_dead(p) ? begin_of_copy(after) + tiles_of(static_cast<int64_t>(p.B) * p.H * p.Nq * p.Dv, 2) : after;
+    return copy_needs_workspace(p) ? begin_of_copy(after) + tiles_of(static_cast<int64_t>(p.B) * p.H * p.Nq * p.Dv, 2) : after;
 }
 // The call as the backward kernel gets it.
 inline AttentionParams with_copy(AttentionParams p, int64_t after) {
     const int64_t head = static_cast<int64_t>(p.Nq) * p.Dv;
-    if (may_be_dead(p)) p.d_o = {p.workspace + begin_of_copy(after), p.H * head, head, p.Dv};
+    if (copy_needs_workspace(p)) p.d_o = {p.workspace + begin_of_copy(after), p.H * head, head, p.Dv};
+    else if (may_be_dead(p)) p.d_o = p.dq;
     return p;
 }
 
@@ -72,7 +76,7 @@ constexpr int PREPARE_ROWS = PREPARE_THREADS / ROW_LANES;
 
 // COPIES: also writes the copy of dO in which rows that attend nothing are 0
 template <bool COPIES>
-__device__ inline void prepare(const AttentionParams& p, [[maybe_unused]] element* copy) {
+__device__ inline void prepare(const AttentionParams& p, [[maybe_unused]] const Tensor4& copy) {
     const Workspace workspace(p);
     const int blocks_per_head = workspace.rows / PREPARE_ROWS;
     const int i = blockIdx.x % blocks_per_head * PREPARE_ROWS + threadIdx.x / ROW_LANES;
@@ -87,8 +91,8 @@ __device__ inline void prepare(const AttentionParams& p, [[maybe_unused]] elemen
 #pragma unroll
         for (int d = 0; d < 8; ++d) Delta = fmaf(static_cast<float>(O[d]), static_cast<float>(dO[d]), Delta);
         if (COPIES) {
-            const int64_t row = static_cast<int64_t>(bh) * p.Nq + i;
-            *reinterpret_cast<uint4*>(copy + row * p.Dv + column) = p.lse[row] == -CUDART_INF_F ? uint4{} : dO_rmem;
+            const bool dead = p.lse[static_cast<int64_t>(bh) * p.Nq + i] == -CUDART_INF_F;
+            *reinterpret_cast<uint4*>(head_of(copy, b, h) + i * copy.stride_n + column) = dead ? uint4{} : dO_rmem;
         }
     }
 #pragma unroll
@@ -122,17 +126,18 @@ __device__ inline void prepare(const AttentionParams& p, [[maybe_unused]] elemen
     if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();
 #endif
 }
-__global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ AttentionParams p) { prepare<false>(p, nullptr); }
-__global__ void __launch_bounds__(PREPARE_THREADS) prepare_copying_kernel(const __grid_constant__ AttentionParams p, element* copy) { prepare<true>(p, copy); }
+__global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ AttentionParams p) { prepare<false>(p, {}); }
+__global__ void __launch_bounds__(PREPARE_THREADS) prepare_copying_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Tensor4 copy) {
+    prepare<true>(p, copy);
+}
 
 // early: may overlap the previous kernel. with: the call as the backward kernel gets it.
 inline void launch_prepare(const AttentionParams& p, const AttentionParams& with, bool early = false) {
     const unsigned blocks = static_cast<unsigned>(Workspace::all_rows(p) / PREPARE_ROWS);
-    element* copy = static_cast<element*>(with.d_o.data);
     if (blocks == 0) return;
     if (!may_be_dead(p)) launch_kernel(prepare_kernel, blocks, PREPARE_THREADS, 0, p.stream, p);
-    else if (early) launch_early(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, copy);
-    else launch_kernel(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, copy);
+    else if (early) launch_early(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, with.d_o);
+    else launch_kernel(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, with.d_o);
 }
 
 // ---- after: dQ out of fragment order, scaled and rounded. One warp takes 16 rows, through shared memory so that it writes 16 bytes a lane.
