@@ -17,7 +17,7 @@ from benchmarks import report
 from benchmarks.contenders import Contender
 from benchmarks.cycles import COLUMNS as CYCLES
 from benchmarks.decode import PLAIN
-from benchmarks.gpu_targets import CUDNN, FA2, FA3, FA4, FIGURES, FLEX, GRID_RIVALS, NAMES, NORMAL
+from benchmarks.gpu_targets import CUDNN, EFFICIENT, FA2, FA3, FA4, FIGURES, FLEX, GRID_RIVALS, NAMES, NORMAL
 from benchmarks.ladder import COLUMNS as LADDER
 from flash_attention.command_line import run
 
@@ -87,7 +87,7 @@ def h200_targets(content: dict[str, Any]) -> str:
     """A table for each group but the grid."""
     blocks = [_gpu(content["environment"]) + "; medians."]
     figures = [column for column in FIGURES if column[0] != "percent_of_matmul"]
-    for group in ("mask", "dropout", "bert", "float32", "host"):
+    for group in ("mask", "dropout", "bert", "float32", "wide", "host"):
         if chosen := [row for row in content["results"] if row["group"] == group]:
             blocks.append(report.markdown(chosen, [("label", group, ""), ("part", "", ""), *figures]))
     return "\n\n".join(blocks)
@@ -162,7 +162,7 @@ def summary(grid: Rows, targets: Rows, intervals: Rows, decode: Rows, cpu: Rows)
     narrow, wide = ([row for row in hopper if (row["case"]["d"] > 128) == beyond] for beyond in (False, True))
     given = [row for row in intervals if not row["case"]["as_mask"]]
     masked = [row for row in targets if row["group"] == "mask" and row["case"]["mask"] == "full"]
-    bert = [row for row in targets if row["group"] == "bert"]
+    bert, float32, wider = ([row for row in targets if row["group"] == group] for group in ("bert", "float32", "wide"))
     cpu = [{f"over {NORMAL}": row["over_normal"], "over sdpa": row["over_sdpa"], **row} for row in cpu if "over_normal" in row]
     kinds = [
         ("dense and causal, D 64 and 128, N 512 to 16384", narrow, FA2, "FlashAttention-2"),
@@ -179,6 +179,10 @@ def summary(grid: Rows, targets: Rows, intervals: Rows, decode: Rows, cpu: Rows)
         ("", masked, FLEX, "FlexAttention"),
         ("BERT: key mask, dropout, float16, N 128 to 4096", bert, NORMAL, "normal attention"),
         ("", bert, CUDNN, "cuDNN"),
+        ("float32, D 64 and 128, forward also 512", float32, EFFICIENT, "memory-efficient attention"),
+        ("", float32, NORMAL, "normal attention"),
+        ("D 320 to 512", wider, EFFICIENT, "memory-efficient attention"),
+        ("", wider, NORMAL, "normal attention"),
         ("one to four queries a sequence, 8192 to 65536 keys", _few_queries(decode), "best", "the better of SDPA and FlashAttention-3"),
         ("on a CPU, float32, N 4096 to 16384", cpu, NORMAL, "normal attention"),
         ("", cpu, "sdpa", "PyTorch's own"),

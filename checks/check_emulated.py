@@ -1,8 +1,8 @@
 """Every rung on the emulator, against naive attention in float64: how CI checks the kernels without a GPU.
 
 Sizes are small, and chosen so that tiles are cut on every side and every ring in shared memory wraps. Each case has its own seed, and so
-its own order of threads, copies and products. Each case compiles kernels, a second for each: those that add least run only with --full. One file
-because it is one list of cases.
+its own order of threads, copies and products. Each case compiles kernels, a second for each: those that add least run only with --full.
+One file because it is one list of cases.
 """
 
 from dataclasses import replace

@@ -281,7 +281,6 @@ __global__ void __launch_bounds__(THREADS, 1)
         };
         // Without a mask, in a tile that is cut: elements that a row does not see become −∞.
         auto hide = [&](int i0, int j0) {
-            if (MASK || !cut(i0, j0)) return;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int columns = visible(i0, j0, r) - 2 * t;  // from this lane's first
@@ -294,7 +293,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         };
         // Replaces S by P. Calls rescale_O(whether some alpha is not 1) on the way.
         auto exponentials = [&](int i0, int j0, const auto& rescale_O) {
-            hide(i0, j0);
+            if (!MASK && cut(i0, j0)) hide(i0, j0);
             softmax<true>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, {}, [] {}, rescale_O);
         };
         // Draws which elements of the tile dropout keeps.
