@@ -391,7 +391,7 @@ def run_decode(shape: few_queries.Shape, pages: tuple[int, ...], place: Place) -
         targets = ()
         if row["name"] == few_queries.PLAIN:
             targets = (Target(FORWARD, "over best", 1.05), *([Target(FORWARD, "over copy", 0.85)] if shape.B >= 16 else []))
-        elif row["name"] == few_queries.FLOAT8:
+        elif row["name"] == few_queries.FLOAT8 and shape.B >= 64:
             targets = (Target(FORWARD, "over contiguous", 1.6),)
         elif row["name"].startswith(few_queries.PAGES):
             targets = (Target(FORWARD, "over contiguous", 0.95),)
