@@ -415,7 +415,7 @@ TABLE = {
         ("ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);", NO_WAIT, MANY_TILES),
         ("Tile::BYTES + more_bytes);", "Tile::BYTES);", MASKED),
         ("if (work.k_tiles == 0) return ptx::mbarrier_arrive(full);", "if (work.k_tiles == 0) return;", PLAIN),
-        ("shared.j0[slot.stage] = keys.j0;", "shared.j0[slot.stage] = work.j0(tile);", STRUCTURED_CAUSAL),
+        ("shared.j0[slot.stage] = keys.j0;", "shared.j0[slot.stage] = work.j0(p, tile);", STRUCTURED_CAUSAL),
         (
             "ptx::mbarrier_wait(barrier(shared.barriers.K_empty, slot.stage), slot.parity ^ 1);\n                shared",
             "shared",
