@@ -50,6 +50,14 @@ class Case:
         """The same case with one batch, at most `length` queries and keys, and no documents: for warming up."""
         return replace(self, b=1, q_len=min(self.q_len, length), kv_len=min(self.kv_len, length), documents=())
 
+    def beyond_official_kernels(self) -> str | None:
+        """Why FlashAttention-3 and -4 are not measured on this case, or None."""
+        if max(self.d, self.dv or 0) > 256:
+            return "it takes head sizes up to 256"
+        if self.mask != "none" or self.as_mask or self.dropout_p or self.scored():
+            return "it takes no mask and no dropout, and changed scores are not measured with it"
+        return None
+
     def scored(self) -> list[str]:
         """What happens to scores, in words."""
         words = [f"softcap {self.softcap:g}"] if self.softcap is not None else []

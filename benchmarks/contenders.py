@@ -20,6 +20,7 @@ from flash_attention.backends import BACKENDS, choose, emulated, no_gradients
 from flash_attention.reference import Visible, normal_attention, normal_attention_causal
 
 TYPES = ("normal", "flash", "sdpa")
+OFFICIAL = {"fa3": flash_attention_3, "fa4": flash_attention_4}  # the authors' own packages, where they are installed
 SDPA_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -91,10 +92,8 @@ def why_not(contender: Contender, case: Case) -> str | None:
     """Why this contender should not be run here, or None."""
     if contender.type == "flex" and torch.device(case.device).type != "cuda":
         return "on a CPU it has no backward"
-    if contender.type == "fa3":
-        return flash_attention_3.why_not(case)
-    if contender.type == "fa4":
-        return flash_attention_4.why_not(case)
+    if contender.type in OFFICIAL:
+        return OFFICIAL[contender.type].why_not(case)
     if contender.type == "flash" and case.backward and (reason := no_gradients(BACKENDS.get(contender.backend))):
         return reason
     if contender.type != "normal":
@@ -122,7 +121,7 @@ def refusal(runner: Runner) -> str | None:
         torch.cuda.empty_cache()
         return "out of memory"
     except RuntimeError as error:
-        if type not in ("sdpa", "flex", "fa3", "fa4"):
+        if type not in ("sdpa", "flex", *OFFICIAL):
             raise
         return " ".join(str(error).splitlines()[:2])  # the second line of a compiler's message is the informative one
     return None

@@ -42,10 +42,8 @@ def why_not(case: Case) -> str | None:
     """Why it is not measured here, or None."""
     if torch.device(case.device).type != "cuda" or torch.cuda.get_device_capability(case.device) != (9, 0):
         return "it runs on compute capability 9.0 alone"
-    if max(case.d, case.dv or 0) > 256:
-        return "it takes head sizes up to 256"
-    if case.mask != "none" or case.as_mask or case.dropout_p or case.scored():
-        return "it takes no mask and no dropout, and changed scores are not measured with it"
+    if reason := case.beyond_official_kernels():
+        return reason
     return None if operators() else f"it was found in neither {' nor '.join(PLACES)}"
 
 

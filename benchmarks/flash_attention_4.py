@@ -31,12 +31,12 @@ def why_not(case: Case) -> str | None:
     """Why it is not measured here, or None."""
     if torch.device(case.device).type != "cuda" or torch.cuda.get_device_capability(case.device) < (9, 0):
         return "it runs from compute capability 9.0 on"
-    if max(case.d, case.dv or 0) > 256 or case.dtype == "float32":
-        return "it takes float16 and bfloat16, and head sizes up to 256"
-    if case.mask != "none" or case.as_mask or case.dropout_p:
-        return "it takes no mask and no dropout"
-    if case.documents or case.scored():
-        return "documents and changed scores are not measured with it"
+    if case.dtype == "float32":
+        return "it takes float16 and bfloat16"
+    if case.documents:
+        return "documents are not measured with it"
+    if reason := case.beyond_official_kernels():
+        return reason
     return None if function() else f"{PLACE} is not installed"
 
 
