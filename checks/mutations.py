@@ -502,7 +502,7 @@ TABLE = {
         ("ptx::fence_proxy_async();  // what this thread stored of dS, for the next tile", NO_BARRIER, WIDE),
         ("ptx::wgmma_wait_group<2>();  // dQ is complete", "ptx::wgmma_wait_group<3>();  //", WIDE),
         ("start_dQ_before(dQ_rmem, now.n - 1);\n            ptx::wgmma_fence();", "start_dQ_before(dQ_rmem, now.n - 1);", WIDE),
-        ("row_before = static_cast<int64_t>(now.bh) * Workspace(p).rows + i0;", "row_before = i0;", WIDE),
+        ("row_before = static_cast<int64_t>(now.bh) * workspace_of(p, maps).rows + i0;", "row_before = i0;", WIDE),
         ("turn_before = now.turn(p, maps, k_tile);", ";", WIDE_WINDOW_TURNS),
         ("consumer * 8 + warp * 2 + lane / 8 % 2", "consumer * 8 + warp * 2 + lane / 16", PLAIN),
         ("k / 4 * Tile_dS::PANEL_BYTES + k % 4 * 32", "k * 32", PLAIN),

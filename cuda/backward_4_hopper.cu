@@ -28,6 +28,7 @@ constexpr bool FEW_REGISTERS = INTERVAL || (SCORE && (MASK || DROPOUT || (SCORE 
 constexpr int BLOCK_Q = HEAD_DIM <= 64 && !FEW_REGISTERS ? 128 : 64;
 constexpr int CONSUMERS = 2, HALVES = 1;
 static_assert(HEAD_DIM <= 128 && HEAD_DIM % 16 == 0 && V_HEAD_DIM == HEAD_DIM, "wider heads: backward_4_hopper_wide.cu");
+#define FINISHES_DQ (!MASK && !INTERVAL && !SCORE && !DROPOUT)
 #include "backward_hopper.cuh"
 
 constexpr int N_TILES = BLOCK_Q / 8;
@@ -50,9 +51,12 @@ constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * 
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 // "full": the bytes have arrived (Q's barrier counts the mask's too), or every computing thread has written its part. "empty": every computing thread has
-// finished reading them.
+// finished reading them. "dQ_added": every computing thread has added all that it adds to dQ.
 struct Barriers {
     uint64_t KV_full, Q_full[STAGES], dO_full[STAGES], empty[STAGES];
+#if FINISHES_DQ
+    uint64_t dQ_added;
+#endif
 #if DQ_LATE
     uint64_t dS_full[2], dS_empty[2];
 #endif
@@ -86,7 +90,10 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     const int j0 = k_tile * BLOCK_K, offset = diagonal(p);                   // causal: row i sees columns j ≤ i + offset
 
     if (threadIdx.x == 0) {
-        ptx::mbarrier_init(KV_full, 1);
+        ptx::mbarrier_init(KV_full, FINISHES_DQ ? 2 : 1);
+#if FINISHES_DQ
+        ptx::mbarrier_init(ptx::smem_address(&barriers.dQ_added), GROUP * CONSUMERS);
+#endif
         for (int stage = 0; stage < STAGES; ++stage) {
             ptx::mbarrier_init(barrier(barriers.Q_full, stage), 1);
             ptx::mbarrier_init(barrier(barriers.dO_full, stage), 1);
@@ -104,10 +111,10 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        // ---- the producer: one thread issues all loads
+        // ---- the producer: one thread issues all loads; the other warps finish dQ of an earlier head
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
-            const Workspace workspace(p);
+            const Workspace& workspace = workspace_of(p, maps);
             ptx::mbarrier_arrive_expect_tx(KV_full, 2 * Tile_K::BYTES);
             load_boxes<Tile_K, RowOrder>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
             load_boxes<Tile_K, RowOrder>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
@@ -153,6 +160,10 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             told_smem[at.slot().stage] = {0, -1, 0};
             ptx::mbarrier_arrive(barrier(barriers.Q_full, at.slot().stage));
 #endif
+#if FINISHES_DQ
+        } else if (threadIdx.x >= 32) {
+            finish_earlier_head(p, maps.slots, maps.workspace, k_tile, k_tiles, b_kv_h, KV_full, ptx::smem_address(&barriers.dQ_added));
+#endif
         }
     } else {
         // ---- the consumers: 64 keys each
@@ -194,7 +205,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #if INTERVAL
         ToldVisit now(told_smem, barriers.Q_full);
 #else
-        VisitOf<LEAVES_OUT> now(p, maps, k_tile, b_kv_h);
+        VisitOf<LEAVES_OUT> now(p, maps, k_tile, slot_of(maps, b_kv_h));  // its heads are numbered by their slots
 #endif
         // Issues the group's part of dQ = dS K for tile number n of the visit.
         auto start_dQ = [&](float(&dQ_rmem)[COLUMNS / 2], int n) {
@@ -219,7 +230,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         };
         auto add_dQ_before = [&](const float(&dQ_rmem)[COLUMNS / 2], int n) {
             ptx::mbarrier_arrive(barrier(barriers.dS_empty, n % 2));
-            const Workspace workspace(p);
+            const Workspace& workspace = workspace_of(p, maps);
             take_turn(p, workspace, row_before, turn_before);
             add_dQ<COLUMNS>(workspace, row_before, consumer * COLUMNS, dQ_rmem);
             end_turn(p, workspace, row_before, turn_before);
@@ -425,7 +436,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 ptx::wgmma_wait_group<2>();  // dQ is complete; dV and dK are still running
                 add_dQ_before(dQ_rmem, now.n - 1);
             }
-            row_before = static_cast<int64_t>(now.bh) * Workspace(p).rows + i0;
+            row_before = static_cast<int64_t>(now.bh) * workspace_of(p, maps).rows + i0;
 #if INTERVAL
             turn_before = now.turn(p, maps, k_tile);
 #endif
@@ -436,7 +447,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             meet();                    // dS is complete, and both groups have finished reading the other dS buffer
             float dQ_rmem[COLUMNS / 2];
             start_dQ(dQ_rmem, now.n);
-            const Workspace workspace(p);
+            const Workspace& workspace = workspace_of(p, maps);
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
             if constexpr (ALTERNATE) {
                 if (consumer == 0) {
@@ -478,6 +489,10 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         }
 #else
         }
+#endif
+
+#if FINISHES_DQ
+        ptx::mbarrier_arrive(ptx::smem_address(&barriers.dQ_added));
 #endif
 
         // dK and dV are stored by way of the buffers of K and V, so that global stores are 16 bytes wide.

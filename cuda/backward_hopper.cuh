@@ -9,7 +9,7 @@ constexpr int THREADS = GROUP * (1 + CONSUMERS);
 constexpr int DBIAS_ROWS = 128;  // of a tile of a bias' gradient
 constexpr int PADDED_TO = SCORE & SCORE_BIAS ? DBIAS_ROWS : BLOCK_Q;
 #include "seen_tiles.cuh"
-#include "backward_workspace.cuh"
+#include "backward_hopper_slots.cuh"
 #include "keep_bits.cuh"
 #include "longest_first.cuh"
 #include "mask_start.cuh"
@@ -34,6 +34,10 @@ constexpr int MASK_BYTES = MASK ? BLOCK_K * static_cast<int>(sizeof(BitRow)) : 0
 
 struct Maps {
     CUtensorMap q, k, v, d_o, mask;
+#if FINISHES_DQ
+    Slots slots;
+    Workspace workspace;
+#endif
 #if INTERVAL
     Summaries summaries;
     const uint2* seen;  // Workspace::seen
@@ -46,6 +50,14 @@ struct Maps {
     CUtensorMap bias;
 #endif
 };
+
+#if FINISHES_DQ
+__device__ inline const Workspace& workspace_of(const AttentionParams&, const Maps& maps) { return maps.workspace; }
+__device__ inline int slot_of(const Maps& maps, int b_kv_h) { return maps.slots.of(b_kv_h); }
+#else
+__device__ inline Workspace workspace_of(const AttentionParams& p, const Maps&) { return Workspace(p); }
+__device__ inline int slot_of(const Maps&, int b_kv_h) { return b_kv_h; }
+#endif
 
 #include "backward_hopper_visit.cuh"
 
@@ -113,7 +125,7 @@ struct KeyTileLength {
 };
 
 inline float* workspace_for_order(const AttentionParams& p) {
-    return Workspace(p).summaries(p) + whole_chunks(Summaries::floats(p, BLOCK_Q, BLOCK_K, true));
+    return Workspace(p, slots_of(p)).summaries(p) + whole_chunks(Summaries::floats(p, BLOCK_Q, BLOCK_K, true));
 }
 #elif LISTED
 // The number of tiles of Q that a tile of keys visits.
@@ -141,7 +153,7 @@ struct KeyTileLength {
     }
 };
 
-inline float* workspace_for_seen(const AttentionParams& p) { return p.workspace + whole_chunks(Workspace::floats(p)); }
+inline float* workspace_for_seen(const AttentionParams& p) { return p.workspace + whole_chunks(Workspace(p, slots_of(p)).floats(p)); }
 inline float* workspace_for_order(const AttentionParams& p) {
     return workspace_for_seen(p) + SeenTiles::floats(p, tiles_of(p.Nk, BLOCK_K), tiles_of(p.Nq, BLOCK_Q));
 }
@@ -151,12 +163,12 @@ inline float* workspace_for_order(const AttentionParams& p) {
 inline int64_t floats_before_copy(const AttentionParams& p) {
 #if LISTED
     // `deterministic` is not looked at here: it may change after the workspace has been sized.
-    if (!worth_looking(p, BLOCK_Q, BLOCK_K)) return Workspace::floats(p);
+    if (!worth_looking(p, BLOCK_Q, BLOCK_K)) return Workspace(p, slots_of(p)).floats(p);
 #endif
 #if INTERVAL || LISTED
     return workspace_for_order(p) - p.workspace + Order::floats(tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B);
 #else
-    return Workspace::floats(p);
+    return Workspace(p, slots_of(p)).floats(p);
 #endif
 }
 inline int64_t backward_floats(const AttentionParams& p) { return floats_with_copy(p, floats_before_copy(p)); }
@@ -168,8 +180,10 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
     const int64_t all_rows = Workspace::all_rows(p), k_blocks = tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B;
     if (!numbers_fit(p, {all_rows / PREPARE_ROWS, k_blocks})) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
+    const Slots slots = slots_of(p);
+    const Workspace workspace(p, slots);
 #if INTERVAL
-    if (const cudaError_t error = summarise(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K); error != cudaSuccess) return error;
+    if (const cudaError_t error = summarise(p, workspace.summaries(p), BLOCK_Q, BLOCK_K); error != cudaSuccess) return error;
 #endif
 #if LISTED
     // If deterministic, blocks take turns in the order of their keys, and visit every tile.
@@ -188,11 +202,14 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         // First, because it creates the CUDA context of a thread that has not used the device yet; making tensor maps does not.
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
 #if INTERVAL
-        Maps maps = {{}, {}, {}, {}, {}, Summaries(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K), Workspace(p).seen(p),
+        Maps maps = {{}, {}, {}, {}, {}, Summaries(p, workspace.summaries(p), BLOCK_Q, BLOCK_K), workspace.seen(p),
                      p.deterministic || p.seen.spans == nullptr ? nullptr : Order(workspace_for_order(p)).units};
         if (maps.order != nullptr) error = put_longest_first(p, KeyTileLength{maps.summaries}, Order(workspace_for_order(p)), k_blocks, p.sm_count);
 #else
         Maps maps = {};
+#endif
+#if FINISHES_DQ
+        maps.slots = slots, maps.workspace = workspace;
 #endif
 #if LISTED
         maps.seen_tiles = seen_tiles, maps.order = order;
@@ -210,6 +227,6 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         if (more != nullptr) error = more(p, maps);
         if (error != cudaSuccess) return error;
     }
-    if (all_rows > 0) launch_kernel(finish_dq_kernel, static_cast<unsigned>(all_rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p);
+    launch_finish(p, std::max(0, p.B * p.Hkv - slots.lag));
     return cudaGetLastError();
 }

@@ -4,29 +4,57 @@
 
 #include "tensor_core.cuh"
 
-// ---- workspace: dQ in fragment order, then LSE·log2 e and Delta of every row, then a counter for every tile of Q; where rows see intervals, these too,
-// and their summaries. Rows are padded to whole tiles.
-struct Workspace {
-    float *dQ, *LSE, *Delta;  // [B·H·rows, HEAD_DIM], [B·H·rows], [B·H·rows]
-    int* turns;               // [B·H·rows / BLOCK_Q]: how many key blocks have added to the tile, used if deterministic
-    int rows;                 // of one head
+// ---- where dQ is summed
 
-    __host__ __device__ explicit Workspace(const AttentionParams& p) : rows((p.Nq + PADDED_TO - 1) / PADDED_TO * PADDED_TO) {
-        const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * rows;
-        dQ = p.workspace, LSE = dQ + all_rows * HEAD_DIM, Delta = LSE + all_rows;
-        turns = reinterpret_cast<int*>(Delta + all_rows);
-    }
-    static int64_t floats(const AttentionParams& p) {
-#if INTERVAL
-        return Workspace(p).summaries(p) - p.workspace + Summaries::floats(p, BLOCK_Q, BLOCK_K, true);
+// Heads of K and V, each with all query heads that share it, that have memory for dQ at a time. Head h has slot h % count.
+struct Slots {
+    int count;  // B·Hkv, unless slots are used again
+    int lag;    // a block finishes its share of the head that comes `lag` before its own; B·Hkv or more: the kernel after finishes all of them
+
+    __host__ __device__ int of(int b_kv_h) const { return b_kv_h % count; }
+    // A slot for every head, and the kernel after finishes all of them.
+    __host__ __device__ static Slots of_all_heads(const AttentionParams& p) { return {p.B * p.Hkv, p.B * p.Hkv}; }
+};
+
+#ifdef SLOTS_ARE_USED_AGAIN
+Slots slots_of(const AttentionParams& p);  // the includer's
+#else
+inline Slots slots_of(const AttentionParams& p) { return Slots::of_all_heads(p); }
 #endif
-        return all_rows(p) * (HEAD_DIM + 2) + all_rows(p) / BLOCK_Q;
+
+// ---- workspace: dQ in fragment order, then LSE·log2 e and Delta of every row, then counters; where rows see intervals, these too, and their summaries.
+// Rows are padded to whole tiles.
+struct Workspace {
+    float* dQ;            // [slots, H/Hkv, rows, HEAD_DIM]
+    float *LSE, *Delta;   // [B·H·rows]
+    int* turns;           // [slots, H/Hkv, rows / BLOCK_Q]: how many key blocks have added to the tile, used if deterministic
+    int *added, *zeroed;  // [B·Hkv]: how many blocks have added all that they add to the head's dQ; how many warps have set their share of it to 0 again
+    int rows;             // of one head
+
+    Workspace() = default;
+    __host__ __device__ Workspace(const AttentionParams& p, const Slots& slots) : rows((p.Nq + PADDED_TO - 1) / PADDED_TO * PADDED_TO) {
+        const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * rows;
+#ifdef SLOTS_ARE_USED_AGAIN
+        const int64_t slot_rows = static_cast<int64_t>(slots.count) * (p.H / p.Hkv) * rows;
+#else
+        const int64_t slot_rows = all_rows;
+#endif
+        dQ = p.workspace, LSE = dQ + slot_rows * HEAD_DIM, Delta = LSE + all_rows;
+        turns = reinterpret_cast<int*>(Delta + all_rows), added = turns + slot_rows / BLOCK_Q, zeroed = added + p.B * p.Hkv;
+    }
+#ifndef SLOTS_ARE_USED_AGAIN
+    __host__ __device__ explicit Workspace(const AttentionParams& p) : Workspace(p, Slots::of_all_heads(p)) {}
+#endif
+    int64_t floats(const AttentionParams& p) const {
+#if INTERVAL
+        return summaries(p) - p.workspace + Summaries::floats(p, BLOCK_Q, BLOCK_K, true);
+#endif
+        return reinterpret_cast<float*>(zeroed + p.B * p.Hkv) - p.workspace;
     }
 #if INTERVAL
     // [B·H·rows]: the first column that a row sees, and how many.
     __host__ __device__ uint2* seen(const AttentionParams& p) const {
-        const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * rows;
-        return reinterpret_cast<uint2*>(p.workspace + whole_chunks(all_rows * (HEAD_DIM + 2) + all_rows / BLOCK_Q));
+        return reinterpret_cast<uint2*>(p.workspace + whole_chunks(reinterpret_cast<float*>(zeroed + p.B * p.Hkv) - p.workspace));
     }
     // Where summaries begin, behind the rest.
     __host__ __device__ float* summaries(const AttentionParams& p) const {
@@ -76,8 +104,8 @@ constexpr int PREPARE_ROWS = PREPARE_THREADS / ROW_LANES;
 
 // COPIES: also writes the copy of dO in which rows that attend nothing are 0
 template <bool COPIES>
-__device__ inline void prepare(const AttentionParams& p, [[maybe_unused]] const Tensor4& copy) {
-    const Workspace workspace(p);
+__device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[maybe_unused]] const Tensor4& copy) {
+    const Workspace workspace(p, slots);
     const int blocks_per_head = workspace.rows / PREPARE_ROWS;
     const int i = blockIdx.x % blocks_per_head * PREPARE_ROWS + threadIdx.x / ROW_LANES;
     const int bh = blockIdx.x / blocks_per_head, b = bh / p.H, h = bh % p.H;
@@ -99,6 +127,8 @@ __device__ inline void prepare(const AttentionParams& p, [[maybe_unused]] const 
     for (int lanes = ROW_LANES / 2; lanes > 0; lanes /= 2) Delta += __shfl_xor_sync(0xffffffff, Delta, lanes);
 
     const int64_t row = static_cast<int64_t>(bh) * workspace.rows + i;
+    const int group = p.H / p.Hkv;
+    const bool has_slot = bh < slots.count * group;
     if (column == 0) {
         const int64_t row_gmem = static_cast<int64_t>(bh) * p.Nq + i;
         float LSE = i < p.Nq ? p.lse[row_gmem] : -CUDART_INF_F;
@@ -112,32 +142,39 @@ __device__ inline void prepare(const AttentionParams& p, [[maybe_unused]] const 
         workspace.LSE[row] = dead ? CUDART_INF_F : LSE * LOG2_E;
         if (dead) Delta = 0;
         workspace.Delta[row] = DROPOUT ? Delta / p.keep_scale : Delta;  // with dropout, the backward computes dS / keep_scale
-        if (i % BLOCK_Q == 0) workspace.turns[row / BLOCK_Q] = 0;
+        if (i % BLOCK_Q == 0 && has_slot) workspace.turns[row / BLOCK_Q] = 0;
+        if (i == 0 && bh % group == 0) workspace.added[bh / group] = workspace.zeroed[bh / group] = 0;
 #if INTERVAL
         const Interval keys = i < p.Nq ? keys_of_row(p, b, h, i) : Interval{0, 0};
         workspace.seen(p)[row] = make_uint2(keys.start, max(0, keys.stop - keys.start));
 #endif
     }
     float4* dQ = reinterpret_cast<float4*>(workspace.dQ + static_cast<int64_t>(blockIdx.x) * PREPARE_ROWS * HEAD_DIM);
+    if (has_slot) {
 #pragma unroll
-    for (int e = threadIdx.x; e < PREPARE_ROWS * HEAD_DIM / 4; e += PREPARE_THREADS) dQ[e] = make_float4(0, 0, 0, 0);
+        for (int e = threadIdx.x; e < PREPARE_ROWS * HEAD_DIM / 4; e += PREPARE_THREADS) dQ[e] = make_float4(0, 0, 0, 0);
+    }
 #if LISTED
     // Launched early, this kernel runs beside the kernels that scan the mask. One block waits for them, and thereby also the next kernel.
     if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();
 #endif
 }
-__global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ AttentionParams p) { prepare<false>(p, {}); }
-__global__ void __launch_bounds__(PREPARE_THREADS) prepare_copying_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Tensor4 copy) {
-    prepare<true>(p, copy);
+__global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots) {
+    prepare<false>(p, slots, {});
+}
+__global__ void __launch_bounds__(PREPARE_THREADS)
+    prepare_copying_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots, const __grid_constant__ Tensor4 copy) {
+    prepare<true>(p, slots, copy);
 }
 
 // early: may overlap the previous kernel. with: the call as the backward kernel gets it.
 inline void launch_prepare(const AttentionParams& p, const AttentionParams& with, bool early = false) {
     const unsigned blocks = static_cast<unsigned>(Workspace::all_rows(p) / PREPARE_ROWS);
     if (blocks == 0) return;
-    if (!may_be_dead(p)) launch_kernel(prepare_kernel, blocks, PREPARE_THREADS, 0, p.stream, p);
-    else if (early) launch_early(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, with.d_o);
-    else launch_kernel(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, with.d_o);
+    const Slots slots = slots_of(p);
+    if (!may_be_dead(p)) launch_kernel(prepare_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots);
+    else if (early) launch_early(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots, with.d_o);
+    else launch_kernel(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots, with.d_o);
 }
 
 // ---- after: dQ out of fragment order, scaled and rounded. One warp takes 16 rows, through shared memory so that it writes 16 bytes a lane.
@@ -145,14 +182,16 @@ inline void launch_prepare(const AttentionParams& p, const AttentionParams& with
 constexpr int FINISH_WARPS = 4;
 using Tile_dQ = SwizzledTile<16, HEAD_DIM>;
 
-__global__ void __launch_bounds__(32 * FINISH_WARPS) finish_dq_kernel(const __grid_constant__ AttentionParams p) {
+// Of all query heads from `first` on.
+__global__ void __launch_bounds__(32 * FINISH_WARPS)
+    finish_dq_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots, const __grid_constant__ int first) {
     __shared__ __align__(128) uint8_t smem[FINISH_WARPS][Tile_dQ::BYTES];
-    const Workspace workspace(p);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const Workspace workspace(p, slots);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, group = p.H / p.Hkv;
     const int blocks_per_head = workspace.rows / (16 * FINISH_WARPS);
     const int i0 = blockIdx.x % blocks_per_head * (16 * FINISH_WARPS) + warp * 16;
-    const int bh = blockIdx.x / blocks_per_head;
-    const int64_t row = static_cast<int64_t>(bh) * workspace.rows + i0;
+    const int bh = first + blockIdx.x / blocks_per_head;
+    const int64_t row = static_cast<int64_t>(slots.of(bh / group) * group + bh % group) * workspace.rows + i0;
     const float scale = DROPOUT ? p.scale * p.keep_scale : p.scale;
     constexpr int AT_ONCE = HEAD_DIM == 112 ? 2 : 8;  // otherwise eight of fourteen specialisations would spill a register
 #pragma unroll AT_ONCE
@@ -165,4 +204,12 @@ __global__ void __launch_bounds__(32 * FINISH_WARPS) finish_dq_kernel(const __gr
     }
     __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
     store_16_rows<Tile_dQ>(head_of(p.dq, bh / p.H, bh % p.H), smem[warp], p.dq.stride_n, 0, lane, i0, p.Nq, p.D);
+}
+
+// finished_before: how many heads of K and V the backward kernel has finished.
+inline void launch_finish(const AttentionParams& p, int finished_before = 0) {
+    const int64_t rows = tiles_of(p.Nq, PADDED_TO) * PADDED_TO, heads = (static_cast<int64_t>(p.B) * p.Hkv - finished_before) * (p.H / p.Hkv);
+    if (rows * heads == 0) return;
+    launch_kernel(finish_dq_kernel, static_cast<unsigned>(rows * heads / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p, slots_of(p),
+                  finished_before * (p.H / p.Hkv));
 }

@@ -233,6 +233,9 @@ __device__ inline int ld_acquire(const int* p) {
     return x;
 }
 
+// *p += x, atomically.
+__device__ inline void red_release(int* p, int x) { asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
+
 __device__ inline void st_release(int* p, int x) { asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
 
 }  // namespace ptx

@@ -58,6 +58,7 @@ void reduce_add(float* p, const float* x, int count);
 void reduce_max(int* p, int x);
 int load_acquire(const int* p);
 void store_release(int* p, int x);
+void add_release(int* p, int x);
 void cp_async(uint32_t address, const void* source, int bytes, int first);  // copies this many bytes, then zeros
 void cp_async_commit();
 void cp_async_wait(int groups);

@@ -115,15 +115,26 @@ int load_acquire(const int* p) {
     return *p;
 }
 
-void store_release(int* p, int x) {
-    access(p, 4, true, SITE);
+// Tells the threads that wait for *p, then changes it.
+template <class Change>
+static void release(int* p, void* site, Change change) {
+    access(p, 4, true, site);
     if (Timing* timing = current->timing.get()) {
-        timing->meet(SITE);
+        timing->meet(site);
         timing->trace.released[p] = timing->now() + model::SIGNAL, timing->limit = timing->now();  // others may be waiting for this value
-        timing->arrive({SIGNALLED}, SITE);
+        timing->arrive({SIGNALLED}, site);
     }
-    *p = x;
+    change(*p);
     current->maybe_let_others_run();
+}
+
+void store_release(int* p, int x) {
+    release(p, SITE, [&](int& value) { value = x; });
+}
+
+void add_release(int* p, int x) {
+    access(p, 4, false, SITE);
+    release(p, SITE, [&](int& value) { value += x; });
 }
 
 }  // namespace emulator

@@ -117,6 +117,7 @@ inline void red_add_4(float* p, float x0, float x1, float x2, float x3) {
 }
 inline void red_max(int* p, int x) { emulator::reduce_max(p, x); }
 inline int ld_acquire(const int* p) { return emulator::load_acquire(p); }
+inline void red_release(int* p, int x) { emulator::add_release(p, x); }
 inline void st_release(int* p, int x) { emulator::store_release(p, x); }
 
 }  // namespace ptx
