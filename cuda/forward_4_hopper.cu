@@ -57,6 +57,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
+#if INTERVAL
+        ptx::griddepcontrol_wait();  // the summaries and the order are visible; without spans there is nothing to wait for
+#endif
         if (threadIdx.x == 0) {
 #if LISTED
             if (leaves_out) produce<true>(p, maps, schedule, shared);
@@ -114,10 +117,15 @@ extern "C" int attention(const AttentionParams* params) {
 #endif
     if (error != cudaSuccess) return error;
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));
-#if LISTED
-    if (schedule.seen.words != nullptr) launch_early(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
-    else
+    // Early after the small kernels that write the schedule's tables, if there are any.
+#if INTERVAL
+    const bool early = p.seen.spans != nullptr;
+#elif LISTED
+    const bool early = schedule.seen.words != nullptr;
+#else
+    constexpr bool early = false;
 #endif
-        launch_kernel(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
+    if (early) launch_early(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
+    else launch_kernel(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
     return cudaGetLastError();
 }

@@ -47,9 +47,10 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
     work = next_with_keys();
     if (AHEAD) hand_out(work);
     while (work.k_tiles > 0) {
-        // The next item is determined early, because that takes a while; at D 256 the limits of an interval leave no registers to hold it.
-        constexpr bool EARLY = AHEAD || !INTERVAL;
-        if (!LEAVES_OUT) next = EARLY ? next_with_keys() : Work{};
+        // The next item is determined early, because that takes a while: where it is read from memory, while the first tiles are being loaded. At D 256 the
+        // limits of an interval leave no registers to hold it.
+        constexpr bool EARLY = AHEAD || !INTERVAL, READ = LEAVES_OUT || (INTERVAL && AHEAD);
+        if (!READ) next = EARLY ? next_with_keys() : Work{};
         Walk<LEAVES_OUT> walk(p, work);
         for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
             const Slot_KV slot(n);
@@ -63,7 +64,7 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
                 ptx::cp_async_bulk_tensor_4d(ptx::smem_address(shared.mask + slot.stage * MASK_BYTES), &maps.mask, keys.j0 / BIT_COLUMNS * 4, work.i0,
                                              work.h, work.b, barrier(shared.barriers.K_full, slot.stage));
             if (n > 0) load_V();
-            if (LEAVES_OUT && tile == min(1, work.k_tiles - 1)) next = next_with_keys();  // takes a while: the first tiles are being loaded meanwhile
+            if (READ && tile == min(1, work.k_tiles - 1)) next = next_with_keys();
             if (AHEAD && tile + 1 == work.k_tiles) hand_out(next);
             if (!AHEAD && tile == 0) hand_out(work);
         }

@@ -39,7 +39,8 @@ __device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
 
 #if INTERVAL
 // Which block computes which tiles of Q. With spans, blocks take tiles from a queue, the longest first (longest_first.cuh). With only a window, most tiles
-// take equally long, and a head's first tiles less: those of all heads are assigned last, and fill the gaps that the others leave.
+// take equally long, and a head's first tiles less: those of all heads are assigned last, the longest first, and fill the gaps that the others leave. Every
+// other round reverses the order of the blocks, so that a block with a longer tile in one round has a shorter one in the next.
 struct Schedule {
     int units, q_tiles;
     int short_tiles;  // tiles at the start of a head, whose rows see fewer columns than the others
@@ -49,7 +50,8 @@ struct Schedule {
     // The block's m-th work item. False if it has fewer.
     template <bool>
     __device__ bool get_work(const AttentionParams& p, int m, Work& work) const {
-        int unit = p.seen.spans == nullptr ? m * gridDim.x + blockIdx.x : order.take(units);
+        const int blocks = gridDim.x;
+        int unit = p.seen.spans == nullptr ? m * blocks + (m % 2 ? blocks - 1 - blockIdx.x : blockIdx.x) : order.take(units);
         if (unit >= units) return false;
         if (p.seen.spans == nullptr) unit = placed(unit);
         work = work_of(p, unit);

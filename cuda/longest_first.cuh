@@ -2,16 +2,19 @@
 // long unit starts when the other blocks are about to end. A unit is a tile of Q in the forward, a tile of keys in the backward, numbered head by head; its
 // length is the number of tiles that it visits.
 //
-// If units were sorted by length alone, those that share keys would lie far apart, and each would read the keys from memory again. So lengths are sorted
-// into classes, each twice as long as the next, and within a class units keep their order. All units shorter than a sixteenth of a block's share form one
-// class: whichever of them runs last, all blocks end within that time of each other.
+// If units were sorted by length alone, those that share keys would lie far apart, and each would read the keys from memory again. So units are sorted
+// into classes of lengths, each class twice as long as the next, and within a class they keep their order. Only the end of the order decides how well blocks
+// are balanced: units of up to a quarter of a block's share that belong to the first half of the work form one class, in their own order. Then the others
+// even out what blocks differ by, in classes down to a 128th of a share.
 #pragma once
 
 #include "visible.cuh"
 
 #if INTERVAL || MASK
 constexpr int ORDER_WARPS = 32;
-constexpr int CLASSES = 8;
+constexpr int LONG_CLASSES = 3;   // longer than a quarter of a block's share, than half of it, than all of it
+constexpr int SHORT_CLASSES = 6;  // of the second half: up to a quarter, down to a 128th
+constexpr int CLASSES = LONG_CLASSES + 1 + SHORT_CLASSES;
 constexpr int NO_ORDER = -1;
 
 // In a workspace.
@@ -43,9 +46,9 @@ __global__ void __launch_bounds__(32 * ORDER_WARPS)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int stretch = (units + 32 * ORDER_WARPS - 1) / (32 * ORDER_WARPS) * 32, begin = warp * stretch + lane, end = min(units, (warp + 1) * stretch);
 
+    ptx::griddepcontrol_launch_dependents();
+    ptx::griddepcontrol_wait();  // the data that lengths are computed from is visible
     if constexpr (Length::SAYS_MOST) {
-        ptx::griddepcontrol_launch_dependents();
-        ptx::griddepcontrol_wait();  // the data that lengths are computed from is visible
         length.measure(p);
         __syncthreads();  // so are lengths
     }
@@ -64,8 +67,12 @@ __global__ void __launch_bounds__(32 * ORDER_WARPS)
     if (lane == 0) sums_smem[warp] = sum;
     if (threadIdx.x == 0) *order.queue = 0;
     __syncthreads();  // every warp's sum is there
+    float before_it = 0;  // the work of the warps before this one
     sum = 0;
-    for (int w = 0; w < ORDER_WARPS; ++w) sum += sums_smem[w];
+    for (int w = 0; w < ORDER_WARPS; ++w) {
+        if (w == warp) before_it = sum;
+        sum += sums_smem[w];
+    }
     if constexpr (Length::SAYS_MOST) {
         for (int w = 0; w < ORDER_WARPS; ++w) shorter |= shorter_smem[w];
         if (threadIdx.x == 0) order.queue[1] = !shorter;
@@ -74,13 +81,15 @@ __global__ void __launch_bounds__(32 * ORDER_WARPS)
             return;
         }
     }
-    const float shortest = sum / (16.0f * blocks);
+    const bool first_half = before_it < sum / 2;
+    const float shortest = sum / (128.0f * blocks);
     auto class_of = [&](int unit) {  // beyond the last unit: none
         if (unit >= end) return CLASSES;
         float bound = shortest;
         int c = CLASSES - 1;
         for (const int n = length(p, unit); c > 0 && n > bound; bound *= 2) --c;
-        return c;
+        // The class numbered LONG_CLASSES is the first half's: long classes come one earlier than counted here.
+        return c <= LONG_CLASSES ? max(0, c - 1) : first_half ? LONG_CLASSES : c;
     };
 
     int counts[CLASSES] = {};
@@ -126,8 +135,7 @@ template <class Length>
 inline cudaError_t put_longest_first(const AttentionParams& p, const Length& length, const Order& order, int64_t units, int64_t blocks) {
     if (units == 0) return cudaSuccess;
     const int count = static_cast<int>(units), takers = static_cast<int>(blocks);
-    if (Length::SAYS_MOST) launch_early(order_kernel<Length>, 1, 32 * ORDER_WARPS, 0, p.stream, p, length, order, count, takers);
-    else launch_kernel(order_kernel<Length>, 1, 32 * ORDER_WARPS, 0, p.stream, p, length, order, count, takers);
+    launch_early(order_kernel<Length>, 1, 32 * ORDER_WARPS, 0, p.stream, p, length, order, count, takers);
     return cudaGetLastError();
 }
 #endif
