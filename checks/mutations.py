@@ -121,7 +121,7 @@ TABLE = {
         ("min(j0 + size, p.Nk) + p.seen.left", "min(j0 + size, p.Nk) + p.seen.left - 64", WINDOW),
         ("all.start <= j0 &&", "all.start <= j0 + 1 &&", TILE_START),  # a tile of which one row misses one column is taken for whole
         ("j0 + size <= all.stop;", "j0 + size <= all.stop + 1;", TILE_STOP),
-        ("max(span[0], -FAR)", "max(span[0] + 1, -FAR)", ANY_SPANS),
+        ("max(span.start, -FAR)", "max(span.start + 1, -FAR)", ANY_SPANS),
         ("bounds.all = {p.Nk, 0};", ";", BLIND_SPANS),
     ],
     ("simple", "simple.cuh"): [
@@ -397,6 +397,7 @@ TABLE = {
         ("+ short_tiles - 1 - place / heads;", "+ short_tiles - place / heads;", LONG_WINDOW),
         ("if (unit >= units) return false;", "if (unit + 1 >= units) return false;", MANY_DOCUMENTS, 0),
         ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
+        ("(m % 2 ? blocks - 1 - blockIdx.x : blockIdx.x)", "(m % 2 ? blocks - blockIdx.x : blockIdx.x)", LONG_WINDOW),
         ("chunk) & first_bits(tile - 32 * chunk);", "chunk);", STRUCTURED_CAUSAL),
         ("word ^= 1u << bit;", "word &= word - 1;", BAND),
         ("Interval{0, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", "Interval{1, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", STRUCTURED),
@@ -437,6 +438,7 @@ TABLE = {
         ("of_lane(keys.stop - 2 * t)", "of_lane(keys.stop - 2 * t - 1)", WINDOW),
         ("min(column % 8, 2)", "min(column % 8, 1)", WINDOW),
         ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
+        ("span[r] = span_of_row(p, work.b, work.h, work.i0", "span[r] = span_of_row(p, 0, 0, work.i0", ANY_SPANS),
     ],
     ("hopper", "lazy_softmax.cuh"): [
         ("l_rmem[r] = l_rmem[r] * alpha[r] + sum;", "l_rmem[r] = l_rmem[r] + sum;", SHARP),

@@ -47,8 +47,8 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
     work = next_with_keys();
     if (AHEAD) hand_out(work);
     while (work.k_tiles > 0) {
-        // The next item is determined early, because that takes a while: where it is read from memory, while the first tiles are being loaded. At D 256 the
-        // limits of an interval leave no registers to hold it.
+        // The next item is determined early, because that takes a while; with intervals, while the first tiles are being loaded. At D 256 the limits of an
+        // interval leave no registers to hold it.
         constexpr bool EARLY = AHEAD || !INTERVAL, READ = LEAVES_OUT || (INTERVAL && AHEAD);
         if (!READ) next = EARLY ? next_with_keys() : Work{};
         Walk<LEAVES_OUT> walk(p, work);

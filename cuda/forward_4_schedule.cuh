@@ -39,8 +39,8 @@ __device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
 
 #if INTERVAL
 // Which block computes which tiles of Q. With spans, blocks take tiles from a queue, the longest first (longest_first.cuh). With only a window, most tiles
-// take equally long, and a head's first tiles less: those of all heads are assigned last, the longest first, and fill the gaps that the others leave. Every
-// other round reverses the order of the blocks, so that a block with a longer tile in one round has a shorter one in the next.
+// take equally long, and a head's first tiles less: those of all heads are assigned last, the longest first, and fill the gaps that the others leave.
+// Every other round reverses the order of the blocks, so that a block with a longer tile in one round has a shorter one in the next.
 struct Schedule {
     int units, q_tiles;
     int short_tiles;  // tiles at the start of a head, whose rows see fewer columns than the others

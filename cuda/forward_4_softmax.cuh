@@ -6,7 +6,8 @@
 #include "forward_4_schedule.cuh"
 #include "lazy_softmax.cuh"
 
-constexpr bool SPANS_EARLY = INTERVAL && !SCORE && !MASK;  // whether rows' spans are read before they are needed; changed scores leave no registers for them
+// Whether rows' spans are read before they are needed. Changed scores leave no registers to hold them.
+constexpr bool SPANS_EARLY = INTERVAL && !SCORE && !MASK;
 
 // The thread's two rows of the tile of Q, and what they see. r: 0 or 1.
 struct Rows {

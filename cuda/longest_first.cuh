@@ -3,9 +3,9 @@
 // length is the number of tiles that it visits.
 //
 // If units were sorted by length alone, those that share keys would lie far apart, and each would read the keys from memory again. So units are sorted
-// into classes of lengths, each class twice as long as the next, and within a class they keep their order. Only the end of the order decides how well blocks
-// are balanced: units of up to a quarter of a block's share that belong to the first half of the work form one class, in their own order. Then the others
-// even out what blocks differ by, in classes down to a 128th of a share.
+// into classes of lengths, each class twice as long as the next, and within a class they keep their order. Only the end of the order decides how well
+// blocks are balanced. So units of up to a quarter of a block's share that belong to the first half of the work form one class, in their own order; the
+// other half has classes down to a 128th of a share, which even out by what the blocks differ.
 #pragma once
 
 #include "visible.cuh"
