@@ -397,7 +397,7 @@ TABLE = {
         ("+ short_tiles - 1 - place / heads;", "+ short_tiles - place / heads;", LONG_WINDOW),
         ("if (unit >= units) return false;", "if (unit + 1 >= units) return false;", MANY_DOCUMENTS, 0),
         ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
-        ("(m % 2 ? blocks - 1 - blockIdx.x : blockIdx.x)", "(m % 2 ? blocks - blockIdx.x : blockIdx.x)", LONG_WINDOW),
+        ("(m % 2 ? -1 - block : block)", "(m % 2 ? -block : block)", LONG_WINDOW),
         ("chunk) & first_bits(tile - 32 * chunk);", "chunk);", STRUCTURED_CAUSAL),
         ("word ^= 1u << bit;", "word &= word - 1;", BAND),
         ("Interval{0, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", "Interval{1, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", STRUCTURED),

@@ -50,8 +50,8 @@ struct Schedule {
     // The block's m-th work item. False if it has fewer.
     template <bool>
     __device__ bool get_work(const AttentionParams& p, int m, Work& work) const {
-        const int blocks = gridDim.x;
-        int unit = p.seen.spans == nullptr ? m * blocks + (m % 2 ? blocks - 1 - blockIdx.x : blockIdx.x) : order.take(units);
+        const int blocks = gridDim.x, block = blockIdx.x;  // written so, the unit takes few registers: other forms spill under masks with dropout
+        int unit = p.seen.spans == nullptr ? (m + m % 2) * blocks + (m % 2 ? -1 - block : block) : order.take(units);
         if (unit >= units) return false;
         if (p.seen.spans == nullptr) unit = placed(unit);
         work = work_of(p, unit);
