@@ -65,6 +65,7 @@ ANY_SPANS = case(Nk=150, spans="any")
 WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
 WIDE_WINDOW_TURNS = case(D=128, Nk=700, window=(200, 0))  # deterministic
 MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
+BLIND_FIRST = case(Nq=500, Nk=128, causal=True, spans="any")  # the first tiles of Q see nothing
 LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 # dO is NaN in rows that attend nothing.
 DEAD_ROWS = case(mask="dead rows")
@@ -397,7 +398,8 @@ TABLE = {
         ("+ short_tiles - 1 - place / heads;", "+ short_tiles - place / heads;", LONG_WINDOW),
         ("if (unit >= units) return false;", "if (unit + 1 >= units) return false;", MANY_DOCUMENTS, 0),
         ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
-        ("(m % 2 ? -1 - block : block)", "(m % 2 ? -block : block)", LONG_WINDOW),
+        ("order.take(units - blocks, units)", "order.take(units, units)", MANY_DOCUMENTS),
+        ("(m % 2 ? blocks - 1 - blockIdx.x : blockIdx.x)", "(m % 2 ? blocks - blockIdx.x : blockIdx.x)", LONG_WINDOW),
         ("chunk) & first_bits(tile - 32 * chunk);", "chunk);", STRUCTURED_CAUSAL),
         ("word ^= 1u << bit;", "word &= word - 1;", BAND),
         ("Interval{0, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", "Interval{1, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", STRUCTURED),
@@ -423,10 +425,15 @@ TABLE = {
             STRUCTURED_CAUSAL,
         ),
         ("tile += gridDim.x) write(schedule.work_of(p, tile));", "tile += gridDim.x) ;", BLIND_BAND),
+        ("ptx::mbarrier_wait(ptx::smem_address(&shared.barriers.work_asked), (n & 1) ^ 1);", NO_WAIT, MANY_DOCUMENTS),
+        ("ptx::mbarrier_wait(ptx::smem_address(&shared.barriers.work_full), m++ & 1);", NO_WAIT, MANY_DOCUMENTS),
+        ("if (tile == max(0, work.k_tiles - ASKED_BEFORE))", "if (tile == work.k_tiles - ASKED_BEFORE)", MANY_DOCUMENTS),
+        ("    if (work.k_tiles > 0) put(work);\n", "    put(work);\n", BLIND_FIRST),
     ],
     ("hopper", "longest_first.cuh"): [
         ("order.units[counts[c] + __popc(same & first_bits(lane))] = unit;", "order.units[counts[c]] = unit;", MANY_DOCUMENTS),
         ("before += totals_smem[c];", ";", MANY_DOCUMENTS),
+        ("begin = first + warp * stretch + lane;", "begin = warp * stretch + lane;", MANY_DOCUMENTS),
         ("if (threadIdx.x == 0) *order.queue = 0;", ";", MANY_DOCUMENTS),
         ("order.queue[1] = !shorter;", "order.queue[1] = 0;", NO_STRUCTURE),
     ],

@@ -27,6 +27,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 #if LISTED
     __shared__ Work works[Q_STAGES + 2];  // of each tile of Q; then the producer's current and next item
     __shared__ int j0[STAGES];
+#elif INTERVAL
+    __shared__ Work works[Q_STAGES + 1];  // of each tile of Q; then the producer's next item
+    int* const j0 = nullptr;
 #else
     __shared__ Work works[Q_STAGES];  // of each tile of Q
     int* const j0 = nullptr;
@@ -50,6 +53,10 @@ __global__ void __launch_bounds__(THREADS, 1)
 #if SCORE & SCORE_BIAS
         for (int warp = 0; warp < 4 * CONSUMERS; ++warp) ptx::mbarrier_init(barrier(barriers.bias_full, warp), 1);
 #endif
+#if INTERVAL
+        ptx::mbarrier_init(ptx::smem_address(&barriers.work_full), 1);
+        ptx::mbarrier_init(ptx::smem_address(&barriers.work_asked), 1);
+#endif
         ptx::fence_mbarrier_init();
     }
     __syncthreads();
@@ -57,9 +64,6 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
-#if INTERVAL
-        ptx::griddepcontrol_wait();  // the summaries and the order are visible; without spans there is nothing to wait for
-#endif
         if (threadIdx.x == 0) {
 #if LISTED
             if (leaves_out) produce<true>(p, maps, schedule, shared);
@@ -68,6 +72,10 @@ __global__ void __launch_bounds__(THREADS, 1)
                 produce<false>(p, maps, schedule, shared);
         } else if (threadIdx.x / 32 == 1)
             write_rows_without_keys(p, schedule);
+#if INTERVAL
+        else if (threadIdx.x / 32 == 2)
+            determine_work(p, schedule, shared);
+#endif
     } else {
         ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
 #if LISTED

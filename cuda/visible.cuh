@@ -155,13 +155,9 @@ struct Visits {
 
 constexpr int SUMMARY_WARPS = 4;  // of a block; each makes one summary
 
-__global__ void __launch_bounds__(32 * SUMMARY_WARPS)
-    summarise_rows_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Summaries summaries, int block_q) {
-    if (LAUNCHED_EARLY) ptx::griddepcontrol_launch_dependents();
-    const int64_t tile = static_cast<int64_t>(blockIdx.x) * SUMMARY_WARPS + threadIdx.x / 32;
-    if (tile >= static_cast<int64_t>(p.B) * p.H * summaries.q_tiles) return;
-    const int bh = tile / summaries.q_tiles, b = bh / p.H, h = bh % p.H, i0 = tile % summaries.q_tiles * block_q;
-    const int end = min(i0 + block_q, p.Nq);
+// The bounds of `size` rows from i0 on, from their spans and the window; a whole warp calls it.
+__device__ inline Bounds read_bounds(const AttentionParams& p, int b, int h, int i0, int size) {
+    const int end = min(i0 + size, p.Nq);
     constexpr int AT_ONCE = 4;  // rows that a lane reads at once; the last may be read several times
     Bounds bounds = {{p.Nk, 0}, {0, p.Nk}};
     for (int i = i0 + threadIdx.x % 32; i < end; i += AT_ONCE * 32) {
@@ -188,6 +184,16 @@ __global__ void __launch_bounds__(32 * SUMMARY_WARPS)
         bounds.all.stop = min(bounds.all.stop, __shfl_xor_sync(0xffffffff, bounds.all.stop, lanes));
     }
     if (bounds.some.start >= bounds.some.stop) bounds.some = {0, 0};
+    return bounds;
+}
+
+__global__ void __launch_bounds__(32 * SUMMARY_WARPS)
+    summarise_rows_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Summaries summaries, int block_q) {
+    if (LAUNCHED_EARLY) ptx::griddepcontrol_launch_dependents();
+    const int64_t tile = static_cast<int64_t>(blockIdx.x) * SUMMARY_WARPS + threadIdx.x / 32;
+    if (tile >= static_cast<int64_t>(p.B) * p.H * summaries.q_tiles) return;
+    const int bh = tile / summaries.q_tiles, b = bh / p.H, h = bh % p.H, i0 = tile % summaries.q_tiles * block_q;
+    const Bounds bounds = read_bounds(p, b, h, i0, block_q);
     if (threadIdx.x % 32 == 0) summaries.of_rows[tile] = bounds;
 }
 
