@@ -50,9 +50,9 @@ def order_of(spans: torch.Tensor) -> tuple[list[int], list[int]]:
     words = workspace.view(torch.int32)
     start, stop, *_ = words[: 4 * units].view(units, 4).T  # Bounds: first and last column that some row sees
     lengths = (stop + BLOCK - 1).div(BLOCK, rounding_mode="floor") - start.div(BLOCK, rounding_mode="floor")
-    queue, order = words[4 * units], words[4 * units + 4 :][:units]  # `struct Order`
+    queue, order = words[4 * units], words[4 * units + 4 :][: units - BLOCKS]  # `struct Order`
     assert queue == 0
-    return order.tolist(), lengths.tolist()
+    return [*range(BLOCKS), *order.tolist()], lengths.tolist()  # each block begins with the unit of its number
 
 
 def length_of_schedule(order: list[int], lengths: list[int]) -> int:

@@ -65,6 +65,7 @@ ANY_SPANS = case(Nk=150, spans="any")
 WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
 WIDE_WINDOW_TURNS = case(D=128, Nk=700, window=(200, 0))  # deterministic
 MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
+BLIND_FIRST = case(Nq=500, Nk=128, causal=True, spans="any")  # the first tiles of Q see nothing
 LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 # dO is NaN in rows that attend nothing.
 DEAD_ROWS = case(mask="dead rows")
@@ -121,7 +122,7 @@ TABLE = {
         ("min(j0 + size, p.Nk) + p.seen.left", "min(j0 + size, p.Nk) + p.seen.left - 64", WINDOW),
         ("all.start <= j0 &&", "all.start <= j0 + 1 &&", TILE_START),  # a tile of which one row misses one column is taken for whole
         ("j0 + size <= all.stop;", "j0 + size <= all.stop + 1;", TILE_STOP),
-        ("max(span[0], -FAR)", "max(span[0] + 1, -FAR)", ANY_SPANS),
+        ("max(span.start, -FAR)", "max(span.start + 1, -FAR)", ANY_SPANS),
         ("bounds.all = {p.Nk, 0};", ";", BLIND_SPANS),
     ],
     ("simple", "simple.cuh"): [
@@ -397,6 +398,8 @@ TABLE = {
         ("+ short_tiles - 1 - place / heads;", "+ short_tiles - place / heads;", LONG_WINDOW),
         ("if (unit >= units) return false;", "if (unit + 1 >= units) return false;", MANY_DOCUMENTS, 0),
         ("(first_tile + k_tiles - 1 - n)", "(k_tiles - 1 - n)", WINDOW),
+        ("order.take(units - blocks, units)", "order.take(units, units)", MANY_DOCUMENTS),
+        ("(m % 2 ? blocks - 1 - blockIdx.x : blockIdx.x)", "(m % 2 ? blocks - blockIdx.x : blockIdx.x)", LONG_WINDOW),
         ("chunk) & first_bits(tile - 32 * chunk);", "chunk);", STRUCTURED_CAUSAL),
         ("word ^= 1u << bit;", "word &= word - 1;", BAND),
         ("Interval{0, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", "Interval{1, tiles_seen(p, tile * BLOCK_Q, BLOCK_Q)}", STRUCTURED),
@@ -422,10 +425,15 @@ TABLE = {
             STRUCTURED_CAUSAL,
         ),
         ("tile += gridDim.x) write(schedule.work_of(p, tile));", "tile += gridDim.x) ;", BLIND_BAND),
+        ("ptx::mbarrier_wait(ptx::smem_address(&shared.barriers.work_asked), (n & 1) ^ 1);", NO_WAIT, MANY_DOCUMENTS),
+        ("ptx::mbarrier_wait(ptx::smem_address(&shared.barriers.work_full), m++ & 1);", NO_WAIT, MANY_DOCUMENTS),
+        ("if (tile == max(0, work.k_tiles - ASKED_BEFORE))", "if (tile == work.k_tiles - ASKED_BEFORE)", MANY_DOCUMENTS),
+        ("    if (work.k_tiles > 0) put(work);\n", "    put(work);\n", BLIND_FIRST),
     ],
     ("hopper", "longest_first.cuh"): [
         ("order.units[counts[c] + __popc(same & first_bits(lane))] = unit;", "order.units[counts[c]] = unit;", MANY_DOCUMENTS),
         ("before += totals_smem[c];", ";", MANY_DOCUMENTS),
+        ("begin = first + warp * stretch + lane;", "begin = warp * stretch + lane;", MANY_DOCUMENTS),
         ("if (threadIdx.x == 0) *order.queue = 0;", ";", MANY_DOCUMENTS),
         ("order.queue[1] = !shorter;", "order.queue[1] = 0;", NO_STRUCTURE),
     ],
@@ -437,6 +445,7 @@ TABLE = {
         ("of_lane(keys.stop - 2 * t)", "of_lane(keys.stop - 2 * t - 1)", WINDOW),
         ("min(column % 8, 2)", "min(column % 8, 1)", WINDOW),
         ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
+        ("span[r] = span_of_row(p, work.b, work.h, work.i0", "span[r] = span_of_row(p, 0, 0, work.i0", ANY_SPANS),
     ],
     ("hopper", "lazy_softmax.cuh"): [
         ("l_rmem[r] = l_rmem[r] * alpha[r] + sum;", "l_rmem[r] = l_rmem[r] + sum;", SHARP),

@@ -39,7 +39,7 @@ template <bool TOLD>
 __device__ inline void consume(const AttentionParams& p, const Maps& maps, const Shared& shared, int consumer) {
     Barriers& barriers = shared.barriers;
     const int lane = threadIdx.x % 32;
-    const Rows rows(p, lane);
+    Rows rows(p, lane);
     const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
     [[maybe_unused]] const float above = above_m(scale_log2);
 
@@ -83,6 +83,8 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         if (TOLD) j0_told = uniform(shared.j0[slot.stage]);
 #if MASK
         rows.start(S_rmem, shared.mask + slot.stage * MASK_BYTES, work, j0_of(work, tile));
+#elif INTERVAL
+        if (tile == 0) rows.read_spans(work);
 #endif
     };
     auto await_V = [&](const Slot_KV& slot) { ptx::mbarrier_wait(barrier(barriers.V_full, slot.stage), slot.parity); };

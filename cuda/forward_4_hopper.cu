@@ -27,6 +27,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 #if LISTED
     __shared__ Work works[Q_STAGES + 2];  // of each tile of Q; then the producer's current and next item
     __shared__ int j0[STAGES];
+#elif INTERVAL
+    __shared__ Work works[Q_STAGES + 1];  // of each tile of Q; then the producer's next item
+    int* const j0 = nullptr;
 #else
     __shared__ Work works[Q_STAGES];  // of each tile of Q
     int* const j0 = nullptr;
@@ -50,6 +53,10 @@ __global__ void __launch_bounds__(THREADS, 1)
 #if SCORE & SCORE_BIAS
         for (int warp = 0; warp < 4 * CONSUMERS; ++warp) ptx::mbarrier_init(barrier(barriers.bias_full, warp), 1);
 #endif
+#if INTERVAL
+        ptx::mbarrier_init(ptx::smem_address(&barriers.work_full), 1);
+        ptx::mbarrier_init(ptx::smem_address(&barriers.work_asked), 1);
+#endif
         ptx::fence_mbarrier_init();
     }
     __syncthreads();
@@ -65,6 +72,10 @@ __global__ void __launch_bounds__(THREADS, 1)
                 produce<false>(p, maps, schedule, shared);
         } else if (threadIdx.x / 32 == 1)
             write_rows_without_keys(p, schedule);
+#if INTERVAL
+        else if (threadIdx.x / 32 == 2)
+            determine_work(p, schedule, shared);
+#endif
     } else {
         ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
 #if LISTED
@@ -114,10 +125,15 @@ extern "C" int attention(const AttentionParams* params) {
 #endif
     if (error != cudaSuccess) return error;
     const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, p.sm_count));
-#if LISTED
-    if (schedule.seen.words != nullptr) launch_early(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
-    else
+    // Early after the small kernels that write the schedule's tables, if there are any.
+#if INTERVAL
+    const bool early = p.seen.spans != nullptr;
+#elif LISTED
+    const bool early = schedule.seen.words != nullptr;
+#else
+    constexpr bool early = false;
 #endif
-        launch_kernel(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
+    if (early) launch_early(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
+    else launch_kernel(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
     return cudaGetLastError();
 }

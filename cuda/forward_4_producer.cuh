@@ -4,15 +4,30 @@
 
 #include "forward_4_schedule.cuh"
 
+// With intervals: how many tiles before the end of a work item the producer asks for the next one. Late, because a queue balances blocks only if none takes
+// an item long before it is free; and early enough for the item to be there when the last tile has been issued.
+constexpr int ASKED_BEFORE = 3;
+
+// The block's next work item with keys, from its m-th on; one without tiles if there is none.
+template <bool LEAVES_OUT>
+__device__ inline Work next_with_keys(const AttentionParams& p, const Schedule& schedule, int& m) {
+    Work work;
+    while (schedule.template get_work<LEAVES_OUT>(p, m++, work))
+        if (work.k_tiles > 0) return work;
+    return Work{};
+}
+
 // LEAVES_OUT: whether the mask lets tiles of keys be skipped. If not, a tile is loaded without reading which ones are visited.
 template <bool LEAVES_OUT>
 __device__ inline void produce(const AttentionParams& p, const Maps& maps, const Schedule& schedule, const Shared& shared) {
     int m = 0, q = 0, n = 0;  // counters over all work items, tiles of Q, tiles of keys
-    auto next_with_keys = [&] {
-        Work work;
-        while (schedule.template get_work<LEAVES_OUT>(p, m++, work))
-            if (work.k_tiles > 0) return work;
-        return Work{};
+    auto take = [&] {
+#if INTERVAL
+        ptx::mbarrier_wait(ptx::smem_address(&shared.barriers.work_full), m++ & 1);  // another warp has determined it
+        return shared.works[Q_STAGES];
+#else
+        return next_with_keys<LEAVES_OUT>(p, schedule, m);
+#endif
     };
     // In a stage's first round, a wait for "empty" returns immediately.
     auto hand_out = [&](const Work& work) {
@@ -44,15 +59,16 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
     // Where tiles are skipped, there are not enough registers for two work items: they live in shared memory.
     Work own[2];
     Work &work = LEAVES_OUT ? shared.works[Q_STAGES] : own[0], &next = LEAVES_OUT ? shared.works[Q_STAGES + 1] : own[1];
-    work = next_with_keys();
+    work = take();
     if (AHEAD) hand_out(work);
     while (work.k_tiles > 0) {
-        // The next item is determined early, because that takes a while; at D 256 the limits of an interval leave no registers to hold it.
-        constexpr bool EARLY = AHEAD || !INTERVAL;
-        if (!LEAVES_OUT) next = EARLY ? next_with_keys() : Work{};
+        if (!LEAVES_OUT && !INTERVAL) next = take();  // early, because that takes a while
         Walk<LEAVES_OUT> walk(p, work);
         for (int tile = 0; tile < work.k_tiles; ++tile, ++n) {
             const Slot_KV slot(n);
+#if INTERVAL
+            if (tile == max(0, work.k_tiles - ASKED_BEFORE)) ptx::mbarrier_arrive(ptx::smem_address(&shared.barriers.work_asked));
+#endif
             before = keys, keys = {walk.next(p, schedule, work, tile), kv_head(p, work.h), work.b};
             if (LEAVES_OUT && TELLS) {
                 ptx::mbarrier_wait(barrier(shared.barriers.K_empty, slot.stage), slot.parity ^ 1);
@@ -63,16 +79,41 @@ __device__ inline void produce(const AttentionParams& p, const Maps& maps, const
                 ptx::cp_async_bulk_tensor_4d(ptx::smem_address(shared.mask + slot.stage * MASK_BYTES), &maps.mask, keys.j0 / BIT_COLUMNS * 4, work.i0,
                                              work.h, work.b, barrier(shared.barriers.K_full, slot.stage));
             if (n > 0) load_V();
-            if (LEAVES_OUT && tile == min(1, work.k_tiles - 1)) next = next_with_keys();  // takes a while: the first tiles are being loaded meanwhile
+            if (LEAVES_OUT && tile == min(1, work.k_tiles - 1)) next = take();  // the first tiles are being loaded meanwhile
+            if (INTERVAL && tile + 1 == work.k_tiles) next = take();
             if (AHEAD && tile + 1 == work.k_tiles) hand_out(next);
             if (!AHEAD && tile == 0) hand_out(work);
         }
-        work = EARLY ? next : next_with_keys();
+        work = next;
     }
     before = keys;
     if (n > 0) load_V();
     if (!AHEAD) hand_out(work);
 }
+
+#if INTERVAL
+// Another warp determines the work items, because it takes long: of the queue, the order and the bounds, each is read after the one before.
+__device__ inline void determine_work(const AttentionParams& p, const Schedule& schedule, const Shared& shared) {
+    int n = 0;  // counts items
+    auto put = [&](const Work& work) {
+        shared.works[Q_STAGES] = work;
+        ptx::mbarrier_arrive(ptx::smem_address(&shared.barriers.work_full));
+        ++n;
+    };
+    const bool has_spans = p.seen.spans != nullptr;
+    Work work{};
+    if (has_spans) work = schedule.first_work(p);
+    if (threadIdx.x % 32 > 0) return;
+    if (work.k_tiles > 0) put(work);
+    if (has_spans) ptx::griddepcontrol_wait();  // the bounds and the order are visible
+    int m = 0;
+    do {
+        ptx::mbarrier_wait(ptx::smem_address(&shared.barriers.work_asked), (n & 1) ^ 1);  // returns immediately for the first item
+        work = next_with_keys<false>(p, schedule, m);
+        put(work);
+    } while (work.k_tiles > 0);
+}
+#endif
 
 // Another warp, otherwise idle, handles the work items without keys: their O is 0.
 __device__ inline void write_rows_without_keys(const AttentionParams& p, const Schedule& schedule) {
@@ -84,6 +125,7 @@ __device__ inline void write_rows_without_keys(const AttentionParams& p, const S
         }
     };
 #if INTERVAL
+    if (p.seen.spans != nullptr) ptx::griddepcontrol_wait();  // the bounds are visible
     for (int unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) write(schedule.work_of(p, unit));
 #else
 #if LISTED

@@ -38,32 +38,44 @@ __device__ inline int tiles_seen(const AttentionParams& p, int i0, int rows) {
 }
 
 #if INTERVAL
-// Which block computes which tiles of Q. With spans, blocks take tiles from a queue, the longest first (longest_first.cuh). With only a window, most tiles
-// take equally long, and a head's first tiles less: those of all heads are assigned last, and fill the gaps that the others leave.
+// Which block computes which tiles of Q. With spans, each block begins with the tile of its own number, and takes further tiles from a queue, the
+// longest first (longest_first.cuh): the queue is filled while the first tiles are being computed.
+//
+// With only a window, most tiles take equally long, and a head's first tiles less: those of all heads are assigned last, the longest first, and fill the
+// gaps that the others leave. Every other round reverses the order of the blocks, so that a block with a longer tile in one round has a shorter one in the
+// next.
 struct Schedule {
     int units, q_tiles;
     int short_tiles;  // tiles at the start of a head, whose rows see fewer columns than the others
     int mask_bytes;   
     Order order;
 
-    // The block's m-th work item. False if it has fewer.
+    // The block's m-th work item, except the first under spans. False if it has fewer.
     template <bool>
     __device__ bool get_work(const AttentionParams& p, int m, Work& work) const {
-        int unit = p.seen.spans == nullptr ? m * gridDim.x + blockIdx.x : order.take(units);
+        const int blocks = gridDim.x;
+        int unit = p.seen.spans == nullptr ? m * blocks + (m % 2 ? blocks - 1 - blockIdx.x : blockIdx.x) : order.take(units - blocks, units);
         if (unit >= units) return false;
         if (p.seen.spans == nullptr) unit = placed(unit);
         work = work_of(p, unit);
         return true;
     }
+    // The first work item under spans, before there are summaries. A whole warp calls it.
+    __device__ Work first_work(const AttentionParams& p) const {
+        const int unit = blockIdx.x, bh = unit / q_tiles;
+        return work_of(p, unit, read_bounds(p, bh / p.H, bh % p.H, unit % q_tiles * BLOCK_Q, BLOCK_Q));
+    }
     // The work item of a unit. Units are numbered head by head.
     __device__ Work work_of(const AttentionParams& p, int unit) const {
-        const int bh = unit / q_tiles, i0 = unit % q_tiles * BLOCK_Q;
-        const Bounds seen = bounds_of_rows(p, reinterpret_cast<const Bounds*>(p.workspace), unit, i0, BLOCK_Q);
-        const int first_tile = seen.some.start / BLOCK_K;
-        return {i0, bh % p.H, bh / p.H, max(0, (seen.some.stop + BLOCK_K - 1) / BLOCK_K - first_tile), first_tile, seen.all};
+        return work_of(p, unit, bounds_of_rows(p, reinterpret_cast<const Bounds*>(p.workspace), unit, unit % q_tiles * BLOCK_Q, BLOCK_Q));
     }
 
 private:
+    __device__ Work work_of(const AttentionParams& p, int unit, const Bounds& seen) const {
+        const int bh = unit / q_tiles, i0 = unit % q_tiles * BLOCK_Q;
+        const int first_tile = seen.some.start / BLOCK_K;
+        return {i0, bh % p.H, bh / p.H, max(0, (seen.some.stop + BLOCK_K - 1) / BLOCK_K - first_tile), first_tile, seen.all};
+    }
     // The unit at a position of the order for windows: each head from its last tile down, then all short tiles, the longest first.
     __device__ int placed(int place) const {
         const int heads = units / q_tiles, long_tiles = q_tiles - short_tiles;
@@ -95,7 +107,8 @@ inline Schedule schedule_of(const AttentionParams& p, int mask_bytes) {
 // Launches what computes the tables that the schedule reads.
 inline cudaError_t prepare_schedule(const Schedule& schedule, const AttentionParams& p) {
     cudaError_t error = summarise(p, p.workspace, BLOCK_Q, 0);
-    if (error == cudaSuccess && p.seen.spans != nullptr) error = put_longest_first(p, QueryTileLength{}, schedule.order, schedule.units, p.sm_count);
+    if (error == cudaSuccess && p.seen.spans != nullptr)
+        error = put_longest_first(p, QueryTileLength{}, schedule.order, schedule.units, p.sm_count, std::min(schedule.units, p.sm_count));
     return error;
 }
 #else
@@ -126,8 +139,8 @@ struct Schedule {
     __device__ bool get_work(const AttentionParams& p, int m, Work& work) const {
 #if LISTED
         if constexpr (LEAVES_OUT) {
-            const int tile = order.take(p.B * p.H * q_tiles);
-            if (tile >= p.B * p.H * q_tiles) return false;
+            const int tiles = p.B * p.H * q_tiles, tile = order.take(tiles, tiles);
+            if (tile >= tiles) return false;
             work = work_of(p, tile);
             return true;
         }
@@ -283,7 +296,7 @@ struct Shared {
     uint32_t bias;  // 4 · CONSUMERS × [16, BLOCK_K]
     uint8_t* mask;  // STAGES × [BLOCK_Q] BitRow
     Barriers& barriers;
-    Work* works;    // [Q_STAGES]
+    Work* works;    // [Q_STAGES]; then what the producer has next
     int* j0;        // [STAGES]: the first key of each tile, where the mask lets tiles be skipped
 
     __device__ Shared(uint8_t* smem, Barriers& barriers, Work* works, int* j0)

@@ -6,12 +6,18 @@
 #include "forward_4_schedule.cuh"
 #include "lazy_softmax.cuh"
 
+// Whether rows' spans are read before they are needed. Changed scores leave no registers to hold them.
+constexpr bool SPANS_EARLY = INTERVAL && !SCORE && !MASK;
+
 // The thread's two rows of the tile of Q, and what they see. r: 0 or 1.
 struct Rows {
     const AttentionParams& p;
     const int t;
     const int first;   // row r is first + ROW_STEP·r
     const int offset;  // causal: row i sees columns j ≤ i + offset
+#if INTERVAL
+    Interval span[2];  // of row r of the work item, if there are spans
+#endif
 
     __device__ Rows(const AttentionParams& p, int lane)
         : p(p), t(lane % 4), first(RowOrder::row((threadIdx.x - GROUP) / 32 * 16 + lane / 4)), offset(diagonal(p)) {}
@@ -23,8 +29,16 @@ struct Rows {
     __device__ bool cut(const Work& work, int j0) const { return j0 < work.all.start || j0 + BLOCK_K > work.all.stop; }
     // The interval [start, stop) of the tile's columns that row r sees, counted from the tile's first.
     __device__ Interval interval(const Work& work, int j0, int r) const {
-        const Interval keys = keys_of_row(p, work.b, work.h, work.i0 + first + ROW_STEP * r);
+        const int i = work.i0 + first + ROW_STEP * r;
+        const bool is_read = SPANS_EARLY && p.seen.spans != nullptr;
+        const Interval keys = is_read ? cut_to_span(p, window_of_row(p, i), span[r]) : keys_of_row(p, work.b, work.h, i);
         return Interval{keys.start - j0, keys.stop - j0};
+    }
+    // Requests the rows' spans: before a work item's first product is issued, so that they have arrived when it ends.
+    __device__ void read_spans(const Work& work) {
+        if (!SPANS_EARLY || p.seen.spans == nullptr) return;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) span[r] = span_of_row(p, work.b, work.h, work.i0 + first + ROW_STEP * r);
     }
     // How many of a lane's columns (0, 1, 8, 9, 16 … counted from its first) lie before this one.
     __device__ static int of_lane(int column) { return column <= 0 ? 0 : column / 8 * 2 + min(column % 8, 2); }

@@ -73,4 +73,7 @@ struct Barriers {
 #if SCORE & SCORE_BIAS
     uint64_t bias_full[4 * CONSUMERS];  // of each warp
 #endif
+#if INTERVAL
+    uint64_t work_full, work_asked;
+#endif
 };

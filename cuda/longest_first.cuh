@@ -2,16 +2,19 @@
 // long unit starts when the other blocks are about to end. A unit is a tile of Q in the forward, a tile of keys in the backward, numbered head by head; its
 // length is the number of tiles that it visits.
 //
-// If units were sorted by length alone, those that share keys would lie far apart, and each would read the keys from memory again. So lengths are sorted
-// into classes, each twice as long as the next, and within a class units keep their order. All units shorter than a sixteenth of a block's share form one
-// class: whichever of them runs last, all blocks end within that time of each other.
+// If units were sorted by length alone, those that share keys would lie far apart, and each would read the keys from memory again. So units are sorted
+// into classes of lengths, each class twice as long as the next, and within a class they keep their order. Only the end of the order decides how well
+// blocks are balanced. So units of up to a quarter of a block's share that belong to the first third of the work form one class, in their own order; the
+// other two thirds have classes down to a 128th of a share, which even out by what the blocks differ.
 #pragma once
 
 #include "visible.cuh"
 
 #if INTERVAL || MASK
 constexpr int ORDER_WARPS = 32;
-constexpr int CLASSES = 8;
+constexpr int LONG_CLASSES = 3;   // longer than a quarter of a block's share, than half of it, than all of it
+constexpr int SHORT_CLASSES = 6;  // of the other two thirds of the work: up to a quarter, down to a 128th
+constexpr int CLASSES = LONG_CLASSES + 1 + SHORT_CLASSES;
 constexpr int NO_ORDER = -1;
 
 // In a workspace.
@@ -24,28 +27,31 @@ struct alignas(16) Order {
     static int64_t floats(int64_t units) { return whole_chunks(units + 4); }
 
     __device__ bool none() const { return queue[1] != 0; }
-    // The next unit, for any thread of any block; `units` or more if there is none.
-    __device__ int take(int count) const {
+    // The next unit of `count`, for any thread of any block; `none` if there is none.
+    __device__ int take(int count, int none) const {
         const int place = atomicAdd(queue, 1);
-        return place < count ? units[place] : count;
+        return place < count ? units[place] : none;
     }
 };
 
-// length(p, unit) is a unit's length. The units are for `blocks` blocks. A warp sorts a range of units, 32 at a time. If lengths come from a mask, the
-// block first measures them; if every unit has the greatest possible length, length.most(p, unit), there is no order.
+// length(p, unit) is a unit's length. The units are for `blocks` blocks; those before `first` are not in the queue. A warp sorts a range of units, 32 at
+// a time. If lengths come from a mask, the block first measures them; if every unit has the greatest possible length, length.most(p, unit), there is no
+// order.
 template <class Length>
 __global__ void __launch_bounds__(32 * ORDER_WARPS)
-    order_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Length length, const __grid_constant__ Order order, int units, int blocks) {
+    order_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Length length, const __grid_constant__ Order order, int first, int units,
+                 int blocks) {
     __shared__ float sums_smem[ORDER_WARPS];
     [[maybe_unused]] __shared__ bool shorter_smem[ORDER_WARPS];
     __shared__ int counts_smem[CLASSES][ORDER_WARPS];  // of the class: first each warp's units, then all units before these
     __shared__ int totals_smem[CLASSES];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int stretch = (units + 32 * ORDER_WARPS - 1) / (32 * ORDER_WARPS) * 32, begin = warp * stretch + lane, end = min(units, (warp + 1) * stretch);
+    const int stretch = (units - first + 32 * ORDER_WARPS - 1) / (32 * ORDER_WARPS) * 32, begin = first + warp * stretch + lane;
+    const int end = min(units, first + (warp + 1) * stretch);
 
+    ptx::griddepcontrol_launch_dependents();
+    ptx::griddepcontrol_wait();  // the data that lengths are computed from is visible
     if constexpr (Length::SAYS_MOST) {
-        ptx::griddepcontrol_launch_dependents();
-        ptx::griddepcontrol_wait();  // the data that lengths are computed from is visible
         length.measure(p);
         __syncthreads();  // so are lengths
     }
@@ -64,8 +70,12 @@ __global__ void __launch_bounds__(32 * ORDER_WARPS)
     if (lane == 0) sums_smem[warp] = sum;
     if (threadIdx.x == 0) *order.queue = 0;
     __syncthreads();  // every warp's sum is there
+    float before_it = 0;  // the work of the warps before this one
     sum = 0;
-    for (int w = 0; w < ORDER_WARPS; ++w) sum += sums_smem[w];
+    for (int w = 0; w < ORDER_WARPS; ++w) {
+        if (w == warp) before_it = sum;
+        sum += sums_smem[w];
+    }
     if constexpr (Length::SAYS_MOST) {
         for (int w = 0; w < ORDER_WARPS; ++w) shorter |= shorter_smem[w];
         if (threadIdx.x == 0) order.queue[1] = !shorter;
@@ -74,13 +84,15 @@ __global__ void __launch_bounds__(32 * ORDER_WARPS)
             return;
         }
     }
-    const float shortest = sum / (16.0f * blocks);
+    const bool first_third = before_it < sum / 3;
+    const float shortest = sum / (128.0f * blocks);
     auto class_of = [&](int unit) {  // beyond the last unit: none
         if (unit >= end) return CLASSES;
         float bound = shortest;
         int c = CLASSES - 1;
         for (const int n = length(p, unit); c > 0 && n > bound; bound *= 2) --c;
-        return c;
+        // The class numbered LONG_CLASSES is the first third's: long classes come one earlier than counted here.
+        return c <= LONG_CLASSES ? max(0, c - 1) : first_third ? LONG_CLASSES : c;
     };
 
     int counts[CLASSES] = {};
@@ -122,12 +134,13 @@ __global__ void __launch_bounds__(32 * ORDER_WARPS)
     }
 }
 
+// first: the number of units that blocks take without asking the queue.
 template <class Length>
-inline cudaError_t put_longest_first(const AttentionParams& p, const Length& length, const Order& order, int64_t units, int64_t blocks) {
+inline cudaError_t put_longest_first(const AttentionParams& p, const Length& length, const Order& order, int64_t units, int64_t blocks,
+                                     int64_t first = 0) {
     if (units == 0) return cudaSuccess;
-    const int count = static_cast<int>(units), takers = static_cast<int>(blocks);
-    if (Length::SAYS_MOST) launch_early(order_kernel<Length>, 1, 32 * ORDER_WARPS, 0, p.stream, p, length, order, count, takers);
-    else launch_kernel(order_kernel<Length>, 1, 32 * ORDER_WARPS, 0, p.stream, p, length, order, count, takers);
+    const int assigned = static_cast<int>(first), count = static_cast<int>(units), takers = static_cast<int>(blocks);
+    launch_early(order_kernel<Length>, 1, 32 * ORDER_WARPS, 0, p.stream, p, length, order, assigned, count, takers);
     return cudaGetLastError();
 }
 #endif

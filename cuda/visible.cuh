@@ -37,15 +37,22 @@ __device__ inline Interval window_of_row(const AttentionParams& p, int i) {
     return keys;
 }
 
+// The span of row i as the caller gave it; only where there are spans.
+__device__ inline Interval span_of_row(const AttentionParams& p, int b, int h, int i) {
+    const int32_t* span = p.seen.spans + b * p.seen.stride_b + h * p.seen.stride_h + min(i, p.Nq - 1) * p.seen.stride_i;
+    return {span[0], span[p.seen.stride_e]};
+}
+
+// The part of an interval that lies in a span.
+__device__ inline Interval cut_to_span(const AttentionParams& p, Interval keys, Interval span) {
+    constexpr int FAR = 1 << 30;  // no row or column has such a number, and none overflows
+    return {max(keys.start, max(span.start, -FAR) - p.seen.k_offset), min(keys.stop, max(span.stop, -FAR) - p.seen.k_offset)};
+}
+
 // What row i sees.
 __device__ inline Interval keys_of_row(const AttentionParams& p, int b, int h, int i) {
     Interval keys = window_of_row(p, i);
-    if (INTERVAL && p.seen.spans != nullptr) {
-        const int32_t* span = p.seen.spans + b * p.seen.stride_b + h * p.seen.stride_h + min(i, p.Nq - 1) * p.seen.stride_i;
-        constexpr int FAR = 1 << 30;  // no row or column has such a number, and none overflows
-        keys.start = max(keys.start, max(span[0], -FAR) - p.seen.k_offset);
-        keys.stop = min(keys.stop, max(span[p.seen.stride_e], -FAR) - p.seen.k_offset);
-    }
+    if (INTERVAL && p.seen.spans != nullptr) keys = cut_to_span(p, keys, span_of_row(p, b, h, i));
     return keys;
 }
 
@@ -148,19 +155,26 @@ struct Visits {
 
 constexpr int SUMMARY_WARPS = 4;  // of a block; each makes one summary
 
-__global__ void __launch_bounds__(32 * SUMMARY_WARPS)
-    summarise_rows_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Summaries summaries, int block_q) {
-    const int64_t tile = static_cast<int64_t>(blockIdx.x) * SUMMARY_WARPS + threadIdx.x / 32;
-    if (tile >= static_cast<int64_t>(p.B) * p.H * summaries.q_tiles) return;
-    const int bh = tile / summaries.q_tiles, b = bh / p.H, h = bh % p.H, i0 = tile % summaries.q_tiles * block_q;
+// The bounds of `size` rows from i0 on, from their spans and the window; a whole warp calls it.
+__device__ inline Bounds read_bounds(const AttentionParams& p, int b, int h, int i0, int size) {
+    const int end = min(i0 + size, p.Nq);
+    constexpr int AT_ONCE = 4;  // rows that a lane reads at once; the last may be read several times
     Bounds bounds = {{p.Nk, 0}, {0, p.Nk}};
-    for (int i = i0 + threadIdx.x % 32; i < min(i0 + block_q, p.Nq); i += 32) {
-        const Interval keys = keys_of_row(p, b, h, i);
-        if (keys.start < keys.stop) {
-            bounds.some = {min(bounds.some.start, keys.start), max(bounds.some.stop, keys.stop)};
-            bounds.all = {max(bounds.all.start, keys.start), min(bounds.all.stop, keys.stop)};
-        } else {
-            bounds.all = {p.Nk, 0};  // a row that sees nothing
+    for (int i = i0 + threadIdx.x % 32; i < end; i += AT_ONCE * 32) {
+        Interval spans[AT_ONCE];
+        if (p.seen.spans != nullptr)
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; ++n) spans[n] = span_of_row(p, b, h, min(i + 32 * n, end - 1));
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; ++n) {
+            Interval keys = window_of_row(p, min(i + 32 * n, end - 1));
+            if (p.seen.spans != nullptr) keys = cut_to_span(p, keys, spans[n]);
+            if (keys.start < keys.stop) {
+                bounds.some = {min(bounds.some.start, keys.start), max(bounds.some.stop, keys.stop)};
+                bounds.all = {max(bounds.all.start, keys.start), min(bounds.all.stop, keys.stop)};
+            } else {
+                bounds.all = {p.Nk, 0};  // a row that sees nothing
+            }
         }
     }
     for (int lanes = 16; lanes > 0; lanes /= 2) {
@@ -170,6 +184,16 @@ __global__ void __launch_bounds__(32 * SUMMARY_WARPS)
         bounds.all.stop = min(bounds.all.stop, __shfl_xor_sync(0xffffffff, bounds.all.stop, lanes));
     }
     if (bounds.some.start >= bounds.some.stop) bounds.some = {0, 0};
+    return bounds;
+}
+
+__global__ void __launch_bounds__(32 * SUMMARY_WARPS)
+    summarise_rows_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Summaries summaries, int block_q) {
+    if (LAUNCHED_EARLY) ptx::griddepcontrol_launch_dependents();
+    const int64_t tile = static_cast<int64_t>(blockIdx.x) * SUMMARY_WARPS + threadIdx.x / 32;
+    if (tile >= static_cast<int64_t>(p.B) * p.H * summaries.q_tiles) return;
+    const int bh = tile / summaries.q_tiles, b = bh / p.H, h = bh % p.H, i0 = tile % summaries.q_tiles * block_q;
+    const Bounds bounds = read_bounds(p, b, h, i0, block_q);
     if (threadIdx.x % 32 == 0) summaries.of_rows[tile] = bounds;
 }
 
