@@ -73,61 +73,176 @@ struct Rows {
     }
 };
 
-#if SCORE
-// Applies softcap, bias and ALiBi to S. The result is in units of unit_log2(), without shift[r], which applies to the whole row and is in base 2.
-// Scores that the rows do not see become −∞. bias: the shared address from which this lane reads its rows' bias.
-__device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], float (&shift)[2], const Rows& rows, const Work& work, int j0, float slope, uint32_t bias) {
-    const AttentionParams& p = rows.p;
-    const int from_start = work.i0 + rows.offset - j0, distance = from_start + rows.first;  // from the tile's first column, of its first row; of the lane's
-    Slopes slopes(slope, {distance, distance + ROW_STEP}, -1, from_start - (BLOCK_K - 1), from_start + BLOCK_Q - 1);
-    auto apply = [&](auto small, auto rows_share) {
-        score_tile<BLOCK_K, decltype(small)::value, decltype(rows_share)::value>(
-            S_rmem, p, slopes, [&](int n, uint32_t(&pairs)[4]) { ptx::ldmatrix_x4(pairs, Tile_bias::step(bias, n / 2)); },
-            [&](int n, int r, const float(&x)[2], const float(&)[2]) {
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    float& S = S_rmem[4 * n + 2 * r + c];
-                    S = MASK && S < p.lowest ? -CUDART_INF_F : x[c];
-                }
-            });
-    };
-    constexpr bool MAY_BE_SMALL = CAPPED && (!ONLY_CAPPED || MASK);  // with softcap alone, only a tile seen in part comes here
-    [[maybe_unused]] float largest = 0;
-    if (MAY_BE_SMALL)
-#pragma unroll
-        for (int i = 0; i < BLOCK_K / 2; ++i) largest = fmaxf(largest, fabsf(S_rmem[i]));
-    auto score = [&](auto rows_share) {
-        if (MAY_BE_SMALL && __all_sync(0xffffffff, largest * p.scoring.scale_in_cap <= 1)) apply(std::true_type(), rows_share);
-        else apply(std::false_type(), rows_share);
-    };
-    const float lane_first = static_cast<float>(2 * rows.t) * slopes.step;
-    if (SLOPED && !slopes.mixed()) {
-        for (int r = 0; r < 2; ++r) shift[r] = slopes.first[r] * LOG2_E;
-        slopes.first[0] = lane_first;
-        score(std::true_type());
-    } else if (!SLOPED || !CAUSAL) {
-        shift[0] = shift[1] = 0;
-        for (int r = 0; r < 2; ++r) slopes.first[r] += lane_first;
-        score(std::false_type());
-    }
-    if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
-}
-#endif
-
 // With a mask three groups have too few registers for the lazy maximum.
 constexpr bool LAZY = CONSUMERS == 2 || !MASK;
 
+// The accumulators of S, rounded to pairs, are already laid out as the A operand of O += P V: P_rmem[k] is the operand for 16 keys. `keep`: the elements
+// that dropout keeps.
+__device__ inline void round_P(uint32_t (&P_rmem)[BLOCK_K / 16][4], const float (&S_rmem)[BLOCK_K / 2], const KeepBits<BLOCK_K>& keep) {
+#pragma unroll
+    for (int k = 0; k < BLOCK_K / 16; ++k)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            P_rmem[k][e] = ptx::cvt_pair<element>(S_rmem[8 * k + 2 * e], S_rmem[8 * k + 2 * e + 1]);
+            if (DROPOUT) P_rmem[k][e] &= keep.pair(e % 2, 2 * k + e / 2);
+        }
+}
+
 #if SCORE
-// softmax() for scores that softcap alone changes, in one pass. ORDER: tanh y is computed as y times a polynomial of this degree in y², so that S becomes
-// 2^(factor(S²) · S − m) with one multiplication, ORDER FMAs and softmax's own FMA; 0: by the hardware's tanh. NEW_MAXIMUM: m is updated. tanh is
-// monotonic, so the largest S of a row gives its m. round() is called at the end, because code after a branch cannot overlap code before it.
-template <int ORDER, bool NEW_MAXIMUM, class AwaitO, class RescaleO, class Round>
-__device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p,
-                                      const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {
+// ---- scores that softcap, bias or ALiBi change
+//
+// m is kept in base 2. P is computed with the m of the tiles before, while S stays as it is: the largest exponent is known only afterwards, and if it is more
+// than ABOVE_M, which is rare, m is updated and P computed once more. So no exponential waits for a maximum. This requires that O's product has ended, since
+// P is rounded at once.
+
+// Where ALiBi alone changes scores, its products are part of the exponents.
+constexpr bool ONLY_SLOPED = SCORE == SCORE_ALIBI && !MASK;
+
+// Elements 8n + 2t and the next of row r of P, rounded.
+__device__ inline uint32_t pair_of_P(float first, float second, int r, int n, const KeepBits<BLOCK_K>& keep) {
+    uint32_t pair = ptx::cvt_pair<element>(first, second);
+    if (DROPOUT) pair &= keep.pair(r, n);
+    return pair;
+}
+
+// What exponents are made of: in base 2, the score of row r in a lane's column c (0, 1, 8, 9 …) is S · unit + shift[r], and if SLOPES, + c · step + first.
+template <bool SLOPES>
+struct Exponents {
+    float unit, shift[2], step = 0, first = 0;
+
+    // Minus m, and all that the columns of row r have in common.
+    __device__ float base(int r, float m) const { return SLOPES ? shift[r] - m + first : shift[r] - m; }
+    // The exponent of a score.
+    __device__ float of(float S, int column, float base) const {
+        return fmaf(S, unit, SLOPES ? fmaf(static_cast<float>(column), step, base) : base);
+    }
+};
+
+// Applies softcap, bias and ALiBi to S, as far as they are not part of the exponents, and calls softmax() with what those are made of. Scores that the rows
+// do not see become −∞. bias: the shared address from which this lane reads its rows' bias.
+template <class Softmax>
+__device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], const Rows& rows, const Work& work, int j0, float slope, uint32_t bias, const Softmax& softmax) {
+    const AttentionParams& p = rows.p;
+    const int from_start = work.i0 + rows.offset - j0, distance = from_start + rows.first;  // from the tile's first column, of its first row; of the lane's
+    Slopes slopes(ONLY_SLOPED ? slope * LOG2_E : slope, {distance, distance + ROW_STEP}, -1, from_start - (BLOCK_K - 1), from_start + BLOCK_Q - 1);
+    const float lane_first = static_cast<float>(2 * rows.t) * slopes.step;
+    if constexpr (ONLY_SLOPED) {
+        if (rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
+        if (!slopes.mixed()) return softmax(Exponents<true>{p.scale * LOG2_E, {slopes.first[0], slopes.first[1]}, slopes.step, lane_first});
+        for (int r = 0; r < 2; ++r) slopes.first[r] += lane_first;
+#pragma unroll
+        for (int i = 0; i < BLOCK_K / 2; ++i) S_rmem[i] = fmaf(S_rmem[i], p.scale * LOG2_E, slopes.of(i / 2 % 2, i / 4 * 8 + i % 2));
+        softmax(Exponents<false>{1, {0, 0}});
+    } else {
+        auto apply = [&](auto small, auto rows_share) {
+            score_tile<BLOCK_K, decltype(small)::value, decltype(rows_share)::value>(
+                S_rmem, p, slopes, [&](int n, uint32_t(&pairs)[4]) { ptx::ldmatrix_x4(pairs, Tile_bias::step(bias, n / 2)); },
+                [&](int n, int r, const float(&x)[2], const float(&)[2]) {
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        float& S = S_rmem[4 * n + 2 * r + c];
+                        S = MASK && S < p.lowest ? -CUDART_INF_F : x[c];
+                    }
+                });
+        };
+        constexpr bool MAY_BE_SMALL = CAPPED && (!ONLY_CAPPED || MASK);  // with softcap alone, only a tile seen in part comes here
+        [[maybe_unused]] float largest = 0;
+        if (MAY_BE_SMALL)
+#pragma unroll
+            for (int i = 0; i < BLOCK_K / 2; ++i) largest = fmaxf(largest, fabsf(S_rmem[i]));
+        auto score = [&](auto rows_share) {
+            if (MAY_BE_SMALL && __all_sync(0xffffffff, largest * p.scoring.scale_in_cap <= 1)) apply(std::true_type(), rows_share);
+            else apply(std::false_type(), rows_share);
+        };
+        Exponents<false> exponents = {unit_log2(p), {0, 0}};
+        if (SLOPED && !slopes.mixed()) {
+            for (int r = 0; r < 2; ++r) exponents.shift[r] = slopes.first[r] * LOG2_E;
+            slopes.first[0] = lane_first;
+            score(std::true_type());
+        } else if (!SLOPED || !CAUSAL) {
+            for (int r = 0; r < 2; ++r) slopes.first[r] += lane_first;
+            score(std::false_type());
+        }
+        if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
+        softmax(exponents);
+    }
+}
+
+// The bits of a float as an integer: of two floats of which one is positive, the larger has the larger integer. Of integers, the GPU takes the largest of
+// three in one instruction.
+__device__ inline int bits_of(float x) { return static_cast<int>(__float_as_uint(x)); }
+
+// P = 2^exponent, rounded. FIRST: the work item's first tile, which sets m.
+template <bool FIRST, bool SLOPES, class AwaitO, class RescaleO>
+__device__ inline void scored_softmax(uint32_t (&P_rmem)[BLOCK_K / 16][4], const float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2],
+                                      float (&alpha)[2], const Exponents<SLOPES>& exponents, const KeepBits<BLOCK_K>& keep, const AwaitO& await_O,
+                                      const RescaleO& rescale_O) {
+    float sum[2];
+    int exceeds[2];  // the largest exponent of each row, as bits, or 0
+    // Computes P, its sums, and what exceeds m.
+    auto exponentials = [&] {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float base = exponents.base(r, m_rmem[r]);
+            sum[r] = 0, exceeds[r] = 0;
+#pragma unroll
+            for (int n = 0; n < BLOCK_K / 8; ++n) {
+                float x[2];
+#pragma unroll
+                for (int c = 0; c < 2; ++c) x[c] = exponents.of(S_rmem[4 * n + 2 * r + c], 8 * n + c, base);
+                exceeds[r] = max(max(exceeds[r], bits_of(x[0])), bits_of(x[1]));
+#pragma unroll
+                for (int c = 0; c < 2; ++c) sum[r] += x[c] = ptx::ex2(x[c]);
+                P_rmem[n / 2][n % 2 * 2 + r] = pair_of_P(x[0], x[1], r, n, keep);
+            }
+        }
+    };
+    // Updates m of row r, if some exponent of its four lanes is more than ABOVE_M: other rows do not matter to a row's bits.
+    auto raise = [&](int r) {
+        Exponents<SLOPES> again = exponents;  // as if they were others: what was computed above would take too many registers
+        again.unit = __uint_as_float(ptx::unknown(__float_as_uint(exponents.unit)));
+        if (SLOPES) again.step = __uint_as_float(ptx::unknown(__float_as_uint(exponents.step)));
+        float m_new = -CUDART_INF_F;
+#pragma unroll
+        for (int n = 0; n < BLOCK_K / 8; ++n)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const float S = S_rmem[4 * n + 2 * r + c];
+                m_new = fmaxf(m_new, SLOPES ? again.of(S, 8 * n + c, again.first) : S);
+            }
+        m_new = SLOPES ? m_new + again.shift[r] : fmaf(m_new, again.unit, again.shift[r]);
+        for (int lanes = 1; lanes < 4; lanes *= 2) {
+            m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, lanes));
+            if (!FIRST) exceeds[r] = max(exceeds[r], __shfl_xor_sync(0xffffffff, exceeds[r], lanes));
+        }
+        m_new = FIRST || exceeds[r] > bits_of(ABOVE_M) ? fmaxf(m_rmem[r], m_new) : m_rmem[r];
+        alpha[r] = ptx::ex2(m_rmem[r] - m_new);
+        m_rmem[r] = m_new;
+    };
+    await_O();
+    if (!FIRST) {
+        exponentials();
+        if (!__any_sync(0xffffffff, max(exceeds[0], exceeds[1]) > bits_of(ABOVE_M))) {
+            for (int r = 0; r < 2; ++r) l_rmem[r] += sum[r];
+            return;
+        }
+    }
+    for (int r = 0; r < 2; ++r) raise(r);
+    rescale_O([] { return true; });
+    exponentials();
+    for (int r = 0; r < 2; ++r) l_rmem[r] = l_rmem[r] * alpha[r] + sum[r];
+}
+
+// scored_softmax() for scores that softcap alone changes, where they may be too large for capped_softmax(), by its way, with the maxima first. ORDER: tanh y is
+// computed as y times a polynomial of this degree in y²; 0: by the hardware's tanh. NEW_MAXIMUM: m is updated. tanh is monotonic, so the largest S of a row
+// gives its m.
+template <int ORDER, bool NEW_MAXIMUM, class RescaleO>
+__device__ inline void capped_with_maxima(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p,
+                                          const RescaleO& rescale_O) {
     const float scale_log2 = p.scale * LOG2_E, in_cap = p.scoring.scale_in_cap;
     auto capped = [&](float s, float minus_m) {
         if (ORDER == 0) return fmaf(ptx::tanh(s * in_cap), p.scoring.cap_log2, minus_m);
-        return fmaf(s, ORDER == 1 ? tanh_over_1(s, in_cap, scale_log2) : tanh_over(s * in_cap, scale_log2), minus_m);
+        return fmaf(s, tanh_over(s * in_cap, scale_log2), minus_m);
     };
     auto set_m = [&](int r) {
         float largest = -CUDART_INF_F;
@@ -155,64 +270,94 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
         l_rmem[r] = NEW_MAXIMUM ? l_rmem[r] * alpha[r] + sum : l_rmem[r] + sum;
     };
     if (NEW_MAXIMUM) set_m(0);
-    await_O();
     exponentials(0);
     if (NEW_MAXIMUM) set_m(1);
     rescale_O([] { return NEW_MAXIMUM; });
     exponentials(1);
-    round();
 }
 
 // By how much, in base 2, a score's magnitude may exceed its row's m before m is updated: P and l are larger by the same factor.
 constexpr float SIZE_ABOVE_M = DTYPE == FLOAT16 ? 8 : 24;
 
-// Runs capped_softmax() if nothing but softcap changes scores and the warp's rows see the whole tile. Returns whether it did.
-template <class AwaitO, class RescaleO, class Round>
-__device__ inline bool softmax_of_capped(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const Rows& rows,
-                                         const Work& work, int j0, const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {
+// Computes P if nothing but softcap changes scores and the warp's rows see the whole tile. Returns whether it did. Where scores are small, as most are, a
+// tanh is s times a polynomial of degree 1 in s², so that P is 2^(factor(s²) · s − m) by one multiplication and two FMAs; the largest s² tells afterwards
+// whether that was allowed. calm: whether the previous tile's was; if not, sizes are sought before exponentials.
+template <bool FIRST, class AwaitO, class RescaleO>
+__device__ inline bool capped_softmax(uint32_t (&P_rmem)[BLOCK_K / 16][4], float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2],
+                                      float (&alpha)[2], const Rows& rows, const Work& work, int j0, const KeepBits<BLOCK_K>& keep, bool& calm,
+                                      const AwaitO& await_O, const RescaleO& rescale_O) {
     if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return false;
     const AttentionParams& p = rows.p;
-    // Four maxima at a time, so that each waits less for the previous one; three groups of causal rows have registers for only one.
-    constexpr int AT_ONCE = CAUSAL && CONSUMERS > 2 ? 1 : 4;
-    float size = 0, sizes[AT_ONCE] = {};
-#pragma unroll
-    for (int i = 0; i < BLOCK_K / 2; ++i) sizes[i % AT_ONCE] = fmaxf(sizes[i % AT_ONCE], fabsf(S_rmem[i]));
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) size = fmaxf(size, sizes[i]);
-    const float in_cap = size * p.scoring.scale_in_cap;
-    // A capped score exceeds neither the score nor the cap.
-    const bool near_m = fminf(in_cap, 1) * p.scoring.cap_log2 <= fminf(m_rmem[0], m_rmem[1]) + SIZE_ABOVE_M;
+    const float in_cap = p.scoring.scale_in_cap;
+    const float near_m = fminf(m_rmem[0], m_rmem[1]) + SIZE_ABOVE_M;
     auto all = [](bool of_lane) { return __all_sync(0xffffffff, of_lane); };
-    auto capped = [&](auto order, auto new_maximum) {
-        capped_softmax<decltype(order)::value, decltype(new_maximum)::value>(S_rmem, m_rmem, l_rmem, alpha, p, await_O, rescale_O, round);
+    // Whether degree 1 and the present m serve all scores, given the square of the largest one in magnitude. A capped score is not larger than the score.
+    auto serves = [&](float square) {
+        const float scale_log2 = p.scale * LOG2_E;
+        return all(square * (in_cap * in_cap) <= LARGEST_1 * LARGEST_1 && near_m > 0 && square * (scale_log2 * scale_log2) <= near_m * near_m &&
+                   has_tanh_over_1(p));
     };
+    float sum[2];
+    // Computes P and its sums so. Returns the largest s².
+    auto exponentials = [&] {
+        int largest = 0;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            sum[r] = 0;
+#pragma unroll
+            for (int n = 0; n < BLOCK_K / 8; ++n) {
+                float x[2], square[2];
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const float s = S_rmem[4 * n + 2 * r + c];
+                    square[c] = s * s;
+                    sum[r] += x[c] = ptx::ex2(fmaf(s, tanh_over_1(square[c], in_cap, p.scale * LOG2_E), -m_rmem[r]));
+                }
+                largest = max(max(largest, bits_of(square[0])), bits_of(square[1]));
+                P_rmem[n / 2][n % 2 * 2 + r] = pair_of_P(x[0], x[1], r, n, keep);
+            }
+        }
+        return __uint_as_float(largest);
+    };
+    auto size = [&] {
+        float size = 0;
+#pragma unroll
+        for (int i = 0; i < BLOCK_K / 2; ++i) size = fmaxf(size, fabsf(S_rmem[i]));
+        return size;
+    };
+    auto with_maxima = [&](auto order, auto new_maximum) {
+        capped_with_maxima<decltype(order)::value, decltype(new_maximum)::value>(S_rmem, m_rmem, l_rmem, alpha, p, rescale_O);
+        round_P(P_rmem, S_rmem, keep);
+    };
+    auto done = [&] {
+        for (int r = 0; r < 2; ++r) l_rmem[r] += sum[r];
+        return true;
+    };
+    await_O();
+    if (!FIRST && calm) {
+        calm = serves(exponentials());
+        if (calm) return done();
+    }
+    const float largest = size(), y = largest * in_cap;
+    if (!FIRST && serves(largest * largest)) {
+        calm = true;
+        exponentials();
+        return done();
+    }
+    const bool near = all(fminf(y, 1) * p.scoring.cap_log2 <= near_m);
     using std::false_type, std::true_type;
     using Order0 = std::integral_constant<int, 0>;
-    using Order1 = std::integral_constant<int, 1>;
     using Order3 = std::integral_constant<int, 3>;
-    if (all(near_m && in_cap <= LARGEST_1 && has_tanh_over_1(p))) capped(Order1(), false_type());
-    else if (all(in_cap <= 1)) {
-        if (all(near_m)) capped(Order3(), false_type());
-        else capped(Order3(), true_type());
+    if (all(y <= 1)) {
+        if (near) with_maxima(Order3(), false_type());
+        else with_maxima(Order3(), true_type());
     } else {
-        if (all(near_m)) capped(Order0(), false_type());
-        else capped(Order0(), true_type());
+        if (near) with_maxima(Order0(), false_type());
+        else with_maxima(Order0(), true_type());
     }
     return true;
 }
 #endif
-
-// The accumulators of S, rounded to pairs, are already laid out as the A operand of O += P V: P_rmem[k] is the operand for 16 keys. `keep`: the elements
-// that dropout keeps.
-__device__ inline void round_P(uint32_t (&P_rmem)[BLOCK_K / 16][4], const float (&S_rmem)[BLOCK_K / 2], const KeepBits<BLOCK_K>& keep) {
-#pragma unroll
-    for (int k = 0; k < BLOCK_K / 16; ++k)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            P_rmem[k][e] = ptx::cvt_pair<element>(S_rmem[8 * k + 2 * e], S_rmem[8 * k + 2 * e + 1]);
-            if (DROPOUT) P_rmem[k][e] &= keep.pair(e % 2, 2 * k + e / 2);
-        }
-}
 
 // Draws which elements of the tile dropout keeps.
 __device__ inline void draw(KeepBits<BLOCK_K>& keep, const AttentionParams& p, const Work& work, int j0) {
