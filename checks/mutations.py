@@ -690,21 +690,24 @@ SCORED = {
         ("if (!CAUSAL && least < 0 && greatest > 0) keep", "if (false) keep", HALF_SLOPED),
         ("CAUSAL || greatest > 0 ? -slope : slope;", "-slope;", case(Nq=300, Nk=150, alibi=True)),
         ("further = c ? floats_of(pairs[n % 2 * 2 + r]).y", "further = c ? floats_of(pairs[n % 2 * 2 + r]).x", HALF_BIASED),
-        ("fmaf(s * s, -0.32075847f", "fmaf(s * s, 0.32075847f", case(Nk=460, softcap=20.0)),
-    ],
-    ("hopper", "lazy_softmax.cuh"): [
-        ("SHIFTED ? m_rmem[r] - shift[r] :", "SHIFTED ? m_rmem[r] :", case(alibi=True, causal=True)),
-        ("alpha[r] = ptx::ex2(SCORE ? m_rmem[r] - m_new :", "alpha[r] = ptx::ex2(", case(alibi=True, sharp=5)),
+        ("fmaf(s_squared, -0.32075847f", "fmaf(s_squared, 0.32075847f", case(Nk=460, softcap=20.0)),
     ],
     ("hopper", "forward_4_softmax.cuh"): [
         ("largest * p.scoring.scale_in_cap <= 1", "largest * p.scoring.scale_in_cap <= 4", case(softcap=1.5, alibi=True)),
-        ("in_cap <= LARGEST_1 && has", "in_cap <= 4 && has", case(Nk=460, softcap=1.5)),
-        ("all(in_cap <= 1)", "all(in_cap <= 4)", HALF_CAPPED),
-        ("const bool near_m = fminf(", "const bool near_m = true || fminf(", case(Nk=256, softcap=20.0)),  # no tile is cut
+        ("<= LARGEST_1 * LARGEST_1 &&", "<= 16 &&", case(Nk=460, softcap=1.5)),
+        ("square * (scale_log2 * scale_log2) <= near_m * near_m", "true", case(Nk=460, softcap=200.0, sharp=20)),
+        ("calm = serves(exponentials());", "exponentials();", case(Nk=460, softcap=1.5)),
+        ("all(y <= 1)", "all(y <= 4)", HALF_CAPPED),
+        ("const bool near = all(", "const bool near = true || all(", case(Nk=256, softcap=20.0)),  # no tile is cut
         ("largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));", ";", case(Nk=460, softcap=20.0, sharp=5)),
         ("l_rmem[r] = NEW_MAXIMUM ? l_rmem[r] * alpha[r] + sum :", "l_rmem[r] =", case(Nk=460, softcap=20.0, sharp=5)),
         ("if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return", "if (!ONLY_CAPPED || MASK) return", HALF_CAPPED),
-        ("shift[r] = slopes.first[r] * LOG2_E;", "shift[r] = 0;", case(alibi=True, causal=True)),
+        ("shift[r] = slopes.first[r] * LOG2_E;", "shift[r] = 0;", case(alibi=True, softcap=20.0, causal=True)),
+        ("{slopes.first[0], slopes.first[1]}", "{0, 0}", case(alibi=True, causal=True)),
+        ("return SLOPES ? shift[r] - m + first :", "return SLOPES ? shift[r] - m :", HALF_SLOPED),
+        ("max(exceeds[0], exceeds[1]) > bits_of(ABOVE_M)", "max(exceeds[0], exceeds[1]) > bits_of(100)", case(alibi=True, sharp=20)),
+        ("m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, lanes));", ";", case(alibi=True, sharp=5)),
+        ("l_rmem[r] = l_rmem[r] * alpha[r] + sum[r];", "l_rmem[r] = l_rmem[r] + sum[r];", case(alibi=True, sharp=5)),
         ("S = MASK && S < p.lowest ? -CUDART_INF_F : x[c];", "S = x[c];", case(softcap=1.5, mask="heads share")),
     ],
     ("hopper", "forward_4_consumer.cuh"): [
