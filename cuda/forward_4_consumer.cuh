@@ -157,7 +157,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
 #if SCORE & SCORE_BIAS
             if (tile + 1 < work.k_tiles) ask_bias(work, j0_of(work, tile + 1));
 #endif
-            scored_softmax<FIRST>(P_rmem, S_rmem, m_rmem, l_rmem, alpha, exponents, keep, await_O, rescale_O);
+            scored_softmax<FIRST>(P_rmem, S_rmem, m_rmem, l_rmem, alpha, exponents, p, keep, lane, await_O, rescale_O);
         });
 #else
         if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);

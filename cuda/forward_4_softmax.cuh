@@ -91,9 +91,8 @@ __device__ inline void round_P(uint32_t (&P_rmem)[BLOCK_K / 16][4], const float 
 #if SCORE
 // ---- scores that softcap, bias or ALiBi change
 //
-// m is kept in base 2. P is computed with the m of the tiles before, while S stays as it is: the largest exponent is known only afterwards, and if it is more
-// than ABOVE_M, which is rare, m is updated and P computed once more. So no exponential waits for a maximum. This requires that O's product has ended, since
-// P is rounded at once.
+// m is kept in base 2. P is computed with the m of the tiles before, while S stays as it is. Only if P's sums turn out too large, which is rare, m is raised
+// and P computed once more. So nothing seeks a maximum in most tiles. This requires that O's product has ended, since P is rounded at once.
 
 // Where ALiBi alone changes scores, its products are part of the exponents.
 constexpr bool ONLY_SLOPED = SCORE == SCORE_ALIBI && !MASK;
@@ -168,37 +167,57 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], const Rows& rows
     }
 }
 
-// The bits of a float as an integer: of two floats of which one is positive, the larger has the larger integer. Of integers, the GPU takes the largest of
-// three in one instruction.
-__device__ inline int bits_of(float x) { return static_cast<int>(__float_as_uint(x)); }
+// Whether O's product still runs during the first row's exponentials: until these are rounded they take registers that three groups do not have.
+constexpr bool O_BETWEEN = CONSUMERS == 2;
+
+// Computes P and its sums. fill(r, n, x) sets x to P of row r, columns 8n + 2t and 8n + 2t + 1. await_O() is called before P's registers are written; if
+// BETWEEN, between the rows.
+template <bool BETWEEN, class AwaitO, class Fill>
+__device__ inline void fill_P(uint32_t (&P_rmem)[BLOCK_K / 16][4], float (&sum)[2], const AttentionParams& p, const KeepBits<BLOCK_K>& keep,
+                              const AwaitO& await_O, const Fill& fill) {
+    float first_row[BLOCK_K / 8][2];
+    if (!BETWEEN) await_O();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (BETWEEN && r == 1) {
+            // The compiler would move the wait before the first row's exponentials, but does not move it across a branch. This condition always holds.
+            if (p.scale > 0) ptx::wgmma_wait_group<0>();
+            await_O();
+        }
+        sum[r] = 0;
+#pragma unroll
+        for (int n = 0; n < BLOCK_K / 8; ++n) {
+            float x[2];
+            fill(r, n, x);
+            sum[r] += x[0];
+            sum[r] += x[1];
+            if (BETWEEN && r == 0) first_row[n][0] = x[0], first_row[n][1] = x[1];
+            else P_rmem[n / 2][n % 2 * 2 + r] = pair_of_P(x[0], x[1], r, n, keep);
+        }
+    }
+    if (BETWEEN)
+#pragma unroll
+        for (int n = 0; n < BLOCK_K / 8; ++n) P_rmem[n / 2][n % 2 * 2] = pair_of_P(first_row[n][0], first_row[n][1], 0, n, keep);
+}
+
+// The largest sum of a lane's part of a row of P for which m stays: P itself is then at most as large. It leaves float16 a factor of 8.
+constexpr float MOST = DTYPE == FLOAT16 ? 0x1p13f : 0x1p24f;
 
 // P = 2^exponent, rounded. FIRST: the work item's first tile, which sets m.
 template <bool FIRST, bool SLOPES, class AwaitO, class RescaleO>
 __device__ inline void scored_softmax(uint32_t (&P_rmem)[BLOCK_K / 16][4], const float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2],
-                                      float (&alpha)[2], const Exponents<SLOPES>& exponents, const KeepBits<BLOCK_K>& keep, const AwaitO& await_O,
-                                      const RescaleO& rescale_O) {
+                                      float (&alpha)[2], const Exponents<SLOPES>& exponents, const AttentionParams& p, const KeepBits<BLOCK_K>& keep, int lane,
+                                      const AwaitO& await_O, const RescaleO& rescale_O) {
     float sum[2];
-    int exceeds[2];  // the largest exponent of each row, as bits, or 0
-    // Computes P, its sums, and what exceeds m.
-    auto exponentials = [&] {
+    auto exponentials = [&](auto between, const auto& await_O) {
+        const float base[2] = {exponents.base(0, m_rmem[0]), exponents.base(1, m_rmem[1])};
+        fill_P<decltype(between)::value>(P_rmem, sum, p, keep, await_O, [&](int r, int n, float(&x)[2]) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float base = exponents.base(r, m_rmem[r]);
-            sum[r] = 0, exceeds[r] = 0;
-#pragma unroll
-            for (int n = 0; n < BLOCK_K / 8; ++n) {
-                float x[2];
-#pragma unroll
-                for (int c = 0; c < 2; ++c) x[c] = exponents.of(S_rmem[4 * n + 2 * r + c], 8 * n + c, base);
-                exceeds[r] = max(max(exceeds[r], bits_of(x[0])), bits_of(x[1]));
-#pragma unroll
-                for (int c = 0; c < 2; ++c) sum[r] += x[c] = ptx::ex2(x[c]);
-                P_rmem[n / 2][n % 2 * 2 + r] = pair_of_P(x[0], x[1], r, n, keep);
-            }
-        }
+            for (int c = 0; c < 2; ++c) x[c] = ptx::ex2(exponents.of(S_rmem[4 * n + 2 * r + c], 8 * n + c, base[r]));
+        });
     };
-    // Updates m of row r, if some exponent of its four lanes is more than ABOVE_M: other rows do not matter to a row's bits.
-    auto raise = [&](int r) {
+    // The largest score of row r so far.
+    auto largest = [&](int r) {
         Exponents<SLOPES> again = exponents;  // as if they were others: what was computed above would take too many registers
         again.unit = __uint_as_float(ptx::unknown(__float_as_uint(exponents.unit)));
         if (SLOPES) again.step = __uint_as_float(ptx::unknown(__float_as_uint(exponents.step)));
@@ -211,25 +230,31 @@ __device__ inline void scored_softmax(uint32_t (&P_rmem)[BLOCK_K / 16][4], const
                 m_new = fmaxf(m_new, SLOPES ? again.of(S, 8 * n + c, again.first) : S);
             }
         m_new = SLOPES ? m_new + again.shift[r] : fmaf(m_new, again.unit, again.shift[r]);
-        for (int lanes = 1; lanes < 4; lanes *= 2) {
-            m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, lanes));
-            if (!FIRST) exceeds[r] = max(exceeds[r], __shfl_xor_sync(0xffffffff, exceeds[r], lanes));
-        }
-        m_new = FIRST || exceeds[r] > bits_of(ABOVE_M) ? fmaxf(m_rmem[r], m_new) : m_rmem[r];
-        alpha[r] = ptx::ex2(m_rmem[r] - m_new);
-        m_rmem[r] = m_new;
+        m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // over the four lanes of a row
+        m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
+        return fmaxf(m_rmem[r], m_new);
     };
-    await_O();
+    uint32_t exceeding[2] = {~0u, ~0u};  // the lanes whose row needs another m
     if (!FIRST) {
-        exponentials();
-        if (!__any_sync(0xffffffff, max(exceeds[0], exceeds[1]) > bits_of(ABOVE_M))) {
+        exponentials(std::bool_constant<O_BETWEEN>(), await_O);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) exceeding[r] = __ballot_sync(0xffffffff, !(sum[r] <= MOST));
+        if ((exceeding[0] | exceeding[1]) == 0) {
+#pragma unroll
             for (int r = 0; r < 2; ++r) l_rmem[r] += sum[r];
             return;
         }
     }
-    for (int r = 0; r < 2; ++r) raise(r);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        // Each row decides by itself: no bit of it may depend on what another row sees.
+        const float raised = largest(r), m_new = exceeding[r] >> lane / 4 * 4 & 15 ? raised : m_rmem[r];
+        alpha[r] = ptx::ex2(m_rmem[r] - m_new);
+        m_rmem[r] = m_new;
+    }
     rescale_O([] { return true; });
-    exponentials();
+    exponentials(std::false_type(), [] {});
+#pragma unroll
     for (int r = 0; r < 2; ++r) l_rmem[r] = l_rmem[r] * alpha[r] + sum[r];
 }
 
@@ -279,71 +304,64 @@ __device__ inline void capped_with_maxima(float (&S_rmem)[BLOCK_K / 2], float (&
 // By how much, in base 2, a score's magnitude may exceed its row's m before m is updated: P and l are larger by the same factor.
 constexpr float SIZE_ABOVE_M = DTYPE == FLOAT16 ? 8 : 24;
 
+// The bits of a float ≥ 0 as an integer: the order is the same, and the GPU takes the largest of three integers in one instruction.
+__device__ inline int bits_of(float x) { return static_cast<int>(__float_as_uint(x)); }
+
 // Computes P if nothing but softcap changes scores and the warp's rows see the whole tile. Returns whether it did. Where scores are small, as most are, a
 // tanh is s times a polynomial of degree 1 in s², so that P is 2^(factor(s²) · s − m) by one multiplication and two FMAs; the largest s² tells afterwards
-// whether that was allowed. calm: whether the previous tile's was; if not, sizes are sought before exponentials.
+// whether that was allowed. calm: whether it was in all of the work item's tiles so far; if not, sizes are sought before exponentials.
 template <bool FIRST, class AwaitO, class RescaleO>
 __device__ inline bool capped_softmax(uint32_t (&P_rmem)[BLOCK_K / 16][4], float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2],
                                       float (&alpha)[2], const Rows& rows, const Work& work, int j0, const KeepBits<BLOCK_K>& keep, bool& calm,
                                       const AwaitO& await_O, const RescaleO& rescale_O) {
+    if (FIRST) calm = true;
     if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return false;
     const AttentionParams& p = rows.p;
-    const float in_cap = p.scoring.scale_in_cap;
+    const float in_cap = p.scoring.scale_in_cap, scale_log2 = p.scale * LOG2_E;
     const float near_m = fminf(m_rmem[0], m_rmem[1]) + SIZE_ABOVE_M;
     auto all = [](bool of_lane) { return __all_sync(0xffffffff, of_lane); };
     // Whether degree 1 and the present m serve all scores, given the square of the largest one in magnitude. A capped score is not larger than the score.
     auto serves = [&](float square) {
-        const float scale_log2 = p.scale * LOG2_E;
         return all(square * (in_cap * in_cap) <= LARGEST_1 * LARGEST_1 && near_m > 0 && square * (scale_log2 * scale_log2) <= near_m * near_m &&
                    has_tanh_over_1(p));
     };
-    float sum[2];
-    // Computes P and its sums so. Returns the largest s².
+    // Computes P so. Returns the largest s².
     auto exponentials = [&] {
         int largest = 0;
+        float sum[2];
+        fill_P<false>(P_rmem, sum, p, keep, [] {}, [&](int r, int n, float(&x)[2]) {
+            float square[2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            sum[r] = 0;
-#pragma unroll
-            for (int n = 0; n < BLOCK_K / 8; ++n) {
-                float x[2], square[2];
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const float s = S_rmem[4 * n + 2 * r + c];
-                    square[c] = s * s;
-                    sum[r] += x[c] = ptx::ex2(fmaf(s, tanh_over_1(square[c], in_cap, p.scale * LOG2_E), -m_rmem[r]));
-                }
-                largest = max(max(largest, bits_of(square[0])), bits_of(square[1]));
-                P_rmem[n / 2][n % 2 * 2 + r] = pair_of_P(x[0], x[1], r, n, keep);
+            for (int c = 0; c < 2; ++c) {
+                const float s = S_rmem[4 * n + 2 * r + c];
+                square[c] = s * s;
+                x[c] = ptx::ex2(fmaf(s, tanh_over_1(square[c], in_cap, scale_log2), -m_rmem[r]));
             }
-        }
-        return __uint_as_float(largest);
+            largest = max(max(largest, bits_of(square[0])), bits_of(square[1]));
+        });
+        const bool served = serves(__uint_as_float(largest));
+        if (served)
+            for (int r = 0; r < 2; ++r) l_rmem[r] += sum[r];
+        return served;
     };
-    auto size = [&] {
-        float size = 0;
+    await_O();
+    if (!FIRST && calm) {
+        calm = exponentials();
+        if (calm) return true;
+    }
+    // Four maxima at a time, so that each waits less for the previous one; three groups of causal rows have registers for only one.
+    constexpr int AT_ONCE = CAUSAL && CONSUMERS > 2 ? 1 : 4;
+    float largest = 0, sizes[AT_ONCE] = {};
 #pragma unroll
-        for (int i = 0; i < BLOCK_K / 2; ++i) size = fmaxf(size, fabsf(S_rmem[i]));
-        return size;
-    };
+    for (int i = 0; i < BLOCK_K / 2; ++i) sizes[i % AT_ONCE] = fmaxf(sizes[i % AT_ONCE], fabsf(S_rmem[i]));
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) largest = fmaxf(largest, sizes[i]);
+    if (!FIRST && serves(largest * largest)) return exponentials();
     auto with_maxima = [&](auto order, auto new_maximum) {
         capped_with_maxima<decltype(order)::value, decltype(new_maximum)::value>(S_rmem, m_rmem, l_rmem, alpha, p, rescale_O);
         round_P(P_rmem, S_rmem, keep);
     };
-    auto done = [&] {
-        for (int r = 0; r < 2; ++r) l_rmem[r] += sum[r];
-        return true;
-    };
-    await_O();
-    if (!FIRST && calm) {
-        calm = serves(exponentials());
-        if (calm) return done();
-    }
-    const float largest = size(), y = largest * in_cap;
-    if (!FIRST && serves(largest * largest)) {
-        calm = true;
-        exponentials();
-        return done();
-    }
+    const float y = largest * in_cap;
     const bool near = all(fminf(y, 1) * p.scoring.cap_log2 <= near_m);
     using std::false_type, std::true_type;
     using Order0 = std::integral_constant<int, 0>;
