@@ -108,7 +108,6 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
 
     // ---- scores
 #if SCORE
-    [[maybe_unused]] bool calm = true;  // see capped_softmax()
     [[maybe_unused]] float slope = 0;
     [[maybe_unused]] auto enter = [&](const Work& work) {
         if (SLOPED) slope = slope_of_head(p, work.b, work.h);
@@ -146,8 +145,8 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     auto exponentials = [&]([[maybe_unused]] auto first, const Work& work, int tile, const auto& await_O, const auto& rescale_O) {
         const int j0 = j0_of(work, tile);
 #if SCORE
-        constexpr bool FIRST = decltype(first)::value;
-        if (capped_softmax<FIRST>(P_rmem, S_rmem, m_rmem, l_rmem, alpha, rows, work, j0, keep, calm, await_O, rescale_O)) return;
+        auto round = [&] { round_P(P_rmem, S_rmem, keep); };
+        if (softmax_of_capped(S_rmem, m_rmem, l_rmem, alpha, rows, work, j0, await_O, rescale_O, round)) return;
 #if SCORE & SCORE_BIAS
         ptx::mbarrier_wait(bias_full, n & 1);
 #else
@@ -157,7 +156,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
 #if SCORE & SCORE_BIAS
             if (tile + 1 < work.k_tiles) ask_bias(work, j0_of(work, tile + 1));
 #endif
-            scored_softmax<FIRST>(P_rmem, S_rmem, m_rmem, l_rmem, alpha, exponents, p, keep, lane, await_O, rescale_O);
+            scored_softmax<decltype(first)::value>(P_rmem, S_rmem, m_rmem, l_rmem, alpha, exponents, p, keep, lane, await_O, rescale_O);
         });
 #else
         if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);

@@ -258,16 +258,17 @@ __device__ inline void scored_softmax(uint32_t (&P_rmem)[BLOCK_K / 16][4], const
     for (int r = 0; r < 2; ++r) l_rmem[r] = l_rmem[r] * alpha[r] + sum[r];
 }
 
-// scored_softmax() for scores that softcap alone changes, where they may be too large for capped_softmax(), by its way, with the maxima first. ORDER: tanh y is
-// computed as y times a polynomial of this degree in y²; 0: by the hardware's tanh. NEW_MAXIMUM: m is updated. tanh is monotonic, so the largest S of a row
-// gives its m.
-template <int ORDER, bool NEW_MAXIMUM, class RescaleO>
-__device__ inline void capped_with_maxima(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p,
-                                          const RescaleO& rescale_O) {
+// scored_softmax() for scores that softcap alone changes. Sizes come first, because P's sums do not show that a score is too large for a polynomial. ORDER:
+// tanh y is computed as y times a polynomial of this degree in y², so that S becomes 2^(factor(S²) · S − m) with one multiplication, ORDER FMAs and
+// softmax's own FMA; 0: by the hardware's tanh. NEW_MAXIMUM: m is updated. tanh is monotonic, so the largest S of a row gives its m. round() is called at
+// the end, because code after a branch cannot overlap code before it.
+template <int ORDER, bool NEW_MAXIMUM, class AwaitO, class RescaleO, class Round>
+__device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const AttentionParams& p,
+                                      const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {
     const float scale_log2 = p.scale * LOG2_E, in_cap = p.scoring.scale_in_cap;
     auto capped = [&](float s, float minus_m) {
         if (ORDER == 0) return fmaf(ptx::tanh(s * in_cap), p.scoring.cap_log2, minus_m);
-        return fmaf(s, tanh_over(s * in_cap, scale_log2), minus_m);
+        return fmaf(s, ORDER == 1 ? tanh_over_1(s, in_cap, scale_log2) : tanh_over(s * in_cap, scale_log2), minus_m);
     };
     auto set_m = [&](int r) {
         float largest = -CUDART_INF_F;
@@ -295,83 +296,48 @@ __device__ inline void capped_with_maxima(float (&S_rmem)[BLOCK_K / 2], float (&
         l_rmem[r] = NEW_MAXIMUM ? l_rmem[r] * alpha[r] + sum : l_rmem[r] + sum;
     };
     if (NEW_MAXIMUM) set_m(0);
+    await_O();
     exponentials(0);
     if (NEW_MAXIMUM) set_m(1);
     rescale_O([] { return NEW_MAXIMUM; });
     exponentials(1);
+    round();
 }
 
 // By how much, in base 2, a score's magnitude may exceed its row's m before m is updated: P and l are larger by the same factor.
 constexpr float SIZE_ABOVE_M = DTYPE == FLOAT16 ? 8 : 24;
 
-// The bits of a float ≥ 0 as an integer: the order is the same, and the GPU takes the largest of three integers in one instruction.
-__device__ inline int bits_of(float x) { return static_cast<int>(__float_as_uint(x)); }
-
-// Computes P if nothing but softcap changes scores and the warp's rows see the whole tile. Returns whether it did. Where scores are small, as most are, a
-// tanh is s times a polynomial of degree 1 in s², so that P is 2^(factor(s²) · s − m) by one multiplication and two FMAs; the largest s² tells afterwards
-// whether that was allowed. calm: whether it was in all of the work item's tiles so far; if not, sizes are sought before exponentials.
-template <bool FIRST, class AwaitO, class RescaleO>
-__device__ inline bool capped_softmax(uint32_t (&P_rmem)[BLOCK_K / 16][4], float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2],
-                                      float (&alpha)[2], const Rows& rows, const Work& work, int j0, const KeepBits<BLOCK_K>& keep, bool& calm,
-                                      const AwaitO& await_O, const RescaleO& rescale_O) {
-    if (FIRST) calm = true;
+// Runs capped_softmax() if nothing but softcap changes scores and the warp's rows see the whole tile. Returns whether it did.
+template <class AwaitO, class RescaleO, class Round>
+__device__ inline bool softmax_of_capped(float (&S_rmem)[BLOCK_K / 2], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], const Rows& rows,
+                                         const Work& work, int j0, const AwaitO& await_O, const RescaleO& rescale_O, const Round& round) {
     if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return false;
     const AttentionParams& p = rows.p;
-    const float in_cap = p.scoring.scale_in_cap, scale_log2 = p.scale * LOG2_E;
-    const float near_m = fminf(m_rmem[0], m_rmem[1]) + SIZE_ABOVE_M;
-    auto all = [](bool of_lane) { return __all_sync(0xffffffff, of_lane); };
-    // Whether degree 1 and the present m serve all scores, given the square of the largest one in magnitude. A capped score is not larger than the score.
-    auto serves = [&](float square) {
-        return all(square * (in_cap * in_cap) <= LARGEST_1 * LARGEST_1 && near_m > 0 && square * (scale_log2 * scale_log2) <= near_m * near_m &&
-                   has_tanh_over_1(p));
-    };
-    // Computes P so. Returns the largest s².
-    auto exponentials = [&] {
-        int largest = 0;
-        float sum[2];
-        fill_P<false>(P_rmem, sum, p, keep, [] {}, [&](int r, int n, float(&x)[2]) {
-            float square[2];
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const float s = S_rmem[4 * n + 2 * r + c];
-                square[c] = s * s;
-                x[c] = ptx::ex2(fmaf(s, tanh_over_1(square[c], in_cap, scale_log2), -m_rmem[r]));
-            }
-            largest = max(max(largest, bits_of(square[0])), bits_of(square[1]));
-        });
-        const bool served = serves(__uint_as_float(largest));
-        if (served)
-            for (int r = 0; r < 2; ++r) l_rmem[r] += sum[r];
-        return served;
-    };
-    await_O();
-    if (!FIRST && calm) {
-        calm = exponentials();
-        if (calm) return true;
-    }
     // Four maxima at a time, so that each waits less for the previous one; three groups of causal rows have registers for only one.
     constexpr int AT_ONCE = CAUSAL && CONSUMERS > 2 ? 1 : 4;
-    float largest = 0, sizes[AT_ONCE] = {};
+    float size = 0, sizes[AT_ONCE] = {};
 #pragma unroll
     for (int i = 0; i < BLOCK_K / 2; ++i) sizes[i % AT_ONCE] = fmaxf(sizes[i % AT_ONCE], fabsf(S_rmem[i]));
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) largest = fmaxf(largest, sizes[i]);
-    if (!FIRST && serves(largest * largest)) return exponentials();
-    auto with_maxima = [&](auto order, auto new_maximum) {
-        capped_with_maxima<decltype(order)::value, decltype(new_maximum)::value>(S_rmem, m_rmem, l_rmem, alpha, p, rescale_O);
-        round_P(P_rmem, S_rmem, keep);
+    for (int i = 0; i < AT_ONCE; ++i) size = fmaxf(size, sizes[i]);
+    const float in_cap = size * p.scoring.scale_in_cap;
+    // A capped score exceeds neither the score nor the cap.
+    const bool near_m = fminf(in_cap, 1) * p.scoring.cap_log2 <= fminf(m_rmem[0], m_rmem[1]) + SIZE_ABOVE_M;
+    auto all = [](bool of_lane) { return __all_sync(0xffffffff, of_lane); };
+    auto capped = [&](auto order, auto new_maximum) {
+        capped_softmax<decltype(order)::value, decltype(new_maximum)::value>(S_rmem, m_rmem, l_rmem, alpha, p, await_O, rescale_O, round);
     };
-    const float y = largest * in_cap;
-    const bool near = all(fminf(y, 1) * p.scoring.cap_log2 <= near_m);
     using std::false_type, std::true_type;
     using Order0 = std::integral_constant<int, 0>;
+    using Order1 = std::integral_constant<int, 1>;
     using Order3 = std::integral_constant<int, 3>;
-    if (all(y <= 1)) {
-        if (near) with_maxima(Order3(), false_type());
-        else with_maxima(Order3(), true_type());
+    if (all(near_m && in_cap <= LARGEST_1 && has_tanh_over_1(p))) capped(Order1(), false_type());
+    else if (all(in_cap <= 1)) {
+        if (all(near_m)) capped(Order3(), false_type());
+        else capped(Order3(), true_type());
     } else {
-        if (near) with_maxima(Order0(), false_type());
-        else with_maxima(Order0(), true_type());
+        if (all(near_m)) capped(Order0(), false_type());
+        else capped(Order0(), true_type());
     }
     return true;
 }

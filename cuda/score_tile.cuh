@@ -21,8 +21,8 @@ __device__ inline float unit_log2(const AttentionParams& p) { return ONLY_CAPPED
 
 // factor · tanh(s · in_cap) / (s · in_cap), to 12 bits, by a polynomial in s², for |s · in_cap| ≤ LARGEST_1, which holds for most scores under usual caps.
 constexpr float LARGEST_1 = 0.3125f;
-__device__ inline float tanh_over_1(float s_squared, float in_cap, float factor) {
-    return fmaf(s_squared, -0.32075847f * factor * in_cap * in_cap, 0.99984765f * factor);
+__device__ inline float tanh_over_1(float s, float in_cap, float factor) {
+    return fmaf(s * s, -0.32075847f * factor * in_cap * in_cap, 0.99984765f * factor);
 }
 // Whether its coefficients, and s², are representable in float32.
 __device__ inline bool has_tanh_over_1(const AttentionParams& p) {
