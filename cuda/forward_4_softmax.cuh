@@ -120,7 +120,8 @@ struct Exponents {
 // Applies softcap, bias and ALiBi to S, as far as they are not part of the exponents, and calls softmax() with what those are made of. Scores that the rows
 // do not see become −∞. bias: the shared address from which this lane reads its rows' bias.
 template <class Softmax>
-__device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], const Rows& rows, const Work& work, int j0, float slope, uint32_t bias, const Softmax& softmax) {
+__device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], const Rows& rows, const Work& work, int j0, float slope, uint32_t bias,
+                                  const Softmax& softmax) {
     const AttentionParams& p = rows.p;
     const int from_start = work.i0 + rows.offset - j0, distance = from_start + rows.first;  // from the tile's first column, of its first row; of the lane's
     Slopes slopes(ONLY_SLOPED ? slope * LOG2_E : slope, {distance, distance + ROW_STEP}, -1, from_start - (BLOCK_K - 1), from_start + BLOCK_Q - 1);
