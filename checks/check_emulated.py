@@ -7,6 +7,7 @@ One file because it is one list of cases.
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -246,21 +247,24 @@ def check_last_tiles_come_one_by_one(monkeypatch):
 @pytest.mark.parametrize("name, D", (("hopper", 64), ("hopper", 128), ("hopper_wide", 320)))
 def check_maxima_that_rise_late(name, D):
     """Scores grow from the first tile of keys visited to the last, in some rows too little to raise m, in others enough. A raise in one
-    row must not change any bit of another row."""
+    row must not change any bit of another row. So too where a bias or slopes change scores, in `hopper`."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 400, D).unbind()
     q, k = q[:, :, :200].abs(), torch.linspace(1, 0, 400)[:, None] * torch.rand(1, 1, 400, D)
-    for growth in (0.5, 2.0, 20.0):
+    bias, slopes = torch.randn(1, 1, 200, 400).bfloat16(), torch.tensor([0.02])
+    distance = (torch.arange(200)[:, None] + 200 - torch.arange(400)).abs()
+    kinds = [({}, 0), ({"bias": bias}, bias.double()), ({"alibi": slopes}, -0.02 * distance)]
+    for growth, (scored, added) in product((0.5, 2.0, 20.0), kinds if name == "hopper" else kinds[:1]):
         inputs = [x.bfloat16() for x in (growth * q, k, v)]
-        O, LSE = flash_attention(*inputs, return_lse=True, backend=f"emulated:{name}")
+        O, LSE = flash_attention(*inputs, **scored, return_lse=True, backend=f"emulated:{name}")
         Q, K, V = (x.double() for x in inputs)
-        S = Q @ K.mT / D**0.5
-        report = Report(f"scores that grow, {name}, D {D}, by {growth}")
+        S = Q @ K.mT / D**0.5 + added
+        report = Report(f"scores that grow, {name}, D {D}, by {growth}, {[*scored]}")
         report.compare("emulated", "O", O, S.softmax(-1) @ V, 2e-2)
         report.compare("emulated", "LSE", LSE, S.logsumexp(-1), 1e-4)
         report.verdict()
         inputs[0][:, :, 1::2] *= 0 if growth == 20.0 else 20
-        assert torch.equal(flash_attention(*inputs, backend=f"emulated:{name}")[:, :, ::2], O[:, :, ::2])
+        assert torch.equal(flash_attention(*inputs, **scored, backend=f"emulated:{name}")[:, :, ::2], O[:, :, ::2])
 
 
 @pytest.mark.parametrize("kind", range(2))

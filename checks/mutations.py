@@ -701,10 +701,6 @@ SCORED = {
         ("further = c ? floats_of(pairs[n % 2 * 2 + r]).y", "further = c ? floats_of(pairs[n % 2 * 2 + r]).x", HALF_BIASED),
         ("fmaf(s * s, -0.32075847f", "fmaf(s * s, 0.32075847f", case(Nk=460, softcap=20.0)),
     ],
-    ("hopper", "lazy_softmax.cuh"): [
-        ("SHIFTED ? m_rmem[r] - shift[r] :", "SHIFTED ? m_rmem[r] :", case(alibi=True, causal=True)),
-        ("alpha[r] = ptx::ex2(SCORE ? m_rmem[r] - m_new :", "alpha[r] = ptx::ex2(", case(alibi=True, sharp=5)),
-    ],
     ("hopper", "forward_4_softmax.cuh"): [
         ("largest * p.scoring.scale_in_cap <= 1", "largest * p.scoring.scale_in_cap <= 4", case(softcap=1.5, alibi=True)),
         ("in_cap <= LARGEST_1 && has", "in_cap <= 4 && has", case(Nk=460, softcap=1.5)),
@@ -713,7 +709,13 @@ SCORED = {
         ("largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));", ";", case(Nk=460, softcap=20.0, sharp=5)),
         ("l_rmem[r] = NEW_MAXIMUM ? l_rmem[r] * alpha[r] + sum :", "l_rmem[r] =", case(Nk=460, softcap=20.0, sharp=5)),
         ("if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return", "if (!ONLY_CAPPED || MASK) return", HALF_CAPPED),
-        ("shift[r] = slopes.first[r] * LOG2_E;", "shift[r] = 0;", case(alibi=True, causal=True)),
+        ("shift[r] = slopes.first[r] * LOG2_E;", "shift[r] = 0;", case(alibi=True, softcap=20.0, causal=True)),
+        ("{slopes.first[0], slopes.first[1]}", "{0, 0}", case(alibi=True, causal=True)),
+        ("return SLOPES ? shift[r] - m + first :", "return SLOPES ? shift[r] - m :", HALF_SLOPED),
+        ("!(sum[r] <= MOST)", "!(sum[r] <= 0x1p60f)", case(alibi=True, sharp=20)),
+        ("m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));", ";", case(alibi=True, sharp=5)),
+        ("if (p.scale > 0) ptx::wgmma_wait_group<0>();\n            await_O();", ";", case(D=128, alibi=True)),
+        ("l_rmem[r] = l_rmem[r] * alpha[r] + sum[r];", "l_rmem[r] = l_rmem[r] + sum[r];", case(alibi=True, sharp=5)),
         ("S = MASK && S < p.lowest ? -CUDART_INF_F : x[c];", "S = x[c];", case(softcap=1.5, mask="heads share")),
     ],
     ("hopper", "forward_4_consumer.cuh"): [

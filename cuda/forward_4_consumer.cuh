@@ -8,7 +8,7 @@
 // A group skips tiles of keys that only rows of other groups see. With two groups there are hardly any; under a mask there are not enough registers.
 constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL && !BIASED;
 
-// If scores are changed, O's product has ended before the exponentials begin; then rounding P can overlap the exponentials of both rows.
+// If scores are changed, O's product has ended before the exponentials begin, and P is rounded under them.
 constexpr bool O_EARLY = SCORE != 0;
 
 // Issues S = Q Kᵀ for this consumer's 64 rows of Q.
@@ -143,29 +143,28 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         multiply_QK(S_rmem, shared, consumer, Slot_Q(q), Slot_KV(n));
         your_turn((consumer + 1) % CONSUMERS);
     };
-    // Replaces S by P. Calls await_O() on the way, then rescale_O(whether some alpha is not 1).
-    auto exponentials = [&](const Work& work, int tile, const auto& await_O, const auto& rescale_O) {
+    // Computes P from S. Calls await_O() on the way, then rescale_O(whether some alpha is not 1). first: whether the tile is its work item's first.
+    auto exponentials = [&]([[maybe_unused]] auto first, const Work& work, int tile, const auto& await_O, const auto& rescale_O) {
         const int j0 = j0_of(work, tile);
-        auto round = [&] { round_P(P_rmem, S_rmem, keep); };
-        float shift[2];
 #if SCORE
+        auto round = [&] { round_P(P_rmem, S_rmem, keep); };
         if (softmax_of_capped(S_rmem, m_rmem, l_rmem, alpha, rows, work, j0, await_O, rescale_O, round)) return;
-#endif
 #if SCORE & SCORE_BIAS
         ptx::mbarrier_wait(bias_full, n & 1);
-        score_rows(S_rmem, shift, rows, work, j0, slope, bias_lane);
-        if (tile + 1 < work.k_tiles) ask_bias(work, j0_of(work, tile + 1));
-#elif SCORE
-        score_rows(S_rmem, shift, rows, work, j0, slope, 0);
+#else
+        constexpr uint32_t bias_lane = 0;
+#endif
+        score_rows(S_rmem, rows, work, j0, slope, bias_lane, [&](const auto& exponents) {
+#if SCORE & SCORE_BIAS
+            if (tile + 1 < work.k_tiles) ask_bias(work, j0_of(work, tile + 1));
+#endif
+            scored_softmax<decltype(first)::value>(P_rmem, S_rmem, m_rmem, l_rmem, alpha, exponents, p, keep, lane, await_O, rescale_O);
+        });
 #else
         if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
+        softmax<LAZY>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, await_O, rescale_O);
+        round_P(P_rmem, S_rmem, keep);
 #endif
-#if SCORE
-        softmax<LAZY>(S_rmem, m_rmem, l_rmem, alpha, unit_log2(p), above, shift, await_O, rescale_O);
-#else
-        softmax<LAZY>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, shift, await_O, rescale_O);
-#endif
-        round();
     };
 
     if (consumer == CONSUMERS - 1) your_turn(0);
@@ -191,7 +190,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
             m_rmem[0] = m_rmem[1] = SCORE ? LOWEST_LOG2 : p.lowest, l_rmem[0] = l_rmem[1] = 0;
             release(barriers.K_empty, Slot_KV(n).stage);
             if (tile + 1 == work.k_tiles) release_Q(slot_Q);
-            exponentials(work, tile, [] {}, [](const auto&) {});
+            exponentials(std::true_type(), work, tile, [] {}, [](const auto&) {});
             ++tile, ++n;
             for (; tile < work.k_tiles; ++tile, ++n) {
                 const Slot_KV now(n), before(n - 1);
@@ -218,7 +217,7 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
                 auto await_O = [&] {
                     if (O_EARLY) O_is_there();
                 };
-                exponentials(work, tile, await_O, [&](const auto& raised) {
+                exponentials(std::false_type(), work, tile, await_O, [&](const auto& raised) {
                     if (O_EARLY) return multiply_O(raised);
                     // The compiler would move the wait for O before the exponentials that should overlap O's product, but does not move it across a
                     // branch. This condition always holds.

@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         // Replaces S by P. Calls rescale_O(whether some alpha is not 1) on the way.
         auto exponentials = [&](int i0, int j0, const auto& rescale_O) {
             if (!MASK && cut(i0, j0)) hide(i0, j0);
-            softmax<true>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, {}, [] {}, rescale_O);
+            softmax<true>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, [] {}, rescale_O);
         };
         // Draws which elements of the tile dropout keeps.
         [[maybe_unused]] KeepBits<BLOCK_K> keep;

@@ -11,23 +11,20 @@
 constexpr float ABOVE_M = 8;
 
 // ABOVE_M in units of S. Added to m's initial value, p.lowest, it is lost in rounding, whatever the scale: any visible score raises m from there.
-__device__ inline float above_m(float scale_log2) { return SCORE ? ABOVE_M : fminf(ABOVE_M / scale_log2, 0x1p100f); }
+__device__ inline float above_m(float scale_log2) { return fminf(ABOVE_M / scale_log2, 0x1p100f); }
 
-// Replaces S by 2^(scale_log2 · (S − m)), where m is near the row's maximum so far; l is this lane's part of the sum. m and `above` are in units of S. If
-// scores are changed (softcap, bias, ALiBi), m and `above` are in base 2, and S becomes 2^(scale_log2 · S + shift − m). await_O() is called before all
-// exponentials. rescale_O(raised), which multiplies O by alpha if some m was raised, is called before the second row's exponentials: these leave issue
-// slots for rounding the first row's P, which needs P's registers. If not LAZY, every tile sets m, and O is rescaled after all exponentials, which takes
-// fewer registers.
+// Replaces S by 2^(scale_log2 · (S − m)), where m is near the row's maximum so far; l is this lane's part of the sum. m and `above` are in units of S.
+// await_O() is called before all exponentials. rescale_O(raised), which multiplies O by alpha if some m was raised, is called before the second row's
+// exponentials: these leave issue slots for rounding the first row's P, which needs P's registers. If not LAZY, every tile sets m, and O is rescaled after
+// all exponentials, which takes fewer registers.
 template <bool LAZY, int SIZE, class AwaitO, class RescaleO>
 __device__ inline void softmax(float (&S_rmem)[SIZE], float (&m_rmem)[2], float (&l_rmem)[2], float (&alpha)[2], float scale_log2, float above,
-                               [[maybe_unused]] const float (&shift)[2], const AwaitO& await_O, const RescaleO& rescale_O) {
-    constexpr bool SHIFTED = (SCORE & SCORE_ALIBI) != 0;
+                               const AwaitO& await_O, const RescaleO& rescale_O) {
     // Updates m of row r. Returns whether some lane's m was raised.
     auto raise = [&](int r) {
         float largest = fmaxf(S_rmem[2 * r], S_rmem[2 * r + 1]);
 #pragma unroll
         for (int i = 1; i < SIZE / 4; ++i) largest = fmaxf(largest, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
-        if (SCORE) largest = fmaf(largest, scale_log2, SHIFTED ? shift[r] : 0);
         const bool raised = !LAZY || __any_sync(0xffffffff, largest > m_rmem[r] + above);
         alpha[r] = 1;
         if (raised) {
@@ -35,13 +32,13 @@ __device__ inline void softmax(float (&S_rmem)[SIZE], float (&m_rmem)[2], float 
             m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // over the four lanes of a row
             m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
             if (LAZY && m_new <= m_rmem[r] + above) m_new = m_rmem[r];  // only another row's m is raised; this row's bits must not depend on that
-            alpha[r] = ptx::ex2(SCORE ? m_rmem[r] - m_new : (m_rmem[r] - m_new) * scale_log2);
+            alpha[r] = ptx::ex2((m_rmem[r] - m_new) * scale_log2);
             m_rmem[r] = m_new;
         }
         return raised;
     };
     auto exponentials = [&](int r) {
-        const float m_log2 = SHIFTED ? m_rmem[r] - shift[r] : SCORE ? m_rmem[r] : m_rmem[r] * scale_log2;
+        const float m_log2 = m_rmem[r] * scale_log2;
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < SIZE / 4; ++i)
