@@ -20,6 +20,7 @@ import torch
 from harness import Problem, Report, Target
 from mutations import (
     IN_PARTS,
+    MANY_TURNS,
     MUTATIONS,
     NAN_COMES_BACK,
     SMALL_PARTS,
@@ -54,7 +55,7 @@ def caught_by(mutation: Mutation, folder: Path) -> str | None:
     if mutation.case in NAN_COMES_BACK:
         problem = problem.poisoned(float("nan"))
     emulated.options.sources = copy
-    taking_turns = mutation.case in (TURNS, TURNS_FLOAT32, WINDOW_TURNS, WIDE_WINDOW_TURNS)
+    taking_turns = mutation.case in (MANY_TURNS, TURNS, TURNS_FLOAT32, WINDOW_TURNS, WIDE_WINDOW_TURNS)
     torch.use_deterministic_algorithms(taking_turns)
     first = None
     try:

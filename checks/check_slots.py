@@ -1,5 +1,5 @@
-"""Where `hopper`'s backward uses dQ's memory again and finishes it on the way (cuda/backward_hopper_slots.cuh): calls of so many heads that every slot is
-used several times, which few other checks make.
+"""Where `hopper`'s backward uses dQ's memory again and finishes it on the way (cuda/backward_hopper_slots.cuh): calls of many heads, whose
+slots are all used several times, as in few other checks.
 
 python checks/check_slots.py
 """

@@ -44,6 +44,9 @@ SINGLE_TILES = case(D=128, H=3, Nq=1030, Nk=300, causal=True)  # of the last hea
 ONE_QUERY = case(H=4, Hkv=2, Nq=1, Nk=1500)  # the keys are split
 FEW_ROWS = case(H=4, Hkv=1, Nq=9, Nk=1537, causal=True, sharp=5)  # 36 packed rows, in a tile of 32 and one of 4
 FEW_MASKED = case(H=4, Hkv=2, Nq=5, Nk=700, mask="full", dropout_p=0.25)
+MANY_HEADS = case(B=3, H=4, Nk=200)  # so that slots are used again
+MANY_GROUPED = case(B=4, H=6, Hkv=3)
+MANY_TURNS = case(B=3, H=4, Nk=200, causal=True)  # deterministic
 TURNS = case(Nk=700, causal=True)  # deterministic: shown by bits that change from seed to seed, or by a block that hangs
 
 MANY_TILES_FLOAT32 = case(Nk=700, dtype=torch.float32)
@@ -437,9 +440,13 @@ TABLE = {
         ("if (threadIdx.x == 0) *order.queue = 0;", ";", MANY_DOCUMENTS),
         ("order.queue[1] = !shorter;", "order.queue[1] = 0;", NO_STRUCTURE),
     ],
-    ("hopper", "backward_workspace.cuh"): [  # an interval is one short, in the backward only
+    ("hopper", "backward_workspace.cuh"): [  # the first two: an interval is one short, in the backward only
         ("max(0, keys.stop - keys.start)", "max(0, keys.stop - keys.start - 1)", WINDOW),
         ("make_uint2(keys.start, max(0", "make_uint2(keys.start + 1, max(0", WINDOW),
+        ("const bool has_slot = bh < slots.count * group;", "const bool has_slot = true;", MANY_HEADS),
+        ("const int bh = first + blockIdx.x / blocks_per_head;", "const int bh = blockIdx.x / blocks_per_head;", MANY_HEADS),
+        ("return b_kv_h % count;", "return b_kv_h;", MANY_HEADS),
+        ("workspace.added[bh / group] = workspace.zeroed[bh / group] = 0;", "workspace.added[bh / group] = 0;", MANY_HEADS),
     ],
     ("hopper", "forward_4_softmax.cuh"): [
         ("of_lane(keys.stop - 2 * t)", "of_lane(keys.stop - 2 * t - 1)", WINDOW),
@@ -550,6 +557,17 @@ TABLE = {
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
         ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
         ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
+    ],
+    ("hopper", "backward_hopper_slots.cuh"): [
+        ("if (zero) sums[column * 4] = sums[column * 4 + 32] = make_float4(0, 0, 0, 0);", ";", MANY_HEADS),
+        ("const int right = odd * 8 + t / 2 * 4;", "const int right = t * 4;", MANY_HEADS),
+        ("slots.of(its) * group + h", "slots.of(its) * group", MANY_GROUPED),
+        ("its * group + h, strip * 16", "its * group, strip * 16", MANY_GROUPED),
+        ("b_kv_h + slots.lag < heads) {", "b_kv_h + slots.lag + 1 < heads) {", MANY_HEADS),
+        ("k_tile * share + warp - 1;", "k_tile * share + warp;", MANY_HEADS),
+        ("ptx::mbarrier_arrive(KV_full);", ";", MANY_HEADS),
+        ("if (used_again() && row % BLOCK_Q == 0)", "if (false)", MANY_TURNS),
+        ("odd ? pairs[r][0] : pairs[r][1], 1);", "odd ? pairs[r][1] : pairs[r][0], 1);", MANY_HEADS),
     ],
     ("hopper", "backward_4_hopper_192.cu"): [
         ("ptx::wgmma_wait_group<1>();  // dQ is there", "ptx::wgmma_wait_group<2>();", HEAD_192),
