@@ -9,6 +9,8 @@
 // previous tile, whose dS has long been complete, before this tile's dV and dK, and adds it while those two run. Then a group waits for the other only
 // if that is a whole tile behind.
 //
+// In plain calls the idle warps of the loading group round and store dQ of earlier heads, and their memory is used again (backward_hopper_slots.cuh).
+//
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 128 that are multiples of 8.
 //
 // One file because its kernel is one schedule; what the three hopper backwards share is in backward_hopper.cuh.
@@ -28,6 +30,7 @@ constexpr bool FEW_REGISTERS = INTERVAL || (SCORE && (MASK || DROPOUT || (SCORE 
 constexpr int BLOCK_Q = HEAD_DIM <= 64 && !FEW_REGISTERS ? 128 : 64;
 constexpr int CONSUMERS = 2, HALVES = 1;
 static_assert(HEAD_DIM <= 128 && HEAD_DIM % 16 == 0 && V_HEAD_DIM == HEAD_DIM, "wider heads: backward_4_hopper_wide.cu");
+// Not with other features: the idle warps' registers would spill.
 #define FINISHES_DQ (!MASK && !INTERVAL && !SCORE && !DROPOUT)
 #include "backward_hopper.cuh"
 

@@ -9,7 +9,10 @@ constexpr int THREADS = GROUP * (1 + CONSUMERS);
 constexpr int DBIAS_ROWS = 128;  // of a tile of a bias' gradient
 constexpr int PADDED_TO = SCORE & SCORE_BIAS ? DBIAS_ROWS : BLOCK_Q;
 #include "seen_tiles.cuh"
+#include "backward_workspace.cuh"
+#if FINISHES_DQ
 #include "backward_hopper_slots.cuh"
+#endif
 #include "keep_bits.cuh"
 #include "longest_first.cuh"
 #include "mask_start.cuh"

@@ -1,22 +1,15 @@
-// The memory in which a hopper backward sums dQ, and what the idle warps of a block's first group do about it.
+// Where FINISHES_DQ: the memory in which dQ is summed, and what the idle warps of a block's first group do about it.
 //
 // dQ is summed in float32, over all blocks of a head. If every head has memory of its own, a kernel before sets all of it to zero and one after reads all of
-// it again, to round it: a quarter of the time of a backward of 512 rows. FINISHES_DQ: a head's memory, its slot, is used again by heads that come later. The
-// warps that do not load tiles would only wait. They round and store a part of an earlier head's dQ, whose blocks have all ended, and set the sums to zero
-// again. The kernel before provides zeros for the first heads, and the kernel after rounds the last heads' dQ.
+// it again, to round it: a quarter of the time of a backward of 512 rows. Here a head's memory, its slot, is used again by heads that come later. The warps
+// that do not load tiles would only wait. They round and store a part of an earlier head's dQ, whose blocks have all ended, and set the sums to zero again.
+// The kernel before provides zeros for the first heads, and the kernel after rounds the last heads' dQ.
 //
 // Blocks start in the order of their numbers. So a block that waits for earlier ones waits for blocks that are running or have ended.
 #pragma once
 
-#ifndef FINISHES_DQ
-#define FINISHES_DQ 0
-#endif
-#if FINISHES_DQ
-#define SLOTS_ARE_USED_AGAIN
-#endif
 #include "backward_workspace.cuh"
 
-#if FINISHES_DQ
 constexpr int IDLE_WARPS = 3;
 
 // A block's part of an earlier head takes the idle warps 5 to 15 µs. So blocks finish parts only if they last about as long themselves: if they visit so many
@@ -113,4 +106,3 @@ __device__ inline void finish_earlier_head(const AttentionParams& p, const Slots
         ptx::red_release(workspace.added + b_kv_h, 1);
     }
 }
-#endif

@@ -16,8 +16,8 @@ struct Slots {
     __host__ __device__ static Slots of_all_heads(const AttentionParams& p) { return {p.B * p.Hkv, p.B * p.Hkv}; }
 };
 
-#ifdef SLOTS_ARE_USED_AGAIN
-Slots slots_of(const AttentionParams& p);  // the includer's
+#if FINISHES_DQ
+Slots slots_of(const AttentionParams& p);  // backward_hopper_slots.cuh
 #else
 inline Slots slots_of(const AttentionParams& p) { return Slots::of_all_heads(p); }
 #endif
@@ -34,7 +34,7 @@ struct Workspace {
     Workspace() = default;
     __host__ __device__ Workspace(const AttentionParams& p, const Slots& slots) : rows((p.Nq + PADDED_TO - 1) / PADDED_TO * PADDED_TO) {
         const int64_t all_rows = static_cast<int64_t>(p.B) * p.H * rows;
-#ifdef SLOTS_ARE_USED_AGAIN
+#if FINISHES_DQ
         const int64_t slot_rows = static_cast<int64_t>(slots.count) * (p.H / p.Hkv) * rows;
 #else
         const int64_t slot_rows = all_rows;
@@ -42,7 +42,7 @@ struct Workspace {
         dQ = p.workspace, LSE = dQ + slot_rows * HEAD_DIM, Delta = LSE + all_rows;
         turns = reinterpret_cast<int*>(Delta + all_rows), added = turns + slot_rows / BLOCK_Q, zeroed = added + p.B * p.Hkv;
     }
-#ifndef SLOTS_ARE_USED_AGAIN
+#if !FINISHES_DQ
     __host__ __device__ explicit Workspace(const AttentionParams& p) : Workspace(p, Slots::of_all_heads(p)) {}
 #endif
     int64_t floats(const AttentionParams& p) const {
