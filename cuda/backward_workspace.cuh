@@ -1,5 +1,6 @@
 // What comes before and after the backward kernels that visit each pair of tiles once: Delta and LSE are prepared; dQ is summed in the order of the
-// accumulators and put into row order at the end. Includers define BLOCK_Q and PADDED_TO, a multiple of it.
+// accumulators and put into row order at the end. Includers define BLOCK_Q and PADDED_TO, a multiple of it, and may define FINISHES_DQ as 1: then the
+// backward kernel itself finishes most of dQ (backward_hopper_slots.cuh).
 #pragma once
 
 #include "tensor_core.cuh"
