@@ -12,12 +12,12 @@ from flash_attention.backends import BACKENDS
 from flash_attention.backends.cuda import Backward
 from flash_attention.call import Form
 
-HALF = torch.bfloat16
+HALF = torch.float16  # as in most checks, so that the emulator has compiled them
 # On a GPU blocks must be many and last a while, in the emulator, which has two multiprocessors, neither.
 SMALL = [
     Case(B=3, H=4, Nq=150, Nk=200, D=64, dtype=HALF),
     Case(B=3, H=4, Nq=150, Nk=200, D=64, dtype=HALF, causal=True),
-    Case(B=4, H=6, Hkv=3, Nq=70, Nk=130, D=128, dtype=torch.float16),
+    Case(B=4, H=6, Hkv=3, Nq=70, Nk=130, D=128, dtype=HALF),
     Case(B=2, H=12, Nq=128, Nk=300, D=128, dtype=HALF, causal=True),
     Case(B=20, H=1, Nq=90, Nk=100, D=96, dtype=HALF, causal=True),  # one tile of keys a head: the last heads' blocks start in another order
     Case(B=2, H=7, Nq=300, Nk=140, D=72, dtype=HALF, causal=True),  # some rows attend nothing: a copy of dO lies in dQ's memory
@@ -25,7 +25,7 @@ SMALL = [
 LARGE = [
     Case(B=20, H=6, Nq=640, Nk=640, D=64, dtype=HALF),
     Case(B=20, H=6, Nq=700, Nk=700, D=64, dtype=HALF, causal=True),
-    Case(B=10, H=12, Hkv=6, Nq=600, Nk=900, D=128, dtype=torch.float16),
+    Case(B=10, H=12, Hkv=6, Nq=600, Nk=900, D=128, dtype=HALF),
     Case(B=13, H=6, Nq=1300, Nk=1290, D=128, dtype=HALF, causal=True),
 ]
 

@@ -719,7 +719,7 @@ SCORED = {
         ("further = c ? floats_of(pairs[n % 2 * 2 + r]).y", "further = c ? floats_of(pairs[n % 2 * 2 + r]).x", HALF_BIASED),
         ("fmaf(s * s, -0.32075847f", "fmaf(s * s, 0.32075847f", case(Nk=460, softcap=20.0)),
     ],
-    ("hopper", "forward_4_softmax.cuh"): [
+    ("hopper", "forward_4_scores.cuh"): [
         ("largest * p.scoring.scale_in_cap <= 1", "largest * p.scoring.scale_in_cap <= 4", case(softcap=1.5, alibi=True)),
         ("in_cap <= LARGEST_1 && has", "in_cap <= 4 && has", case(Nk=460, softcap=1.5)),
         ("all(in_cap <= 1)", "all(in_cap <= 4)", HALF_CAPPED),

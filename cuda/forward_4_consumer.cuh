@@ -4,6 +4,9 @@
 
 #include "forward_4_epilogue.cuh"
 #include "forward_4_softmax.cuh"
+#if SCORE
+#include "forward_4_scores.cuh"
+#endif
 
 // A group skips tiles of keys that only rows of other groups see. With two groups there are hardly any; under a mask there are not enough registers.
 constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL && !BIASED;

@@ -15,6 +15,7 @@
 //   forward_4_schedule.cuh  which block computes what, and when
 //   forward_4_producer.cuh  the thread that schedules the work and issues the loads of its tiles
 //   forward_4_softmax.cuh   from S to P, in registers
+//   forward_4_scores.cuh    the same where softcap, bias or ALiBi change scores
 //   forward_4_epilogue.cuh  from O's sums to global memory
 //   forward_4_consumer.cuh  the groups that compute: what they wait for, and the loop that puts the parts above together
 #include "forward_4_consumer.cuh"
