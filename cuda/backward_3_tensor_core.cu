@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) backward_kernel(const 
     store_tile<Tile_K, THREADS>(head_of(p.dv, out.b, out.h), smem + Tile_K::BYTES, p.dv.stride_n, out.tile * BLOCK_K, p.Nk, p.Dv);
 }
 
-extern "C" int64_t workspace_floats(const AttentionParams* params) { return floats_with_copy(*params, Workspace(*params).floats(*params)); }
+extern "C" int64_t workspace_floats(const AttentionParams* params) { return floats_with_copy(*params, Workspace::floats(*params)); }
 
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
@@ -310,7 +310,7 @@ extern "C" int attention(const AttentionParams* params) {
 #if INTERVAL
     if (error = summarise(p, Workspace(p).summaries(p), BLOCK_Q, BLOCK_K); error != cudaSuccess) return error;
 #endif
-    const AttentionParams with = with_copy(p, Workspace(p).floats(p));
+    const AttentionParams with = with_copy(p, Workspace::floats(p));
     if (!units_fit(with.d_o, p.B, p.H, p.Nq)) return cudaErrorInvalidValue;
     launch_prepare(p, with);
     if (k_blocks > 0) launch_kernel(backward_kernel, static_cast<unsigned>(k_blocks), THREADS, SMEM_BYTES, p.stream, with, p.scale * LOG2_E);

@@ -128,7 +128,7 @@ struct KeyTileLength {
 };
 
 inline float* workspace_for_order(const AttentionParams& p) {
-    return Workspace(p, slots_of(p)).summaries(p) + whole_chunks(Summaries::floats(p, BLOCK_Q, BLOCK_K, true));
+    return Workspace(p).summaries(p) + whole_chunks(Summaries::floats(p, BLOCK_Q, BLOCK_K, true));
 }
 #elif LISTED
 // The number of tiles of Q that a tile of keys visits.
@@ -156,7 +156,7 @@ struct KeyTileLength {
     }
 };
 
-inline float* workspace_for_seen(const AttentionParams& p) { return p.workspace + whole_chunks(Workspace(p, slots_of(p)).floats(p)); }
+inline float* workspace_for_seen(const AttentionParams& p) { return p.workspace + whole_chunks(Workspace::floats(p)); }
 inline float* workspace_for_order(const AttentionParams& p) {
     return workspace_for_seen(p) + SeenTiles::floats(p, tiles_of(p.Nk, BLOCK_K), tiles_of(p.Nq, BLOCK_Q));
 }
@@ -166,12 +166,12 @@ inline float* workspace_for_order(const AttentionParams& p) {
 inline int64_t floats_before_copy(const AttentionParams& p) {
 #if LISTED
     // `deterministic` is not looked at here: it may change after the workspace has been sized.
-    if (!worth_looking(p, BLOCK_Q, BLOCK_K)) return Workspace(p, slots_of(p)).floats(p);
+    if (!worth_looking(p, BLOCK_Q, BLOCK_K)) return Workspace::floats(p);
 #endif
 #if INTERVAL || LISTED
     return workspace_for_order(p) - p.workspace + Order::floats(tiles_of(p.Nk, BLOCK_K) * p.Hkv * p.B);
 #else
-    return Workspace(p, slots_of(p)).floats(p);
+    return Workspace::floats(p);
 #endif
 }
 inline int64_t backward_floats(const AttentionParams& p) { return floats_with_copy(p, floats_before_copy(p)); }
@@ -230,6 +230,6 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         if (more != nullptr) error = more(p, maps);
         if (error != cudaSuccess) return error;
     }
-    launch_finish(p, std::max(0, p.B * p.Hkv - slots.lag));
+    launch_finish(p);
     return cudaGetLastError();
 }

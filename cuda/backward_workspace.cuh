@@ -3,6 +3,8 @@
 // backward kernel itself finishes most of dQ (backward_hopper_slots.cuh).
 #pragma once
 
+#include <algorithm>
+
 #include "tensor_core.cuh"
 
 // ---- where dQ is summed
@@ -43,14 +45,17 @@ struct Workspace {
         dQ = p.workspace, LSE = dQ + slot_rows * HEAD_DIM, Delta = LSE + all_rows;
         turns = reinterpret_cast<int*>(Delta + all_rows), added = turns + slot_rows / BLOCK_Q, zeroed = added + p.B * p.Hkv;
     }
-#if !FINISHES_DQ
+#if FINISHES_DQ
+    explicit Workspace(const AttentionParams& p) : Workspace(p, slots_of(p)) {}
+#else
     __host__ __device__ explicit Workspace(const AttentionParams& p) : Workspace(p, Slots::of_all_heads(p)) {}
 #endif
-    int64_t floats(const AttentionParams& p) const {
+    static int64_t floats(const AttentionParams& p) {
+        const Workspace workspace(p);
 #if INTERVAL
-        return summaries(p) - p.workspace + Summaries::floats(p, BLOCK_Q, BLOCK_K, true);
+        return workspace.summaries(p) - p.workspace + Summaries::floats(p, BLOCK_Q, BLOCK_K, true);
 #endif
-        return reinterpret_cast<float*>(zeroed + p.B * p.Hkv) - p.workspace;
+        return reinterpret_cast<float*>(workspace.zeroed + p.B * p.Hkv) - p.workspace;
     }
 #if INTERVAL
     // [B·H·rows]: the first column that a row sees, and how many.
@@ -71,7 +76,7 @@ __device__ inline int64_t fragment_offset(int64_t row, int column, int lane) { r
 
 // ---- rows that attend nothing: their dO is ignored. It may be NaN, and although their P is 0, 0 · NaN would make dK and dV NaN. If a call may have such
 // rows, the kernel before the backward therefore writes a copy of dO in which they are 0, and the backward reads that copy. It lies in dQ's memory, which
-// is not written until all else is done, unless V's rows are longer than Q's: then it lies in the workspace.
+// is not written until all blocks of the head are done, unless V's rows are longer than Q's: then it lies in the workspace.
 
 inline bool may_be_dead(const AttentionParams& p) {
     if (MASK || SCORE & SCORE_BIAS) return true;
@@ -207,10 +212,11 @@ __global__ void __launch_bounds__(32 * FINISH_WARPS)
     store_16_rows<Tile_dQ>(head_of(p.dq, bh / p.H, bh % p.H), smem[warp], p.dq.stride_n, 0, lane, i0, p.Nq, p.D);
 }
 
-// finished_before: how many heads of K and V the backward kernel has finished.
-inline void launch_finish(const AttentionParams& p, int finished_before = 0) {
-    const int64_t rows = tiles_of(p.Nq, PADDED_TO) * PADDED_TO, heads = (static_cast<int64_t>(p.B) * p.Hkv - finished_before) * (p.H / p.Hkv);
-    if (rows * heads == 0) return;
-    launch_kernel(finish_dq_kernel, static_cast<unsigned>(rows * heads / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p, slots_of(p),
-                  finished_before * (p.H / p.Hkv));
+// For the last `lag` heads of K and V: the backward kernel has finished the others.
+inline void launch_finish(const AttentionParams& p) {
+    const Slots slots = slots_of(p);
+    const int group = p.H / p.Hkv, first = std::max(0, p.B * p.Hkv - slots.lag) * group;
+    const int64_t rows = tiles_of(p.Nq, PADDED_TO) * PADDED_TO * (static_cast<int64_t>(p.B) * p.H - first);
+    if (rows == 0) return;
+    launch_kernel(finish_dq_kernel, static_cast<unsigned>(rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p, slots, first);
 }

@@ -72,9 +72,6 @@ __device__ inline void cp_async_bulk(uint32_t smem, const void* gmem, int bytes,
 // Makes what this thread stored in shared memory visible to wgmma and the copy engine (9.7.13.4: fence.proxy).
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The same for global memory: what this thread wrote, or has acquired, becomes visible to the copy engine.
-__device__ inline void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-
 // ---- matrix fragments (9.7.14.5.16: stmatrix): the reverse of ldmatrix_x4. Lane l gives the address of row l % 8 of matrix l / 8.
 __device__ inline void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");

@@ -30,7 +30,6 @@ inline void cp_async_bulk(uint32_t smem, const void* gmem, int bytes, uint32_t b
 
 // 9.7.13.4: fence.proxy; 9.7.14.5.16: stmatrix
 inline void fence_proxy_async() { emulator::fence_proxy_async(); }
-inline void fence_proxy_async_global() {}  // the emulator's global memory has no proxies
 inline void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
     const uint32_t x[4] = {r[0], r[1], r[2], r[3]};
     emulator::stmatrix_x4(smem, x, false);
