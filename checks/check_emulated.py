@@ -24,6 +24,7 @@ if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
 SERVE_EVERYTHING = ("simple", "tensor_core", "split_keys", "hopper", "hopper_float32")
 RUNGS = ("mma", *SERVE_EVERYTHING, *FORWARD_ALONE)
 HALF = dict.fromkeys(RUNGS, torch.float16) | dict.fromkeys(("simple", "hopper_float32"), torch.float32)
+PLAIN_HALF = HALF | {"hopper": torch.bfloat16}  # hopper's forward has a softmax of its own for bfloat16, but not under dropout
 only_full = partial(pytest.param, marks=pytest.mark.only_full)
 PLAIN = [  # lengths, causal; D 64
     (65, 130, False),
@@ -62,7 +63,7 @@ def another_seed(request):
 @pytest.mark.parametrize(("Nq", "Nk", "causal"), PLAIN)
 @pytest.mark.parametrize("name", RUNGS)
 def check_plain(name, Nq, Nk, causal):
-    against_truth(Case(B=1, H=2, Nq=Nq, Nk=Nk, D=64, dtype=HALF[name], causal=causal), target(name))
+    against_truth(Case(B=1, H=2, Nq=Nq, Nk=Nk, D=64, dtype=PLAIN_HALF[name], causal=causal), target(name))
 
 
 @pytest.mark.parametrize(("Nq", "Nk", "causal", "mask"), EVERYTHING)
@@ -75,7 +76,7 @@ def check_mask_dropout_and_grouped_heads(name, Nq, Nk, causal, mask):
 @pytest.mark.parametrize(("Nq", "Nk", "causal", "window", "spans", "mask"), INTERVALS)
 @pytest.mark.parametrize("name", ("simple", "tensor_core", "hopper"))
 def check_intervals(name, Nq, Nk, causal, window, spans, mask):
-    case = Case(B=2, H=2, Hkv=1, Nq=Nq, Nk=Nk, D=64, dtype=HALF[name], causal=causal, window=window, spans=spans, mask=mask)
+    case = Case(B=2, H=2, Hkv=1, Nq=Nq, Nk=Nk, D=64, dtype=PLAIN_HALF[name], causal=causal, window=window, spans=spans, mask=mask)
     against_truth(replace(case, dropout_p=0.25 if mask else 0.0), target(name))
 
 
@@ -244,26 +245,27 @@ def check_last_tiles_come_one_by_one(monkeypatch):
     report.verdict()
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("name, D", (("hopper", 64), ("hopper", 128), ("hopper_wide", 320)))
-def check_maxima_that_rise_late(name, D):
-    """Scores grow from the first tile of keys visited to the last, in some rows too little to raise m, in others enough. A raise in one
-    row must not change any bit of another row. So too where a bias or slopes change scores, in `hopper`."""
+def check_maxima_that_rise_late(name, D, dtype):
+    """Scores grow from the first tile of keys visited to the last, in some rows too little to raise m, in others enough, once or in each
+    tile. A raise in one row must not change any bit of another row. So too where a bias or slopes change scores, in `hopper`."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 400, D).unbind()
     q, k = q[:, :, :200].abs(), torch.linspace(1, 0, 400)[:, None] * torch.rand(1, 1, 400, D)
-    bias, slopes = torch.randn(1, 1, 200, 400).bfloat16(), torch.tensor([0.02])
+    bias, slopes = torch.randn(1, 1, 200, 400, dtype=dtype), torch.tensor([0.02])
     distance = (torch.arange(200)[:, None] + 200 - torch.arange(400)).abs()
     kinds = [({}, 0), ({"bias": bias}, bias.double()), ({"alibi": slopes}, -0.02 * distance)]
-    for growth, (scored, added) in product((0.5, 2.0, 20.0), kinds if name == "hopper" else kinds[:1]):
-        inputs = [x.bfloat16() for x in (growth * q, k, v)]
+    for growth, (scored, added) in product((0.5, 2.0, 20.0, 200.0), kinds if name == "hopper" else kinds[:1]):
+        inputs = [x.to(dtype) for x in (growth * q, k, v)]
         O, LSE = flash_attention(*inputs, **scored, return_lse=True, backend=f"emulated:{name}")
         Q, K, V = (x.double() for x in inputs)
         S = Q @ K.mT / D**0.5 + added
-        report = Report(f"scores that grow, {name}, D {D}, by {growth}, {[*scored]}")
+        report = Report(f"scores that grow, {name}, D {D}, {dtype}, by {growth}, {[*scored]}")
         report.compare("emulated", "O", O, S.softmax(-1) @ V, 2e-2)
-        report.compare("emulated", "LSE", LSE, S.logsumexp(-1), 1e-4)
+        report.compare("emulated", "LSE", LSE, S.logsumexp(-1), 1e-4 if growth < 200 else 1e-3)  # scores of 5000
         report.verdict()
-        inputs[0][:, :, 1::2] *= 0 if growth == 20.0 else 20
+        inputs[0][:, :, 1::2] *= 0 if growth >= 20 else 20
         assert torch.equal(flash_attention(*inputs, **scored, backend=f"emulated:{name}")[:, :, ::2], O[:, :, ::2])
 
 

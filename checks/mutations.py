@@ -24,6 +24,10 @@ DROPOUT = case(dropout_p=0.25)
 MASKED = case(mask="heads share", causal=True)
 READ_ONCE = case(mask="full", Nk=304)  # each byte of the mask is read by one block, so it is not packed
 SHARP = case(sharp=5)  # maxima grow
+ONCE = case(dtype=torch.bfloat16)  # P is computed once, by the maxima of the tiles before
+ONCE_GROWING = case(dtype=torch.bfloat16, sharp=1000, Nk=700)  # until it is too large
+ONCE_WIDE = case(dtype=torch.bfloat16, D=128)
+ONCE_AGAIN = case(dtype=torch.bfloat16, B=2, H=4, Nq=500)  # several work items a block
 WIDE = case(D=128)
 WIDE = case(D=128, Nq=400)
 WIDE_MASKED = case(D=128, mask="heads share")
@@ -453,6 +457,12 @@ TABLE = {
         ("min(column % 8, 2)", "min(column % 8, 1)", WINDOW),
         ("| first_bits(keys.start - 32 * w);", ";", MASKED_WINDOW),
         ("span[r] = span_of_row(p, work.b, work.h, work.i0", "span[r] = span_of_row(p, 0, 0, work.i0", ANY_SPANS),
+        ("m_rmem[r] = largest, l_rmem[r] *= alpha[r];", "m_rmem[r] = largest;", ONCE_GROWING),
+        ("rescale_O([&] { return raised; });", ";", ONCE_GROWING),
+        ("rescale_O([] { return true; });", ";", ONCE_GROWING),
+        ("!(sum[0] + sum[1] <= MOST)", "false", ONCE_GROWING),
+        ("if (FIRST) seekers = Seekers();", ";", ONCE_AGAIN),
+        ("if (p.scale > 0) ptx::wgmma_wait_group<0>();\n            await_O();", ";", ONCE_WIDE),
     ],
     ("hopper", "lazy_softmax.cuh"): [
         ("l_rmem[r] = l_rmem[r] * alpha[r] + sum;", "l_rmem[r] = l_rmem[r] + sum;", SHARP),
@@ -463,6 +473,7 @@ TABLE = {
         ("ptx::fence_proxy_async();  // for what this lane has stored", NO_BARRIER, PLAIN),
         ("if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();  // the previous contents", "//", case(D=256, Nq=300)),
         ("(panel + more) * 64, work.i0", "panel * 64, work.i0", WIDE),
+        ("ptx::lg2(l * TO_M)", "ptx::lg2(l)", ONCE),
     ],
     ("hopper", "forward_4_consumer.cuh"): [
         ("release(barriers.K_empty, now.stage);", ";", MANY_TILES),

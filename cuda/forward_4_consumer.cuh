@@ -11,8 +11,8 @@
 // A group skips tiles of keys that only rows of other groups see. With two groups there are hardly any; under a mask there are not enough registers.
 constexpr bool SKIPS = CONSUMERS > 2 && !MASK && !INTERVAL && !BIASED;
 
-// If scores are changed, O's product has ended before the exponentials begin, and P is rounded under them.
-constexpr bool O_EARLY = SCORE != 0;
+// Whether O's product ends before P is rounded, so that P is rounded under the exponentials.
+constexpr bool O_EARLY = SCORE || OPTIMISTIC;
 
 // Issues S = Q Kᵀ for this consumer's 64 rows of Q.
 __device__ inline void multiply_QK(float (&S_rmem)[BLOCK_K / 2], const Shared& shared, int consumer, const Slot_Q& slot_Q, const Slot_KV& slot) {
@@ -44,12 +44,15 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
     const int lane = threadIdx.x % 32;
     Rows rows(p, lane);
     const float scale_log2 = p.scale * LOG2_E;  // exp(scale · x) = 2^(scale_log2 · x)
-    [[maybe_unused]] const float above = above_m(scale_log2);
+    [[maybe_unused]] const float above = above_m(scale_log2, ABOVE_M + BELOW_M);
 
     float O_rmem[V_HEAD_DIM / 2];  // not yet divided by l
     float S_rmem[BLOCK_K / 2];
     uint32_t P_rmem[BLOCK_K / 16][4];
     float m_rmem[2], l_rmem[2], alpha[2];
+#if !SCORE
+    [[maybe_unused]] Seekers seekers;
+#endif
     [[maybe_unused]] KeepBits<BLOCK_K> keep;
     int q = 0, n = 0;  // counters over all tiles of Q, of keys
 
@@ -165,8 +168,12 @@ __device__ inline void consume(const AttentionParams& p, const Maps& maps, const
         });
 #else
         if (!MASK && rows.cut(work, j0)) rows.hide(S_rmem, work, j0);
-        softmax<LAZY>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, await_O, rescale_O);
-        round_P(P_rmem, S_rmem, keep);
+        if constexpr (OPTIMISTIC) {
+            optimistic_softmax<decltype(first)::value>(P_rmem, S_rmem, m_rmem, l_rmem, alpha, seekers, scale_log2, above, p, keep, lane, await_O, rescale_O);
+        } else {
+            softmax<LAZY>(S_rmem, m_rmem, l_rmem, alpha, scale_log2, above, await_O, rescale_O);
+            round_P(P_rmem, S_rmem, keep);
+        }
 #endif
     };
 

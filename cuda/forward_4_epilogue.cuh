@@ -15,7 +15,7 @@ __device__ inline void write_O(const AttentionParams& p, const CUtensorMap& map,
         LSE[r] = (m_rmem[r] + ptx::lg2(l)) * LN_2;
         factor[r] = factor_of_scored_row(p, m_rmem[r], (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l));
 #else
-        LSE[r] = m_rmem[r] * p.scale + ptx::lg2(l) * LN_2;
+        LSE[r] = OPTIMISTIC ? (ptx::lg2(l * TO_M) - (shift_of(m_rmem[r], scale_log2) + BELOW_M)) * LN_2 : m_rmem[r] * p.scale + ptx::lg2(l) * LN_2;
         factor[r] = factor_of_row(p, m_rmem[r], scale_log2, (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l));
 #endif
     }

@@ -1,20 +1,12 @@
 // The forward of `hopper`, beside its fourth part: from S to P where softcap, bias or ALiBi change scores.
 //
-// m is kept in base 2. P is computed with the m of the tiles before, while S stays as it is. Only if P's sums turn out too large, which is rare, m is raised
-// and P computed once more. So nothing seeks a maximum in most tiles. This requires that O's product has ended, since P is rounded at once.
+// As without them, P is computed without a search for the maximum in most tiles. m is kept in base 2.
 #pragma once
 
 #include "forward_4_softmax.cuh"
 
 // Where ALiBi alone changes scores, its products are part of the exponents.
 constexpr bool ONLY_SLOPED = SCORE == SCORE_ALIBI && !MASK;
-
-// Elements 8n + 2t and the next of row r of P, rounded.
-__device__ inline uint32_t pair_of_P(float first, float second, int r, int n, const KeepBits<BLOCK_K>& keep) {
-    uint32_t pair = ptx::cvt_pair<element>(first, second);
-    if (DROPOUT) pair &= keep.pair(r, n);
-    return pair;
-}
 
 // What exponents are made of: in base 2, the score of row r in a lane's column c (0, 1, 8, 9 …) is S · unit + shift[r], and if SLOPES, + c · step + first.
 template <bool SLOPES>
@@ -79,42 +71,6 @@ __device__ inline void score_rows(float (&S_rmem)[BLOCK_K / 2], const Rows& rows
         softmax(exponents);
     }
 }
-
-// Whether O's product still runs during the first row's exponentials: until these are rounded they take registers that three groups do not have.
-constexpr bool O_BETWEEN = CONSUMERS == 2;
-
-// Computes P and its sums. fill(r, n, x) sets x to P of row r, columns 8n + 2t and 8n + 2t + 1. await_O() is called before P's registers are written; if
-// BETWEEN, between the rows.
-template <bool BETWEEN, class AwaitO, class Fill>
-__device__ inline void fill_P(uint32_t (&P_rmem)[BLOCK_K / 16][4], float (&sum)[2], const AttentionParams& p, const KeepBits<BLOCK_K>& keep,
-                              const AwaitO& await_O, const Fill& fill) {
-    float first_row[BLOCK_K / 8][2];
-    if (!BETWEEN) await_O();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if (BETWEEN && r == 1) {
-            // The compiler would move the wait before the first row's exponentials, but does not move it across a branch. This condition always holds.
-            if (p.scale > 0) ptx::wgmma_wait_group<0>();
-            await_O();
-        }
-        sum[r] = 0;
-#pragma unroll
-        for (int n = 0; n < BLOCK_K / 8; ++n) {
-            float x[2];
-            fill(r, n, x);
-            sum[r] += x[0];
-            sum[r] += x[1];
-            if (BETWEEN && r == 0) first_row[n][0] = x[0], first_row[n][1] = x[1];
-            else P_rmem[n / 2][n % 2 * 2 + r] = pair_of_P(x[0], x[1], r, n, keep);
-        }
-    }
-    if (BETWEEN)
-#pragma unroll
-        for (int n = 0; n < BLOCK_K / 8; ++n) P_rmem[n / 2][n % 2 * 2] = pair_of_P(first_row[n][0], first_row[n][1], 0, n, keep);
-}
-
-// The largest sum of a lane's part of a row of P for which m stays: P itself is then at most as large. It leaves float16 a factor of 8.
-constexpr float MOST = DTYPE == FLOAT16 ? 0x1p13f : 0x1p24f;
 
 // P = 2^exponent, rounded. FIRST: the work item's first tile, which sets m.
 template <bool FIRST, bool SLOPES, class AwaitO, class RescaleO>

@@ -10,8 +10,8 @@
 // change. So few tiles after the first update m or rescale O.
 constexpr float ABOVE_M = 8;
 
-// ABOVE_M in units of S. Added to m's initial value, p.lowest, it is lost in rounding, whatever the scale: any visible score raises m from there.
-__device__ inline float above_m(float scale_log2) { return fminf(ABOVE_M / scale_log2, 0x1p100f); }
+// `above` in units of S. Added to m's initial value, p.lowest, it is lost in rounding, whatever the scale: any visible score raises m from there.
+__device__ inline float above_m(float scale_log2, float above = ABOVE_M) { return fminf(above / scale_log2, 0x1p100f); }
 
 // Replaces S by 2^(scale_log2 · (S − m)), where m is near the row's maximum so far; l is this lane's part of the sum. m and `above` are in units of S.
 // await_O() is called before all exponentials. rescale_O(raised), which multiplies O by alpha if some m was raised, is called before the second row's
