@@ -17,7 +17,7 @@ from benchmarks import report
 from benchmarks.contenders import Contender
 from benchmarks.cycles import COLUMNS as CYCLES
 from benchmarks.decode import PLAIN
-from benchmarks.gpu_targets import CUDNN, EFFICIENT, FA2, FA3, FA4, FIGURES, FLEX, GRID_RIVALS, NAMES, NORMAL
+from benchmarks.gpu_targets import CUDNN, EFFICIENT, FA2, FA3, FA4, FIGURES, FLEX, GRID_RIVALS, NAMES, NORMAL, WITHOUT
 from benchmarks.ladder import COLUMNS as LADDER
 from flash_attention.command_line import run
 
@@ -101,6 +101,14 @@ def h200_intervals(content: dict[str, Any]) -> str:
     return f"{_gpu(content['environment'])}; B 1, H 16, N 16384, D 128, bfloat16, causal; medians.\n\n{report.markdown(rows, columns)}"
 
 
+def h200_scores(content: dict[str, Any]) -> str:
+    """Softcap, ALiBi and biases, one line per part: speed, and ratios to the same call without them and to the other contenders."""
+    figures = [column for column in FIGURES if column[0] in ("ms", "tflops", *(f"over {each}" for each in (WITHOUT, CUDNN, FLEX, EFFICIENT)))]
+    columns: list[report.Column] = [("label", "case", ""), ("name", "", ""), ("part", "", ""), *figures]
+    rows = [row | {"label": row["label"].replace(" bfloat16", "")} for row in content["results"]]
+    return f"{_gpu(content['environment'])}; bfloat16; medians.\n\n{report.markdown(rows, columns)}"
+
+
 def h200_decode(content: dict[str, Any]) -> str:
     """Few queries against many keys, a line for each case and way to keep the keys."""
     columns = [
@@ -153,14 +161,16 @@ def h200_cycles(content: dict[str, Any]) -> str:
     return f"{case}\n\n{report.markdown(lines, CYCLES)}"
 
 
-SUMMARY = ("h200_grid", "h200_targets", "h200_intervals", "h200_decode", "cpu_targets")  # the files from which the README's table is made
+SUMMARY = ("h200_grid", "h200_targets", "h200_intervals", "h200_scores", "h200_decode", "cpu_targets")  # the files from which the README's table is made
 
 
-def summary(grid: Rows, targets: Rows, intervals: Rows, decode: Rows, cpu: Rows) -> str:
+def summary(grid: Rows, targets: Rows, intervals: Rows, scores: Rows, decode: Rows, cpu: Rows) -> str:
     """Ratios of the kernels that a plain call uses to each rival, from the slowest to the fastest case of each kind."""
     hopper = [row for row in grid if row["case"] and row["backend"] == "hopper"]
     narrow, wide = ([row for row in hopper if (row["case"]["d"] > 128) == beyond] for beyond in (False, True))
     given = [row for row in intervals if not row["case"]["as_mask"]]
+    scored = [row for row in scores if row["backend"] == "hopper" and not row["case"]["bias_gradient"]]
+    biased, others = ([row for row in scored if (row["case"]["bias"] != "none") == has_bias] for has_bias in (True, False))
     masked = [row for row in targets if row["group"] == "mask" and row["case"]["mask"] == "full"]
     bert, float32, wider = ([row for row in targets if row["group"] == group] for group in ("bert", "float32", "wide"))
     cpu = [{f"over {NORMAL}": row["over_normal"], "over sdpa": row["over_sdpa"], **row} for row in cpu if "over_normal" in row]
@@ -177,6 +187,8 @@ def summary(grid: Rows, targets: Rows, intervals: Rows, decode: Rows, cpu: Rows)
         ("", given, FLEX, "FlexAttention"),
         ("a dense mask, D 64 and 128, N 4096", masked, CUDNN, "cuDNN"),
         ("", masked, FLEX, "FlexAttention"),
+        ("softcap and ALiBi, D 64 and 128, N 4096", others, FLEX, "FlexAttention"),
+        ("a bias, D 64 and 128, N 4096", biased, CUDNN, "cuDNN"),
         ("BERT: key mask, dropout, float16, N 128 to 4096", bert, NORMAL, "normal attention"),
         ("", bert, CUDNN, "cuDNN"),
         ("float32, D 64 and 128, forward also 512", float32, EFFICIENT, "memory-efficient attention"),
@@ -227,6 +239,7 @@ TABLES = {
     "h200_rungs": h200_rungs,
     "h200_cycles": h200_cycles,
     "h200_intervals": h200_intervals,
+    "h200_scores": h200_scores,
     "ladder_counts": ladder_counts,
 }
 
