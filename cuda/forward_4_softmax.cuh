@@ -162,7 +162,8 @@ __device__ inline void fill_P(uint32_t (&P_rmem)[BLOCK_K / 16][4], float (&sum)[
         for (int n = 0; n < BLOCK_K / 8; ++n) P_rmem[n / 2][n % 2 * 2] = pair_of_P(first_row[n][0], first_row[n][1], 0, n, keep);
 }
 
-// The largest sum of a lane's part of a row of P for which m stays: P itself is then at most as large. It leaves float16 a factor of 8, bfloat16 room for O.
+// The largest sum of a lane's part of a row of P for which m stays: P itself is then at most as large. It leaves float16 a factor of 8, and at least 2⁸⁰ of
+// float32's range, in which O is summed, for V and the number of keys.
 constexpr float MOST = DTYPE == FLOAT16 ? 0x1p13f : OPTIMISTIC ? 0x1p48f : 0x1p24f;
 
 #if !SCORE
