@@ -93,13 +93,17 @@ def check_mutation_is_caught(mutation, tmp_path):
 
 
 def line_of(numbered: tuple[int, Mutation]) -> tuple[bool, str]:
-    """Whether a mutation was caught, and the table's line that says by what."""
+    """Whether a mutation was caught, and the table's line that says by what. One that does not compile shows nothing."""
     n, mutation = numbered
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        by = caught_by(mutation, Path(folder))
+        try:
+            by = caught_by(mutation, Path(folder))
+            said = by or "MISSED"
+        except build.BuildError as error:
+            by, said = None, f"DOES NOT COMPILE: {' '.join(str(error).split())[-200:]}"
     took = time.perf_counter() - started
-    return by is not None, f"{n:3d}  {mutation}\n     {'MISSED' if by is None else by[:230]}  ({took:.0f} s)"
+    return by is not None, f"{n:3d}  {mutation}\n     {said[:230]}  ({took:.0f} s)"
 
 
 def main() -> int:

@@ -282,6 +282,8 @@ TABLE = {
     ("tensor_core", "tensor_core.cuh"): [
         ("first + row + Order::distance(r) < rows &&", "first + row + Order::distance(r) <= rows &&", PLAIN),
         ("if (i < rows && chunk * 8 < D)", "if (i <= rows && chunk * 8 < D)", PLAIN),
+        ("return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));", "return x;", SHARP),
+        ("return x + __shfl_xor_sync(0xffffffff, x, 2);", "return x;", PLAIN),
     ],
     ("tensor_core", "mask_tile.cuh"): [
         ("hidden |= ~first_bits(visible - 32 * w);", "hidden |= ~first_bits(visible - 32 * w + 1);", MASKED),
@@ -735,15 +737,14 @@ SCORED = {
         ("in_cap <= LARGEST_1 && has", "in_cap <= 4 && has", case(Nk=460, softcap=1.5)),
         ("all(in_cap <= 1)", "all(in_cap <= 4)", HALF_CAPPED),
         ("const bool near_m = fminf(", "const bool near_m = true || fminf(", case(Nk=256, softcap=20.0)),  # no tile is cut
-        ("largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));", ";", case(Nk=460, softcap=20.0, sharp=5)),
+        ("largest = row_max(largest);", ";", case(Nk=460, softcap=20.0, sharp=5)),
         ("l_rmem[r] = NEW_MAXIMUM ? l_rmem[r] * alpha[r] + sum :", "l_rmem[r] =", case(Nk=460, softcap=20.0, sharp=5)),
         ("if (!ONLY_CAPPED || MASK || rows.cut(work, j0)) return", "if (!ONLY_CAPPED || MASK) return", HALF_CAPPED),
         ("shift[r] = slopes.first[r] * LOG2_E;", "shift[r] = 0;", case(alibi=True, softcap=20.0, causal=True)),
         ("{slopes.first[0], slopes.first[1]}", "{0, 0}", case(alibi=True, causal=True)),
         ("return SLOPES ? shift[r] - m + first :", "return SLOPES ? shift[r] - m :", HALF_SLOPED),
         ("!(sum[r] <= MOST)", "!(sum[r] <= 0x1p60f)", case(alibi=True, sharp=20)),
-        ("m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));", ";", case(alibi=True, sharp=5)),
-        ("if (p.scale > 0) ptx::wgmma_wait_group<0>();\n            await_O();", ";", case(D=128, alibi=True)),
+        ("m_new = row_max(m_new);", ";", case(alibi=True, sharp=5)),
         ("l_rmem[r] = l_rmem[r] * alpha[r] + sum[r];", "l_rmem[r] = l_rmem[r] + sum[r];", case(alibi=True, sharp=5)),
         ("S = MASK && S < p.lowest ? -CUDART_INF_F : x[c];", "S = x[c];", case(softcap=1.5, mask="heads share")),
     ],

@@ -225,8 +225,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 float sum = 0;
 #pragma unroll
                 for (int n = 0; n < DBIAS_ROWS / 8; ++n) sum += sum_rmem[4 * n + 2 * r] + sum_rmem[4 * n + 2 * r + 1];
-                sum += __shfl_xor_sync(0xffffffff, sum, 1);
-                sum += __shfl_xor_sync(0xffffffff, sum, 2);
+                sum = row_sum(sum);
                 if (t == 0 && j0 + place + 8 * r < p.Nk) dBias[j0 + place + 8 * r] = element(sum);
             }
             continue;

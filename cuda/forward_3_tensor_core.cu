@@ -212,8 +212,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                 float m_new = m_rmem[m][r];
 #pragma unroll
                 for (int n = 0; n < N_TILES; ++n) m_new = fmaxf(m_new, fmaxf(S_rmem[m][n][2 * r], S_rmem[m][n][2 * r + 1]));
-                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
-                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
+                m_new = row_max(m_new);
                 alpha[m][r] = ptx::ex2((m_rmem[m][r] - m_new) * scale_log2);
                 grew |= m_new > m_rmem[m][r];
                 m_rmem[m][r] = m_new;
@@ -296,9 +295,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float l = l_rmem[m][r];
-            l += __shfl_xor_sync(0xffffffff, l, 1);
-            l += __shfl_xor_sync(0xffffffff, l, 2);
+            const float l = row_sum(l_rmem[m][r]);
             const int row = warp_row + 16 * m + 8 * r + g;
             if (p.lse && t == 0 && out.i0 + row < p.Nq) p.lse[(static_cast<int64_t>(out.b) * p.H + out.h) * p.Nq + out.i0 + row] = m_rmem[m][r] * (SCORE ? LN_2 : p.scale) + logf(l);
 #if SCORE

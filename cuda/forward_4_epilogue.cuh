@@ -8,9 +8,7 @@ __device__ inline void write_O(const AttentionParams& p, const CUtensorMap& map,
     float LSE[2], factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float l = l_rmem[r];
-        l += __shfl_xor_sync(0xffffffff, l, 1);
-        l += __shfl_xor_sync(0xffffffff, l, 2);
+        const float l = row_sum(l_rmem[r]);
 #if SCORE
         LSE[r] = (m_rmem[r] + ptx::lg2(l)) * LN_2;
         factor[r] = factor_of_scored_row(p, m_rmem[r], (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l));

@@ -99,8 +99,7 @@ __device__ inline void scored_softmax(uint32_t (&P_rmem)[BLOCK_K / 16][4], const
                 m_new = fmaxf(m_new, SLOPES ? again.of(S, 8 * n + c, again.first) : S);
             }
         m_new = SLOPES ? m_new + again.shift[r] : fmaf(m_new, again.unit, again.shift[r]);
-        m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // over the four lanes of a row
-        m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
+        m_new = row_max(m_new);
         return fmaxf(m_rmem[r], m_new);
     };
     uint32_t exceeding[2] = {~0u, ~0u};  // the lanes whose row needs another m
@@ -143,8 +142,7 @@ __device__ inline void capped_softmax(float (&S_rmem)[BLOCK_K / 2], float (&m_rm
         float largest = -CUDART_INF_F;
 #pragma unroll
         for (int i = 0; i < BLOCK_K / 8; ++i) largest = fmaxf(largest, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));  // over the four lanes of a row
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+        largest = row_max(largest);
         const float m_new = fmaxf(m_rmem[r], capped(largest, 0));
         alpha[r] = ptx::ex2(m_rmem[r] - m_new);
         m_rmem[r] = m_new;

@@ -201,8 +201,7 @@ __device__ inline void optimistic_softmax(uint32_t (&P_rmem)[BLOCK_K / 16][4], c
         alpha[r] = 1;
         const bool seeks = rows >> (lane / 4 * 4 + 2 * r) & 1;
         if (!__any_sync(0xffffffff, seeks && largest > m_rmem[r] + above)) return false;
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));  // over the four lanes of a row
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+        largest = row_max(largest);
         const bool raised = seeks && largest > m_rmem[r] + above;  // each row decides by itself
         seekers.remove(Seekers::rows(__ballot_sync(0xffffffff, raised && m_rmem[r] == p.lowest), r));
         if (raised) {

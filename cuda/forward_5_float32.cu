@@ -196,8 +196,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 float m_new = m_rmem[r];
 #pragma unroll
                 for (int i = 0; i < BLOCK_K / 8; ++i) m_new = fmaxf(m_new, fmaxf(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
-                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // the four lanes of a row
-                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
+                m_new = row_max(m_new);
                 alpha[r] = ptx::ex2((m_rmem[r] - m_new) * scale_log2);
                 m_rmem[r] = m_new;
                 float sum = 0;
@@ -268,9 +267,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const float V_factor = scalbnf(1, -exponent_of(range.v));
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float l = l_rmem[r];
-            l += __shfl_xor_sync(0xffffffff, l, 1);
-            l += __shfl_xor_sync(0xffffffff, l, 2);
+            const float l = row_sum(l_rmem[r]);
             const bool dead = l == 0 && (MASK || CAUSAL || p.Nk == 0);  // it may attend nothing
             const float factor = dead ? 0 : (DROPOUT ? p.keep_scale : 1.0f) / l;
             const int i = i0 + first_row + ROW_STEP * r;
@@ -283,8 +280,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const int column = 8 * n + 2 * t;
                 if (i < p.Nq && column < p.Dv) *reinterpret_cast<float2*>(O_gmem + column) = make_float2(x0 * V_factor, x1 * V_factor);
             }
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+            largest = row_max(largest);
             if (i < p.Nq && t == 0) {
                 if (!dead && range.v != 0 && !row_fits(largest)) range.o_is_small = 1;
                 // The product is rounded, as in the backward: if a row has large scores of which one dominates, P is then exactly 1.

@@ -387,8 +387,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
                 float m_new = m_rmem[m][r];
 #pragma unroll
                 for (int k = 0; k < N_TILES; ++k) m_new = fmaxf(m_new, fmaxf(S_rmem[m][k][2 * r], S_rmem[m][k][2 * r + 1]));
-                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // over the four lanes of a row
-                m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
+                m_new = row_max(m_new);
                 alpha[m][r] = ptx::ex2((m_rmem[m][r] - m_new) * scale_log2);
                 grew |= m_new > m_rmem[m][r];
                 m_rmem[m][r] = m_new;
@@ -471,9 +470,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
         __syncthreads();  // every warp is done with Q, its ring and the 16 rows before
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float l = l_rmem[m][r];
-            l += __shfl_xor_sync(0xffffffff, l, 1);
-            l += __shfl_xor_sync(0xffffffff, l, 2);
+            const float l = row_sum(l_rmem[m][r]);
             if (row0 + 16 * m + 8 * r + g >= rows) continue;
             if (t == 0) merge.ml[warp][8 * r + g] = make_float2(m_rmem[m][r], l);
 #if KEYS_FLOAT8

@@ -360,9 +360,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             float LSE[2], factor[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                float l = l_rmem[r];
-                l += __shfl_xor_sync(0xffffffff, l, 1);
-                l += __shfl_xor_sync(0xffffffff, l, 2);
+                const float l = row_sum(l_rmem[r]);
                 LSE[r] = m_rmem[r] * p.scale + ptx::lg2(l) * LN_2;
                 factor[r] = factor_of_row(p, m_rmem[r], scale_log2, (DROPOUT ? p.keep_scale : 1.0f) * ptx::rcp(l));
             }

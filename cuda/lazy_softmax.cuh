@@ -4,7 +4,7 @@
 // Of a group's 64 × BLOCK_K accumulators a thread holds those of two rows: S_rmem[4i + 2r + c] is row r, column 8i + 2t + c of the tile (t: lane % 4).
 #pragma once
 
-#include "ptx.cuh"
+#include "tensor_core.cuh"
 
 // By how much, in base 2, scores may exceed the m of their row before m is raised: P and l are then up to 2⁸ times as large; O = P V / l and LSE do not
 // change. So few tiles after the first update m or rescale O.
@@ -29,8 +29,7 @@ __device__ inline void softmax(float (&S_rmem)[SIZE], float (&m_rmem)[2], float 
         alpha[r] = 1;
         if (raised) {
             float m_new = fmaxf(m_rmem[r], largest);
-            m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // over the four lanes of a row
-            m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
+            m_new = row_max(m_new);
             if (LAZY && m_new <= m_rmem[r] + above) m_new = m_rmem[r];  // only another row's m is raised; this row's bits must not depend on that
             alpha[r] = ptx::ex2((m_rmem[r] - m_new) * scale_log2);
             m_rmem[r] = m_new;

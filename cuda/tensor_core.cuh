@@ -9,6 +9,16 @@
 // x, which is equal in all lanes of the warp: this tells the compiler so, and it can keep x in a uniform register.
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
+// Over a row of an accumulator, whose columns four neighbouring lanes hold: the largest of their x, and the sum.
+__device__ inline float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+__device__ inline float row_sum(float x) {
+    x += __shfl_xor_sync(0xffffffff, x, 1);
+    return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
 // Row r of a tile of keys is key r. Another order (mask_tile.cuh) has the same two functions: a thread that copies rows r, r + 16, … finds the
 // first at row(r), and the others at distances from it that are compile-time constants.
 struct InOrder {
