@@ -103,7 +103,8 @@ def h200_intervals(content: dict[str, Any]) -> str:
 
 def h200_scores(content: dict[str, Any]) -> str:
     """Softcap, ALiBi and biases, one line per part: speed, and ratios to the same call without them and to the other contenders."""
-    figures = [column for column in FIGURES if column[0] in ("ms", "tflops", *(f"over {each}" for each in (WITHOUT, CUDNN, FLEX, EFFICIENT)))]
+    shown = ("ms", "tflops", *(f"over {each}" for each in (WITHOUT, CUDNN, FLEX, EFFICIENT)))
+    figures = [column for column in FIGURES if column[0] in shown]
     columns: list[report.Column] = [("label", "case", ""), ("name", "", ""), ("part", "", ""), *figures]
     rows = [row | {"label": row["label"].replace(" bfloat16", "")} for row in content["results"]]
     return f"{_gpu(content['environment'])}; bfloat16; medians.\n\n{report.markdown(rows, columns)}"
@@ -161,7 +162,8 @@ def h200_cycles(content: dict[str, Any]) -> str:
     return f"{case}\n\n{report.markdown(lines, CYCLES)}"
 
 
-SUMMARY = ("h200_grid", "h200_targets", "h200_intervals", "h200_scores", "h200_decode", "cpu_targets")  # the files from which the README's table is made
+# The files from which the README's table is made.
+SUMMARY = ("h200_grid", "h200_targets", "h200_intervals", "h200_scores", "h200_decode", "cpu_targets")
 
 
 def summary(grid: Rows, targets: Rows, intervals: Rows, scores: Rows, decode: Rows, cpu: Rows) -> str:
