@@ -23,6 +23,7 @@ FITTED = {
     "EXPOSED": 1.24,  # × the backward's instructions: the time that no product overlaps; fitted at D 128
     "REDUCED": 13.3,  # bytes of dQ a cycle that a multiprocessor adds to global memory while all others do so too; fitted at D 256
 }
+SCORE, SEARCH = 3.5, 1  # a warp's instructions for one score of each thread, counted in the machine code; to search for a maximum
 BETWEEN = 1060  # cycles from one tile of Q to the next in addition to its steps (LOG.md: 11 800 for four steps of 2 684)
 GHZ = 1.73  # the clock while such kernels run; the power limit decides: 1.55 to 1.9 were seen
 
@@ -41,15 +42,16 @@ class Step:
         return self.busy["tensor cores"] / self.cycles
 
 
-def forward_step(D: int, groups: int | None = None, keys: int | None = None, stages: int = 2) -> Step:
-    """A step of the forward: `groups` tiles of 64 queries against one of `keys` keys. None: as forward_4_tiles.cuh has it."""
+def forward_step(D: int, groups: int | None = None, keys: int | None = None, stages: int = 2, searches: bool = False) -> Step:
+    """A step of the forward: `groups` tiles of 64 queries against one of `keys` keys. None: as forward_4_tiles.cuh has it.
+    searches: for each tile's maxima, as in float16."""
     tiles = constants("forward_4_tiles.cuh", HEAD_DIM=D)
     groups, keys = groups or tiles["CONSUMERS"], keys or tiles["BLOCK_K"]
     # ---- what one group needs, in cycles
     product = 2 * GROUP_ROWS * keys * D / KNOWN["TENSOR_FLOP"]  # for S; the same for O
     scores = GROUP_ROWS * keys // 128  # of each thread
     exponentials = (scores + 2) * KNOWN["EXPONENTIAL"]
-    instructions = 4.5 * scores + 2.5 * (D + keys) / 16 + 110  # of a warp, counted in the machine code; O is rescaled too rarely to count
+    instructions = (SCORE + SEARCH * searches) * scores + 2.5 * (D + keys) / 16 + 110  # of a warp; O is rescaled too rarely to count
     held = 2 * product - KNOWN["WGMMA_DEPTH"] * D / 2  # the issue blocks until only the last four products of O are left
     # ---- cycles of shared memory: operands of S (64 rows of Q and all of K, 16 columns at a time), of O (V alone), and the copies
     S_operands = D / 16 * 32 * (GROUP_ROWS + keys) / KNOWN["SHARED_BYTES"]
@@ -129,10 +131,10 @@ def measured(part: str, D: int) -> dict[str, float] | None:
     return {**row, "blocks": items, "steps_of_block": steps, "step": step}
 
 
-def problem_cycles(part: str, D: int, B: int, H: int, N: int) -> float:
+def problem_cycles(part: str, D: int, B: int, H: int, N: int, searches: bool = False) -> float:
     """The main kernel of a whole dense problem: the multiprocessors take items in rounds, and the last round is as long as any."""
     items, steps = shape(part, D, B, H, N)
-    step = forward_step(D) if part == "forward" else backward_step(D)
+    step = forward_step(D, searches=searches) if part == "forward" else backward_step(D)
     return math.ceil(items / MULTIPROCESSORS) * (steps * step.cycles + (BETWEEN if part == "forward" else 0))
 
 
