@@ -28,7 +28,6 @@ ONCE = case(dtype=torch.bfloat16)  # P is computed once, by the maxima of the ti
 ONCE_GROWING = case(dtype=torch.bfloat16, sharp=1000, Nk=700)  # until it is too large
 ONCE_WIDE = case(dtype=torch.bfloat16, D=128)
 ONCE_AGAIN = case(dtype=torch.bfloat16, B=2, H=4, Nq=500)  # several work items a block
-WIDE = case(D=128)
 WIDE = case(D=128, Nq=400)
 WIDE_MASKED = case(D=128, mask="heads share")
 WIDEST = case(D=256, H=1)
