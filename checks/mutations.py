@@ -72,6 +72,8 @@ WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
 WIDE_WINDOW_TURNS = case(D=128, Nk=700, window=(200, 0))  # deterministic
 MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
 BLIND_FIRST = case(Nq=500, Nk=128, causal=True, spans="any")  # the first tiles of Q see nothing
+UNSEEN_KEYS = case(Nk=700, window=(100, 0))  # no row sees the first tiles of keys
+UNSEEN_KEYS_WIDE = case(D=128, Nk=700, window=(100, 0))
 LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 # dO is NaN in rows that attend nothing.
 DEAD_ROWS = case(mask="dead rows")
@@ -538,6 +540,14 @@ TABLE = {
         ("ptx::advance(dS_part, k * 16 * ROW_BYTES)", "ptx::advance(dS_part, k * 32)", WIDE_MASKED),
         ("ptx::mbarrier_wait(KV_full, 0);", NO_WAIT, PLAIN),
         ("Tile_Q::BYTES + ROWS_BYTES + more_bytes);", "Tile_Q::BYTES + more_bytes);", PLAIN),
+        ("ptx::mbarrier_wait(barrier(barriers.KV_empty, buffer.stage), buffer.parity ^ 1);", NO_WAIT, UNSEEN_KEYS),
+        ("ptx::mbarrier_arrive(barrier(barriers.KV_empty, buffer.stage));", ";", UNSEEN_KEYS),
+        ("ptx::mbarrier_arrive(ptx::smem_address(&barriers.unit_wanted));", ";", WINDOW),
+        ("ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);", NO_WAIT, WINDOW),
+        ("ptx::mbarrier_arrive(barrier(barriers.dO_full, at.slot().stage));", ";", UNSEEN_KEYS),
+        ("ptx::mbarrier_arrive(barrier(barriers.empty, now.slot().stage));", ";", UNSEEN_KEYS),
+        ("ptx::mbarrier_wait(barrier(barriers.dS_full, now.n % 2), now.n / 2 & 1);", NO_WAIT, UNSEEN_KEYS_WIDE),
+        ("const uint8_t* dK_smem = smem + (K_smem - KV_smem);", "const uint8_t* dK_smem = smem;", WINDOW),
     ],
     ("hopper", "backward_hopper_visit.cuh"): [
         ("cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);", "cut = !bounds.see_whole(k_tile * BLOCK_K + 1, BLOCK_K - 1);", TILE_START),
@@ -547,10 +557,12 @@ TABLE = {
         ("max(0, k_tile * BLOCK_K - diagonal(p)) / BLOCK_Q - 1", "max(0, k_tile * BLOCK_K - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
         ("heads - last + block % last", "block % last", case(D=128, H=5, Nq=70, Nk=70, causal=True)),
         (
-            "const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;",
-            "const int unit = blockIdx.x / 2;",
+            "const int unit = maps.order != nullptr ? maps.order[place] : place;",
+            "const int unit = place / 2;",
             MANY_DOCUMENTS,
         ),
+        ("tile >= 0 && round == its_round", "tile >= 0", WINDOW),  # the next unit's tiles are taken for this one's
+        ("blocks + atomicAdd(workspace.added, 1)", "blocks + 2 * atomicAdd(workspace.added, 1)", WINDOW),
         ("end_bh((b_kv_h + 1) * (p.H / p.Hkv))", "end_bh(b_kv_h * (p.H / p.Hkv) + 1)", STRUCTURED_GROUPED),
         ("if (LEAVES_OUT) unit = maps.order.units[unit];", "if (LEAVES_OUT) unit = maps.order.units[unit / 2];", STRUCTURED),
     ],

@@ -11,6 +11,9 @@
 //
 // In plain calls the idle warps of the loading group round and store dQ of earlier heads, and their memory is used again (backward_hopper_slots.cuh).
 //
+// With intervals alone, blocks are persistent: a unit of work is a tile of keys, and while one is computed, the next one's K and V arrive. Tiles of Q flow
+// through the same ring from one unit to the next; the message beside each tile says which unit it belongs to.
+//
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 128 that are multiples of 8.
 //
 // One file because its kernel is one schedule; what the three hopper backwards share is in backward_hopper.cuh.
@@ -32,9 +35,15 @@ constexpr int CONSUMERS = 2, HALVES = 1;
 static_assert(HEAD_DIM <= 128 && HEAD_DIM % 16 == 0 && V_HEAD_DIM == HEAD_DIM, "wider heads: backward_4_hopper_wide.cu");
 // Not with other features: the idle warps' registers would spill.
 #define FINISHES_DQ (!MASK && !INTERVAL && !SCORE && !DROPOUT)
+// Whether a block takes one unit after another. Not with other features: shared memory has no room for a second K and V, or registers do not suffice.
+#define PERSISTENT (INTERVAL && !MASK && !SCORE && !DROPOUT)
 #include "backward_hopper.cuh"
 
 constexpr int N_TILES = BLOCK_Q / 8;
+// Addresses are computed before the waits for what they address, not after. Elsewhere the compiler's own order is up to 6 % faster.
+constexpr bool EARLY = !MASK && !SCORE && !DROPOUT;
+// Plain calls are 1 to 3 % faster with signed arithmetic, others slower.
+using ThreadNumber = std::conditional_t<FINISHES_DQ, int, unsigned>;
 // dS in shared memory: its rows are queries, as dQ = dS K reads them. In wide heads its rows are keys instead under a mask, which is 5 % faster there, and
 // where the hook for scores leaves no registers for the first layout.
 constexpr bool DS_BY_KEYS = HEAD_DIM > 64 && (MASK || SCORE == (SCORE_SOFTCAP | SCORE_BIAS | SCORE_ALIBI));
@@ -42,6 +51,8 @@ using Tile_dS = std::conditional_t<DS_BY_KEYS, SwizzledTile<BLOCK_K, BLOCK_Q>, S
 // Causal, with intervals, and where a mask leaves out tiles, one group adds its part of dQ before it issues dK, the other group after: one adds while the
 // other multiplies. Not when blocks take turns.
 constexpr bool ALTERNATES = (CAUSAL || INTERVAL) && !DQ_LATE && !MASK && !DROPOUT && !SCORE;
+// Whether blocks that need not take turns have a kernel of their own, without the code for turns.
+constexpr bool ANY_ORDER_APART = ALTERNATES || PERSISTENT;
 // A group computes 64 rows of dQ, or, if a tile has only 64 rows, half of the columns; columns beyond the head's last are 0.
 constexpr bool BY_ROWS = BLOCK_Q == 128;
 constexpr int COLUMNS = BY_ROWS || HEAD_DIM > 64 ? 64 : 32;
@@ -50,13 +61,18 @@ using Tile_bias = SwizzledTile<BLOCK_Q, BLOCK_K>;
 constexpr int BIAS_BYTES = BIASED ? Tile_bias::BYTES : 0;
 #include "backward_hopper_bias.cuh"
 
-constexpr int SMEM_BYTES = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_dS::BYTES + STAGES * (BIAS_BYTES + 2 * ROWS_BYTES + MASK_BYTES + SEEN_BYTES);
+constexpr int KV_BYTES = 2 * Tile_K::BYTES;
+constexpr int SMEM_BYTES = KV_BUFFERS * KV_BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_dS::BYTES + STAGES * (BIAS_BYTES + 2 * ROWS_BYTES + MASK_BYTES + SEEN_BYTES);
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 // "full": the bytes have arrived (Q's barrier counts the mask's too), or every computing thread has written its part. "empty": every computing thread has
-// finished reading them. "dQ_added": every computing thread has added all that it adds to dQ.
+// finished reading them. "dQ_added": every computing thread has added all that it adds to dQ. "unit_known": the next unit's numbers are in shared memory.
+// "unit_wanted": all loads of the unit before have been issued.
 struct Barriers {
-    uint64_t KV_full, Q_full[STAGES], dO_full[STAGES], empty[STAGES];
+    uint64_t KV_full[KV_BUFFERS], Q_full[STAGES], dO_full[STAGES], empty[STAGES];
+#if PERSISTENT
+    uint64_t KV_empty[KV_BUFFERS], unit_known[KV_BUFFERS], unit_wanted;
+#endif
 #if FINISHES_DQ
     uint64_t dQ_added;
 #endif
@@ -65,35 +81,46 @@ struct Barriers {
 #endif
 };
 
-// LEAVES_OUT: whether the mask lets tiles be skipped. For false, the code is the same as without a scan of the mask.
-template <bool ALTERNATE, bool LEAVES_OUT>
+// ANY_ORDER: blocks never take turns. LEAVES_OUT: whether the mask lets tiles be skipped. For false, the code is the same as without a scan of the mask.
+template <bool ANY_ORDER, bool LEAVES_OUT>
 __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
-    const uint32_t K_smem = ptx::smem_address(smem);                 // [BLOCK_K, HEAD_DIM]
-    const uint32_t V_smem = K_smem + Tile_K::BYTES;                  // [BLOCK_K, HEAD_DIM]
-    const uint32_t QdO_smem = V_smem + Tile_K::BYTES;                // STAGES × (Q [BLOCK_Q, HEAD_DIM], dO [BLOCK_Q, HEAD_DIM])
-    const uint32_t dS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;  // 2 × dS [BLOCK_Q, BLOCK_K], or transposed
-    constexpr int BIAS_OFFSET = 2 * Tile_K::BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_dS::BYTES;  // STAGES × bias [BLOCK_Q, BLOCK_K]
+    const uint32_t KV_smem = ptx::smem_address(smem);                // KV_BUFFERS × (K [BLOCK_K, HEAD_DIM], V [BLOCK_K, HEAD_DIM])
+    const uint32_t QdO_smem = KV_smem + KV_BUFFERS * KV_BYTES;       // STAGES × (Q [BLOCK_Q, HEAD_DIM], dO [BLOCK_Q, HEAD_DIM])
+    [[maybe_unused]] const uint32_t dS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;  // 2 × dS [BLOCK_Q, BLOCK_K], or transposed
+    constexpr int BIAS_OFFSET = KV_BUFFERS * KV_BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_dS::BYTES;  // STAGES × bias [BLOCK_Q, BLOCK_K]
     constexpr int ROWS_OFFSET = BIAS_OFFSET + STAGES * BIAS_BYTES;
     const float* rows_smem = reinterpret_cast<const float*>(smem + ROWS_OFFSET);  // STAGES × (LSE [BLOCK_Q], Delta [BLOCK_Q])
-    uint8_t* mask_smem = smem + ROWS_OFFSET + STAGES * 2 * ROWS_BYTES;            // STAGES × [BLOCK_K] BitRow
+    [[maybe_unused]] uint8_t* mask_smem = smem + ROWS_OFFSET + STAGES * 2 * ROWS_BYTES;  // STAGES × [BLOCK_K] BitRow
 #if INTERVAL
     __shared__ Told told_smem[STAGES];
+#if PERSISTENT
+    __shared__ Unit units_smem[KV_BUFFERS];
+#endif
     constexpr int SEEN_OFFSET = ROWS_OFFSET + STAGES * (2 * ROWS_BYTES + MASK_BYTES);
     const uint2* seen_smem = reinterpret_cast<const uint2*>(smem + SEEN_OFFSET);  // STAGES × [BLOCK_Q]: each row's first column, and how many
 #endif
-    const uint32_t KV_full = ptx::smem_address(&barriers.KV_full);
     auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
 
-    // One block computes dK and dV of BLOCK_K keys.
+    // A unit of work is dK and dV of BLOCK_K keys.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
-    const Unit its = unit_of_block<LEAVES_OUT>(p, maps, k_tiles);
-    const int k_tile = its.k_tile, b_kv_h = its.b_kv_h;
-    const int j0 = k_tile * BLOCK_K, offset = diagonal(p);                   // causal: row i sees columns j ≤ i + offset
+#if !PERSISTENT
+    const uint32_t KV_full = ptx::smem_address(barriers.KV_full), K_smem = KV_smem, V_smem = K_smem + Tile_K::BYTES;
+    const Unit its = unit_at<LEAVES_OUT>(p, maps, k_tiles, blockIdx.x);
+    const int k_tile = its.k_tile, b_kv_h = its.b_kv_h, j0 = k_tile * BLOCK_K;
+#endif
+    [[maybe_unused]] const int offset = diagonal(p);  // causal: row i sees columns j ≤ i + offset
 
     if (threadIdx.x == 0) {
-        ptx::mbarrier_init(KV_full, FINISHES_DQ ? 2 : 1);
+        for (int buffer = 0; buffer < KV_BUFFERS; ++buffer) ptx::mbarrier_init(barrier(barriers.KV_full, buffer), FINISHES_DQ ? 2 : 1);
+#if PERSISTENT
+        for (int buffer = 0; buffer < KV_BUFFERS; ++buffer) {
+            ptx::mbarrier_init(barrier(barriers.KV_empty, buffer), GROUP * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.unit_known, buffer), 1);
+        }
+        ptx::mbarrier_init(ptx::smem_address(&barriers.unit_wanted), 1);
+#endif
 #if FINISHES_DQ
         ptx::mbarrier_init(ptx::smem_address(&barriers.dQ_added), GROUP * CONSUMERS);
 #endif
@@ -114,28 +141,22 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        // ---- the producer: one thread issues all loads; the other warps finish dQ of an earlier head
+        // ---- the producer: one thread issues all loads; the other warps finish dQ of an earlier head, or one of them takes units of work
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             const Workspace& workspace = workspace_of(p, maps);
-            ptx::mbarrier_arrive_expect_tx(KV_full, 2 * Tile_K::BYTES);
-            load_boxes<Tile_K, RowOrder>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-            load_boxes<Tile_K, RowOrder>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
-#if INTERVAL
-            Visit at(p, maps, k_tile, b_kv_h);
-            for (; at.more(); at.advance(maps)) {
-#else
-            for (VisitOf<LEAVES_OUT> at(p, maps, k_tile, b_kv_h); at.more(); at.advance(p)) {
-#endif
+            // The tile of Q that `at` is at, and what belongs to it.
+            auto load_tile = [&](const auto& at) {
                 const Slot<STAGES> slot = at.slot();
                 const int stage = slot.stage, i0 = at.tile * BLOCK_Q;
                 const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
-                const uint32_t rows = K_smem + ROWS_OFFSET + stage * 2 * ROWS_BYTES;
+                const uint32_t rows = KV_smem + ROWS_OFFSET + stage * 2 * ROWS_BYTES;
                 auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t rows, const float* of_rows, uint32_t full, int more_bytes) {
                     ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES + ROWS_BYTES + more_bytes);
                     load_boxes<Tile_Q>(tile, map, i0, at.bh % p.H, at.bh / p.H, full);
                     ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
                 };
+                if (EARLY) ptx::compute_now(at.bh / p.H);
                 ptx::mbarrier_wait(barrier(barriers.empty, stage), slot.parity ^ 1);  // returns immediately in the first round
                 const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES;
 #if INTERVAL
@@ -145,23 +166,76 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 const int bias_bytes = one_bias_row(p) ? Tile_bias::PANELS * ROW_BYTES : BIAS_BYTES;
                 load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES + SEEN_BYTES + bias_bytes);
                 for (int panel = 0; panel < Tile_bias::PANELS; ++panel)
-                    ptx::cp_async_bulk_tensor_4d(K_smem + BIAS_OFFSET + stage * BIAS_BYTES + panel * Tile_bias::PANEL_BYTES, &maps.bias,
+                    ptx::cp_async_bulk_tensor_4d(KV_smem + BIAS_OFFSET + stage * BIAS_BYTES + panel * Tile_bias::PANEL_BYTES, &maps.bias,
                                                  j0 + panel * BIAS_PANEL, one_bias_row(p) ? 0 : i0, at.bh % p.H, at.bh / p.H, barrier(barriers.Q_full, stage));
 #else
                 load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES + SEEN_BYTES);
 #endif
 #if INTERVAL
-                ptx::cp_async_bulk(K_smem + SEEN_OFFSET + stage * SEEN_BYTES, maps.seen + row, SEEN_BYTES, barrier(barriers.Q_full, stage));
+                ptx::cp_async_bulk(KV_smem + SEEN_OFFSET + stage * SEEN_BYTES, maps.seen + row, SEEN_BYTES, barrier(barriers.Q_full, stage));
 #endif
-                if (MASK)
-                    ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + stage * MASK_BYTES), &maps.mask, one_row(p) ? 0 : i0 / BIT_COLUMNS * 4, j0,
-                                                 at.bh % p.H, at.bh / p.H, barrier(barriers.Q_full, stage));
+#if MASK
+                ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + stage * MASK_BYTES), &maps.mask, one_row(p) ? 0 : i0 / BIT_COLUMNS * 4, j0,
+                                             at.bh % p.H, at.bh / p.H, barrier(barriers.Q_full, stage));
+#endif
                 load(Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage), 0);
-            }
+            };
 #if INTERVAL
-            ptx::mbarrier_wait(barrier(barriers.empty, at.slot().stage), at.slot().parity ^ 1);
-            told_smem[at.slot().stage] = {0, -1, 0};
-            ptx::mbarrier_arrive(barrier(barriers.Q_full, at.slot().stage));
+            // A message without a tile.
+            auto tell = [&](int n, const Told& told) {
+                const Slot<STAGES> slot(n);
+                ptx::mbarrier_wait(barrier(barriers.empty, slot.stage), slot.parity ^ 1);
+                told_smem[slot.stage] = told;
+                ptx::mbarrier_arrive(barrier(barriers.Q_full, slot.stage));
+            };
+#endif
+#if PERSISTENT
+            Visit at;
+            for (;; ++at.round) {
+                const Slot<KV_BUFFERS> buffer(at.round);
+                ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);
+                const Unit its = units_smem[buffer.stage];
+                if (its.k_tile == NO_UNIT) break;
+                at.begin_unit(p, maps, its.k_tile, its.b_kv_h);
+                if (!at.more()) {
+                    tell(at.n, {0, NO_TILE, 0, at.round});
+                    ptx::mbarrier_arrive(barrier(barriers.dO_full, at.slot().stage));
+                    ++at.n;
+                }
+                for (; at.more(); at.advance(maps)) load_tile(at);
+                ptx::mbarrier_arrive(ptx::smem_address(&barriers.unit_wanted));
+            }
+            tell(at.n, {0, NO_UNIT, 0, at.round});
+        } else if (threadIdx.x == 32) {
+            // Takes units and loads their K and V.
+            int place = blockIdx.x;
+            for (int round = 0;; ++round) {
+                const Slot<KV_BUFFERS> buffer(round);
+                ptx::mbarrier_wait(barrier(barriers.KV_empty, buffer.stage), buffer.parity ^ 1);
+                const bool more = place < units_of(p, k_tiles);
+                const Unit its = more ? unit_at<LEAVES_OUT>(p, maps, k_tiles, place) : Unit{NO_UNIT, 0};
+                units_smem[buffer.stage] = its;
+                ptx::mbarrier_arrive(barrier(barriers.unit_known, buffer.stage));
+                if (!more) break;
+                const uint32_t K_smem = KV_smem + buffer.stage * KV_BYTES, full = barrier(barriers.KV_full, buffer.stage);
+                ptx::mbarrier_arrive_expect_tx(full, KV_BYTES);
+                load_boxes<Tile_K, RowOrder>(K_smem, maps.k, its.k_tile * BLOCK_K, its.b_kv_h % p.Hkv, its.b_kv_h / p.Hkv, full);
+                load_boxes<Tile_K, RowOrder>(K_smem + Tile_K::BYTES, maps.v, its.k_tile * BLOCK_K, its.b_kv_h % p.Hkv, its.b_kv_h / p.Hkv, full);
+                // Not earlier: what one block has taken, no other can take when it runs out of work.
+                ptx::mbarrier_wait(ptx::smem_address(&barriers.unit_wanted), round & 1);
+                place = take_place(p, workspace_of(p, maps), k_tiles);
+            }
+#else
+            ptx::mbarrier_arrive_expect_tx(KV_full, KV_BYTES);
+            load_boxes<Tile_K, RowOrder>(K_smem, maps.k, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+            load_boxes<Tile_K, RowOrder>(V_smem, maps.v, j0, b_kv_h % p.Hkv, b_kv_h / p.Hkv, KV_full);
+#if INTERVAL
+            Visit at(p, maps, k_tile, b_kv_h);
+            for (; at.more(); at.advance(maps)) load_tile(at);
+            tell(at.n, {0, NO_TILE, 0});
+#else
+            for (VisitOf<LEAVES_OUT> at(p, maps, k_tile, b_kv_h); at.more(); at.advance(p)) load_tile(at);
+#endif
 #endif
 #if FINISHES_DQ
         } else if (threadIdx.x >= 32) {
@@ -171,10 +245,24 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     } else {
         // ---- the consumers: 64 keys each
         ptx::setmaxnreg_inc<CONSUMER_REGISTERS>();
-        const int consumer = group - 1, warp = threadIdx.x % GROUP / 32, lane = threadIdx.x % 32, t = lane % 4;
+        const int consumer = group - 1;
+        const uint32_t group_rows = consumer * 64 * ROW_BYTES;  // the group's rows of K and V
+#if PERSISTENT
+        ToldVisit now(told_smem, barriers.Q_full);
+        for (int round = 0; now.begin_unit(round); ++round) {
+            const Slot<KV_BUFFERS> buffer(round);
+            // As `base` is unknown to the compiler, it is not computed again for each tile.
+            const uint32_t base = ptx::unknown(KV_smem), K_smem = base + buffer.stage * KV_BYTES, V_smem = K_smem + Tile_K::BYTES;
+            const uint32_t QdO_smem = base + KV_BUFFERS * KV_BYTES, dS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;
+            ptx::mbarrier_wait(barrier(barriers.KV_full, buffer.stage), buffer.parity);
+            const int k_tile = units_smem[buffer.stage].k_tile, b_kv_h = units_smem[buffer.stage].b_kv_h, j0 = k_tile * BLOCK_K;
+            const ThreadNumber thread = ptx::tid_x();  // read again for each unit, so that values derived from it occupy no registers across units
+#else
+        const ThreadNumber thread = threadIdx.x;
+#endif
+        const int warp = thread % GROUP / 32, lane = thread % 32, t = lane % 4;
         const int place = consumer * 64 + warp * 16 + lane / 4;  // in the tile of keys; this thread holds it and the row 8 further on,
         const int first_row = RowOrder::row(place);  // keys first_row and first_row + ROW_STEP
-        const uint32_t group_rows = consumer * 64 * ROW_BYTES;       // the group's rows of K and V
         [[maybe_unused]] const uint32_t dS_lane = Tile_dS::offset(lane % 8 + lane / 16 * 8, consumer * 8 + warp * 2 + lane / 8 % 2);  // for stmatrix
         const float scale_log2 = p.scale * LOG2_E;                   // exp(scale · x) = 2^(scale_log2 · x)
 
@@ -204,11 +292,13 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         };
 
         float dK_rmem[HEAD_DIM / 2] = {}, dV_rmem[HEAD_DIM / 2] = {};
+#if !PERSISTENT
         ptx::mbarrier_wait(KV_full, 0);
 #if INTERVAL
         ToldVisit now(told_smem, barriers.Q_full);
 #else
         VisitOf<LEAVES_OUT> now(p, maps, k_tile, slot_of(maps, b_kv_h));  // its heads are numbered by their slots
+#endif
 #endif
         // Issues the group's part of dQ = dS K for tile number n of the visit.
         auto start_dQ = [&](float(&dQ_rmem)[COLUMNS / 2], int n) {
@@ -234,9 +324,9 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         auto add_dQ_before = [&](const float(&dQ_rmem)[COLUMNS / 2], int n) {
             ptx::mbarrier_arrive(barrier(barriers.dS_empty, n % 2));
             const Workspace& workspace = workspace_of(p, maps);
-            take_turn(p, workspace, row_before, turn_before);
+            if (!ANY_ORDER) take_turn(p, workspace, row_before, turn_before);
             add_dQ<COLUMNS>(workspace, row_before, consumer * COLUMNS, dQ_rmem);
-            end_turn(p, workspace, row_before, turn_before);
+            if (!ANY_ORDER) end_turn(p, workspace, row_before, turn_before);
         };
         // One tile of Q. The first tile has its own copy of the code, because at a branch between products in flight the compiler waits for each of them.
         auto visit = [&](auto first) {
@@ -270,6 +360,9 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                                                     ptx::advance(b, d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32), !from_zero || d > 0);
                 ptx::wgmma_commit_group();
             };
+            if (EARLY) {
+                for (const uint32_t address : {K_smem + group_rows, Q_tile, V_smem + group_rows, dO_tile}) ptx::compute_now(ptx::descriptor(uniform(address)));
+            }
             ptx::mbarrier_wait(barrier(barriers.Q_full, stage), slot.parity);
 #if MASK
             // Key j is seen by the rows from j − offset on.
@@ -441,7 +534,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             }
             row_before = static_cast<int64_t>(now.bh) * workspace_of(p, maps).rows + i0;
 #if INTERVAL
-            turn_before = now.turn(p, maps, k_tile);
+            if (!ANY_ORDER) turn_before = now.turn(p, maps, k_tile);
 #endif
 #else
             ptx::wgmma_fence();
@@ -452,7 +545,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             start_dQ(dQ_rmem, now.n);
             const Workspace& workspace = workspace_of(p, maps);
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
-            if constexpr (ALTERNATE) {
+            if constexpr (ANY_ORDER) {
                 if (consumer == 0) {
                     ptx::wgmma_wait_group<0>();  // both are there: dV and dQ
                     add_dQ<COLUMNS>(workspace, row, 0, dQ_rmem);
@@ -494,6 +587,18 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         }
 #endif
 
+#if PERSISTENT
+        if (now.tile == NO_TILE) {
+            // The unit has no tile. Its message takes part in the barriers as a tile would.
+#if DQ_LATE
+            ptx::mbarrier_arrive(barrier(barriers.dS_full, now.n % 2));
+            ptx::mbarrier_wait(barrier(barriers.dS_full, now.n % 2), now.n / 2 & 1);
+            ptx::mbarrier_arrive(barrier(barriers.dS_empty, now.n % 2));
+#endif
+            ptx::mbarrier_arrive(barrier(barriers.empty, now.slot().stage));
+            now.advance(p);
+        }
+#endif
 #if FINISHES_DQ
         ptx::mbarrier_arrive(ptx::smem_address(&barriers.dQ_added));
 #endif
@@ -509,19 +614,27 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 ptx::st_shared(K_smem + to, ptx::cvt_pair<element>(dK_rmem[4 * n + 2 * r] * dK_scale, dK_rmem[4 * n + 2 * r + 1] * dK_scale));
                 ptx::st_shared(V_smem + to, ptx::cvt_pair<element>(dV_rmem[4 * n + 2 * r] * dV_scale, dV_rmem[4 * n + 2 * r + 1] * dV_scale));
             }
+#if PERSISTENT
+        ptx::fence_proxy_async();  // what this thread wrote, for the next K and V. Here, because it would wait for stores to global memory too
+#endif
         __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
         const int b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv, warp_row = consumer * 64 + warp * 16;
-        store_16_rows<Tile_K, RowOrder>(head_of(p.dk, b, kv_h), smem, p.dk.stride_n, warp_row, lane, j0, p.Nk, p.D);
-        store_16_rows<Tile_K, RowOrder>(head_of(p.dv, b, kv_h), smem + Tile_K::BYTES, p.dv.stride_n, warp_row, lane, j0, p.Nk, p.Dv);
+        const uint8_t* dK_smem = smem + (K_smem - KV_smem);
+        store_16_rows<Tile_K, RowOrder>(head_of(p.dk, b, kv_h), dK_smem, p.dk.stride_n, warp_row, lane, j0, p.Nk, p.D);
+        store_16_rows<Tile_K, RowOrder>(head_of(p.dv, b, kv_h), dK_smem + Tile_K::BYTES, p.dv.stride_n, warp_row, lane, j0, p.Nk, p.Dv);
+#if PERSISTENT
+        ptx::mbarrier_arrive(barrier(barriers.KV_empty, buffer.stage));
+        }
+#endif
     }
 }
 
-template <bool ALTERNATE>
+template <bool ANY_ORDER>
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
 #if LISTED
     if (leaves_out(maps)) return backward<true, true>(p, maps);  // if blocks take turns, they visit every tile
 #endif
-    backward<ALTERNATE, false>(p, maps);
+    backward<ANY_ORDER, false>(p, maps);
 }
 
 extern "C" int64_t workspace_floats(const AttentionParams* params) { return backward_floats(*params); }
@@ -530,5 +643,5 @@ extern "C" int attention(const AttentionParams* params) {
 #if SCORE & SCORE_BIAS
     if (params->scoring.d_bias != nullptr) return launch_backward(backward_kernel<false>, SMEM_BYTES, *params, launch_dbias);
 #endif
-    return launch_backward(ALTERNATES && !params->deterministic ? backward_kernel<ALTERNATES> : backward_kernel<false>, SMEM_BYTES, *params);
+    return launch_backward(ANY_ORDER_APART && !params->deterministic ? backward_kernel<ANY_ORDER_APART> : backward_kernel<false>, SMEM_BYTES, *params);
 }

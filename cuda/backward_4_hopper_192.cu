@@ -69,7 +69,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 
     // One block computes dK and dV of BLOCK_K keys.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
-    const auto [k_tile, b_kv_h] = unit_of_block<LEAVES_OUT>(p, maps, k_tiles);
+    const auto [k_tile, b_kv_h] = unit_at<LEAVES_OUT>(p, maps, k_tiles, blockIdx.x);
     const int j0 = k_tile * BLOCK_K, offset = diagonal(p);                   // causal: row i sees columns j ≤ i + offset
 
     if (threadIdx.x == 0) {
@@ -347,7 +347,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         transpose(Tile_K(), K_smem, dK_rmem, p.scale);
         if (consumer < Tile_V::PANELS) transpose(Tile_V(), V_smem, dV_rmem, 1.0f);
         meet();  // both are whole
-        const int its = LEAVES_OUT ? unit_of_block<LEAVES_OUT>(p, maps, k_tiles).b_kv_h : b_kv_h;  // read anew, to save a register meanwhile
+        const int its = LEAVES_OUT ? unit_at<LEAVES_OUT>(p, maps, k_tiles, blockIdx.x).b_kv_h : b_kv_h;  // read anew, to save a register meanwhile
         const int b = its / p.Hkv, kv_h = its % p.Hkv;
         constexpr int OF_16_ROWS = BLOCK_K / 16;  // warps; as many store dV
         static_assert(2 * OF_16_ROWS == CONSUMERS * GROUP / 32, "each warp stores 16 rows");

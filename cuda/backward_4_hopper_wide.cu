@@ -79,7 +79,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 
     // One block computes dK and dV of BLOCK_K keys.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
-    const auto [k_tile, b_kv_h] = unit_of_block<LEAVES_OUT>(p, maps, k_tiles);
+    const auto [k_tile, b_kv_h] = unit_at<LEAVES_OUT>(p, maps, k_tiles, blockIdx.x);
     const int j0 = k_tile * BLOCK_K, offset = diagonal(p);                   // causal: row i sees columns j ≤ i + offset
 
     if (threadIdx.x == 0) {

@@ -24,6 +24,11 @@ constexpr int PADDED_TO = SCORE & SCORE_BIAS ? DBIAS_ROWS : BLOCK_Q;
 #error "this rung computes in 16-bit types, under masks of bits by keys"
 #endif
 
+#if PERSISTENT
+constexpr int KV_BUFFERS = 2;  // while one unit is computed, the next one's K and V arrive
+#else
+constexpr int KV_BUFFERS = 1;
+#endif
 constexpr int STAGES = 2;  // pairs of Q and dO tiles in shared memory, each with its LSE and Delta
 
 // A tile holds the head's columns in HALVES parts, each padded to whole panels, so that a product of one part starts at a panel.
@@ -39,6 +44,8 @@ struct Maps {
     CUtensorMap q, k, v, d_o, mask;
 #if FINISHES_DQ
     Slots slots;
+#endif
+#if FINISHES_DQ || PERSISTENT
     Workspace workspace;
 #endif
 #if INTERVAL
@@ -54,11 +61,14 @@ struct Maps {
 #endif
 };
 
-#if FINISHES_DQ
+#if FINISHES_DQ || PERSISTENT
 __device__ inline const Workspace& workspace_of(const AttentionParams&, const Maps& maps) { return maps.workspace; }
-__device__ inline int slot_of(const Maps& maps, int b_kv_h) { return maps.slots.of(b_kv_h); }
 #else
 __device__ inline Workspace workspace_of(const AttentionParams& p, const Maps&) { return Workspace(p); }
+#endif
+#if FINISHES_DQ
+__device__ inline int slot_of(const Maps& maps, int b_kv_h) { return maps.slots.of(b_kv_h); }
+#else
 __device__ inline int slot_of(const Maps&, int b_kv_h) { return b_kv_h; }
 #endif
 
@@ -205,14 +215,18 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         // First, because it creates the CUDA context of a thread that has not used the device yet; making tensor maps does not.
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
 #if INTERVAL
-        Maps maps = {{}, {}, {}, {}, {}, Summaries(p, workspace.summaries(p), BLOCK_Q, BLOCK_K), workspace.seen(p),
-                     p.deterministic || p.seen.spans == nullptr ? nullptr : Order(workspace_for_order(p)).units};
+        Maps maps = {};
+        maps.summaries = Summaries(p, workspace.summaries(p), BLOCK_Q, BLOCK_K), maps.seen = workspace.seen(p);
+        maps.order = p.deterministic || p.seen.spans == nullptr ? nullptr : Order(workspace_for_order(p)).units;
         if (maps.order != nullptr) error = put_longest_first(p, KeyTileLength{maps.summaries}, Order(workspace_for_order(p)), k_blocks, p.sm_count);
 #else
         Maps maps = {};
 #endif
 #if FINISHES_DQ
-        maps.slots = slots, maps.workspace = workspace;
+        maps.slots = slots;
+#endif
+#if FINISHES_DQ || PERSISTENT
+        maps.workspace = workspace;
 #endif
 #if LISTED
         maps.seen_tiles = seen_tiles, maps.order = order;
@@ -226,7 +240,13 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         if (error == cudaSuccess && p.Nq > 0) error = make_bias_map(&maps.bias, p, BLOCK_Q);
 #endif
         if (error != cudaSuccess) return error;
-        launch_kernel(kernel, static_cast<unsigned>(k_blocks), THREADS, smem_bytes, p.stream, p, maps);
+#if PERSISTENT
+        // Without rows nothing has set the count of units that blocks take to 0.
+        const unsigned blocks = static_cast<unsigned>(p.Nq == 0 ? k_blocks : std::min<int64_t>(k_blocks, p.sm_count));
+#else
+        const unsigned blocks = static_cast<unsigned>(k_blocks);
+#endif
+        launch_kernel(kernel, blocks, THREADS, smem_bytes, p.stream, p, maps);
         if (more != nullptr) error = more(p, maps);
         if (error != cudaSuccess) return error;
     }

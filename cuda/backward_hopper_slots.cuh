@@ -26,7 +26,7 @@ inline Slots slots_of(const AttentionParams& p) {
     if (k_tiles < LEAST_TILES || p.Nq == 0 || rows < LEAST_ROWS) return Slots::of_all_heads(p);
     auto heads_of = [&](int64_t blocks) { return tiles_of(blocks, static_cast<int>(k_tiles)); };
     // A round and a half of blocks lies between a head and the one that its blocks finish, and a round until its slot is used again. Blocks of the last heads
-    // that start in another order (unit_of_block) must finish and replace heads before all of these.
+    // that start in another order (unit_at) must finish and replace heads before all of these.
     const int64_t reordered = CAUSAL && HEAD_DIM > 64 && 3 * k_tiles <= 2 * p.sm_count ? std::min(heads, p.sm_count / k_tiles * 2) : 0;
     const int64_t lag = std::max(reordered, 1 + heads_of(3 * p.sm_count / 2)), count = lag + std::max(reordered, 1 + heads_of(p.sm_count));
     if (lag >= heads) return Slots::of_all_heads(p);

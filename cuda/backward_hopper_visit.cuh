@@ -2,17 +2,20 @@
 // include the keys, or those that the mask leaves visible. Maps is in backward_hopper.cuh.
 #pragma once
 
+constexpr int NO_TILE = -1, NO_UNIT = -2;  // in place of a tile's number
+
 // A block's tile of keys and its head, b·Hkv + kv_h: head after head, whose Q, dO and dQ then stay in the L2 cache. Causal: a head's first keys are
 // seen by the most rows, and start first. LEAVES_OUT: whether the mask lets tiles be skipped.
 struct Unit {
-    int k_tile, b_kv_h;
+    int k_tile, b_kv_h;  // NO_UNIT: there is none
 };
+// place: in the order of units.
 template <bool LEAVES_OUT>
-__device__ inline Unit unit_of_block([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] const Maps& maps, int k_tiles) {
+__device__ inline Unit unit_at([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] const Maps& maps, int k_tiles, unsigned place) {
 #if INTERVAL
-    const int unit = maps.order != nullptr ? maps.order[blockIdx.x] : blockIdx.x;
+    const int unit = maps.order != nullptr ? maps.order[place] : place;
 #else
-    unsigned unit = blockIdx.x;
+    unsigned unit = place;
 #endif
 #if LISTED
     if (LEAVES_OUT) unit = maps.order.units[unit];
@@ -27,21 +30,39 @@ __device__ inline Unit unit_of_block([[maybe_unused]] const AttentionParams& p, 
     return {static_cast<int>(unit % k_tiles), static_cast<int>(unit / k_tiles)};
 }
 
+#if PERSISTENT
+// Each block begins with the unit of its own number, and takes further ones in their order when it has issued the loads of the one before.
+__device__ inline int units_of(const AttentionParams& p, int k_tiles) { return k_tiles * p.Hkv * p.B; }
+__device__ inline int take_place(const AttentionParams& p, const Workspace& workspace, int k_tiles) {
+    const int blocks = gridDim.x, units = units_of(p, k_tiles);
+    return blocks < units ? blocks + atomicAdd(workspace.added, 1) : units;
+}
+#endif
+
 // The tiles of Q that see some of a block's keys, of every query head that shares them: head bh = b·H + h, tile, and its index among them. Causal:
 // from the last tile down, so that the blocks of a head reach the same tile at about the same time; when blocks take turns, this order is required.
 #if INTERVAL
 // Determining these tiles takes several dependent reads. So only the producer does it, ahead of the consumers, and tells them.
 struct Told {
-    int bh, tile;  // a tile of −1: there is no more
+    int bh, tile;  // NO_TILE: there is no more, or, if units follow, this one has none; NO_UNIT: no more units
     int cut;       // whether some row does not see all of the block's keys
+#if PERSISTENT
+    int round;     // how many units the block has had before this one
+#endif
 };
 
 struct Visit : Told {
     int first, end_bh, n = 0;  // the head's first tile
-    const int k_tile;
+    int k_tile;
 
-    __device__ Visit(const AttentionParams& p, const Maps& maps, int k_tile, int b_kv_h) : k_tile(k_tile) {
-        const int group = p.H / p.Hkv;
+#if PERSISTENT
+    __device__ Visit() { round = 0; }
+#else
+    __device__ Visit(const AttentionParams& p, const Maps& maps, int k_tile, int b_kv_h) { begin_unit(p, maps, k_tile, b_kv_h); }
+#endif
+    __device__ void begin_unit(const AttentionParams& p, const Maps& maps, int its_k_tile, int b_kv_h) {
+        const int group = p.H / ptx::unknown(p.Hkv);  // so that it occupies no register between units
+        k_tile = its_k_tile;
         bh = b_kv_h * group, end_bh = bh + group;
         if (p.Nq > 0) enter(maps), settle(maps);
         else bh = end_bh;
@@ -74,10 +95,22 @@ private:
 struct ToldVisit : Told {
     const Told* told;  // [STAGES], in shared memory
     uint32_t Q_full;   // barriers
-    int n = 0;
+    unsigned n = 0;
+#if PERSISTENT
+    int its_round;
+#endif
 
     __device__ ToldVisit(const Told* told, const uint64_t* Q_full) : told(told), Q_full(ptx::smem_address(Q_full)) { listen(); }
+#if PERSISTENT
+    // Whether there is another unit, number n of the block. Its first message is there already.
+    __device__ bool begin_unit(int n) {
+        its_round = n;
+        return tile != NO_UNIT;
+    }
+    __device__ bool more() const { return tile >= 0 && round == its_round; }
+#else
     __device__ bool more() const { return tile >= 0; }
+#endif
     __device__ void advance(const AttentionParams&) { ++n, listen(); }
     __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
     // How many blocks before this one add to the tile's dQ.
@@ -90,6 +123,9 @@ private:
         ptx::mbarrier_wait(Q_full + slot().stage * sizeof(uint64_t), slot().parity);
         const Told& now = told[slot().stage];
         bh = uniform(now.bh), tile = uniform(now.tile), cut = uniform(now.cut);
+#if PERSISTENT
+        round = uniform(now.round);
+#endif
     }
 };
 #else

@@ -28,6 +28,13 @@ __device__ inline T unknown(T x) {
     return x;
 }
 
+// Computes x here, not where it is first used. Integers only.
+template <class T>
+__device__ inline void compute_now(T x) {
+    if constexpr (sizeof(T) == 8) asm volatile("" ::"l"(x));
+    else asm volatile("" ::"r"(x));
+}
+
 __device__ inline int ctaid_x() {
     int x;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));

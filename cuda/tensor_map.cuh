@@ -9,7 +9,7 @@
 template <int STAGES>
 struct Slot {
     int stage, parity;
-    __device__ explicit Slot(int n) : stage(n % STAGES), parity(n / STAGES & 1) {}
+    __device__ explicit Slot(unsigned n) : stage(n % STAGES), parity(n / STAGES & 1) {}
 };
 
 // Boxes of `rows` rows and `columns` columns. What lies beyond N or D arrives as zeros. Broadcast dimensions have stride 0.

@@ -12,6 +12,9 @@ namespace ptx {
 inline uint32_t smem_address(const void* p) { return emulator::shared_address(p); }
 inline int tid_x() { return emulator::thread_x(); }
 template <class T>
+void compute_now(T) {}
+
+template <class T>
 T unknown(T x) {
     return x;
 }
