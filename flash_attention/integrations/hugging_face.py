@@ -145,6 +145,10 @@ class Pattern(NamedTuple):
         return None
 
     @property
+    def hides_nothing(self) -> bool:
+        return self.left is self.right is self.document is self.keys is None
+
+    @property
     def spans(self) -> Tensor | None:
         """(B, 1, N, 2), of the documents."""
         if self.document is None:
@@ -158,9 +162,9 @@ class Pattern(NamedTuple):
         seen = visible.dense(slice(0, Nq), slice(0, Nk), device)
         return seen if self.keys is None else seen & self.keys[:, None, None]
 
-    def options(self, Nq: int, Nk: int) -> tuple[slice, dict[str, Any]] | None:
-        """The keys to attend, and `flash_attention()`'s options for them, aligned to the last one; None if options cannot express the
-        pattern."""
+    def options(self, Nq: int, Nk: int) -> tuple[slice | None, dict[str, Any]] | None:
+        """The keys to attend (None: all), and `flash_attention()`'s options for them, aligned to the last one; None if options cannot
+        express the pattern."""
         left, right, diagonal = self.left, self.right, self.diagonal
         stop = Nk if right is None else min(Nk, Nq + diagonal + right)
         start = 0
@@ -169,7 +173,8 @@ class Pattern(NamedTuple):
         if ((left, right) != (None, None) and stop - Nq != diagonal) or not 0 <= start < stop:
             return None
         options = {"causal": right == 0, "window": None if left is None and right in (None, 0) else (left, right), "spans": self.spans}
-        return slice(start, stop), options | {"mask": None if self.keys is None else self.keys[:, start:stop]}
+        attended = None if (start, stop) == (0, Nk) else slice(start, stop)
+        return attended, options | {"mask": None if self.keys is None else self.keys[:, start:stop]}
 
 
 def _tighter(*limits: int | None) -> int | None:
@@ -196,6 +201,13 @@ class ImpliedMask(Tensor):
     def __init__(self, shape: tuple[int, ...], pattern: Pattern, device: torch.device | str) -> None:
         self.pattern = pattern
         self.written: Tensor | None = None  # once an operation has read it, and perhaps changed it
+        self.kept: tuple = ((), None)  # the lengths for which `options` was called last, and what it returned
+
+    def options(self, Nq: int, Nk: int) -> tuple[slice | None, dict[str, Any]] | None:
+        """`Pattern.options`, computed once for all layers."""
+        if self.kept[0] != (Nq, Nk):
+            self.kept = (Nq, Nk), self.pattern.options(Nq, Nk)
+        return self.kept[1]
 
     def write(self) -> Tensor:
         if self.written is None:
@@ -249,7 +261,7 @@ def attention(
     Nq, Nk = query.shape[2], key.shape[2]
     pattern = None  # of what a row sees, where it is not a mask in memory
     if isinstance(attention_mask, ImpliedMask):
-        everything = attention_mask.pattern._replace(diagonal=0) == Pattern()  # for all queries
+        everything = attention_mask.pattern.hides_nothing  # for all queries
         if attention_mask.written is None and (everything or attention_mask.shape[2:] == (Nq, Nk)):
             pattern = attention_mask.pattern
     elif attention_mask is None:
@@ -258,14 +270,17 @@ def attention(
         pattern = Pattern(None if window is None else window - 1, 0 if causal else None, Nk - Nq)
     if others:
         pattern = _check(module, query, attention_mask, pattern, others)
+    implied = isinstance(attention_mask, ImpliedMask)
+    added = position_bias is not None or (attention_mask is not None and not implied and attention_mask.is_floating_point())
     # Where PyTorch's own kernels add to the scores faster.
-    to_torch = softcap is None and s_aux is None and not cuda.adds_quickly(query, value)
-    attended = slice(None)
+    to_torch = added and softcap is None and s_aux is None and not cuda.adds_quickly(query, value)
+    attended = None
     options: dict[str, Any] = {}
     dense = indices is not None or (position_bias is not None and to_torch)
-    if pattern is not None and not dense and (found := pattern.options(Nq, Nk)):
+    kept = implied and pattern is attention_mask.pattern and not torch.compiler.is_compiling()
+    if pattern is not None and not dense and (found := (attention_mask if kept else pattern).options(Nq, Nk)):
         attention_mask, (attended, options) = None, found
-    elif isinstance(attention_mask, ImpliedMask):
+    elif implied:
         attention_mask = attention_mask.write()
     elif attention_mask is None and pattern != Pattern(diagonal=Nk - Nq):
         attention_mask = pattern.dense(Nq, Nk, query.device)
@@ -286,13 +301,14 @@ def attention(
     if not query.shape[0] == key.shape[0] == value.shape[0]:  # learned queries, once for the whole batch
         B = torch.broadcast_shapes(*((x.shape[0],) for x in (query, key, value)))[0]
         query, key, value = (x.expand(B, -1, -1, -1) for x in (query, key, value))
-    key, value = key[:, :, attended], value[:, :, attended]
-    options |= {"scale": scaling, "dropout_p": dropout}
+    if attended is not None:
+        key, value = key[:, :, attended], value[:, :, attended]
+        bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., attended]
+    options = {"mask": attention_mask, **options, "scale": scaling, "dropout_p": dropout}
     if bias is not None:
-        options["bias"] = bias if bias.shape[-1] == 1 else bias[..., attended]
+        options["bias"] = bias
     if softcap is not None:
         options["softcap"] = softcap
-    options = {"mask": attention_mask} | options
     if s_aux is None:
         O = flash_attention(query, key, value, **options)  # (B, H, Nq, Dv)
     else:
