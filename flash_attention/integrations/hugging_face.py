@@ -260,7 +260,8 @@ def attention(
     """
     Nq, Nk = query.shape[2], key.shape[2]
     pattern = None  # of what a row sees, where it is not a mask in memory
-    if isinstance(attention_mask, ImpliedMask):
+    implied = isinstance(attention_mask, ImpliedMask)
+    if implied:
         everything = attention_mask.pattern.hides_nothing  # for all queries
         if attention_mask.written is None and (everything or attention_mask.shape[2:] == (Nq, Nk)):
             pattern = attention_mask.pattern
@@ -270,7 +271,6 @@ def attention(
         pattern = Pattern(None if window is None else window - 1, 0 if causal else None, Nk - Nq)
     if others:
         pattern = _check(module, query, attention_mask, pattern, others)
-    implied = isinstance(attention_mask, ImpliedMask)
     added = position_bias is not None or (attention_mask is not None and not implied and attention_mask.is_floating_point())
     # Where PyTorch's own kernels add to the scores faster.
     to_torch = added and softcap is None and s_aux is None and not cuda.adds_quickly(query, value)
