@@ -82,7 +82,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = N
         return _Attention.apply(q, k, v, options)
     options |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), _ends(documents, q.device))
     options |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), max(documents))
-    return _Attention.apply(q[0], k[0], v[0], options)[None]
+    # Not q[0]: its backward would copy each gradient into a tensor of zeros, on FlashAttention-3's clock.
+    return _Attention.apply(*(x.squeeze(0) for x in (q, k, v)), options).unsqueeze(0)
 
 
 @cache

@@ -197,7 +197,7 @@ def check_choice_of_tall_tiles(B, H, N, D, causal, tall):
     ],
 )
 def check_wide_heads_without_dropout(D, Dv, options):
-    """Up to 192 columns the backward has another kernel, unless there is dropout, or a mask over intervals."""
+    """Up to 192 columns the backward has another kernel, unless there is dropout, or a mask over intervals; plain calls above have one, too."""
     against_truth(Case(B=1, H=2, Nq=200, Nk=150, D=D, Dv=Dv, dtype=torch.bfloat16, **options), target("hopper"))
 
 
@@ -217,19 +217,50 @@ def same_in_any_order(case: Case, where: Target, orders: int) -> None:
             assert first is again is None or torch.equal(first, again)
 
 
-@pytest.mark.parametrize(("D", "causal"), [(160, True), only_full(192, False), (256, True)])
-def check_wide_heads_do_not_depend_on_order(D, causal):
+@pytest.mark.parametrize(
+    ("D", "options"), [(160, {"causal": True}), only_full(192, {}), (256, {"causal": True}), (256, {"causal": True, "mask": "heads share"})]
+)
+def check_wide_heads_do_not_depend_on_order(D, options):
     """A deterministic backward above 128 columns gives the same bits in whatever order threads run."""
-    case = Case(B=1, H=1, Nq=200, Nk=300, D=D, dtype=torch.float16, causal=causal)
+    case = Case(B=1, H=1, Nq=200, Nk=300, D=D, dtype=torch.float16, **options)
     same_in_any_order(case, target("hopper"), orders=3)
 
 
 # Three, four and five tiles of keys: the last four, two and two heads of six.
-@pytest.mark.parametrize(("D", "SMs"), [(128, 6), only_full(192, 6), (256, 8)])
-def check_last_heads_start_together(D, SMs, monkeypatch):
+@pytest.mark.parametrize(("D", "SMs", "dropout_p"), [(128, 6, 0), only_full(192, 6, 0), (256, 8, 0.25)])
+def check_last_heads_start_together(D, SMs, dropout_p, monkeypatch):
     """A causal backward above D 64 assigns the last heads' tiles to blocks in another order: every tile of every head still has a block."""
     monkeypatch.setattr(emulated, "SM_COUNT", SMs)
-    against_truth(Case(B=2, H=3, Nq=130, Nk=300, D=D, dtype=torch.float16, causal=True), target("hopper"))
+    case = Case(B=2, H=3, Nq=130, Nk=300, D=D, dtype=torch.float16, causal=True, dropout_p=dropout_p)
+    against_truth(case, target("hopper"))
+
+
+# Key tiles: 18 of a head, in two parts, as two multiprocessors get at most 16 at a time; 3 of each of five heads, all at once; causal, with rows that see
+# nothing, and with more keys than rows.
+@pytest.mark.parametrize(
+    ("H", "Hkv", "Nq", "Nk", "causal"), [(2, 1, 70, 1150, False), (5, 5, 70, 150, False), (2, 2, 300, 130, True), (2, 1, 200, 1200, True)]
+)
+@pytest.mark.parametrize(("name", "D"), [("hopper", 256), ("hopper_wide", 320)])
+def check_pieces_of_dS(name, D, H, Hkv, Nq, Nk, causal):
+    """Where dS goes to memory, it does so for some keys at a time: dQ is the sum over all pieces, and all gradients repeat bit for bit."""
+    case = Case(B=1, H=H, Hkv=Hkv, Nq=Nq, Nk=Nk, D=D, dtype=torch.bfloat16, causal=causal)
+    problem, answer = against_truth(case, target(name))
+    emulated.options.seed += 1
+    for first, again in zip(answer, problem.answer(target(name)), strict=True):
+        assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(("name", "D"), [("hopper", 256), ("hopper_wide", 512)])
+@pytest.mark.parametrize(("B", "H", "N"), [(1, 2, 16384), (16, 16, 1024), (2, 8, 8192), (1, 1, 65536), (4, 32, 128)])
+@pytest.mark.parametrize("causal", (False, True))
+def check_memory_of_dS(name, D, B, H, N, causal):
+    """On 132 multiprocessors dS takes at most 2 MB for each, and where one tile of 64 keys has more queries than that, so much for each."""
+    x = Form(torch.Size((B, H, N, D)), (H * N * D, N * D, D, 1), torch.bfloat16, torch.device("cpu"))
+    call = Call(x, x, x, None, None, Settings(1.0, right=0 if causal else None, backend=f"emulated:{name}"), x, x)
+    launch = BACKENDS[f"emulated:{name}"].plan(cuda.BACKWARD, call).launch._replace(sm_count=132)
+    rows, floats = 2 * B * H * N, launch.workspace_floats(False)
+    of_dS = 132 * max(2 << 20, N * 64 * 2) / 4
+    assert rows < floats <= rows + of_dS + N * D
 
 
 def check_last_tiles_come_one_by_one(monkeypatch):

@@ -32,6 +32,8 @@ WIDE = case(D=128, Nq=400)
 WIDE_MASKED = case(D=128, mask="heads share")
 WIDEST = case(D=256, H=1)
 WIDEST_MASKED = case(D=256, H=1, mask="heads share")
+WIDEST_DROPPED = case(D=256, H=1, dropout_p=0.25)
+WIDEST_LONG = case(D=256, H=1, Nq=300, Nk=130, causal=True)  # both buffers are used again
 HEAD_96 = case(D=96, H=1)
 HEAD_192 = case(D=192, H=1)
 HEAD_192_DROPOUT = case(D=192, H=1, dropout_p=0.25)
@@ -41,6 +43,8 @@ HEAD_512 = case(D=512, H=1, Nq=130, Nk=200)
 HEAD_512_CAUSAL = case(D=512, H=2, Nq=150, Nk=200, causal=True)
 HEAD_512_MASKED = case(D=512, H=1, Nq=130, Nk=200, mask="heads share")
 HEAD_320 = case(D=320, H=1, Nq=130, Nk=200)
+HEAD_320_PIECES = case(D=320, H=1, Nq=70, Nk=1150)  # dS of so many keys is stored in two pieces
+HEAD_320_BLIND_ROWS = case(D=320, H=2, Nq=300, Nk=130, causal=True)
 ODD_HEAD = case(D=72, Nq=70, Nk=90)
 MANY_TILES = case(Nk=700, H=3)  # every ring wraps
 SINGLE_TILES = case(D=128, H=3, Nq=1030, Nk=300, causal=True)  # of the last head, whose pairs do not fill a round
@@ -607,15 +611,45 @@ TABLE = {
         ("const unsigned from = keys.x - j0,", "const unsigned from = keys.x,", HEAD_192_WINDOW),
     ],
     ("hopper", "backward_4_hopper_wide.cu"): [
-        ("ptx::wgmma_wait_group<1>();  // S is there, the first half of dQ", "ptx::wgmma_wait_group<2>();  //", WIDEST),
-        ("ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ", NO_BARRIER, WIDEST),
-        ("meet();                      // Pᵀ and dSᵀ are whole", "//", WIDEST),
+        ("ptx::wgmma_wait_group<3>();  // S is there, and dK: done with Q", "ptx::wgmma_wait_group<4>();  //", WIDEST_DROPPED),
+        ("ptx::wgmma_wait_group<2>();  // the first half of dQ is there", "ptx::wgmma_wait_group<3>();", WIDEST_DROPPED),
+        ("ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ", NO_BARRIER, WIDEST_DROPPED),
+        ("meet();                      // Pᵀ and dSᵀ are whole", "//", WIDEST_DROPPED),
         ("if (MASK) ptx::mbarrier_arrive(mask_empty);", ";", WIDEST_MASKED),
-        ("ptx::wgmma_wait_group<2>();  // dV is there: done with dO", "ptx::wgmma_wait_group<3>();", WIDEST),
-        ("dS_of(next.n), Q_of(next.n), false);", "dS_of(n), Q_of(next.n), false);", WIDEST),
-        ("adds_late) add_half(row_before, 1);\n            start_dQ(n, 0);", "adds_late) ;\n            start_dQ(n, 0);", WIDEST),
+        ("ptx::wgmma_wait_group<2>();  // dV is there: done with dO", "ptx::wgmma_wait_group<3>();", WIDEST_DROPPED),
+        ("dS_of(next.n), Q_of(next.n), false);", "dS_of(n), Q_of(next.n), false);", WIDEST_DROPPED),
+        ("adds_late) add_half(row_before, 1);\n            start_dQ(n, 0);", "adds_late) ;\n            start_dQ(n, 0);", WIDEST_DROPPED),
         ("d / STEPS * PANELS + d % STEPS / 4", "d / 4", HEAD_192_DROPOUT),
         ("p.D, consumer * COLUMNS,", "p.D, consumer * 128,", HEAD_192_DROPOUT),
+    ],
+    ("hopper", "backward_4_hopper_256.cu"): [
+        ("ptx::wgmma_wait_group<1>();  // Sᵀ is there, and dK: done with Q", "ptx::wgmma_wait_group<2>();", WIDEST),
+        ("ptx::wgmma_wait_group<1>();  // dPᵀ is there, and dK: done with Q", "ptx::wgmma_wait_group<2>();", WIDEST),
+        ("ptx::fence_proxy_async();  // this thread's part of Pᵀ", NO_BARRIER, WIDEST),
+        ("ptx::fence_proxy_async();  // this thread's part of dSᵀ", NO_BARRIER, WIDEST),
+        ("meet();  // dSᵀ is there", "ptx::bar_arrive(1, CONSUMERS * GROUP);", WIDEST),
+        ("ptx::bar_sync(P_IS_THERE, CONSUMERS * GROUP);", ";", WIDEST),
+        ("if (stores) ptx::cp_async_bulk_wait_group_read<0>();  // dS of the tile before", ";  //", WIDEST_LONG),
+        ("wait_for(barriers.Q_full, at.n);\n                    add_dK(at.n);", "add_dK(at.n);", WIDEST_LONG),
+        ("P_of(n) + Tile_S::BYTES;", "P_of(n);", WIDEST),
+        ("add(dK_rmem, dS_of(n), Q_of(n));", "add(dK_rmem, dS_of(n), dO_of(n));", WIDEST),
+        ("store(dV_rmem, Tile::BYTES, p.dv, p.Dv, 1);", "store(dV_rmem, Tile::BYTES, p.dv, p.Dv, p.scale);", WIDEST),
+    ],
+    ("hopper_wide", "stored_dS.cuh"): [
+        ("i + shift + 1 < keys ? i + shift + 1 : keys;", "i + shift < keys ? i + shift : keys;", HEAD_512_CAUSAL),
+        ("(hidden(j - shift) - hidden(-shift));", "hidden(j - shift);", HEAD_320_BLIND_ROWS),
+        ("within * (within - 1) / 2", "within * (within + 1) / 2", HEAD_512_CAUSAL),
+        ("(n > queries ? static_cast<int64_t>(n - queries) * queries : 0);", "0;", case(D=320, H=2, Nq=70, Nk=300, causal=True)),
+        ("(head * (p.H / p.Hkv) + h) * of_head", "(head + h) * of_head", case(D=320, H=4, Hkv=2, Nq=70, Nk=90)),
+        ("dQ_rmem[e] += sums[", "dQ_rmem[e] = sums[", HEAD_320_PIECES),
+        ("if (piece.first_key + piece.keys < tiles.keys) {", "if (false) {", HEAD_320_PIECES),
+        ("const bool exists = i < tiles.queries && j < tiles.seen_by(i);", "const bool exists = j < tiles.seen_by(i);", HEAD_512),
+        ("const bool exists = i < tiles.queries && j < tiles.seen_by(i);", "const bool exists = i < tiles.queries;", HEAD_512_CAUSAL),
+        ("ptx::wgmma_wait_group<1>();  // the step before has been added", "ptx::wgmma_wait_group<2>();", HEAD_320_PIECES),
+        ("part * COLUMNS + panel * 64,", "panel * 64,", HEAD_320),
+        ("meet();  // both groups are done with the stages", "//", HEAD_512),
+        ("static_cast<float>(P_pair[1]) * (dP1 - Delta.y);", "static_cast<float>(P_pair[1]) * (dP1 - Delta.x);", HEAD_320),
+        ("dQ_floats = parts > 1 ?", "dQ_floats = parts > 2 ?", HEAD_320_PIECES),
     ],
     ("hopper_wide", "forward_5_wide.cu"): [
         ("ptx::wgmma_wait_group<1>();  // the panel before has been read", ";", HEAD_512),
@@ -647,14 +681,15 @@ TABLE = {
         ("column += 32 * 8)", "column += 64 * 8)", HEAD_512),
     ],
     ("hopper_wide", "backward_5_wide.cu"): [
-        ("if (n > 0) ptx::bar_sync(PLACE_IS_FREE, CONSUMERS * GROUP);", ";", HEAD_512),
+        ("if (at.n > 0) ptx::bar_sync(PLACE_IS_FREE, CONSUMERS * GROUP);", ";", HEAD_512),
+        ("if (stores) ptx::cp_async_bulk_wait_group_read<0>();\n", "", HEAD_512),
+        ("* BLOCK + RowOrder::row(row), 0, 0, dS_smem", "* BLOCK + row, 0, 0, dS_smem", case(D=320, H=1, Nq=70, Nk=90, dropout_p=0.25)),
         ("ptx::bar_sync(P_IS_THERE, CONSUMERS * GROUP);", ";", HEAD_512),
         ("ptx::fence_proxy_async();  // this thread's part of dSᵀ", NO_BARRIER, HEAD_512),
         ("meet();  // dSᵀ is there", "ptx::bar_arrive(1, CONSUMERS * GROUP);", HEAD_512),
         ("ptx::wgmma_wait_group<1>();  // the last tile has been added", ";  //", HEAD_512),
         ("ptx::wgmma_wait_group<1>();  // Sᵀ is there", "ptx::wgmma_wait_group<2>();  //", HEAD_512),
         ("ptx::mbarrier_arrive(barrier(barriers.rows_empty[n % 2]));", ";", case(D=512, H=1, Nq=300, Nk=70)),
-        ("min(i0 + BLOCK, p.Nq) + p.Nk - p.Nq)) : p.Nk; }", "i0 + p.Nk - p.Nq)) : p.Nk; }", HEAD_512_CAUSAL),
         ("? (HALF - panel % OF_HALF * 64) / 16 : 4;", "? 4 : 4;", HEAD_320),
     ],
     ("hopper_float32", "planes.cuh"): [

@@ -15,14 +15,13 @@
 // Shared memory has no room for a third tile of Q or dO. So dK comes before S, and dV before dP: a tile's buffer is free almost a whole step before the
 // tile after next, which is loaded into it, is needed.
 //
-// While its additions to dQ issue, a group cannot issue products. So the groups add at different times, one while the other's products
-// run: the first half before dP and after P(n+1), the second half before the next dK and after the next S. With a mask, intervals or dropout, both add the
-// first half after P(n+1).
+// While its additions to dQ issue, a group cannot issue products. So the groups add the second half at different times, one while the other's products
+// run: before the next dK, and after the next S. Both add the first half after P(n+1).
 //
 // Where half of the head is not a whole number of panels of 64 columns, each half of a tile starts with a new panel.
 //
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 256 that are multiples of 8. Up to 192
-// backward_4_hopper_192.cu is faster, and this one serves calls with dropout, or with a mask over intervals.
+// backward_4_hopper_192.cu is faster, and this one serves calls with dropout, or with a mask over intervals. Above, backward_4_hopper_256.cu serves plain calls.
 //
 // One file because its kernel is one schedule; what the three hopper backwards share is in backward_hopper.cuh.
 #include "common.cuh"
@@ -36,7 +35,6 @@ constexpr int ROWS = BLOCK_Q / CONSUMERS;      // of Q: a group's columns of Sáµ
 constexpr int COLUMNS = HEAD_DIM / CONSUMERS;  // of the head: a group's columns of dK and dQ
 constexpr int V_COLUMNS = V_HEAD_DIM / CONSUMERS;  // and of dV
 constexpr int N_TILES = ROWS / 8;
-constexpr bool ONE_BY_ONE = !MASK && !INTERVAL && !DROPOUT && !SCORE;  // the groups add the first half of dQ at different times
 static_assert(HEAD_DIM > 128, "narrower heads: backward_4_hopper.cu");
 static_assert(!BIASED, "shared memory has no room for a tile of a bias");
 static_assert(COLUMNS > 64 && COLUMNS <= 128 && COLUMNS % 16 == 0 && V_COLUMNS <= COLUMNS && V_COLUMNS % 16 == 0, "two products are a group's columns of dQ");
@@ -361,24 +359,14 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 if (n > 0 && adds_late) add_half(row_before, 1);
                 start_dQ(n, 0);
                 add(dV_rmem, P_of(n), dO_of(n), false);
-                if (ONE_BY_ONE) {
-                    ptx::wgmma_wait_group<1>();  // S is there, the first half of dQ, and dK: done with Q
-                    ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
-                    take_turn(p, Workspace(p), row, turn);
-                    if (consumer == 0) add_half(row, 0);
-                    start_dP(next);
-                    to_P(next);
-                    if (consumer == 1) add_half(row, 0);
-                } else {
-                    start_dP(next);
-                    draw(next);
-                    ptx::wgmma_wait_group<3>();  // S is there, and dK: done with Q
-                    ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
-                    to_P(next);
-                    ptx::wgmma_wait_group<2>();  // the first half of dQ is there
-                    take_turn(p, Workspace(p), row, turn);
-                    add_half(row, 0);
-                }
+                start_dP(next);
+                draw(next);
+                ptx::wgmma_wait_group<3>();  // S is there, and dK: done with Q
+                ptx::mbarrier_arrive(barrier(barriers.Q_empty, n % STAGES));
+                to_P(next);
+                ptx::wgmma_wait_group<2>();  // the first half of dQ is there
+                take_turn(p, Workspace(p), row, turn);
+                add_half(row, 0);
                 start_dQ(n, 1);
                 ptx::wgmma_wait_group<2>();  // dV is there: done with dO
                 ptx::mbarrier_arrive(barrier(barriers.dO_empty, n % STAGES));

@@ -1,37 +1,28 @@
 // Backward for heads of 320 to 512 columns: three kernels, one for each gradient.  sm_90a.
 //
-// The idea: dK and dV of 64 keys, in float32, would fill all registers of a multiprocessor. So each gradient has its own kernel, which recomputes
-// S = Q Kᵀ and dP = dO Vᵀ where it needs them: 8 products instead of 5. No two blocks add to the same element, so nothing is accumulated in global
-// memory, and all gradients repeat bit for bit.
+// The idea: dK and dV of 64 keys, in float32, would fill all registers of a multiprocessor. So each gradient has its own kernel:
 //
 //     dV += Pᵀ dO   as in forward_5_wide.cu: a block has 128 keys and half of dV's columns, and Q comes by panels through a ring
 //     dK += dSᵀ Q   a block has 64 keys and all columns: one group computes Sᵀ = K Qᵀ and from it Pᵀ, the other dPᵀ = V dOᵀ and from both dSᵀ;
-//                   then each adds to half of dK's columns
-//     dQ += dS K    the same, with 64 rows of Q in the block and a loop over keys
+//                   then each adds to half of dK's columns. dSᵀ is stored
+//     dQ += dS K    a matrix product of what was stored: a block has 128 rows and half of dQ's columns
 //
-// The groups exchange Pᵀ and dSᵀ through one buffer in shared memory: the thread that reads an element of Pᵀ overwrites it with dSᵀ. While the next tile of
-// Q is being loaded, the products for dPᵀ run; their dO is loaded through a ring.
+// These are 6 products instead of 5, S being computed twice. All of dS would take Nq · Nk elements. So keys are taken in pieces, as many as give every
+// multiprocessor work: dK and dS of a piece, then its part of dQ (stored_dS.cuh). No two blocks add to the same element, so all gradients repeat bit for bit.
+//
+// In the kernel of dK the groups exchange Pᵀ and dSᵀ through one buffer in shared memory: the thread that reads an element of Pᵀ overwrites it with dSᵀ.
+// While the next tile of Q is being loaded, the products for dPᵀ run; their dO is loaded through a ring.
 //
 // Serves everything in the interface for float16 and bfloat16, head sizes up to 512 that are multiples of 8, positive scale.
 //
 // One file because a backward is one file with one launcher, and this one has three kernels.
 #include <algorithm>
 
-#include "backward_split.cuh"
+#include "stored_dS.cuh"
 
 constexpr int HALF = HEAD_DIM / 2, PART = V_HEAD_DIM / 2;  // columns of dQ and dK in a group; of dV in a block
 constexpr int OF_HALF = (HALF + 63) / 64;                  // panels
 static_assert(HEAD_DIM % 64 == 0 && V_HEAD_DIM % 64 == 0 && HALF <= 256 && PART <= 256, "whole panels, and a product's columns");
-
-// A stage of a ring of N, and the parity of the barrier phase in which it is filled.
-template <int N>
-struct Place {
-    int stage = 0, parity = 0;
-    __device__ void advance() {
-        if (++stage == N) stage = 0, parity ^= 1;
-    }
-    __device__ int before() const { return stage == 0 ? N - 1 : stage - 1; }
-};
 
 // ---- dV
 
@@ -237,101 +228,57 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
 
 }  // namespace of_v
 
-// ---- dK and dQ
+// ---- dK
 
-namespace of_qk {
+namespace of_k {
 
-constexpr int BLOCK = 64;  // keys and queries of a tile
 // Tiles of Q and K have the head's columns in two halves, each filled up to whole panels: a group finds its half at the start of a panel.
 constexpr int PANELS = 2 * OF_HALF;
-using Tile = SwizzledTile<BLOCK, 64 * PANELS>;       // of K or Q
-using Tile_V = SwizzledTile<BLOCK, V_HEAD_DIM>;      // of V or dO
-using Tile_S = SwizzledTile<BLOCK, BLOCK>;           // transposed: rows are keys
-using Panel = SwizzledTile<BLOCK, 64>;
+using Tile = SwizzledTile<BLOCK, 64 * PANELS>;   // of K or Q
+using Tile_V = SwizzledTile<BLOCK, V_HEAD_DIM>;
 constexpr int V_PANELS = V_HEAD_DIM / 64;
 constexpr int LSE_BYTES = BLOCK * 4, MASK_BYTES = MASK ? BLOCK * static_cast<int>(sizeof(BitRow)) : 0, ROWS_BYTES = MASK_BYTES + 2 * LSE_BYTES;
 constexpr int OTHER_BYTES = 2 * Tile::BYTES + Tile_V::BYTES + Tile_S::BYTES + ROWS_BYTES;
-constexpr int RING = std::min(V_PANELS, (SMEM_LIMIT - OTHER_BYTES) / Panel::BYTES);  // panels of dO or V in shared memory
+constexpr int RING = std::min(V_PANELS, (SMEM_LIMIT - OTHER_BYTES) / Panel::BYTES);  // panels of dO in shared memory
 constexpr int SMEM_BYTES = OTHER_BYTES + RING * Panel::BYTES;
 static_assert(RING >= 3, "choose smaller tiles");
 
 struct Maps {
-    CUtensorMap q, k, v, d_o, mask;
+    CUtensorMap q, k, v, d_o, mask, dS;
 };
 
-// "own": the block's own tiles. "tile": one of Q, with its LSE, Delta and mask, or of K, panel by panel. "panel": one of dO, or of V. "full": the bytes
-// have arrived. "empty": the computing warps are done with them.
+// "Q": a tile, with its LSE, Delta and mask, panel by panel. "dO": a panel. "full": the bytes have arrived. "empty": the computing warps are done with them.
 struct Barriers {
-    uint64_t own_full, tile_full[PANELS], tile_empty, panel_full[RING], panel_empty[RING];
+    uint64_t KV_full, Q_full[PANELS], Q_empty, dO_full[RING], dO_empty[RING];
 };
 
-// Named barriers between the groups: Pᵀ is written; its buffer is free.
-constexpr int P_IS_THERE = 2, PLACE_IS_FREE = 3;
+constexpr int PLACE_IS_FREE = P_IS_THERE + 1;  // a named barrier: Pᵀ may be written
 
 // First column of a panel of Q or K, and how many products of 16 columns it has.
 __device__ constexpr int column_of(int panel) { return panel / OF_HALF * HALF + panel % OF_HALF * 64; }
 __device__ constexpr int steps_of(int panel) { return HALF - panel % OF_HALF * 64 < 64 ? (HALF - panel % OF_HALF * 64) / 16 : 4; }
 
-// The tiles of keys that some of a block's rows see. Same words as QueryVisit.
-struct KeyVisit {
-    int j0 = 0, n = 0, end;
-    __device__ KeyVisit(const AttentionParams& p, int i0) { end = CAUSAL ? max(0, min(p.Nk, min(i0 + BLOCK, p.Nq) + p.Nk - p.Nq)) : p.Nk; }
-    __device__ bool more() const { return j0 < end; }
-    __device__ void advance() { j0 += BLOCK, ++n; }
-};
-
-// The order in which either kind of block visits tiles.
-template <bool OF_KEYS>
-struct Visit {
-    std::conditional_t<OF_KEYS, QueryVisit<BLOCK>, KeyVisit> at;
-    int own, own_h;  // the block's first row, and its head: of keys, or of queries
-
-    __device__ Visit(const AttentionParams& p, int own, int own_h) : at(p, own, own_h), own(own), own_h(own_h) {}
-    __device__ Visit(const AttentionParams& p, int own) : at(p, own), own(own), own_h(0) {}
-    __device__ int i0() const {
-        if constexpr (OF_KEYS) return at.i0;
-        else return own;
-    }
-    __device__ int j0() const {
-        if constexpr (OF_KEYS) return own;
-        else return at.j0;
-    }
-};
-
-template <bool OF_KEYS>
-__global__ void __launch_bounds__(THREADS, 1) gradient_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
-    using OwnOrder = std::conditional_t<OF_KEYS, RowOrder, InOrder>;    // dropout permutes the keys
-    using OtherOrder = std::conditional_t<OF_KEYS, InOrder, RowOrder>;
+__global__ void __launch_bounds__(THREADS, 1) dK_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps, Piece piece) {
     __shared__ __align__(8) Barriers barriers;
-    const uint32_t own_smem = ptx::smem_address(smem);            // K, or Q: [BLOCK, HEAD_DIM]
-    const uint32_t own_V_smem = own_smem + Tile::BYTES;           // V, or dO: [BLOCK, V_HEAD_DIM]
-    const uint32_t tile_smem = own_V_smem + Tile_V::BYTES;        // Q, or K: [BLOCK, HEAD_DIM]
-    const uint32_t panel_smem = tile_smem + Tile::BYTES;          // dO, or V: RING × [BLOCK, 64]
-    const uint32_t dS_smem = panel_smem + RING * Panel::BYTES;    // Pᵀ, then dSᵀ: [BLOCK keys, BLOCK queries]
-    uint8_t* rows_smem = smem + SMEM_BYTES - ROWS_BYTES;          // mask [BLOCK] BitRow, LSE [BLOCK], Delta [BLOCK]
+    const uint32_t K_smem = ptx::smem_address(smem);            // [BLOCK, HEAD_DIM]
+    const uint32_t V_smem = K_smem + Tile::BYTES;               // [BLOCK, V_HEAD_DIM]
+    const uint32_t Q_smem = V_smem + Tile_V::BYTES;             // [BLOCK, HEAD_DIM]
+    const uint32_t dO_smem = Q_smem + Tile::BYTES;              // RING × [BLOCK, 64]
+    const uint32_t dS_smem = dO_smem + RING * Panel::BYTES;     // Pᵀ, then dSᵀ: [BLOCK keys, BLOCK queries]
+    uint8_t* rows_smem = smem + SMEM_BYTES - ROWS_BYTES;        // mask [BLOCK] BitRow, LSE [BLOCK], Delta [BLOCK]
     auto barrier = [](uint64_t& of) { return ptx::smem_address(&of); };
 
-    // One block computes a gradient of BLOCK rows. Causal: the rows that see, or are seen by, the most start first.
-    const int tiles = ((OF_KEYS ? p.Nk : p.Nq) + BLOCK - 1) / BLOCK, heads = OF_KEYS ? p.Hkv : p.H;
-    const int tile_of_head = blockIdx.x % tiles, own = (CAUSAL && !OF_KEYS ? tiles - 1 - tile_of_head : tile_of_head) * BLOCK;
-    const int b = blockIdx.x / tiles / heads, own_h = blockIdx.x / tiles % heads;
-    auto visits = [&] {
-        if constexpr (OF_KEYS) return Visit<true>(p, own, own_h);
-        else return Visit<false>(p, own);
-    };
-    // The query head of a visit.
-    auto query_head = [&](const Visit<OF_KEYS>& visit) {
-        if constexpr (OF_KEYS) return visit.at.h;
-        else return own_h;
-    };
+    // One block computes dK of BLOCK keys. Causal: blocks of the first keys start first, because the most rows see them.
+    const int head = blockIdx.x / piece.keys, j_tile = piece.first_key + blockIdx.x % piece.keys, j0 = j_tile * BLOCK;
+    const int b_kv_h = piece.first_head + head, b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv;
 
     if (threadIdx.x == 0) {
-        ptx::mbarrier_init(barrier(barriers.own_full), 1);
-        ptx::mbarrier_init(barrier(barriers.tile_empty), 4 * CONSUMERS);
-        for (int panel = 0; panel < PANELS; ++panel) ptx::mbarrier_init(barrier(barriers.tile_full[panel]), 1);
+        ptx::mbarrier_init(barrier(barriers.KV_full), 1);
+        ptx::mbarrier_init(barrier(barriers.Q_empty), 4 * CONSUMERS);
+        for (int panel = 0; panel < PANELS; ++panel) ptx::mbarrier_init(barrier(barriers.Q_full[panel]), 1);
         for (int stage = 0; stage < RING; ++stage) {
-            ptx::mbarrier_init(barrier(barriers.panel_full[stage]), 1);
-            ptx::mbarrier_init(barrier(barriers.panel_empty[stage]), 4);
+            ptx::mbarrier_init(barrier(barriers.dO_full[stage]), 1);
+            ptx::mbarrier_init(barrier(barriers.dO_empty[stage]), 4);
         }
         ptx::fence_mbarrier_init();
     }
@@ -339,43 +286,39 @@ __global__ void __launch_bounds__(THREADS, 1) gradient_kernel(const __grid_const
 
     const int group = uniform(threadIdx.x / GROUP);
     if (group == 0) {
-        // ---- the producers: one thread loads the block's own tiles and those of Q or K, another the panels of dO or V
+        // ---- the producers: one thread loads K, V and the tiles of Q, another the panels of dO
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             const Workspace workspace(p);
-            const uint32_t full = barrier(barriers.own_full);
-            ptx::mbarrier_arrive_expect_tx(full, Tile::BYTES + Tile_V::BYTES);
-            load_boxes<Tile, OwnOrder, HALF>(own_smem, OF_KEYS ? maps.k : maps.q, own, own_h, b, full);
-            load_boxes<Tile_V, OwnOrder>(own_V_smem, OF_KEYS ? maps.v : maps.d_o, own, own_h, b, full);
-            for (auto visit = visits(); visit.at.more(); visit.at.advance()) {
-                const int h = query_head(visit);
-                ptx::mbarrier_wait(barrier(barriers.tile_empty), visit.at.n & 1 ^ 1);  // returns immediately in the first round
+            const uint32_t KV_full = barrier(barriers.KV_full);
+            ptx::mbarrier_arrive_expect_tx(KV_full, Tile::BYTES + Tile_V::BYTES);
+            load_boxes<Tile, RowOrder, HALF>(K_smem, maps.k, j0, kv_h, b, KV_full);
+            load_boxes<Tile_V, RowOrder>(V_smem, maps.v, j0, kv_h, b, KV_full);
+            for (QueryVisit<BLOCK> at(p, j0, kv_h); at.more(); at.advance()) {
+                ptx::mbarrier_wait(barrier(barriers.Q_empty), at.n & 1 ^ 1);  // returns immediately in the first round
 #pragma unroll 1
                 for (int panel = 0; panel < PANELS; ++panel) {
-                    const uint32_t full = barrier(barriers.tile_full[panel]);
+                    const uint32_t full = barrier(barriers.Q_full[panel]);
                     ptx::mbarrier_arrive_expect_tx(full, Panel::BYTES + (panel == 0 ? ROWS_BYTES : 0));
-                    load_panel<Panel, OtherOrder>(tile_smem + panel * Panel::BYTES, OF_KEYS ? maps.q : maps.k, column_of(panel),
-                                                  OF_KEYS ? visit.i0() : visit.j0(), OF_KEYS ? h : kv_head(p, h), b, full);
+                    load_panel<Panel, InOrder>(Q_smem + panel * Panel::BYTES, maps.q, column_of(panel), at.i0, at.h, b, full);
                     if (panel == 0) {
                         const uint32_t rows = ptx::smem_address(rows_smem);
-                        const int64_t row = (static_cast<int64_t>(b) * p.H + h) * workspace.rows + visit.i0();
+                        const int64_t row = (static_cast<int64_t>(b) * p.H + at.h) * workspace.rows + at.i0;
                         ptx::cp_async_bulk(rows + MASK_BYTES, workspace.LSE + row, LSE_BYTES, full);
                         ptx::cp_async_bulk(rows + MASK_BYTES + LSE_BYTES, workspace.Delta + row, LSE_BYTES, full);
-                        if (MASK) ptx::cp_async_bulk_tensor_4d(rows, &maps.mask, one_row(p) ? 0 : visit.i0() / BIT_COLUMNS * 4, visit.j0(), h, b, full);
+                        if (MASK) ptx::cp_async_bulk_tensor_4d(rows, &maps.mask, one_row(p) ? 0 : at.i0 / BIT_COLUMNS * 4, j0, at.h, b, full);
                     }
                 }
             }
         } else if (threadIdx.x == 32) {
             Place<RING> place;
-            for (auto visit = visits(); visit.at.more(); visit.at.advance()) {
-                const int h = query_head(visit);
+            for (QueryVisit<BLOCK> at(p, j0, kv_h); at.more(); at.advance()) {
 #pragma unroll 1
                 for (int panel = 0; panel < V_PANELS; ++panel, place.advance()) {
-                    const uint32_t full = barrier(barriers.panel_full[place.stage]);
-                    ptx::mbarrier_wait(barrier(barriers.panel_empty[place.stage]), place.parity ^ 1);
+                    const uint32_t full = barrier(barriers.dO_full[place.stage]);
+                    ptx::mbarrier_wait(barrier(barriers.dO_empty[place.stage]), place.parity ^ 1);
                     ptx::mbarrier_arrive_expect_tx(full, Panel::BYTES);
-                    load_panel<Panel, OtherOrder>(panel_smem + place.stage * Panel::BYTES, OF_KEYS ? maps.d_o : maps.v, panel * 64,
-                                                  OF_KEYS ? visit.i0() : visit.j0(), OF_KEYS ? h : kv_head(p, h), b, full);
+                    load_panel<Panel, InOrder>(dO_smem + place.stage * Panel::BYTES, maps.d_o, panel * 64, at.i0, at.h, b, full);
                 }
             }
         }
@@ -387,141 +330,126 @@ __global__ void __launch_bounds__(THREADS, 1) gradient_kernel(const __grid_const
         const float* LSE_smem = reinterpret_cast<const float*>(rows_smem + MASK_BYTES);
         const float* Delta_smem = LSE_smem + BLOCK;
 
-        float sum_rmem[HALF / 2] = {};  // [BLOCK, HALF]: the group's half of dK or dQ
+        float dK_rmem[HALF / 2] = {};  // [BLOCK, HALF]: the group's half
         auto release = [&](uint64_t& empty) {
             if (lane == 0) ptx::mbarrier_arrive(barrier(empty));
         };
-        // Where this thread's pair of Pᵀ or dSᵀ lies: key `place` or, for r = 1, the one 8 further on; queries 8n + 2t and the next.
-        auto pair_at = [&](int r, int n) { return Tile_S::offset(mine.place + 8 * r, n) + 4 * mine.t; };
-        // Issues dK += dSᵀ Q or dQ += dS K for the group's half of the columns: the summation index runs over the rows of Q or K
-        auto multiply_dS = [&] {
-            const uint64_t a = ptx::descriptor(uniform(dS_smem));
-            const uint64_t b = ptx::descriptor(uniform(tile_smem + consumer * OF_HALF * Panel::BYTES), Panel::BYTES);
+        // Issues dK += dSᵀ Q for the group's half of the columns: the summation index runs over the rows of Q
+        auto multiply_dSQ = [&] {
+            const uint64_t dS_rows = ptx::descriptor(uniform(dS_smem));
+            const uint64_t Q_columns = ptx::descriptor(uniform(Q_smem + consumer * OF_HALF * Panel::BYTES), Panel::BYTES);
             ptx::wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < BLOCK / 16; ++k) {
-                const uint64_t b_k = ptx::advance(b, k * 16 * ROW_BYTES);
-                if constexpr (OF_KEYS) ptx::wgmma_ss_transposed_b<element, HALF>(sum_rmem, ptx::advance(a, k * 32), b_k, 1);
-                else ptx::wgmma_ss_transposed<element, HALF>(sum_rmem, ptx::advance(a, k * 16 * ROW_BYTES), b_k, 1);
-            }
+            for (int k = 0; k < BLOCK / 16; ++k)
+                ptx::wgmma_ss_transposed_b<element, HALF>(dK_rmem, ptx::advance(dS_rows, k * 32), ptx::advance(Q_columns, k * 16 * ROW_BYTES), 1);
             ptx::wgmma_commit_group();
         };
 
-        ptx::mbarrier_wait(barrier(barriers.own_full), 0);
+        ptx::mbarrier_wait(barrier(barriers.KV_full), 0);
         if (consumer == 0) {
             // ---- Sᵀ = K Qᵀ, and Pᵀ
             float S_rmem[BLOCK / 2];
-            for (auto visit = visits(); visit.at.more(); visit.at.advance()) {
-                const int n = visit.at.n;
-                const bool cut = is_cut(p, visit.i0(), visit.j0(), BLOCK);
-                const uint64_t own_rows = ptx::descriptor(uniform(own_smem)), tile = ptx::descriptor(uniform(tile_smem));
+            for (QueryVisit<BLOCK> at(p, j0, kv_h); at.more(); at.advance()) {
+                const bool cut = is_cut(p, at.i0, j0, BLOCK);
+                const uint64_t K_rows = ptx::descriptor(uniform(K_smem)), Q_rows = ptx::descriptor(uniform(Q_smem));
 #pragma unroll
                 for (int panel = 0; panel < PANELS; ++panel) {
-                    ptx::mbarrier_wait(barrier(barriers.tile_full[panel]), n & 1);
+                    ptx::mbarrier_wait(barrier(barriers.Q_full[panel]), at.n & 1);
 #if MASK
-                    if (panel == 0) start_from_mask<BLOCK>(S_rmem, p, rows_smem, mine, visit.i0(), visit.j0(), cut);
+                    if (panel == 0) start_from_mask<BLOCK>(S_rmem, p, rows_smem, mine, at.i0, j0, cut);
 #endif
                     ptx::wgmma_fence();
 #pragma unroll
                     for (int d = 0; d < steps_of(panel); ++d) {
-                        const uint64_t mine_d = ptx::advance(own_rows, panel * Panel::BYTES + d * 32), other_d = ptx::advance(tile, panel * Panel::BYTES + d * 32);
-                        ptx::wgmma_ss<element, BLOCK>(S_rmem, OF_KEYS ? mine_d : other_d, OF_KEYS ? other_d : mine_d, MASK || panel > 0 || d > 0);
+                        const int column = panel * Panel::BYTES + d * 32;
+                        ptx::wgmma_ss<element, BLOCK>(S_rmem, ptx::advance(K_rows, column), ptx::advance(Q_rows, column), MASK || panel > 0 || d > 0);
                     }
                 }
                 ptx::wgmma_commit_group();
                 ptx::wgmma_wait_group<0>();
 #pragma unroll
-                for (int i = 0; i < BLOCK / 8; ++i) make_P(S_rmem, p, LSE_smem, mine, i, visit.i0(), visit.j0(), cut);
-                if (n > 0) ptx::bar_sync(PLACE_IS_FREE, CONSUMERS * GROUP);  // the other group has read the last dSᵀ; this one has, too
-#pragma unroll
-                for (int i = 0; i < BLOCK / 8; ++i)
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) ptx::st_shared(dS_smem + pair_at(r, i), ptx::cvt_pair<element>(S_rmem[4 * i + 2 * r], S_rmem[4 * i + 2 * r + 1]));
+                for (int i = 0; i < BLOCK / 8; ++i) make_P(S_rmem, p, LSE_smem, mine, i, at.i0, j0, cut);
+                if (at.n > 0) ptx::bar_sync(PLACE_IS_FREE, CONSUMERS * GROUP);  // the last dSᵀ has been read, and stored
+                write_P(dS_smem, S_rmem, mine);
                 ptx::bar_arrive(P_IS_THERE, CONSUMERS * GROUP);
                 meet();  // dSᵀ is there
-                multiply_dS();
+                multiply_dSQ();
                 ptx::wgmma_wait_group<0>();
-                release(barriers.tile_empty);
+                release(barriers.Q_empty);
             }
         } else {
             // ---- dPᵀ = V dOᵀ, and dSᵀ
             float dP_rmem[BLOCK / 2];
             [[maybe_unused]] KeepBits<BLOCK> keep;
             Place<RING> place;  // of the next panel
-            for (auto visit = visits(); visit.at.more(); visit.at.advance()) {
-                const int n = visit.at.n;
-                const uint64_t own_rows = ptx::descriptor(uniform(own_V_smem));
+            const bool stores = threadIdx.x % GROUP == 0;
+            for (QueryVisit<BLOCK> at(p, j0, kv_h); at.more(); at.advance()) {
+                const uint64_t V_rows = ptx::descriptor(uniform(V_smem));
 #pragma unroll
                 for (int panel = 0; panel < V_PANELS; ++panel) {
                     const int before = place.before();
-                    ptx::mbarrier_wait(barrier(barriers.panel_full[place.stage]), place.parity);
-                    const uint64_t other = ptx::descriptor(uniform(panel_smem + place.stage * Panel::BYTES));
+                    ptx::mbarrier_wait(barrier(barriers.dO_full[place.stage]), place.parity);
+                    const uint64_t dO_rows = ptx::descriptor(uniform(dO_smem + place.stage * Panel::BYTES));
                     ptx::wgmma_fence();
 #pragma unroll
-                    for (int d = 0; d < 4; ++d) {
-                        const uint64_t mine_d = ptx::advance(own_rows, panel * Panel::BYTES + d * 32), other_d = ptx::advance(other, d * 32);
-                        ptx::wgmma_ss<element, BLOCK>(dP_rmem, OF_KEYS ? mine_d : other_d, OF_KEYS ? other_d : mine_d, panel > 0 || d > 0);
-                    }
+                    for (int d = 0; d < 4; ++d)
+                        ptx::wgmma_ss<element, BLOCK>(dP_rmem, ptx::advance(V_rows, panel * Panel::BYTES + d * 32), ptx::advance(dO_rows, d * 32),
+                                                      panel > 0 || d > 0);
                     ptx::wgmma_commit_group();
                     if (panel > 0) {
                         ptx::wgmma_wait_group<1>();  // the panel before has been read
-                        release(barriers.panel_empty[before]);
-                    } else if (n > 0) {
+                        release(barriers.dO_empty[before]);
+                    } else if (at.n > 0) {
                         ptx::wgmma_wait_group<1>();  // the last tile has been added: done with it, and with its dSᵀ
-                        release(barriers.tile_empty);
+                        release(barriers.Q_empty);
+                        if (stores) ptx::cp_async_bulk_wait_group_read<0>();
                         ptx::bar_arrive(PLACE_IS_FREE, CONSUMERS * GROUP);
                     }
                     place.advance();
                 }
-                if (DROPOUT) keep.draw_keys(p, b, query_head(visit), visit.j0() + mine.first_row, visit.i0(), lane);
+                if (DROPOUT) keep.draw_keys(p, b, at.h, j0 + mine.first_row, at.i0, lane);
                 ptx::wgmma_wait_group<0>();  // dPᵀ is there
-                release(barriers.panel_empty[place.before()]);
+                release(barriers.dO_empty[place.before()]);
                 // The tile, with Delta, has arrived for this group, too.
 #pragma unroll
-                for (int panel = 0; panel < PANELS; ++panel) ptx::mbarrier_wait(barrier(barriers.tile_full[panel]), n & 1);
+                for (int panel = 0; panel < PANELS; ++panel) ptx::mbarrier_wait(barrier(barriers.Q_full[panel]), at.n & 1);
                 ptx::bar_sync(P_IS_THERE, CONSUMERS * GROUP);
-                // dS = P∘(dP − Delta). With dropout, dS = P∘(keep_scale · kept dP − Delta); the factor keep_scale is applied at the end.
-#pragma unroll
-                for (int i = 0; i < BLOCK / 8; ++i) {
-                    const float2 Delta = *reinterpret_cast<const float2*>(Delta_smem + 8 * i + 2 * mine.t);
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        const uint32_t P = *reinterpret_cast<const uint32_t*>(smem + (dS_smem - own_smem) + pair_at(r, i));
-                        const element* P_pair = reinterpret_cast<const element*>(&P);
-                        float dP0 = dP_rmem[4 * i + 2 * r], dP1 = dP_rmem[4 * i + 2 * r + 1];
-                        if (DROPOUT) dP0 = keep.kept(dP0, r, i, 0), dP1 = keep.kept(dP1, r, i, 1);
-                        ptx::st_shared(dS_smem + pair_at(r, i), ptx::cvt_pair<element>(static_cast<float>(P_pair[0]) * (dP0 - Delta.x),
-                                                                                       static_cast<float>(P_pair[1]) * (dP1 - Delta.y)));
-                    }
-                }
+                write_dS(dS_smem, smem + (dS_smem - K_smem), dP_rmem, Delta_smem, mine,
+                         [&](float dP, int r, int i, int c) { return DROPOUT ? keep.kept(dP, r, i, c) : dP; });
                 ptx::fence_proxy_async();  // this thread's part of dSᵀ
                 meet();
-                multiply_dS();
+                multiply_dSQ();
+                if (stores) {
+                    const int64_t tile = piece.tile(p, Tiles(p), head, at.h - kv_h * (p.H / p.Hkv), at.i0 / BLOCK, j_tile);
+#pragma unroll 1
+                    for (int row = 0; row < BLOCK; row += BOX_ROWS<Tile_S, RowOrder>)  // in memory keys are in order
+                        ptx::cp_async_bulk_tensor_4d_store(&maps.dS, 0, static_cast<int>(tile) * BLOCK + RowOrder::row(row), 0, 0, dS_smem + row * ROW_BYTES);
+                    ptx::cp_async_bulk_commit_group();
+                }
             }
             ptx::wgmma_wait_group<0>();
+            if (stores) ptx::cp_async_bulk_wait_group_read<0>();  // the block must not end while the copy engine reads its shared memory
         }
 
-        // The gradient is stored by way of the shared memory of the block's own K or Q, so that global stores are 16 bytes wide. The last product that
-        // read that memory finished before the groups met.
+        // dK is stored by way of K's shared memory, so that global stores are 16 bytes wide. The last product that read it finished before the groups met.
         const float scale = DROPOUT ? p.scale * p.keep_scale : p.scale;
 #pragma unroll
         for (int r = 0; r < 2; ++r)
 #pragma unroll
             for (int c = 0; c < HALF / 8; ++c)
-                ptx::st_shared(own_smem + Tile::offset(mine.place + 8 * r, consumer * OF_HALF * 8 + c) + 4 * mine.t,
-                               ptx::cvt_pair<element>(sum_rmem[4 * c + 2 * r] * scale, sum_rmem[4 * c + 2 * r + 1] * scale));
+                ptx::st_shared(K_smem + Tile::offset(mine.place + 8 * r, consumer * OF_HALF * 8 + c) + 4 * mine.t,
+                               ptx::cvt_pair<element>(dK_rmem[4 * c + 2 * r] * scale, dK_rmem[4 * c + 2 * r + 1] * scale));
         __syncwarp();  // the warp's part is written, by lanes other than those that read it next
-        const Tensor4& to = OF_KEYS ? p.dk : p.dq;
-        store_16_rows<Tile, OwnOrder, HALF>(head_of(to, b, own_h), smem, to.stride_n, warp * 16, lane, own, OF_KEYS ? p.Nk : p.Nq, p.D, consumer * HALF,
+        store_16_rows<Tile, RowOrder, HALF>(head_of(p.dk, b, kv_h), smem, p.dk.stride_n, warp * 16, lane, j0, p.Nk, p.D, consumer * HALF,
                                             consumer * (OF_HALF * 8 - HALF / 8));
     }
 }
 
-}  // namespace of_qk
+}  // namespace of_k
 
 // ---- launching
 
-extern "C" int64_t workspace_floats(const AttentionParams* params) { return 2 * Workspace::all_rows(*params); }
+extern "C" int64_t workspace_floats(const AttentionParams* params) { return floats_with_dS(*params); }
 
 static cudaError_t launch_dV(const AttentionParams& p, int64_t blocks, int parts) {
     using namespace of_v;
@@ -540,33 +468,29 @@ static cudaError_t launch_dV(const AttentionParams& p, int64_t blocks, int parts
     return cudaGetLastError();
 }
 
-template <bool OF_KEYS>
-static cudaError_t launch_gradient(const AttentionParams& p, int64_t blocks) {
-    using namespace of_qk;
-    if (blocks == 0) return cudaSuccess;
-    cudaError_t error = cudaFuncSetAttribute(gradient_kernel<OF_KEYS>, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+static cudaError_t launch_dK_and_dQ(const AttentionParams& p) {
+    using namespace of_k;
+    cudaError_t error = cudaFuncSetAttribute(dK_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
     Maps maps = {};
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BOX_ROWS<Tile, RowOrder>);
     if (error == cudaSuccess && p.Nk > 0) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BOX_ROWS<Tile, RowOrder>);
     if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK);
     if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK);
     if (error == cudaSuccess && p.Nq > 0 && p.Nk > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK);
+    if (error == cudaSuccess) error = make_dS_map(&maps.dS, p, BOX_ROWS<Tile_S, RowOrder>);
     if (error != cudaSuccess) return error;
-    launch_kernel(gradient_kernel<OF_KEYS>, static_cast<unsigned>(blocks), THREADS, SMEM_BYTES, p.stream, p, maps);
-    return cudaGetLastError();
+    return launch_pieces(p, [&](const Piece& piece, unsigned blocks) { launch_kernel(dK_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, piece); });
 }
 
 extern "C" int attention(const AttentionParams* params) {
     const AttentionParams& p = *params;
     const int parts = static_cast<int>(tiles_of(p.Dv, PART));
-    const int64_t all_rows = Workspace::all_rows(p), of_v_blocks = tiles_of(p.Nk, of_v::BLOCK_K) * p.Hkv * p.B * parts;
-    const int64_t of_k_blocks = tiles_of(p.Nk, of_qk::BLOCK) * p.Hkv * p.B, of_q_blocks = tiles_of(p.Nq, of_qk::BLOCK) * p.H * p.B;
-    if (!numbers_fit(p, {all_rows / PREPARE_ROWS, of_v_blocks, of_k_blocks, of_q_blocks})) return cudaErrorInvalidConfiguration;
+    const int64_t all_rows = Workspace::all_rows(p), dV_blocks = tiles_of(p.Nk, of_v::BLOCK_K) * p.Hkv * p.B * parts;
+    if (!numbers_fit(p, {all_rows / PREPARE_ROWS, dV_blocks}) || !pieces_fit(p)) return cudaErrorInvalidConfiguration;
     DeviceGuard guard(p.device);
     if (all_rows > 0) launch_kernel(prepare_kernel, static_cast<unsigned>(all_rows / PREPARE_ROWS), 32 * PREPARE_ROWS, 0, p.stream, p);
     cudaError_t error = cudaGetLastError();
-    if (error == cudaSuccess && of_v_blocks > 0) error = launch_dV(p, of_v_blocks, parts);
-    if (error == cudaSuccess) error = launch_gradient<true>(p, of_k_blocks);
-    if (error == cudaSuccess) error = launch_gradient<false>(p, of_q_blocks);
+    if (error == cudaSuccess && dV_blocks > 0) error = launch_dV(p, dV_blocks, parts);
+    if (error == cudaSuccess) error = launch_dK_and_dQ(p);
     return error;
 }

@@ -55,7 +55,8 @@ HOPPER = Rung(
     sums_bias=True,
     drops_dead=True,
     wide_backward=(128, "backward_4_hopper_wide.cu"),
-    plain_backward=(192, "backward_4_hopper_192.cu"),
+    simpler_backward=(192, "backward_4_hopper_192.cu"),
+    plain_backward=(256, "backward_4_hopper_256.cu"),
     tall_forward=((80, 96), "forward_4_hopper_tall.cu"),
     min_rows=((64, 128, 384), (128, 64, 192), (256, 64, 256)),
 )
@@ -72,6 +73,7 @@ HOPPER_WIDE = replace(
     sums_bias=False,
     drops_dead=False,
     wide_backward=None,
+    simpler_backward=None,
     plain_backward=None,
     tall_forward=None,
     min_rows=(),

@@ -45,7 +45,10 @@ class Rung:
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
     wide_forward: tuple[int, str] | None = None  # above this head size the forward has a file of its own
     wide_backward: tuple[int, str] | None = None  # the same for the backward
-    plain_backward: tuple[int, str] | None = None  # and up to this one another, without dropout, changed scores or a mask over intervals
+    # And further ones up to these head sizes: without dropout, changed scores or a mask over intervals; and for calls with nothing of these, no
+    # mask and no interval.
+    simpler_backward: tuple[int, str] | None = None
+    plain_backward: tuple[int, str] | None = None
     tall_forward: tuple[tuple[int, ...], str] | None = None  # for plain calls: compiled sizes, and the file whose tiles have more rows
     min_rows: tuple[tuple[int, int, int], ...] = ()  # (max head size, most rows for which the rung below is faster, the same with dropout)
     packs_heads: bool = False  # a tile holds all query heads of a key head: the rung for few queries
@@ -197,17 +200,23 @@ class Rung:
         `tall_forward`."""
         D, Dv = sizes
         kind = dtype, visible == "causal", mask, dropout, visible == "interval"
-        special = dropout or (visible == "interval" and mask is not None) or bool(score)
-        file = self.tall_forward[1] if tall and self.tall_forward else self.file(which, D, special)
+        file = (
+            self.tall_forward[1]
+            if tall and self.tall_forward
+            else self.file(which, D, visible == "interval", mask is not None, dropout or bool(score))
+        )
         return build.Specialisation(file, arch, D, *kind, None if Dv == D else Dv, float8, score)
 
-    def file(self, which: int, head_dim: int, special: bool = False) -> str:
-        """The source file of its forward or backward for a compiled head size. special: not served by `plain_backward`."""
+    def file(self, which: int, head_dim: int, interval: bool, mask: bool, other: bool) -> str:
+        """The source file of its forward or backward for a compiled head size. other: dropout, or changed scores."""
         wide = (self.wide_forward, self.wide_backward)[which]
         if not wide or head_dim <= wide[0]:
             return self.files[which]
-        other = self.plain_backward if which == BACKWARD and not special else None
-        return other[1] if other and head_dim <= other[0] else wide[1]
+        if which == BACKWARD and self.simpler_backward and head_dim <= self.simpler_backward[0] and not (other or (interval and mask)):
+            return self.simpler_backward[1]
+        if which == BACKWARD and self.plain_backward and head_dim <= self.plain_backward[0] and not (other or interval or mask):
+            return self.plain_backward[1]
+        return wide[1]
 
     def worthwhile(self, call: Call, which: int = FORWARD) -> bool:
         """Whether this rung is faster than those below it for the call's forward or backward."""
