@@ -39,7 +39,7 @@ struct Maps {
     CUtensorMap q, k, v, d_o, dS;
 };
 
-// "full": the bytes have arrived, those of LSE with Q and those of Delta with dO. "empty": every computing warp is done with them.
+// "full": the bytes have arrived, those of LSE with Q and those of Delta with dO. "empty": every computing thread is done with them.
 struct Barriers {
     uint64_t KV_full, Q_full[STAGES], Q_empty[STAGES], dO_full[STAGES], dO_empty[STAGES];
 };
@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(THREADS, 1) dKV_kernel(const __grid_constant__
         for (int stage = 0; stage < STAGES; ++stage) {
             ptx::mbarrier_init(barrier(barriers.Q_full[stage]), 1);
             ptx::mbarrier_init(barrier(barriers.dO_full[stage]), 1);
-            ptx::mbarrier_init(barrier(barriers.Q_empty[stage]), 4 * CONSUMERS);
-            ptx::mbarrier_init(barrier(barriers.dO_empty[stage]), 4 * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.Q_empty[stage]), GROUP * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.dO_empty[stage]), GROUP * CONSUMERS);
         }
         ptx::fence_mbarrier_init();
     }
@@ -109,9 +109,7 @@ __global__ void __launch_bounds__(THREADS, 1) dKV_kernel(const __grid_constant__
         auto LSE_of = [&](int n) { return reinterpret_cast<const float*>(smem + (rows_smem - K_smem) + n % STAGES * 2 * ROWS_BYTES); };
         auto Delta_of = [&](int n) { return LSE_of(n) + BLOCK; };
         auto wait_for = [&](uint64_t (&full)[STAGES], int n) { ptx::mbarrier_wait(barrier(full[n % STAGES]), n / STAGES & 1); };
-        auto release = [&](uint64_t (&empty)[STAGES], int n) {
-            if (lane == 0) ptx::mbarrier_arrive(barrier(empty[n % STAGES]));
-        };
+        auto release = [&](uint64_t (&empty)[STAGES], int n) { ptx::mbarrier_arrive(barrier(empty[n % STAGES])); };
 
         // Issues Sᵀ = K Qᵀ or dPᵀ = V dOᵀ.
         auto multiply = [&](float(&C)[BLOCK / 2], uint32_t A, uint32_t B) {

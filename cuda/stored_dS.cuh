@@ -63,19 +63,15 @@ struct Tiles {
     __host__ __device__ explicit Tiles(const AttentionParams& p)
         : queries((p.Nq + BLOCK - 1) / BLOCK), keys((p.Nk + BLOCK - 1) / BLOCK), shift(CAUSAL ? (p.Nk - p.Nq + BLOCK - 1) >> 6 : keys) {}
     // The first query tile that sees key tile j; the later ones do, too.
-    __host__ __device__ int first_seeing(int j) const { return limited(j - shift); }
+    __host__ __device__ int first_seeing(int j) const { return j < shift ? 0 : j - shift; }
     // How many key tiles, from the first on, query tile i sees.
     __host__ __device__ int seen_by(int i) const { return i + shift + 1 < 0 ? 0 : i + shift + 1 < keys ? i + shift + 1 : keys; }
     // The number of tiles with keys before key tile j.
     __host__ __device__ int64_t before(int j) const { return static_cast<int64_t>(j) * queries - (hidden(j - shift) - hidden(-shift)); }
 
   private:
-    __host__ __device__ int limited(int i) const { return i < 0 ? 0 : i < queries ? i : queries; }
-    // limited(0) + … + limited(n − 1)
-    __host__ __device__ int64_t hidden(int n) const {
-        const int64_t within = limited(n);
-        return within * (within - 1) / 2 + (n > queries ? static_cast<int64_t>(n - queries) * queries : 0);
-    }
+    // 0 + 1 + … + (n − 1): one query tile less for each further key tile.
+    __host__ __device__ static int64_t hidden(int n) { return n < 0 ? 0 : static_cast<int64_t>(n) * (n - 1) / 2; }
 };
 
 // The keys whose dS is in memory: `keys` tiles from `first_key` on, of `heads` heads of K from `first_head` on, counted through all batches.
@@ -161,10 +157,10 @@ __global__ void __launch_bounds__(THREADS, 1)
                 for (int panel = 0; panel < PANELS; ++panel)
                     ptx::cp_async_bulk_tensor_4d(to + panel * Panel::BYTES, &maps.k, part * COLUMNS + panel * 64, j * BLOCK, kv_h, b, arrived);
                 for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
-                    // A tile that no query sees does not exist: outside of the tensor, zeros are loaded.
+                    // Of the causal tile that only the other group's rows see, zeros are loaded: it is outside of the tensor. Rows beyond the last one may get
+                    // anything.
                     const int i = i_tile + consumer;
-                    const bool exists = i < tiles.queries && j < tiles.seen_by(i);
-                    const int row = exists ? static_cast<int>(piece.tile(p, tiles, head, head_of_piece % share, i, j)) * BLOCK : -BLOCK;
+                    const int row = j < tiles.seen_by(i) ? static_cast<int>(piece.tile(p, tiles, head, head_of_piece % share, i, j)) * BLOCK : -BLOCK;
                     ptx::cp_async_bulk_tensor_4d(to + K_BYTES + consumer * Tile_S::BYTES, &maps.dS, 0, row, 0, 0, arrived);
                 }
             }

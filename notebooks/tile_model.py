@@ -21,7 +21,6 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 GROUP_ROWS = 64  # of Q, in the forward, that a group of four warps computes
 FITTED = {
     "EXPOSED": 1.24,  # × the backward's instructions: the time that no product overlaps; fitted at D 128
-    "REDUCED": 13.3,  # bytes of dQ a cycle that a multiprocessor adds to global memory while all others do so too; fitted at D 256
 }
 SCORE, SEARCH = 3.5, 1  # a warp's instructions for one score of each thread, counted in the machine code; to search for a maximum
 BETWEEN = 1060  # cycles from one tile of Q to the next in addition to its steps (LOG.md: 11 800 for four steps of 2 684)
@@ -94,20 +93,17 @@ def _does_not_fit(D: int, groups: int, keys: int, stages: int) -> str | None:
 
 
 def backward_step(D: int) -> Step:
-    """A step of the backward. Its two groups are at most a step apart, so they do the same thing at about the same time."""
-    file = "backward_4_hopper.cu" if D <= 128 else "backward_4_hopper_wide.cu"
-    tiles = constants(file, HEAD_DIM=D)
+    """A step of the backward, up to 128 columns. Its two groups are at most a step apart, so they do the same thing at about one time."""
+    tiles = constants("backward_4_hopper.cu", HEAD_DIM=D)
     keys, rows = tiles["BLOCK_K"], tiles["BLOCK_Q"]
     product = 2 * keys * rows * D / KNOWN["TENSOR_FLOP"]  # for S; the same for dP, dV, dK and dQ
-    columns = rows if D <= 128 else 32  # of S and dP in one product; above 128 each group has half the rows
-    slower = max(1.0, 32 * (64 + columns) / KNOWN["SHARED_BYTES"] / (2 * 64 * columns * 16 / KNOWN["TENSOR_FLOP"]))
+    slower = max(1.0, 32 * (64 + rows) / KNOWN["SHARED_BYTES"] / (2 * 64 * rows * 16 / KNOWN["TENSOR_FLOP"]))  # S and dP
     tensor = (3 + 2 * slower) * product
     exponentials = 2 * (keys * rows / 256) * KNOWN["EXPONENTIAL"]
     counted = measured("backward", D)
     instructions = counted["instructions"] / (counted["blocks"] * counted["steps_of_block"]) / 4  # of a quarter of the multiprocessor
-    added = rows * D * 4 / FITTED["REDUCED"]  # dQ, in float32
-    cycles = max(tensor + FITTED["EXPOSED"] * instructions, added)
-    busy = {"tensor cores": 5 * product, "exponentials": exponentials, "instructions": instructions, "dQ to memory": added}
+    cycles = tensor + FITTED["EXPOSED"] * instructions
+    busy = {"tensor cores": 5 * product, "exponentials": exponentials, "instructions": instructions}
     return Step(cycles, busy, 5 * product * KNOWN["TENSOR_FLOP"])
 
 
@@ -116,7 +112,7 @@ def shape(part: str, D: int, B: int, H: int, N: int) -> tuple[int, int]:
     if part == "forward":
         tiles = constants("forward_4_tiles.cuh", HEAD_DIM=D)
         return B * H * math.ceil(N / tiles["BLOCK_Q"]), math.ceil(N / tiles["BLOCK_K"])
-    tiles = constants("backward_4_hopper.cu" if D <= 128 else "backward_4_hopper_wide.cu", HEAD_DIM=D)
+    tiles = constants("backward_4_hopper.cu", HEAD_DIM=D)
     return B * H * math.ceil(N / tiles["BLOCK_K"]), math.ceil(N / tiles["BLOCK_Q"])
 
 

@@ -45,8 +45,8 @@ class Rung:
     device_type: ClassVar[str] = "cuda"  # of the tensors it takes
     wide_forward: tuple[int, str] | None = None  # above this head size the forward has a file of its own
     wide_backward: tuple[int, str] | None = None  # the same for the backward
-    # And further ones up to these head sizes: without dropout, changed scores or a mask over intervals; and for calls with nothing of these, no
-    # mask and no interval.
+    # And others up to these head sizes: for calls without dropout, changed scores or a mask over intervals, and for plain ones, without
+    # mask or intervals either.
     simpler_backward: tuple[int, str] | None = None
     plain_backward: tuple[int, str] | None = None
     tall_forward: tuple[tuple[int, ...], str] | None = None  # for plain calls: compiled sizes, and the file whose tiles have more rows
