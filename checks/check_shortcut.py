@@ -171,8 +171,8 @@ def check_plain_training_emulated(name, causal):
     for dO, hooks in 2 * TO_BE_DIFFERENTIATED:
         got = gradients_by(partial(autograd.plain_attention, plan), (q, k, v), dO, hooks)
         assert all(map(torch.equal, got, want))
-    kept = {is_plain for _, is_plain in plan.backwards.values()}  # a gradient that must be copied is not plain
-    assert len(plan.backwards) <= shortcut.FEW and kept == ({False} if causal else {True, False})
+    kept = {is_plain for _, is_plain in plan.gradients.backwards.values()}  # a gradient that must be copied is not plain
+    assert len(plan.gradients.backwards) <= shortcut.FEW and kept == ({False} if causal else {True, False})
 
 
 def check_what_is_not_plain_takes_the_long_way(target, slow_calls):

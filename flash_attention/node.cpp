@@ -114,12 +114,14 @@ Tensor make_plan(const Tensor& q, const std::string& packed, std::string setting
 
 void keep_backward(const Tensor& plan, const variable_list& tensors, const std::string& packed) { plan_in(plan).keep(tensors, Launch(packed)); }
 
-// dQ, dK and dV by Python (node.py), which calls keep_backward if the next backward of tensors like these can be computed here.
-std::tuple<Tensor, Tensor, Tensor> backward_in_python(const variable_list& x, const Tensor& plan) {
-    using T = const Tensor&;
-    using Op = std::tuple<Tensor, Tensor, Tensor>(T, T, T, T, T, T, T, c10::string_view);
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("flash_attention::plain_backward", "").typed<Op>();
-    return op.call(x[0], x[1], x[2], x[3], x[4], x[5], plan, plan_in(plan).settings);
+// dQ, dK and dV by Python (node.py), which calls keep_backward if the next backward of tensors like these can be computed here. Not by the dispatcher:
+// Python finds out itself which transforms and modes are active, and calls an op that has rules for them.
+variable_list backward_in_python(const variable_list& tensors, const Tensor& plan) {
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("flash_attention::plain_backward", "");
+    torch::jit::Stack stack(tensors.begin(), tensors.end());
+    stack.insert(stack.end(), {plan, plan_in(plan).settings});
+    op.callBoxedForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd, stack);
+    return {stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), Tensor()};
 }
 
 struct PlainAttention : torch::autograd::Function<PlainAttention> {
@@ -139,10 +141,7 @@ struct PlainAttention : torch::autograd::Function<PlainAttention> {
         variable_list tensors = ctx->get_saved_variables();
         tensors.insert(tensors.begin(), gradients[0]);
         std::optional<Launch> launch = plan_in(plan).backward(tensors);
-        if (!launch) {
-            const auto [dQ, dK, dV] = backward_in_python(tensors, plan);
-            return {dQ, dK, dV, Tensor()};
-        }
+        if (!launch) return backward_in_python(tensors, plan);
         AttentionParams& p = launch->params;
         Tensor dO = tensors[0], q = tensors[1], k = tensors[2], v = tensors[3], O = tensors[4], LSE = tensors[5];
         // The kernels read a dO that lies otherwise, as that of O.sum() does, from a contiguous copy.
@@ -152,7 +151,7 @@ struct PlainAttention : torch::autograd::Function<PlainAttention> {
         p.q.data = q.data_ptr(), p.k.data = k.data_ptr(), p.v.data = v.data_ptr(), p.o.data = O.data_ptr(), p.d_o.data = dO.data_ptr();
         p.lse = LSE.data_ptr<float>();
         (*launch)(q);
-        return {dQ, dK, dV, Tensor()};
+        return {dQ, dK, dV, Tensor()};  // the plan gets no gradient
     }
 };
 
