@@ -45,7 +45,7 @@ def is_eager_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def is_eager_backward(q: Tensor, k: Tensor, v: Tensor, *gradients: Tensor | None) -> bool:
-    """Whether a backward may be computed without its op: that of an eager call, of plain gradients, which will not be differentiated again."""
+    """Whether a backward may be computed without its op: like an eager call, of plain gradients, and not to be differentiated again."""
     return (
         not torch.is_grad_enabled()  # as it is only with create_graph=True, which torch.func always has
         and is_eager_call(q, k, v)

@@ -52,7 +52,8 @@ class Forward(NamedTuple):
         has_spans = call.spans is not None
         needs_workspace = has_spans or call.mask is not None or rung.forward_workspace
         workspace = launch.workspace_floats(has_spans) if needs_workspace else 0
-        return cls(rung, call, launch, rung._mask_form(FORWARD, call), factor, copied, O_is_like_q, tuple(q.shape[:3]), workspace, Gradients())
+        form, LSE_shape = rung._mask_form(FORWARD, call), tuple(q.shape[:3])
+        return cls(rung, call, launch, form, factor, copied, O_is_like_q, LSE_shape, workspace, Gradients())
 
     @property
     def is_plain(self) -> bool:

@@ -137,6 +137,7 @@ def _cached(name: str, description: str, commands: Callable[[Path], list[list[st
                 result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode:
                     raise BuildError(f"{command[0]} could not compile {description}\n{' '.join(command)}\n{result.stdout}{result.stderr}")
+            out.chmod(0o755)
             out.replace(library)  # atomic: a reader sees the whole library or none
         build.log.info("flash_attention: compiled %s in %.1f s", description, time.perf_counter() - started)
     return library

@@ -26,9 +26,16 @@ def name() -> str:
 
 
 def find() -> Path | None:
-    """The library, prebuilt or from the cache, if it is there."""
-    library = name()
-    return next((folder / library for folder in (build.prebuilt_folder(), build.cache_folder()) if folder and (folder / library).exists()), None)
+    """The library, prebuilt or from the cache, if it is there.
+
+    Raises:
+        BuildError: a folder is refused.
+    """
+    for folder in (build.prebuilt_folder(), build.cache_folder()):
+        if folder and (library := folder / name()).exists():
+            build.refuse_if_others_write(library)
+            return library
+    return None
 
 
 def compiled(into: Path | None = None) -> Path:
