@@ -64,8 +64,8 @@ def _find() -> Path | None:
     if _compiling is None:
         if found := library.find():
             return found
-        command = [sys.executable, "-m", library.__name__]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable or "python3", "-c", f"from {library.__name__} import main; main()"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
         _compiling = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     if _compiling.poll() is None:
         return None

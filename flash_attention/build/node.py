@@ -1,10 +1,9 @@
 """Compiles node.cpp, the C++ of small calls with gradients, with the machine's C++ compiler, into the same cache as the kernels.
 
-    python -m flash_attention.build.node     as a process does in the background (flash_attention/node.py)
-
-The library depends on PyTorch's version, but neither on Python's nor on a GPU.
+The library depends on PyTorch's version, but neither on Python's nor on a GPU. `python -m flash_attention.build` compiles it too.
 """
 
+import logging
 import platform
 import sys
 from pathlib import Path
@@ -55,7 +54,9 @@ def compiled(into: Path | None = None) -> Path:
     return emulated._cached(name(), "small calls with gradients in C++", commands, into or build.cache_folder())
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """What flash_attention/node.py starts in the background: says nothing, unless it fails."""
+    build.log.setLevel(logging.ERROR)
     try:
         compiled()
     except (BuildError, OSError) as error:
