@@ -2,6 +2,8 @@
 must. Its kernels are replaced by fake_attention.cpp, on a CPU; check_shortcut.py runs it with real ones, on a GPU.
 
 python checks/check_node.py
+
+One file because what the library does and how it comes about are checked with the same stand-in for kernels.
 """
 
 import ctypes
