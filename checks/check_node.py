@@ -133,6 +133,17 @@ def check_gradients(rung, entered, case, layout):
             assert all(torch.allclose(x.double(), y, rtol=1e-4, atol=1e-5) for x, y in zip(got, want, strict=True))
 
 
+def check_one_column(rung, inputs):
+    """The strides of a single column mean nothing: such a dO is read where it is, or else the kernel would be told of another one."""
+    rung = BACKENDS["fake"] = dataclasses.replace(rung, multiple_of=1)
+    tensors = [x[..., :1].contiguous() for x in inputs]
+    plan = forward_of(rung, *tensors)
+    dO = torch.rand(2, 4, 9, 5).as_strided((2, 4, 9, 1), (180, 45, 5, 3))
+    for _ in range(2):
+        got = gradients_by(partial(autograd.plain_attention, plan), tensors, lambda O: dO)
+        assert close(got, gradients_by(partial(in_python, plan), tensors, lambda O: dO))
+
+
 class Listening(TorchDispatchMode):
     """Lists the operators that are called."""
 
@@ -163,6 +174,7 @@ def check_what_enters_python(attend, inputs, entered):
     assert close(first, want), "is_grads_batched"
     mapped = torch.func.vmap(lambda dO: gradients(dO))(torch.stack([dO, 2 * dO]))
     assert close([x[0] for x in mapped], want), "vmap"
+    assert close(gradients(torch._neg_view(-dO)), want), "a tensor whose memory is to be negated when it is read"
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="cannot be differentiated again"):
         gradients(forward_ad.make_dual(dO, dO))
     entered.clear()

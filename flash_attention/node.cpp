@@ -62,9 +62,15 @@ struct Launch {
     }
 };
 
+// Whether x lies as a kernel is told. It is not told of the last stride, which is 1, or means nothing in a single column.
+bool lies_as(const Tensor4& told, const Tensor& x) {
+    return x.strides().slice(0, 3) == at::IntArrayRef{told.stride_b, told.stride_h, told.stride_n} && (x.stride(3) == 1 || x.size(3) == 1);
+}
+
 // Everything that determines how a kernel finds its way in these tensors.
 std::vector<int64_t> form(const variable_list& tensors) {
     std::vector<int64_t> form;
+    form.reserve(10 * tensors.size());
     for (const Tensor& x : tensors) {
         form.insert(form.end(), x.sizes().begin(), x.sizes().end());
         form.insert(form.end(), x.strides().begin(), x.strides().end());
@@ -103,8 +109,8 @@ struct Plan {
     std::mutex mutex;
 };
 
-// A plan lies in the memory of a tensor. So PyTorch counts its references, and passes it to an op in less time than an object of a custom class, which
-// compiled autograd would refuse besides.
+// A plan lies in the memory of a tensor. So PyTorch counts its references, and passes it to an op in less time than an object of a custom class,
+// which compiled autograd would refuse besides.
 Plan& plan_in(const Tensor& x) { return *static_cast<Plan*>(x.data_ptr()); }
 
 Tensor make_plan(const Tensor& q, const std::string& packed, std::string settings) {
@@ -114,8 +120,8 @@ Tensor make_plan(const Tensor& q, const std::string& packed, std::string setting
 
 void keep_backward(const Tensor& plan, const variable_list& tensors, const std::string& packed) { plan_in(plan).keep(tensors, Launch(packed)); }
 
-// dQ, dK and dV by Python (node.py), which calls keep_backward if the next backward of tensors like these can be computed here. Not by the dispatcher:
-// Python finds out itself which transforms and modes are active, and calls an op that has rules for them.
+// dQ, dK and dV by Python (node.py), which calls keep_backward if the next backward of tensors like these can be computed here. Not by the
+// dispatcher: Python finds out itself which transforms and modes are active, and calls an op that has rules for them.
 variable_list backward_in_python(const variable_list& tensors, const Tensor& plan) {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("flash_attention::plain_backward", "");
     torch::jit::Stack stack(tensors.begin(), tensors.end());
@@ -144,8 +150,7 @@ struct PlainAttention : torch::autograd::Function<PlainAttention> {
         if (!launch) return backward_in_python(tensors, plan);
         AttentionParams& p = launch->params;
         Tensor dO = tensors[0], q = tensors[1], k = tensors[2], v = tensors[3], O = tensors[4], LSE = tensors[5];
-        // The kernels read a dO that lies otherwise, as that of O.sum() does, from a contiguous copy.
-        if (dO.strides() != at::IntArrayRef{p.d_o.stride_b, p.d_o.stride_h, p.d_o.stride_n, 1}) dO = dO.clone(at::MemoryFormat::Contiguous);
+        if (!lies_as(p.d_o, dO)) dO = dO.clone(at::MemoryFormat::Contiguous);  // kernels cannot read it, as that of O.sum()
         const Tensor dQ = launch->empty(p.dq, p.H, p.Nq, p.D, q);
         const Tensor dK = launch->empty(p.dk, p.Hkv, p.Nk, p.D, q), dV = launch->empty(p.dv, p.Hkv, p.Nk, p.Dv, q);
         p.q.data = q.data_ptr(), p.k.data = k.data_ptr(), p.v.data = v.data_ptr(), p.o.data = O.data_ptr(), p.d_o.data = dO.data_ptr();

@@ -50,9 +50,14 @@ def is_eager_backward(q: Tensor, k: Tensor, v: Tensor, *gradients: Tensor | None
         not torch.is_grad_enabled()  # as it is only with create_graph=True, which torch.func always has
         and is_eager_call(q, k, v)
         and forward_ad._current_level < 0
-        # is_grads_batched=True maps gradients by a vmap that is older than functorch. Only the tensors show it.
-        and all(x is None or (type(x) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(x)) for x in gradients)
+        and all(x is None or _is_plain(x) for x in gradients)
     )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a kernel may read x at its address: not a subclass, not to be negated by who reads it, and not mapped by
+    is_grads_batched=True, whose vmap is older than functorch, so that only the tensors show it."""
+    return type(x) is Tensor and not x.is_neg() and not torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def signature(q: Tensor, k: Tensor, v: Tensor, mask, causal, scale, dropout_p, window, backend) -> Hashable | None:
