@@ -9,6 +9,7 @@ One file because what the library does and how it comes about are checked with t
 import ctypes
 import dataclasses
 import io
+import os
 import subprocess
 import threading
 from functools import partial
@@ -259,15 +260,20 @@ def check_launch(attend, inputs, kernels):
     error.value = 0
 
 
+def with_gaps(n: int, O: torch.Tensor) -> torch.Tensor:
+    """Ones like O, with n times 16 bytes between rows."""
+    return torch.ones(*O.shape[:3], O.shape[3] + 4 * n)[..., : O.shape[3]]
+
+
 def check_threads(attend, inputs):
-    """Several threads may use one plan at once, and each may bring a form that the plan does not know."""
-    dOs = [dO for dO, _ in TO_BE_DIFFERENTIATED]
+    """Several threads may use one plan at once, while it learns and forgets forms of dO."""
+    dOs = [*(dO for dO, _ in TO_BE_DIFFERENTIATED), *(partial(with_gaps, n) for n in range(2 * shortcut.FEW))]
     want = [gradients_by(attend, inputs, dO) for dO in dOs]
     wrong = []
 
     def work(n: int) -> None:
-        for i in range(60):
-            which = (n + i) % len(dOs)
+        for i in range(200):
+            which = (7 * n + i) % len(dOs)
             try:
                 right = all(map(torch.equal, gradients_by(attend, inputs, dOs[which]), want[which]))
             except Exception as error:
@@ -284,7 +290,7 @@ def check_threads(attend, inputs):
 
 
 def check_nothing_leaks(rung, inputs):
-    """A plan lives as long as its forward or a graph that needs it."""
+    """A plan lives as long as its forward or a graph that needs it, and is freed with all that it holds."""
     plan = forward_of(rung, *inputs)
     O = autograd.plain_attention(plan, *inputs)
     alive = StorageWeakRef(plan.gradients.node.untyped_storage())
@@ -294,14 +300,22 @@ def check_nothing_leaks(rung, inputs):
     O.sum().backward()
     del O
     assert alive.expired()
+    packed, before = forward_of(rung, *inputs).launch.packed(0), resident_bytes()
+    for _ in range(500):
+        node.ops.plain_plan(inputs[0], packed, 2**20 * " ")  # settings of a megabyte
+    assert resident_bytes() < before + 200 * 2**20
+
+
+def resident_bytes() -> int:
+    """The memory of this process that is not swapped out."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_few_backwards_are_kept(attend, inputs, entered):
     """A plan forgets backwards, rather than keep one for every form that it has seen."""
     O = attend(*inputs)
-    for n in 2 * tuple(range(1, 2 * shortcut.FEW)):
-        dO = torch.empty(*O.shape[:3], O.shape[3] + 4 * n)[..., : O.shape[3]].fill_(1)
-        torch.autograd.grad(O, inputs, dO, retain_graph=True)
+    for n in 2 * tuple(range(2 * shortcut.FEW)):
+        torch.autograd.grad(O, inputs, with_gaps(n, O), retain_graph=True)
     assert len(entered) > 2 * shortcut.FEW
 
 
