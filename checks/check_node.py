@@ -157,6 +157,7 @@ class Listening(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings("error:There is a performance drop")  # PyTorch, of an op without a rule for vmap
 def check_what_enters_python(attend, inputs, entered):
     """Transforms, modes and profilers see the op `backward`, as they do from the Function in Python."""
     O = attend(*inputs)
