@@ -4,7 +4,6 @@ Until then, and where it cannot be had, `autograd.PlainAttention` does the same 
 """
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -64,9 +63,9 @@ def _find() -> Path | None:
     if _compiling is None:
         if found := library.find():
             return found
-        command = [sys.executable or "python3", "-c", f"from {library.__name__} import main; main()"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-        _compiling = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        program = f"import sys; sys.path[:] = {sys.path!r}; from {library.__name__} import main; main()"
+        command = [sys.executable or "python3", "-c", program]
+        _compiling = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     if _compiling.poll() is None:
         return None
     if found := library.find():
