@@ -28,7 +28,7 @@ from flash_attention import build
 from flash_attention.backends import cuda, masks, rotary
 from flash_attention.backends.launch import NO_INTERVAL, NO_KEYS, NO_MASK, NO_TENSOR, PARAMS, SETTINGS
 from flash_attention.backends.rotary import ROTARY
-from flash_attention.build import BuildError, Specialisation
+from flash_attention.build import BuildError, Specialisation, node
 from flash_attention.build.__main__ import ARCHS, main, specialisations, usual_set
 
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on this machine")
@@ -244,6 +244,7 @@ def place(tmp_path, monkeypatch):
     folder = tmp_path / "a folder"
     (folder / "sources").mkdir(parents=True)
     (folder / "sources" / "kernel.cu").write_text("// version 1\n")
+    (folder / "sources" / "attention.h").touch()
     nvcc = folder / "nvcc"
     nvcc.write_text(STAND_IN)
     nvcc.chmod(0o755)
@@ -495,8 +496,10 @@ def check_command(place, monkeypatch, capsys):
 
     out, found = place.folder / "out", place.folder / "found.json"
     monkeypatch.setattr(build, "loaded", lambda library: library)
+    beside: list = []  # where node.cpp was compiled to
+    monkeypatch.setattr(node, "compiled", beside.append)
     level = build.log.level
-    assert run("--out", str(out)) == 0
+    assert run("--out", str(out)) == 0 and beside == [out]
     assert build.log.level == level
     assert len(list(out.glob("*.so"))) == len(set(usual_set(["75"], [32]))) == 2 + 2 * 3 * 4
     assert not place.cache.exists()

@@ -9,8 +9,10 @@ import pytest
 import torch
 from harness import Case, call_of, dtype_served, half_served, run_alone, skip_unless_masks
 
-from flash_attention import autograd, flash_attention, interface, shortcut
+from flash_attention import autograd, flash_attention, interface, node, shortcut
 from flash_attention.backends import BACKENDS, cuda
+from flash_attention.build import emulated
+from flash_attention.build import node as library
 
 
 @pytest.fixture
@@ -126,6 +128,15 @@ def gradients_by(attend, inputs, dO, hooks=None):
     return O.detach(), *torch.autograd.grad(O, leaves, dO(O))
 
 
+def load_node(monkeypatch) -> None:
+    """Loads node.cpp, compiled now if need be."""
+    if emulated.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    library.compiled()
+    monkeypatch.setattr(node, "_compiling", None)
+    assert node._loaded or node._load()
+
+
 TO_BE_DIFFERENTIATED = [  # dO of O, what saves tensors
     (torch.ones_like, None),
     (lambda O: torch.ones_like(O).mT.contiguous().mT, None),  # rows are not contiguous
@@ -136,10 +147,15 @@ TO_BE_DIFFERENTIATED = [  # dO of O, what saves tensors
 ]
 
 
-def check_plain_training(target, slow_calls):
+@pytest.mark.parametrize("in_cpp", [False, True])
+def check_plain_training(target, slow_calls, monkeypatch, in_cpp):
     """A repeated call with gradients gives the same as the first, whatever dO's layout and whatever hooks do to saved tensors."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(target))
     attend = partial(flash_attention, backend=target.backend)
+    if in_cpp:
+        load_node(monkeypatch)
+    else:
+        monkeypatch.setattr(node, "_loaded", False)
     first = gradients_by(attend, (q, k, v), torch.ones_like)
     for dO, hooks in 2 * TO_BE_DIFFERENTIATED:
         slow_calls.clear()
@@ -149,6 +165,11 @@ def check_plain_training(target, slow_calls):
             torch.testing.assert_close(x, y, atol=1e-2, rtol=1e-2)  # gradients are summed in any order
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     O = attend(*leaves)
+    assert in_cpp != ("PlainAttentionBackward" in str(O.grad_fn))
+    if in_cpp:
+        with monkeypatch.context() as python:
+            python.setattr(shortcut, "is_eager_backward", None)  # a backward that enters Python would call it
+            gradients_by(attend, (q, k, v), torch.ones_like)
     many = torch.autograd.grad(O, leaves, torch.ones_like(O).expand(3, *O.shape), is_grads_batched=True, retain_graph=True)
     for x, y in zip(first[1:], many, strict=True):
         torch.testing.assert_close(x, y[2], atol=1e-2, rtol=1e-2)
@@ -171,8 +192,8 @@ def check_plain_training_emulated(name, causal):
     for dO, hooks in 2 * TO_BE_DIFFERENTIATED:
         got = gradients_by(partial(autograd.plain_attention, plan), (q, k, v), dO, hooks)
         assert all(map(torch.equal, got, want))
-    kept = {is_plain for _, is_plain in plan.backwards.values()}  # a gradient that must be copied is not plain
-    assert len(plan.backwards) <= shortcut.FEW and kept == ({False} if causal else {True, False})
+    kept = {is_plain for _, is_plain in plan.gradients.backwards.values()}  # a gradient that must be copied is not plain
+    assert len(plan.gradients.backwards) <= shortcut.FEW and kept == ({False} if causal else {True, False})
 
 
 def check_what_is_not_plain_takes_the_long_way(target, slow_calls):

@@ -27,11 +27,10 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from flash_attention import allocate, backends, shortcut
+from flash_attention import allocate, backends, node, shortcut
 from flash_attention.backends import BACKENDS, cuda, no_gradients, reference
 from flash_attention.backends.cuda import BACKWARD, FORWARD
 from flash_attention.call import SCHEMA, Call, Settings
-from flash_attention.shortcut import is_eager_call
 
 library: torch.library.Library = torch.library.Library("flash_attention", "DEF")
 ops = torch.ops.flash_attention
@@ -100,9 +99,7 @@ class Attention(Function):
         if dO is None and dLSE is None:
             return (None,) * len(ctx.needs_input_grad)
         dO = torch.zeros_like(O) if dO is None else dO
-        # Only create_graph=True, as torch.func always has it, leaves gradients enabled here.
-        through_op = torch.is_grad_enabled() or not is_eager_call(q, k, v) or forward_ad._current_level >= 0
-        backward = ops.backward if through_op or type(dO) is not Tensor or _batched(dO, dLSE) else _backward
+        backward = _backward if shortcut.is_eager_backward(q, k, v, dO, dLSE) else ops.backward
         if bias is alibi is None:
             dQ, dK, dV, _ = backward(dO, dLSE, q, k, v, mask, spans, O, LSE, seed, *ctx.settings)
             return None, dQ, dK, dV, *(None,) * (len(ctx.needs_input_grad) - 4)
@@ -120,7 +117,8 @@ class Attention(Function):
 
 class PlainAttention(Function):
     """(q, k, v) → O: `Attention` for a plan that needs nothing but memory (`cuda.Forward.is_plain`), without LSE. A small
-    call is bound by the host, and each argument, output and saved tensor of a Function costs it a microsecond."""
+    call is bound by the host, and each argument, output and saved tensor of a Function costs it a microsecond. node.cpp is the same in
+    C++, which replaces this once it is compiled."""
 
     @staticmethod
     def forward(ctx, plan, q, k, v):
@@ -132,23 +130,21 @@ class PlainAttention(Function):
     @staticmethod
     def backward(ctx, dO):
         q, k, v, O, LSE = ctx.saved_tensors
-        through_op = torch.is_grad_enabled() or not is_eager_call(q, k, v) or forward_ad._current_level >= 0
-        if through_op or type(dO) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(dO):
+        if not shortcut.is_eager_backward(q, k, v, dO):
             dQ, dK, dV, _ = ops.backward(dO, None, q, k, v, None, None, O, LSE, None, *ctx.plan.call.settings)
             return None, dQ, dK, dV
         return None, *shortcut.plain_backward(ctx.plan, dO, q, k, v, O, LSE)
 
 
 def plain_attention(plan: cuda.Forward, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """O, differentiable, of an eager call by a plain plan."""
+    """O, differentiable, of an eager call by a plain plan: in C++ where that is loaded."""
+    if (in_cpp := plan.gradients.node) is None:
+        in_cpp = node.plan(plan, q)
+    if in_cpp is not None:
+        return node.attend(q, k, v, in_cpp)
     # Not by Function.apply, which looks for transforms and for tensors left over from them: `is_eager_call` has excluded transforms, and
     # such tensors have no address.
     return super(Function, PlainAttention).apply(plan, q, k, v)
-
-
-def _batched(*gradients: Tensor | None) -> bool:
-    """Whether torch.autograd.grad(…, is_grads_batched=True) maps them. That vmap is older than functorch; only the tensors show it."""
-    return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in gradients)
 
 
 def _primals(ctx) -> list[Tensor | None]:

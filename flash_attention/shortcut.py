@@ -44,6 +44,22 @@ def is_eager_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def is_eager_backward(q: Tensor, k: Tensor, v: Tensor, *gradients: Tensor | None) -> bool:
+    """Whether a backward may be computed without its op: like an eager call, of plain gradients, and not to be differentiated again."""
+    return (
+        not torch.is_grad_enabled()  # as it is only with create_graph=True, which torch.func always has
+        and is_eager_call(q, k, v)
+        and forward_ad._current_level < 0
+        and all(x is None or _is_plain(x) for x in gradients)
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a kernel may read x at its address: not a subclass, not to be negated by who reads it, and not mapped by
+    is_grads_batched=True, whose vmap is older than functorch, so that only the tensors show it."""
+    return type(x) is Tensor and not x.is_neg() and not torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def signature(q: Tensor, k: Tensor, v: Tensor, mask, causal, scale, dropout_p, window, backend) -> Hashable | None:
     """Everything that determines the plan of this call, or None if the shortcut does not apply to it. Nothing has been checked yet."""
     plain = (
@@ -111,13 +127,14 @@ def plain_backward(forward: cuda.Forward, dO: Tensor, q: Tensor, k: Tensor, v: T
     that hooks have saved (torch.autograd.graph.saved_tensors_hooks).
     """
     key = dO.stride(), q.stride(), k.stride(), v.stride(), O.stride()
-    if (found := forward.backwards.get(key)) is None:
+    known = forward.gradients.backwards
+    if (found := known.get(key)) is None:
         settings = forward.call.settings
         made = plan(cuda.BACKWARD, Call.of(q, k, v, None, None, settings, O, dO))
         found = made, isinstance(made, cuda.Backward) and made.is_plain
-        if len(forward.backwards) >= FEW:
-            forward.backwards.clear()
-        forward.backwards[key] = found
+        if len(known) >= FEW:
+            known.clear()
+        known[key] = found
     backward, is_plain = found
     if is_plain and LSE.is_contiguous():
         addresses = a, b, c, d, e = q.data_ptr(), k.data_ptr(), v.data_ptr(), O.data_ptr(), dO.data_ptr()

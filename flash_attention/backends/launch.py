@@ -37,6 +37,8 @@ NO_KEYS = bytes(KEYS.size)
 # address of dBias; the bias' own shape and type; softcap, scale / softcap, softcap · log2 e.
 SCORING = struct.Struct("@5q 3q q 5i 3f")
 
+POINTERS = struct.Struct("@3q")  # what comes before it in node.cpp: the addresses of two functions, the floats of workspace
+
 LARGEST = torch.finfo(torch.float32).max
 # Where a kernel's running maximum of unscaled scores starts, unless its product with scale · log2 e would overflow. A masked score, whose
 # accumulator starts from −2¹²⁷, lies below it.
@@ -100,6 +102,11 @@ class Launch(NamedTuple):
     def workspace_floats(self, has_spans: bool) -> int:
         """The floats of workspace that a launch needs, with spans or without."""
         return self.library.workspace_floats(self._params((), Addresses(spans=int(has_spans))))
+
+    def packed(self, workspace: int) -> bytes:
+        """`struct Launch` of node.cpp; workspace: floats."""
+        functions = self.library.attention, self.library.error_name
+        return POINTERS.pack(*(ctypes.cast(f, ctypes.c_void_p).value for f in functions), workspace) + self._params((), Addresses())
 
     def _params(self, addresses: Sequence[int], others: Addresses) -> bytes:
         tensors = list(self.tensors)

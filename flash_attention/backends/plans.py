@@ -4,6 +4,7 @@ A plan copies the tensors that its kernels cannot read in place, allocates resul
 plain call; it is kept short, because a small call is bound by the host.
 """
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from flash_attention.backends.rung import Rung
 
 
+@dataclass
+class Gradients:
+    """What a forward's plan keeps for calls with gradients, if it is plain."""
+
+    node: Tensor | None = None  # its plan in C++, where that is loaded: `flash_attention.node`
+    backwards: dict = field(default_factory=dict)  # else: strides of a backward's inputs → (`Backward`, whether it is plain)
+
+
 class Forward(NamedTuple):
     """A rung's forward for all calls with tensors and settings like these."""
 
@@ -31,7 +40,7 @@ class Forward(NamedTuple):
     O_is_like_q: bool  # allocate.is_like, computed once
     LSE_shape: tuple[int, ...]
     workspace: int  # floats
-    backwards: dict  # strides of a backward's inputs → (`Backward`, whether it is plain), for `shortcut.plain_backward`
+    gradients: Gradients
 
     @classmethod
     def of(cls, rung: "Rung", call: Call, copied: tuple[bool, ...] = (False,) * 3) -> "Forward":
@@ -43,7 +52,8 @@ class Forward(NamedTuple):
         has_spans = call.spans is not None
         needs_workspace = has_spans or call.mask is not None or rung.forward_workspace
         workspace = launch.workspace_floats(has_spans) if needs_workspace else 0
-        return cls(rung, call, launch, rung._mask_form(FORWARD, call), factor, copied, O_is_like_q, tuple(q.shape[:3]), workspace, {})
+        form, LSE_shape = rung._mask_form(FORWARD, call), tuple(q.shape[:3])
+        return cls(rung, call, launch, form, factor, copied, O_is_like_q, LSE_shape, workspace, Gradients())
 
     @property
     def is_plain(self) -> bool:

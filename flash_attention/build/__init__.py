@@ -367,8 +367,10 @@ def prune() -> list[Path]:
     other compilers, and leftovers of builds interrupted a day ago or earlier. Without nvcc, libraries of the present sources stay.
     The emulator's libraries all go: they are compiled in a second each.
     """
+    from flash_attention.build import node  # which imports this file
+
     folder, nvcc = cache_folder(), find_nvcc()
-    name = re.compile(rf".+-{_hash_of_sources(SOURCES)}-\w+-{_by_what(nvcc) if nvcc else '[0-9a-f]+'}")
+    name = re.compile(rf".+-{_hash_of_sources(SOURCES)}-\w+-{_by_what(nvcc) if nvcc else '[0-9a-f]+'}|{Path(node.name()).stem}")
     yesterday = time.time() - 24 * 3600
     deleted = []
     for path in [*folder.iterdir(), *folder.glob("emulator/*")]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from flash_attention import build
 from flash_attention.backends.cuda import BACKWARD, FORWARD, PACK_MASK, RUNGS
 from flash_attention.backends.rotary import ROTARY
-from flash_attention.build import BuildError, Specialisation
+from flash_attention.build import BuildError, Specialisation, node
 
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")  # architectures for which every release is checked
 KINDS = tuple(product(("all", "causal", "interval"), (False, True), (False, True)))  # what a row sees, mask, dropout
@@ -91,7 +91,7 @@ def check(archs: list[str], head_dims: list[int] | None, jobs: int, file: Path |
 
 
 def compile_set(wanted: list[Specialisation], into: Path | None, jobs: int) -> bool:
-    """Compiles libraries into the cache, or into a folder for other machines."""
+    """Compiles libraries into the cache, or into a folder for other machines: the kernels, and node.cpp for the PyTorch installed here."""
     started = time.perf_counter()
     if into:
         into.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -105,9 +105,14 @@ def compile_set(wanted: list[Specialisation], into: Path | None, jobs: int) -> b
     found, failed = in_parallel(one, wanted, jobs)
     for kernel, complaints in found.items():
         print(f"{kernel} is slower than it should be: {'; '.join(complaints)}", file=sys.stderr)
+    kernels = len(wanted) - len(failed)
+    try:
+        node.compiled(into)
+    except BuildError as error:
+        failed.append(str(error))
     print(*failed, sep="\n", end="\n" if failed else "", file=sys.stderr)
     took = time.perf_counter() - started
-    print(f"{len(wanted) - len(failed)} kernels in {into or build.cache_folder()}, {len(failed)} failed, {took:.0f} s")
+    print(f"{kernels} kernels in {into or build.cache_folder()}, {len(failed)} failed, {took:.0f} s")
     return not failed
 
 

@@ -45,7 +45,7 @@ def find_compiler() -> str | None:
 def _compiler() -> str:
     compiler = find_compiler()
     if compiler is None:
-        raise BuildError("the emulator needs a C++ compiler: neither $CXX nor g++ nor clang++ was found on the PATH")
+        raise BuildError("no C++ compiler: neither $CXX nor g++ nor clang++ was found on the PATH")
     return compiler
 
 
@@ -118,8 +118,9 @@ def build_kernel(kernel: Specialisation, sources: Path | None = None) -> Path:
     return _cached(f"{Path(kernel.file).stem}-{key}.so", f"{kernel} for the emulator", commands)
 
 
-def _cached(name: str, description: str, commands: Callable[[Path], list[list[str]]]) -> Path:
-    folder = build.cache_folder() / FOLDER
+def _cached(name: str, description: str, commands: Callable[[Path], list[list[str]]], folder: Path | None = None) -> Path:
+    """A file in the emulator's folder, or another: there already, or made now by commands, given where to write it."""
+    folder = folder or build.cache_folder() / FOLDER
     folder.mkdir(mode=0o700, exist_ok=True)
     build.refuse_if_others_write(folder)
     library = folder / name
@@ -136,6 +137,7 @@ def _cached(name: str, description: str, commands: Callable[[Path], list[list[st
                 result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode:
                     raise BuildError(f"{command[0]} could not compile {description}\n{' '.join(command)}\n{result.stdout}{result.stderr}")
+            out.chmod(0o755)
             out.replace(library)  # atomic: a reader sees the whole library or none
         build.log.info("flash_attention: compiled %s in %.1f s", description, time.perf_counter() - started)
     return library
