@@ -45,7 +45,7 @@ struct Maps {
     CUtensorMap q, k, d_o[2], mask;  // of dO one for each part of its columns
 };
 
-// "full": the bytes have arrived, with those of a tile's first panel of Q its LSE and mask ("rows"). "empty": the computing warps are done with them.
+// "full": the bytes have arrived, with those of a tile's first panel of Q its LSE and mask ("rows"). "empty": the computing threads are done with them.
 struct Barriers {
     uint64_t K_full, Q_full[RING], Q_empty[RING], dO_full, dO_empty, rows_empty[2];
 };
@@ -65,11 +65,11 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
     if (threadIdx.x == 0) {
         ptx::mbarrier_init(barrier(barriers.K_full), 1);
         ptx::mbarrier_init(barrier(barriers.dO_full), 1);
-        ptx::mbarrier_init(barrier(barriers.dO_empty), 4 * CONSUMERS);
+        ptx::mbarrier_init(barrier(barriers.dO_empty), GROUP * CONSUMERS);
         for (int stage = 0; stage < 2; ++stage) ptx::mbarrier_init(barrier(barriers.rows_empty[stage]), GROUP * CONSUMERS);
         for (int stage = 0; stage < RING; ++stage) {
             ptx::mbarrier_init(barrier(barriers.Q_full[stage]), 1);
-            ptx::mbarrier_init(barrier(barriers.Q_empty[stage]), 4 * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.Q_empty[stage]), GROUP * CONSUMERS);
         }
         ptx::fence_mbarrier_init();
     }
@@ -123,9 +123,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
         float S_rmem[BLOCK_Q / 2];
         uint32_t P_rmem[BLOCK_Q / 16][4];
         [[maybe_unused]] KeepBits<BLOCK_Q> keep;
-        auto release = [&](uint64_t& empty) {
-            if (lane == 0) ptx::mbarrier_arrive(barrier(empty));
-        };
+        auto release = [&](uint64_t& empty) { ptx::mbarrier_arrive(barrier(empty)); };
         // Issues Sᵀ = K Qᵀ. The last panel's stage is not released yet.
         auto multiply_KQ = [&](const uint8_t* rows, int i0, bool cut) {
             const uint64_t K_rows = ptx::descriptor(uniform(K_smem + consumer * 64 * ROW_BYTES));
@@ -203,8 +201,7 @@ __global__ void __launch_bounds__(THREADS, 1) dV_kernel(const __grid_constant__ 
                 ptx::wgmma_wait_group<1>();  // Sᵀ is there
                 exponentials(at.n, at.i0, cut);
                 ptx::wgmma_wait_group<0>();  // the tile before has been added
-                // lane == 0, computed through a shuffle: an arrival does not wait for loads, and up to here the last loads, of LSE, are used in registers only.
-                if (lane == uniform(lane)) ptx::mbarrier_arrive(barrier(barriers.dO_empty));
+                release(barriers.dO_empty);
                 round_P();
             }
             multiply_PdO(at.n - 1);
@@ -247,7 +244,7 @@ struct Maps {
     CUtensorMap q, k, v, d_o, mask, dS;
 };
 
-// "Q": a tile, with its LSE, Delta and mask, panel by panel. "dO": a panel. "full": the bytes have arrived. "empty": the computing warps are done with them.
+// "Q": a tile, with its LSE, Delta and mask, panel by panel. "dO": a panel. "full": the bytes have arrived. "empty": the computing threads are done with them.
 struct Barriers {
     uint64_t KV_full, Q_full[PANELS], Q_empty, dO_full[RING], dO_empty[RING];
 };
@@ -274,11 +271,11 @@ __global__ void __launch_bounds__(THREADS, 1) dK_kernel(const __grid_constant__ 
 
     if (threadIdx.x == 0) {
         ptx::mbarrier_init(barrier(barriers.KV_full), 1);
-        ptx::mbarrier_init(barrier(barriers.Q_empty), 4 * CONSUMERS);
+        ptx::mbarrier_init(barrier(barriers.Q_empty), GROUP * CONSUMERS);
         for (int panel = 0; panel < PANELS; ++panel) ptx::mbarrier_init(barrier(barriers.Q_full[panel]), 1);
         for (int stage = 0; stage < RING; ++stage) {
             ptx::mbarrier_init(barrier(barriers.dO_full[stage]), 1);
-            ptx::mbarrier_init(barrier(barriers.dO_empty[stage]), 4);
+            ptx::mbarrier_init(barrier(barriers.dO_empty[stage]), GROUP);
         }
         ptx::fence_mbarrier_init();
     }
@@ -331,9 +328,7 @@ __global__ void __launch_bounds__(THREADS, 1) dK_kernel(const __grid_constant__ 
         const float* Delta_smem = LSE_smem + BLOCK;
 
         float dK_rmem[HALF / 2] = {};  // [BLOCK, HALF]: the group's half
-        auto release = [&](uint64_t& empty) {
-            if (lane == 0) ptx::mbarrier_arrive(barrier(empty));
-        };
+        auto release = [&](uint64_t& empty) { ptx::mbarrier_arrive(barrier(empty)); };
         // Issues dK += dSᵀ Q for the group's half of the columns: the summation index runs over the rows of Q
         auto multiply_dSQ = [&] {
             const uint64_t dS_rows = ptx::descriptor(uniform(dS_smem));

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             ptx::mbarrier_init(barrier(full[stage]), 1);
-            ptx::mbarrier_init(barrier(empty[stage]), 4 * CONSUMERS);
+            ptx::mbarrier_init(barrier(empty[stage]), GROUP * CONSUMERS);
         }
         ptx::fence_mbarrier_init();
     }
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             }
             ptx::wgmma_commit_group();
             ptx::wgmma_wait_group<1>();  // the step before has been added
-            if (n > 0 && lane == 0) ptx::mbarrier_arrive(barrier(empty[place.before()]));
+            if (n > 0) ptx::mbarrier_arrive(barrier(empty[place.before()]));
         }
         ptx::wgmma_wait_group<0>();
 

@@ -34,7 +34,7 @@ struct Launch {
     KeySource keys;  // all zero
 
     explicit Launch(const std::string& packed) {
-        TORCH_CHECK(packed.size() == sizeof *this, "a launch has ", sizeof *this, " bytes, Python packed ", packed.size());
+        TORCH_CHECK(packed.size() == sizeof *this, "a launch is not of the size that Python packed");
         std::memcpy(this, packed.data(), sizeof *this);
     }
 
@@ -57,8 +57,15 @@ struct Launch {
             const c10::impl::VirtualGuardImpl streams(q.device().type());
             params.stream = static_cast<cudaStream_t>(streams.getStreamNativeHandle(streams.getStream(q.device())));
         }
-        const int error = attention(&params);
-        TORCH_CHECK(!error, "CUDA error ", error, " at launch on ", q.device(), ", ", q.sizes(), " ", q.scalar_type(), ": ", error_name(error));
+        if (const int error = attention(&params)) raise(error, q);
+    }
+
+    // Joins strings itself: TORCH_CHECK would by a stream, which crashes where another C++ library of the process has brought its own.
+    void raise(int error, const Tensor& q) const {
+        std::string shape;
+        for (const int64_t n : q.sizes()) shape += (shape.empty() ? "(" : ", ") + std::to_string(n);
+        const std::string where = q.device().str() + ", " + shape + ") " + c10::toString(q.scalar_type());
+        TORCH_CHECK(false, "CUDA error " + std::to_string(error) + " at launch on " + where + ": " + error_name(error));
     }
 };
 
