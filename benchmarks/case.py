@@ -98,7 +98,7 @@ def random_inputs(case: Case, seed: int = 0) -> Inputs:
     dv = case.dv or case.d
 
     def normal(length: int, d: int) -> Tensor:
-        # Packed documents lie in memory as layers leave them, and as FlashAttention-3 reads them fastest: (B, N, H, D).
+        # Packed documents lie in memory as layers leave them: (B, N, H, D).
         shape = (case.b, length, case.h, d) if case.documents else (case.b, case.h, length, d)
         x = torch.randn(shape, generator=generator, dtype=getattr(torch, case.dtype), device=case.device)
         return x.transpose(1, 2) if case.documents else x
