@@ -13,7 +13,7 @@ from flash_attention.build import emulated
 
 WORK = ("exponentials", "arithmetic", "load", "store", "product")  # activities of a warp; issue (being held up) and wait are not
 
-# What a wgmma of these two tensors computes: A (rows), B (columns). An A that threads have computed has no name; dS may come from the workspace.
+# What a wgmma of these two tensors computes: A (rows), B (columns). An A that threads have computed has no name; a stored dS has one.
 FORWARD = {("q", "k"): "S", ("", "k"): "S", ("", "v"): "O"}
 BACKWARD = {("k", "q"): "S", ("v", "d_o"): "dP", ("", "d_o"): "dV", ("", "q"): "dK", ("", "k"): "dQ", ("the workspace", "k"): "dQ"}
 
