@@ -78,6 +78,7 @@ MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
 BLIND_FIRST = case(Nq=500, Nk=128, causal=True, spans="any")  # the first tiles of Q see nothing
 UNSEEN_KEYS = case(Nk=700, window=(100, 0))  # no row sees the first tiles of keys
 UNSEEN_KEYS_WIDE = case(D=128, Nk=700, window=(100, 0))
+FEW_SEEN_KEYS = case(B=2, Nq=70, Nk=1150, window=(30, 0))  # a block has tiles of keys that no row sees after one that some rows see
 LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 # dO is NaN in rows that attend nothing.
 DEAD_ROWS = case(mask="dead rows")
@@ -550,12 +551,14 @@ TABLE = {
         ("ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);", NO_WAIT, WINDOW),
         ("ptx::mbarrier_arrive(barrier(barriers.dO_full, at.slot().stage));", ";", UNSEEN_KEYS),
         ("ptx::mbarrier_arrive(barrier(barriers.empty, now.slot().stage));", ";", UNSEEN_KEYS),
+        ("now.tile == NO_TILE && now.round == round", "now.tile == NO_TILE", FEW_SEEN_KEYS),  # the next unit's message is taken for this one's
+        ("at.cut == MAY_BE_BLIND ? maps.d_o_copy : maps.d_o", "maps.d_o", DEAD_SPANS),
         ("ptx::mbarrier_wait(barrier(barriers.dS_full, now.n % 2), now.n / 2 & 1);", NO_WAIT, UNSEEN_KEYS_WIDE),
         ("const uint8_t* dK_smem = smem + (K_smem - KV_smem);", "const uint8_t* dK_smem = smem;", WINDOW),
     ],
     ("hopper", "backward_hopper_visit.cuh"): [
-        ("cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);", "cut = !bounds.see_whole(k_tile * BLOCK_K + 1, BLOCK_K - 1);", TILE_START),
-        ("cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);", "cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K - 1);", TILE_STOP),
+        ("cut = bounds.see_whole(k_tile * BLOCK_K, BLOCK_K) ?", "cut = bounds.see_whole(k_tile * BLOCK_K + 1, BLOCK_K - 1) ?", TILE_START),
+        ("cut = bounds.see_whole(k_tile * BLOCK_K, BLOCK_K) ?", "cut = bounds.see_whole(k_tile * BLOCK_K, BLOCK_K - 1) ?", TILE_STOP),
         ("first = tiles.start, tile = tiles.stop - 1;", "first = tiles.start, tile = tiles.stop - 2;", WINDOW),
         ("return p.deterministic ? k_tile - maps", "return p.deterministic ? k_tile + 0 * maps", WINDOW_TURNS),
         ("max(0, k_tile * BLOCK_K - diagonal(p)) / BLOCK_Q - 1", "max(0, k_tile * BLOCK_K - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),

@@ -178,7 +178,12 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + stage * MASK_BYTES), &maps.mask, one_row(p) ? 0 : i0 / BIT_COLUMNS * 4, j0,
                                              at.bh % p.H, at.bh / p.H, barrier(barriers.Q_full, stage));
 #endif
-                load(Q_tile + Tile_Q::BYTES, maps.d_o, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage), 0);
+#if PERSISTENT
+                const CUtensorMap& dO = at.cut == MAY_BE_BLIND ? maps.d_o_copy : maps.d_o;
+#else
+                const CUtensorMap& dO = maps.d_o;
+#endif
+                load(Q_tile + Tile_Q::BYTES, dO, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage), 0);
             };
 #if INTERVAL
             // A message without a tile.
@@ -588,7 +593,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #endif
 
 #if PERSISTENT
-        if (now.tile == NO_TILE) {
+        if (now.tile == NO_TILE && now.round == round) {
             // The unit has no tile. Its message takes part in the barriers as a tile would.
 #if DQ_LATE
             ptx::mbarrier_arrive(barrier(barriers.dS_full, now.n % 2));

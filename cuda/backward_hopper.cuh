@@ -48,6 +48,9 @@ struct Maps {
 #if FINISHES_DQ || PERSISTENT
     Workspace workspace;
 #endif
+#if PERSISTENT
+    CUtensorMap d_o_copy;  // of the tiles in which a row may see nothing
+#endif
 #if INTERVAL
     Summaries summaries;
     const uint2* seen;  // Workspace::seen
@@ -234,7 +237,12 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BOX_ROWS<Tile_K, RowOrder>);
         if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BOX_ROWS<Tile_V, RowOrder>);
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);
+#if PERSISTENT
+        if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, call.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
+        if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o_copy, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
+#else
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
+#endif
         if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);
 #if SCORE & SCORE_BIAS
         if (error == cudaSuccess && p.Nq > 0) error = make_bias_map(&maps.bias, p, BLOCK_Q);

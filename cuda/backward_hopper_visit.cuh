@@ -3,6 +3,7 @@
 #pragma once
 
 constexpr int NO_TILE = -1, NO_UNIT = -2;  // in place of a tile's number
+constexpr int MAY_BE_BLIND = 2;            // a value of `cut`
 
 // A block's tile of keys and its head, b·Hkv + kv_h: head after head, whose Q, dO and dQ then stay in the L2 cache. Causal: a head's first keys are
 // seen by the most rows, and start first. LEAVES_OUT: whether the mask lets tiles be skipped.
@@ -45,7 +46,7 @@ __device__ inline int take_place(const AttentionParams& p, const Workspace& work
 // Determining these tiles takes several dependent reads. So only the producer does it, ahead of the consumers, and tells them.
 struct Told {
     int bh, tile;  // NO_TILE: there is no more, or, if units follow, this one has none; NO_UNIT: no more units
-    int cut;       // whether some row does not see all of the block's keys
+    int cut;       // whether some row does not see all of the block's keys; MAY_BE_BLIND: some may even see no key at all
 #if PERSISTENT
     int round;     // how many units the block has had before this one
 #endif
@@ -82,7 +83,7 @@ private:
         while (true) {
             for (; tile >= first; --tile) {
                 const Bounds bounds = maps.summaries.of_rows[bh * maps.summaries.q_tiles + tile];
-                cut = !bounds.see_whole(k_tile * BLOCK_K, BLOCK_K);
+                cut = bounds.see_whole(k_tile * BLOCK_K, BLOCK_K) ? 0 : bounds.may_be_blind() ? MAY_BE_BLIND : 1;
                 if (bounds.see_some(k_tile * BLOCK_K, BLOCK_K)) return;
             }
             if (++bh == end_bh) return;

@@ -108,6 +108,17 @@ constexpr int ROW_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // th
 constexpr int PREPARE_THREADS = 256;
 constexpr int PREPARE_ROWS = PREPARE_THREADS / ROW_LANES;
 
+// Whether the copy of dO has row i of head bh. Persistent blocks read it only where a row may see nothing, which is rare.
+__device__ inline bool is_copied([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] const Workspace& workspace, [[maybe_unused]] int bh,
+                                 [[maybe_unused]] int i) {
+#if PERSISTENT
+    const Summaries summaries(p, workspace.summaries(p), BLOCK_Q, BLOCK_K);
+    return summaries.of_rows[bh * summaries.q_tiles + i / BLOCK_Q].may_be_blind();
+#else
+    return true;
+#endif
+}
+
 // COPIES: also writes the copy of dO in which rows that attend nothing are 0
 template <bool COPIES>
 __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[maybe_unused]] const Tensor4& copy) {
@@ -124,7 +135,7 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
         const element *O = reinterpret_cast<const element*>(&O_rmem), *dO = reinterpret_cast<const element*>(&dO_rmem);
 #pragma unroll
         for (int d = 0; d < 8; ++d) Delta = fmaf(static_cast<float>(O[d]), static_cast<float>(dO[d]), Delta);
-        if (COPIES) {
+        if (COPIES && is_copied(p, workspace, bh, i)) {
             const bool dead = p.lse[static_cast<int64_t>(bh) * p.Nq + i] == -CUDART_INF_F;
             *reinterpret_cast<uint4*>(head_of(copy, b, h) + i * copy.stride_n + column) = dead ? uint4{} : dO_rmem;
         }

@@ -79,6 +79,8 @@ struct Bounds {
     // Of `size` columns from j0 on.
     __device__ bool see_some(int j0, int size) const { return some.start < j0 + size && j0 < some.stop; }
     __device__ bool see_whole(int j0, int size) const { return all.start <= j0 && j0 + size <= all.stop; }
+    // Whether some row may see nothing.
+    __device__ bool may_be_blind() const { return all.start >= all.stop; }
 };
 
 // Of `size` rows from i0 on; `tile` is their number among B·H·tiles, `summaries` those of spans.
