@@ -120,7 +120,7 @@ def check_both_rungs_have_the_same_scores(head_dim):
     ):
         call = functools.partial(attend, causal=True)
         with emulated.counting() as counts:
-            found.append(gradients(call, q * 300, k, V, dO * factor)[3] / factor)
+            found.append(gradients(call, q * 2400 * head_dim**-0.5, k, V, dO * factor)[3] / factor)
         assert served_by(counts) == expected
     for dV in found[1:]:
         assert (dV - found[0]).abs().max() < 2e-3 * found[0].abs().max()
