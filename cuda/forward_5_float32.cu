@@ -158,9 +158,10 @@ __global__ void __launch_bounds__(THREADS, 1)
             for (int product = 0; product < PRODUCTS; ++product)
 #pragma unroll
                 for (int d = 0; d < HEAD_DIM / 16; ++d)
-                    ptx::wgmma_ss<__half, BLOCK_K>(S_rmem, ptx::advance(Q_rows, plane_of_first(product) * Tile_Q::BYTES + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
-                                                   ptx::advance(K_tile, plane_of_second(product) * Tile_KV::BYTES + d / 4 * Tile_KV::PANEL_BYTES + d % 4 * 32),
-                                                   MASK || product > 0 || d > 0);
+                    ptx::wgmma_ss<__half, BLOCK_K>(
+                        S_rmem, ptx::advance(Q_rows, plane_of_first(product) * Tile_Q::BYTES + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
+                        ptx::advance(K_tile, plane_of_second(product) * Tile_KV::BYTES + d / 4 * Tile_KV::PANEL_BYTES + d % 4 * 32),
+                        MASK || product > 0 || d > 0);
             ptx::wgmma_commit_group();
         };
         // Waits for V and issues P V, the tile's part of O.

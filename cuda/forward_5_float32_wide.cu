@@ -47,7 +47,7 @@ constexpr int COLUMNS = HEAD_DIM / CONSUMERS;  // of O, of a group
 
 using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
 using Tile_P = SwizzledTile<BLOCK_Q, BLOCK_K>;
-using Piece_K = SwizzledTile<PART_K, 64>;  // one plane of it fills a stage of a ring
+using Piece_K = SwizzledTile<PART_K, 64>;       // one plane of it fills a stage of a ring
 using Piece_V = SwizzledTile<64 / PLANES, 64>;  // all planes do
 constexpr int STAGE_BYTES = Piece_K::BYTES;
 static_assert(PLANES * Piece_V::BYTES == STAGE_BYTES, "pieces of V fill a stage");
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     __shared__ __align__(8) Barriers barriers;
     const uint32_t Q_smem = ptx::smem_address(smem);                            // PLANES × [BLOCK_Q, HEAD_DIM]
     const uint32_t P_smem = Q_smem + Q_BYTES;                                   // PLANES × [BLOCK_Q, BLOCK_K]
-    const uint32_t rings_smem = P_smem + P_BYTES;                               // CONSUMERS × RING × (a plane of K [PART_K, 64], or PLANES × V [64 / PLANES, 64])
+    const uint32_t rings_smem = P_smem + P_BYTES;                               // CONSUMERS × RING × (a plane of K [PART_K, 64], or Piece_V of all planes)
     float* stats_smem = reinterpret_cast<float*>(smem + STATS_OFFSET);          // [CONSUMERS, BLOCK_Q]
     const uint8_t* mask_smem = smem + MASK_OFFSET;                              // [BLOCK_Q] BitRow
     auto barrier = [](uint64_t& of) { return ptx::smem_address(&of); };

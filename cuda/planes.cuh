@@ -229,7 +229,8 @@ __device__ inline void split(float x0, float x1, uint32_t (&pairs)[PLANES]) {
 __device__ inline float4 rounded_as_planes(const float4& x, const Range& range) {
     if (PLANES == 2) return x;
     const float factor = scalbnf(1, exponent_of(range.d_o)), back = scalbnf(1, -exponent_of(range.d_o));
-    const float2 xy = ptx::floats_of_pair(ptx::cvt_pair<__half>(x.x * factor, x.y * factor)), zw = ptx::floats_of_pair(ptx::cvt_pair<__half>(x.z * factor, x.w * factor));
+    const float2 xy = ptx::floats_of_pair(ptx::cvt_pair<__half>(x.x * factor, x.y * factor));
+    const float2 zw = ptx::floats_of_pair(ptx::cvt_pair<__half>(x.z * factor, x.w * factor));
     return make_float4(xy.x * back, xy.y * back, zw.x * back, zw.y * back);
 }
 
@@ -249,7 +250,9 @@ __global__ void __launch_bounds__(PREPARE_THREADS) planes_kernel(const __grid_co
 #pragma unroll
             for (int plane = 0; plane < PLANES; ++plane) {
                 __half* row = static_cast<__half*>(x.planes.data) + plane * x.planes.stride_b + bh * x.planes.stride_h + i * x.planes.stride_n;
-                if (i < x.N) reinterpret_cast<uint4*>(row)[part * ROW_LANES + threadIdx.x % ROW_LANES] = make_uint4(pairs[0][plane], pairs[1][plane], pairs[2][plane], pairs[3][plane]);
+                if (i >= x.N) continue;
+                reinterpret_cast<uint4*>(row)[part * ROW_LANES + threadIdx.x % ROW_LANES] =
+                    make_uint4(pairs[0][plane], pairs[1][plane], pairs[2][plane], pairs[3][plane]);
             }
         }
         if (x.norm == nullptr) return;
