@@ -76,6 +76,7 @@ KNOWN_SPILLS = {
     Specialisation("backward_4_hopper.cu", "90a", 128, "float16", mask="key bits", interval=True): 4,
     Specialisation("backward_4_hopper.cu", "90a", 128, "bfloat16", mask="key bits", interval=True): 4,
     Specialisation("backward_5_float32_wide.cu", "90a", 512, "float32", causal=True, mask="key bits", dropout=True): 4,
+    Specialisation("backward_5_float32_wide.cu", "90a", 256, "float32", mask="key bits", tf32=True): 20,  # in the rung it falls back on
     Specialisation("forward_5_split_keys.cu", "120", 128, "bfloat16", mask="bits", dropout=True): 32,
 }
 
