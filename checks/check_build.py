@@ -76,6 +76,7 @@ KNOWN_SPILLS = {
     Specialisation("backward_4_hopper.cu", "90a", 128, "float16", mask="key bits", interval=True): 4,
     Specialisation("backward_4_hopper.cu", "90a", 128, "bfloat16", mask="key bits", interval=True): 4,
     Specialisation("backward_5_float32_wide.cu", "90a", 512, "float32", causal=True, mask="key bits", dropout=True): 4,
+    Specialisation("backward_5_float32_wide.cu", "90a", 256, "float32", mask="key bits", tf32=True): 20,  # in the rung it falls back on
     Specialisation("forward_5_split_keys.cu", "120", 128, "bfloat16", mask="bits", dropout=True): 32,
 }
 
@@ -187,6 +188,8 @@ LIBRARIES = (
     Specialisation("forward_5_float32_wide.cu", "90a", 256, "float32", causal=True),
     Specialisation("backward_5_float32_wide.cu", "90a", 256, "float32"),
     Specialisation("backward_5_float32.cu", "90a", 128, "float32", causal=True),
+    Specialisation("forward_5_float32_wide.cu", "90a", 512, "float32", mask="bits", tf32=True),
+    Specialisation("backward_5_float32.cu", "90a", 64, "float32", causal=True, tf32=True),
     Specialisation("forward_5_split_keys.cu", "80", 64, "bfloat16", mask="bits"),
     *(Specialisation(f"forward_{step}.cu", "80", 64, "float16") for step in ("2b_swizzle", "2c_cp_async")),
     *(Specialisation(f"forward_{step}.cu", "90a", 64, "float16") for step in ("3b_wgmma", "3c_tensor_map", "3d_producer", "3e_ping_pong")),

@@ -61,6 +61,14 @@ def errors(found, truth) -> list[float]:
     return worst
 
 
+def served_by(counts: list[emulated.Counts]) -> tuple[str, ...]:
+    """Which kernels computed each launch."""
+    return tuple(
+        ", ".join(["planes"] * bool(each.total.get("FLOP by wgmma")) + ["simple"] * any("simple" in place for place in each.shared))
+        for each in counts
+    )
+
+
 def against_torch(where: Target, call: list[torch.Tensor]) -> None:
     """Asserts that the backend is not less accurate than PyTorch, for each of O, dQ, dK and dV."""
     truth = gradients(sdpa, *(x.double() for x in call))
@@ -85,11 +93,7 @@ def check_never_worse_than_torch(where, name):
         return against_torch(where, call)
     with emulated.counting() as counts:
         against_torch(where, call)
-    served_by = tuple(
-        ", ".join(["planes"] * bool(each.total.get("FLOP by wgmma")) + ["simple"] * any("simple" in place for place in each.shared))
-        for each in counts
-    )
-    assert served_by == SERVED_BY.get(name, ("planes", "planes"))
+    assert served_by(counts) == SERVED_BY.get(name, ("planes", "planes"))
 
 
 @pytest.mark.parametrize("name", ("as drawn", "q × 5", "rows of v, dO × 1e-2 … 1e2"))

@@ -19,6 +19,7 @@ import pytest
 import torch
 from harness import Problem, Report, Target
 from mutations import (
+    AS_TF32,
     IN_PARTS,
     MANY_TURNS,
     MUTATIONS,
@@ -51,6 +52,7 @@ def caught_by(mutation: Mutation, folder: Path) -> str | None:
     if mutation.case in IN_PARTS:
         replaced(copy / "parts_of_heads.cuh", SMALL_PARTS)
     target = Target(f"emulated:{mutation.rung}", "cpu")
+    torch.set_float32_matmul_precision("high" if mutation.case in AS_TF32 else "highest")
     problem = Problem.of(mutation.case, target)
     if mutation.case in NAN_COMES_BACK:
         problem = problem.poisoned(float("nan"))
@@ -75,6 +77,7 @@ def caught_by(mutation: Mutation, folder: Path) -> str | None:
     finally:
         emulated.options.seed, emulated.options.sources = 0, None
         torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
     return None
 
 

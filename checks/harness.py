@@ -5,6 +5,7 @@ there. One file because a check then needs one import, and each tolerance is def
 """
 
 import argparse
+import contextlib
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,10 +16,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attention import command_line, reference, spans
 from flash_attention.backends import BACKENDS, GROUPS, cuda, no_gradients
-from flash_attention.call import Call, Settings
+from flash_attention.call import Call, Settings, allows_tf32
 from flash_attention.reference import Dropout, Visible, normal_attention
 from flash_attention.reference.tiles import sum_dtype
 
@@ -393,6 +395,20 @@ def flash(case: Case, target: Target, q, k, v, mask, dO, dLSE=None) -> Result:
     return BiasedResult.or_plain(O.detach(), LSE.detach(), *torch.autograd.grad(outputs, (q, k, v, *_trained(case, scored)), gradients))
 
 
+class AsTF32(TorchDispatchMode):
+    """float32 matrix products are TF32's on any device, as on a GPU after `torch.set_float32_matmul_precision("high")`."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            args = [self.rounded(x) if x.dtype == torch.float32 else x for x in args]
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(x: Tensor) -> Tensor:
+        bits = x.contiguous().view(torch.int32)
+        return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+
+
 @dataclass
 class Problem:
     """A case's inputs and random gradients, with the expected results: the truth (float64), and naive attention in the case's dtype, from
@@ -421,7 +437,9 @@ class Problem:
     @classmethod
     def solve(cls, case: Case, q, k, v, mask, dO, dLSE) -> "Problem":
         call, dropout = (q, k, v, mask, dO, dLSE), case.dropout(q.device.type)
-        return cls(case, *call, naive(case, *call, dropout=dropout, dtype=torch.float64), naive(case, *call, dropout=dropout))
+        truth = naive(case, *call, dropout=dropout, dtype=torch.float64)
+        with AsTF32() if allows_tf32() else contextlib.nullcontext():
+            return cls(case, *call, truth, naive(case, *call, dropout=dropout))
 
     def poisoned(self, bad: float) -> "Problem":
         """The same with `bad` in dO and dLSE wherever a row attends nothing."""

@@ -62,6 +62,11 @@ SHARP_FLOAT32 = case(sharp=5, dtype=torch.float32)
 WIDE_FLOAT32 = case(D=128, dtype=torch.float32)
 HEAD_256_FLOAT32 = case(D=256, H=1, Nq=130, Nk=200, causal=True, dtype=torch.float32)
 TURNS_FLOAT32 = case(Nk=700, causal=True, dtype=torch.float32)
+# Computed under torch.set_float32_matmul_precision("high").
+PLAIN_TF32 = case(dtype=torch.float32, seed=2)
+DROPOUT_TF32 = case(dropout_p=0.25, dtype=torch.float32, seed=2)
+HEAD_256_TF32 = case(D=256, H=1, Nq=70, Nk=600, dtype=torch.float32, seed=2)  # the ring wraps
+AS_TF32 = PLAIN_TF32, DROPOUT_TF32, HEAD_256_TF32
 # Computed with SMALL_PARTS: a batch and a key head at a time.
 PARTS_FLOAT32 = case(B=2, H=4, Hkv=2, Nq=70, Nk=70, mask="full", dropout_p=0.25, dtype=torch.float32)
 PARTS_256_FLOAT32 = case(B=1, Nq=70, Nk=70, D=256, dropout_p=0.25, dtype=torch.float32)
@@ -698,6 +703,10 @@ TABLE = {
         ("static_cast<__half*>(x.planes.data) + plane * x.planes.stride_b", "static_cast<__half*>(x.planes.data)", FLOAT32),
         ("2 * p.dv.stride_h, 2 * p.dv.stride_n};", "p.dv.stride_h, 2 * p.dv.stride_n};", case(D=256, Nq=70, Nk=70, dtype=torch.float32)),
         ("scalbnf(p.scale, -exponent_of(range.q) - exponent_of(range.k));", "scalbnf(p.scale, -2 * exponent_of(range.q));", SHARP_FLOAT32),
+        ("PLANES == 1 ? 1 : 3;", "3;", PLAIN_TF32),
+        ("return PLANES == 2 && product == 0;", "return product == 0;", PLAIN_TF32),
+        ("HEAD_DIM * PLANES / 2;", "HEAD_DIM / 4;", PLAIN_TF32),
+        ("if (PLANES == 2) return x;", "if (PLANES == 2) return x;\n    return make_float4(0, 0, 0, 0);", PLAIN_TF32),
     ],
     ("hopper_float32", "parts_of_heads.cuh"): [
         ("begin_at(*x, first.h);", "begin_at(*x, part.h);", PARTS_FLOAT32),
@@ -708,21 +717,23 @@ TABLE = {
     ],
     ("hopper_float32", "forward_5_float32.cu"): [
         ("keep.draw_rows(p, first.b + b, first.h + h,", "keep.draw_rows(p, b, h,", PARTS_FLOAT32),
-        ("(product == 0) * Tile_Q::BYTES", "(product == 1) * Tile_Q::BYTES", FLOAT32),
-        ("P_rmem[product == 0][k]", "P_rmem[0][k]", FLOAT32),
+        ("plane_of_first(product) * Tile_Q::BYTES", "plane_of_second(product) * Tile_Q::BYTES", FLOAT32),
+        ("P_rmem[plane_of_first(product)][k]", "P_rmem[0][k]", FLOAT32),
         ("O_tile_rmem[i] = 0;", ";", FLOAT32),
         ("(O_rmem[i] + O_tile_rmem[i]) * alpha[i >> 1 & 1];", "O_rmem[i] * alpha[i >> 1 & 1] + O_tile_rmem[i];", SHARP_FLOAT32),
         ("release(barriers.K_empty, Slot<STAGES>(n).stage);", ";", MANY_TILES_FLOAT32),
         ("ptx::wgmma_wait_group<1>();  // S is there", "ptx::wgmma_wait_group<2>();", FLOAT32),
         ("ptx::mbarrier_wait(barrier(barriers.V_full, slot.stage), slot.parity);", NO_WAIT, FLOAT32),
         ("if (MASK) __syncwarp();      // every lane has read", "//", case(Nk=700, mask="heads share", dtype=torch.float32)),
-        ("P_rmem[0][k][e] &= kept, P_rmem[1][k][e] &= kept;", "P_rmem[0][k][e] &= kept;", DROPOUT_FLOAT32),
+        ("pairs[plane] & kept;", "pairs[plane] & (plane == 0 ? kept : ~0u);", DROPOUT_FLOAT32),
+        ("pairs[plane] & kept;", "pairs[plane] & (plane == 1 ? kept : ~0u);", DROPOUT_TF32),
     ],
     ("hopper_float32", "forward_5_float32_wide.cu"): [
         ("join(m_new, larger);", "", HEAD_256_FLOAT32),
         ("meet();                    // P is whole", "//", HEAD_256_FLOAT32),
         ("ptx::fence_proxy_async();  // this thread's part of P", NO_BARRIER, HEAD_256_FLOAT32),
-        ("(product == 0) * Tile_P::BYTES + k * 32", "k * 32", HEAD_256_FLOAT32),
+        ("plane_of_first(product) * Tile_P::BYTES + k * 32", "k * 32", HEAD_256_FLOAT32),
+        ("if (PLANES == 2) release(2);", "release(2);", HEAD_256_TF32),
         ("fmaf(O_rmem[32 * chunk + i], alpha[i >> 1 & 1], part_rmem[i])", "O_rmem[32 * chunk + i] + part_rmem[i]", HEAD_256_FLOAT32),
         ("ptx::wgmma_wait_group<1>();  // the piece before has been read", "//", HEAD_256_FLOAT32),
         ("join(l_rmem, [](float x, float y) { return x + y; });", "", HEAD_256_FLOAT32),
@@ -758,7 +769,7 @@ TABLE = {
         ("ptx::mbarrier_arrive(barrier(barriers.empty, stage));", ";", case(Nq=700, dtype=torch.float32)),
         ("ptx::mbarrier_arrive(mask_empty);", ";", case(Nq=300, mask="heads share", dtype=torch.float32)),
         ("BY_ROWS ? 0 : consumer * Tile_K::PANEL_BYTES", "0", WIDE_FLOAT32),
-        ("(product == 1) * Tile_K::BYTES + k * 16 * ROW_BYTES", "k * 16 * ROW_BYTES", FLOAT32),
+        ("plane_of_second(product) * Tile_K::BYTES + k * 16 * ROW_BYTES", "k * 16 * ROW_BYTES", FLOAT32),
         ("if (DROPOUT) Delta /= p.keep_scale;", "", DROPOUT_FLOAT32),
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != k_tile) {}", ";", TURNS_FLOAT32),
         ("dQ[e] = make_float4(0, 0, 0, 0);", ";", FLOAT32),

@@ -65,14 +65,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dkv_kernel(const __gri
     const int h_kv = blockIdx.x / k_tiles % p.Hkv, b = blockIdx.x / k_tiles / p.Hkv;
     const int j0 = blockIdx.x % k_tiles * BLOCK_K;
     if (HEAD_IS_DONE(p, b, h_kv)) return;
-    const Matrix K = matrix(p.k, b, h_kv, p.Nk, p.D);   // [Nk, D]
-    const Matrix V = matrix(p.v, b, h_kv, p.Nk, p.Dv);  // [Nk, Dv]
+    const Matrix K = matrix(p.k, b, h_kv, p.Nk, p.D, ROUNDING_OF_K(p, b, h_kv));   // [Nk, D]
+    const Matrix V = matrix(p.v, b, h_kv, p.Nk, p.Dv, ROUNDING_OF_V(p, b, h_kv));  // [Nk, Dv]
 
     float dK_rmem[CHUNKS][ROWS_KV][4] = {}, dV_rmem[CHUNKS][ROWS_KV][4] = {};  // line 7
 
     // The query heads that read this head of K and V, one after another: their gradients are summed here.
     for (int h = h_kv * (p.H / p.Hkv); h < (h_kv + 1) * (p.H / p.Hkv); ++h) {
-        const Matrix Q = matrix(p.q, b, h, p.Nq, p.D);                               // [Nq, D]
+        const Matrix Q = matrix(p.q, b, h, p.Nq, p.D, ROUNDING_OF_Q(p, b, h_kv));    // [Nq, D]
         const Matrix dO = matrix(p.d_o, b, h, p.Nq, p.Dv);                           // [Nq, Dv]
         const float* LSE_gmem = p.lse + (static_cast<int64_t>(b) * p.H + h) * p.Nq;  // [Nq]
         const float* Delta_gmem = p.workspace + (LSE_gmem - p.lse);                  // [Nq]
@@ -178,13 +178,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) dq_kernel(const __grid
     const int h = blockIdx.x / q_tiles % p.H, b = blockIdx.x / q_tiles / p.H;
     const int i0 = q_tile * BLOCK_Q;
     if (HEAD_IS_DONE(p, b, kv_head(p, h))) return;
-    const Matrix Q = matrix(p.q, b, h, p.Nq, p.D);                               // [Nq, D]
-    const Matrix K = matrix(p.k, b, kv_head(p, h), p.Nk, p.D);                   // [Nk, D]
-    const Matrix V = matrix(p.v, b, kv_head(p, h), p.Nk, p.Dv);                  // [Nk, Dv]
-    const Matrix dO = matrix(p.d_o, b, h, p.Nq, p.Dv);                           // [Nq, Dv]
-    const float* LSE_gmem = p.lse + (static_cast<int64_t>(b) * p.H + h) * p.Nq;  // [Nq]
-    const float* Delta_gmem = p.workspace + (LSE_gmem - p.lse);                  // [Nq]
-    const uint8_t* mask_gmem = mask_of(p, b, h);                                 // [Nq, Nk]
+    const Matrix Q = matrix(p.q, b, h, p.Nq, p.D, ROUNDING_OF_Q(p, b, kv_head(p, h)));               // [Nq, D]
+    const Matrix K = matrix(p.k, b, kv_head(p, h), p.Nk, p.D, ROUNDING_OF_K(p, b, kv_head(p, h)));   // [Nk, D]
+    const Matrix V = matrix(p.v, b, kv_head(p, h), p.Nk, p.Dv, ROUNDING_OF_V(p, b, kv_head(p, h)));  // [Nk, Dv]
+    const Matrix dO = matrix(p.d_o, b, h, p.Nq, p.Dv);                                               // [Nq, Dv]
+    const float* LSE_gmem = p.lse + (static_cast<int64_t>(b) * p.H + h) * p.Nq;                      // [Nq]
+    const float* Delta_gmem = p.workspace + (LSE_gmem - p.lse);                                      // [Nq]
+    const uint8_t* mask_gmem = mask_of(p, b, h);                                                     // [Nq, Nk]
 
     float dQ_rmem[CHUNKS][ROWS_Q][4] = {};  // line 3
     float LSE_rmem[ROWS_Q], Delta_rmem[ROWS_Q];

@@ -24,10 +24,8 @@
 #error "this rung reads masks of bits by keys"
 #endif
 
-// Heads whose values the planes cannot represent are computed by the `simple` rung. The Range of each head precedes that rung's workspace.
-__device__ inline bool planes_have_served(const AttentionParams& p, int b, int h_kv) {
-    return gradients_fit(p, (reinterpret_cast<const Range*>(p.workspace) - p.B * p.Hkv)[b * p.Hkv + h_kv]);
-}
+// Heads whose values the planes cannot represent are computed by the `simple` rung.
+__device__ inline bool planes_have_served(const AttentionParams& p, int b, int h_kv) { return gradients_fit(p, range_before(p, b, h_kv)); }
 #define HEAD_IS_DONE(p, b, h) planes_have_served(p, b, h)
 #define attention exact_attention
 #define workspace_floats exact_workspace_floats
@@ -97,7 +95,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS) delta_kernel(const __grid_con
 #pragma unroll
     for (int half = 0; half < 2; ++half)
         if (i < p.Nq && column + 4 * half < p.Dv) {
-            const float4 O = reinterpret_cast<const float4*>(O_gmem)[half], dO = reinterpret_cast<const float4*>(dO_gmem)[half];
+            const float4 O = reinterpret_cast<const float4*>(O_gmem)[half], dO = rounded_as_planes(reinterpret_cast<const float4*>(dO_gmem)[half], range);
             Delta += fmaf(O.x, dO.x, fmaf(O.y, dO.y, fmaf(O.z, dO.z, O.w * dO.w)));
         }
 #pragma unroll
@@ -283,11 +281,11 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const uint64_t a = ptx::descriptor(uniform(A)), b = ptx::descriptor(uniform(B + consumer * ROWS * ROW_BYTES));
                 ptx::wgmma_fence();
 #pragma unroll
-                for (int product = 0; product < 3; ++product)  // in the forward's order, lo of Q first: S must equal the forward's to the last bit
+                for (int product = 0; product < PRODUCTS; ++product)  // Q is the first factor, as in the forward
 #pragma unroll
                     for (int d = 0; d < HEAD_DIM / 16; ++d)
-                        ptx::wgmma_ss<__half, ROWS>(C, ptx::advance(a, (product == 1) * Tile_K::BYTES + d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32),
-                                                    ptx::advance(b, (product == 0) * Tile_Q::BYTES + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
+                        ptx::wgmma_ss<__half, ROWS>(C, ptx::advance(a, plane_of_second(product) * Tile_K::BYTES + d / 4 * Tile_K::PANEL_BYTES + d % 4 * 32),
+                                                    ptx::advance(b, plane_of_first(product) * Tile_Q::BYTES + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
                                                     !from_zero || product > 0 || d > 0);
                 ptx::wgmma_commit_group();
             };
@@ -333,10 +331,10 @@ __global__ void __launch_bounds__(THREADS, 1)
                     split(P0, P1, hi, lo);
                     const uint32_t kept = DROPOUT ? keep.pair(r, n) : ~0u;
                     ptx::st_shared(P_smem + to, hi & kept);
-                    ptx::st_shared(P_smem + Tile_S::BYTES + to, lo & kept);
+                    if (PLANES == 2) ptx::st_shared(P_smem + Tile_S::BYTES + to, lo & kept);
                     split(P0 * dS_factor * (dP0 - Delta.x), P1 * dS_factor * (dP1 - Delta.y), hi, lo);
                     ptx::st_shared(dS_smem + to, hi);
-                    ptx::st_shared(dS_smem + Tile_S::BYTES + to, lo);
+                    if (PLANES == 2) ptx::st_shared(dS_smem + Tile_S::BYTES + to, lo);
                 }
             }
             ptx::fence_proxy_async();  // this thread's part of Pᵀ and dSᵀ
@@ -347,21 +345,23 @@ __global__ void __launch_bounds__(THREADS, 1)
             const uint64_t B = ptx::descriptor(uniform(consumer == 0 ? dO_tile : Q_tile), Tile_Q::PANEL_BYTES);
             ptx::wgmma_fence();
 #pragma unroll
-            for (int product = 0; product < 3; ++product)
+            for (int product = 0; product < PRODUCTS; ++product)
 #pragma unroll
                 for (int k = 0; k < BLOCK_Q / 16; ++k)
-                    ptx::wgmma_ss_transposed_b<__half, HEAD_DIM>(X_tile_rmem, ptx::advance(A, (product == 0) * Tile_S::BYTES + k / 4 * Tile_S::PANEL_BYTES + k % 4 * 32),
-                                                                 ptx::advance(B, (product == 1) * Tile_Q::BYTES + k * 16 * ROW_BYTES), product > 0 || k > 0);
+                    ptx::wgmma_ss_transposed_b<__half, HEAD_DIM>(
+                        X_tile_rmem, ptx::advance(A, plane_of_first(product) * Tile_S::BYTES + k / 4 * Tile_S::PANEL_BYTES + k % 4 * 32),
+                        ptx::advance(B, plane_of_second(product) * Tile_Q::BYTES + k * 16 * ROW_BYTES), product > 0 || k > 0);
             ptx::wgmma_commit_group();
             // Issues the group's part of dQ = dS K
             const uint64_t dS_part = ptx::descriptor(uniform(dS_smem + (BY_ROWS ? consumer * Tile_S::PANEL_BYTES : 0)));
             const uint64_t K_part = ptx::descriptor(uniform(K_smem + (BY_ROWS ? 0 : consumer * Tile_K::PANEL_BYTES)));
 #pragma unroll
-            for (int product = 0; product < 3; ++product)
+            for (int product = 0; product < PRODUCTS; ++product)
 #pragma unroll
                 for (int k = 0; k < BLOCK_K / 16; ++k)
-                    ptx::wgmma_ss_transposed<__half, 64>(dQ_rmem, ptx::advance(dS_part, (product == 0) * Tile_S::BYTES + k * 16 * ROW_BYTES),
-                                                              ptx::advance(K_part, (product == 1) * Tile_K::BYTES + k * 16 * ROW_BYTES), product > 0 || k > 0);
+                    ptx::wgmma_ss_transposed<__half, 64>(dQ_rmem, ptx::advance(dS_part, plane_of_first(product) * Tile_S::BYTES + k * 16 * ROW_BYTES),
+                                                         ptx::advance(K_part, plane_of_second(product) * Tile_K::BYTES + k * 16 * ROW_BYTES),
+                                                         product > 0 || k > 0);
             ptx::wgmma_commit_group();
 
             ptx::wgmma_wait_group<1>();  // the tile's part of dV or dK is there

@@ -24,10 +24,8 @@
 #error "this rung reads masks of bits by keys"
 #endif
 
-// Heads whose values the planes cannot represent are computed by the `simple` rung. The Range of each head precedes that rung's workspace.
-__device__ inline bool planes_have_served(const AttentionParams& p, int b, int h_kv) {
-    return gradients_fit(p, (reinterpret_cast<const Range*>(p.workspace) - p.B * p.Hkv)[b * p.Hkv + h_kv]);
-}
+// Heads whose values the planes cannot represent are computed by the `simple` rung.
+__device__ inline bool planes_have_served(const AttentionParams& p, int b, int h_kv) { return gradients_fit(p, range_before(p, b, h_kv)); }
 #define HEAD_IS_DONE(p, b, h) planes_have_served(p, b, h)
 #define attention exact_attention
 #define workspace_floats exact_workspace_floats
@@ -48,8 +46,8 @@ constexpr int PANELS = HEAD_DIM / 64;
 
 using Tile_X = SwizzledTile<BLOCK, HEAD_DIM>;  // the operand of S that a block keeps: its rows of Q or K
 using Tile_S = SwizzledTile<BLOCK, BLOCK>;     // of dS or P, rows as the gradient's
-using Piece_A = SwizzledTile<BLOCK, 64>;       // of the other operand that has these rows, dO or V: its two planes fill a stage that the groups share
-using Piece = SwizzledTile<PART, 64>;          // of the other side's operands: their two planes fill a stage of a group's ring
+using Piece_A = SwizzledTile<BLOCK, 64>;       // of the other operand that has these rows, dO or V: its planes fill a stage that the groups share
+using Piece = SwizzledTile<PART, 64>;          // of the other side's operands: their planes fill a stage of a group's ring
 constexpr int X_BYTES = PLANES * Tile_X::BYTES, S_BYTES = PLANES * Tile_S::BYTES, A_BYTES = PLANES * Piece_A::BYTES, STAGE_BYTES = PLANES * Piece::BYTES;
 constexpr int A_STAGES = 2;
 constexpr int MASK_BYTES = MASK ? BLOCK * static_cast<int>(sizeof(BitRow)) : 0;
@@ -95,7 +93,8 @@ __global__ void __launch_bounds__(PREPARE_THREADS) delta_kernel(const __grid_con
     for (int e = 0; e < 2 * ROW_PARTS; ++e) {
         const int column = (e * ROW_LANES + threadIdx.x % ROW_LANES) * 4;
         if (i >= p.Nq || column >= p.Dv) continue;
-        const float4 O = *reinterpret_cast<const float4*>(O_gmem + column), dO = *reinterpret_cast<const float4*>(dO_gmem + column);
+        const float4 O = *reinterpret_cast<const float4*>(O_gmem + column);
+        const float4 dO = rounded_as_planes(*reinterpret_cast<const float4*>(dO_gmem + column), range);
         Delta += fmaf(O.x, dO.x, fmaf(O.y, dO.y, fmaf(O.z, dO.z, O.w * dO.w)));
     }
 #pragma unroll
@@ -298,16 +297,17 @@ __global__ void __launch_bounds__(THREADS, 1)
         auto release_A = [&](int before) {
             if (lane == 0) ptx::mbarrier_arrive(barrier(barriers.A_empty[(place_of_A.stage + A_STAGES - before) % A_STAGES]));
         };
-        // Issues a panel's part of S or dP. The small products come first; for S, lo of Q before lo of K, as in the forward.
-        auto multiply = [&](float (&C)[PART / 2], uint32_t A, int A_lo, uint32_t B, bool A_lo_first) {
+        // Issues a panel's part of S or dP. For S, Q is the first factor, as in the forward.
+        auto multiply = [&](float (&C)[PART / 2], uint32_t A, int A_lo, uint32_t B, bool A_first) {
             const uint64_t a = ptx::descriptor(uniform(A)), b = ptx::descriptor(uniform(B));
             ptx::wgmma_fence();
 #pragma unroll
-            for (int product = 0; product < 3; ++product)
+            for (int product = 0; product < PRODUCTS; ++product)
 #pragma unroll
                 for (int d = 0; d < 4; ++d) {
-                    const bool lo_of_A = product == (A_lo_first ? 0 : 1), lo_of_B = product == (A_lo_first ? 1 : 0);
-                    ptx::wgmma_ss<__half, PART>(C, ptx::advance(a, lo_of_A * A_lo + d * 32), ptx::advance(b, lo_of_B * Piece::BYTES + d * 32), product > 0 || d > 0);
+                    const int first = plane_of_first(product), second = plane_of_second(product);
+                    ptx::wgmma_ss<__half, PART>(C, ptx::advance(a, (A_first ? first : second) * A_lo + d * 32),
+                                                ptx::advance(b, (A_first ? second : first) * Piece::BYTES + d * 32), product > 0 || d > 0);
                 }
             ptx::wgmma_commit_group();
         };
@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     const uint32_t kept = DROPOUT && OF == OF_V ? keep.pair(r, n) : ~0u;
                     const uint32_t to = S_smem + Tile_S::offset(place_of_row + 8 * r, consumer * (PART / 8) + n) + 4 * t;
                     ptx::st_shared(to, hi & kept);
-                    ptx::st_shared(to + Tile_S::BYTES, lo & kept);
+                    if (PLANES == 2) ptx::st_shared(to + Tile_S::BYTES, lo & kept);
                 }
             }
             ptx::fence_proxy_async();  // this thread's part of dS
@@ -424,11 +424,12 @@ __global__ void __launch_bounds__(THREADS, 1)
                     const uint64_t a = ptx::descriptor(uniform(S_smem + row * 2)), y = ptx::descriptor(next_piece());
                     ptx::wgmma_fence();
 #pragma unroll
-                    for (int product = 0; product < 3; ++product)
+                    for (int product = 0; product < PRODUCTS; ++product)
 #pragma unroll
                         for (int k = 0; k < PART / 16; ++k)
-                            ptx::wgmma_ss_transposed_b<__half, 64>(sum_rmem, ptx::advance(a, (product == 0) * Tile_S::BYTES + k * 32),
-                                                                   ptx::advance(y, (product == 1) * Piece::BYTES + k * 16 * ROW_BYTES), row > 0 || product > 0 || k > 0);
+                            ptx::wgmma_ss_transposed_b<__half, 64>(sum_rmem, ptx::advance(a, plane_of_first(product) * Tile_S::BYTES + k * 32),
+                                                                   ptx::advance(y, plane_of_second(product) * Piece::BYTES + k * 16 * ROW_BYTES),
+                                                                   row > 0 || product > 0 || k > 0);
                     ptx::wgmma_commit_group();
                     if (row == 0) continue;
                     ptx::wgmma_wait_group<1>();

@@ -44,11 +44,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_kernel(const _
     const int h = blockIdx.x / q_tiles % p.H, b = blockIdx.x / q_tiles / p.H;
     const int i0 = q_tile * BLOCK_Q;
     if (HEAD_IS_DONE(p, b, kv_head(p, h))) return;
-    const Matrix Q = matrix(p.q, b, h, p.Nq, p.D);               // [Nq, D]
-    const Matrix K = matrix(p.k, b, kv_head(p, h), p.Nk, p.D);   // [Nk, D]
-    const Matrix V = matrix(p.v, b, kv_head(p, h), p.Nk, p.Dv);  // [Nk, Dv]
-    const Matrix O = matrix(p.o, b, h, p.Nq, p.Dv);              // [Nq, Dv]
-    const uint8_t* mask_gmem = mask_of(p, b, h);                 // [Nq, Nk]
+    const Matrix Q = matrix(p.q, b, h, p.Nq, p.D, ROUNDING_OF_Q(p, b, kv_head(p, h)));              // [Nq, D]
+    const Matrix K = matrix(p.k, b, kv_head(p, h), p.Nk, p.D, ROUNDING_OF_K(p, b, kv_head(p, h)));  // [Nk, D]
+    const Matrix V = matrix(p.v, b, kv_head(p, h), p.Nk, p.Dv);                                     // [Nk, Dv]
+    const Matrix O = matrix(p.o, b, h, p.Nq, p.Dv);                                                 // [Nq, Dv]
+    const uint8_t* mask_gmem = mask_of(p, b, h);                                                    // [Nq, Nk]
 
     float O_rmem[CHUNKS][ROWS][4] = {};  // line 5: [c][r][e] is O of row g + GROUPS · r, column 32c + 4t + e; not yet divided by l
     float m_rmem[ROWS], l_rmem[ROWS] = {};

@@ -21,9 +21,9 @@
 #error "this rung reads masks of bits"
 #endif
 
-// Heads whose values the planes cannot represent are computed by the `simple` rung. The Range of each head precedes that rung's workspace.
+// Heads whose values the planes cannot represent are computed by the `simple` rung.
 __device__ inline bool planes_have_served(const AttentionParams& p, int b, int h_kv) {
-    const Range& range = (reinterpret_cast<const Range*>(p.workspace) - p.B * p.Hkv)[b * p.Hkv + h_kv];
+    const Range& range = range_before(p, b, h_kv);
     return scores_fit(p, range) && !range.o_is_small;
 }
 #define HEAD_IS_DONE(p, b, h) planes_have_served(p, b, h)
@@ -155,12 +155,13 @@ __global__ void __launch_bounds__(THREADS, 1)
             const uint64_t Q_rows = ptx::descriptor(uniform(Q_smem + consumer * 64 * ROW_BYTES)), K_tile = ptx::descriptor(uniform(K_smem + slot.stage * KV_BYTES));
             ptx::wgmma_fence();
 #pragma unroll
-            for (int product = 0; product < 3; ++product)  // lo hi, hi lo, hi hi: the small ones first, while the sum is small; the backward does the same
+            for (int product = 0; product < PRODUCTS; ++product)
 #pragma unroll
                 for (int d = 0; d < HEAD_DIM / 16; ++d)
-                    ptx::wgmma_ss<__half, BLOCK_K>(S_rmem, ptx::advance(Q_rows, (product == 0) * Tile_Q::BYTES + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
-                                                   ptx::advance(K_tile, (product == 1) * Tile_KV::BYTES + d / 4 * Tile_KV::PANEL_BYTES + d % 4 * 32),
-                                                   MASK || product > 0 || d > 0);
+                    ptx::wgmma_ss<__half, BLOCK_K>(
+                        S_rmem, ptx::advance(Q_rows, plane_of_first(product) * Tile_Q::BYTES + d / 4 * Tile_Q::PANEL_BYTES + d % 4 * 32),
+                        ptx::advance(K_tile, plane_of_second(product) * Tile_KV::BYTES + d / 4 * Tile_KV::PANEL_BYTES + d % 4 * 32),
+                        MASK || product > 0 || d > 0);
             ptx::wgmma_commit_group();
         };
         // Waits for V and issues P V, the tile's part of O.
@@ -172,10 +173,11 @@ __global__ void __launch_bounds__(THREADS, 1)
             for (int i = 0; i < HEAD_DIM / 2; ++i) O_tile_rmem[i] = 0;
             ptx::wgmma_fence();
 #pragma unroll
-            for (int product = 0; product < 3; ++product)
+            for (int product = 0; product < PRODUCTS; ++product)
 #pragma unroll
                 for (int k = 0; k < BLOCK_K / 16; ++k)
-                    ptx::wgmma_rs<__half, HEAD_DIM>(O_tile_rmem, P_rmem[product == 0][k], ptx::advance(V_tile, (product == 1) * Tile_KV::BYTES + k * 16 * ROW_BYTES));
+                    ptx::wgmma_rs<__half, HEAD_DIM>(O_tile_rmem, P_rmem[plane_of_first(product)][k],
+                                                    ptx::advance(V_tile, plane_of_second(product) * Tile_KV::BYTES + k * 16 * ROW_BYTES));
             ptx::wgmma_commit_group();
         };
         // S becomes 2^(scale_log2 · (S − m) + P_EXPONENT); alpha is what O must be multiplied by.
@@ -218,9 +220,11 @@ __global__ void __launch_bounds__(THREADS, 1)
             for (int k = 0; k < BLOCK_K / 16; ++k)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    split(S_rmem[8 * k + 2 * e], S_rmem[8 * k + 2 * e + 1], P_rmem[0][k][e], P_rmem[1][k][e]);
+                    uint32_t pairs[PLANES];
+                    split(S_rmem[8 * k + 2 * e], S_rmem[8 * k + 2 * e + 1], pairs);
                     const uint32_t kept = DROPOUT ? keep.pair(e % 2, 2 * k + e / 2) : ~0u;
-                    P_rmem[0][k][e] &= kept, P_rmem[1][k][e] &= kept;
+#pragma unroll
+                    for (int plane = 0; plane < PLANES; ++plane) P_rmem[plane][k][e] = pairs[plane] & kept;
                 }
         };
         // Draws which elements of the tile dropout keeps.

@@ -22,9 +22,9 @@
 #error "this rung reads masks of bits"
 #endif
 
-// Heads whose values the planes cannot represent are computed by the `simple` rung. The Range of each head precedes that rung's workspace.
+// Heads whose values the planes cannot represent are computed by the `simple` rung.
 __device__ inline bool planes_have_served(const AttentionParams& p, int b, int h_kv) {
-    const Range& range = (reinterpret_cast<const Range*>(p.workspace) - p.B * p.Hkv)[b * p.Hkv + h_kv];
+    const Range& range = range_before(p, b, h_kv);
     return scores_fit(p, range) && !range.o_is_small;
 }
 #define HEAD_IS_DONE(p, b, h) planes_have_served(p, b, h)
@@ -47,8 +47,8 @@ constexpr int COLUMNS = HEAD_DIM / CONSUMERS;  // of O, of a group
 
 using Tile_Q = SwizzledTile<BLOCK_Q, HEAD_DIM>;
 using Tile_P = SwizzledTile<BLOCK_Q, BLOCK_K>;
-using Piece_K = SwizzledTile<PART_K, 64>;  // one plane of it fills a stage of a ring
-using Piece_V = SwizzledTile<32, 64>;      // both planes do
+using Piece_K = SwizzledTile<PART_K, 64>;       // one plane of it fills a stage of a ring
+using Piece_V = SwizzledTile<64 / PLANES, 64>;  // all planes do
 constexpr int STAGE_BYTES = Piece_K::BYTES;
 static_assert(PLANES * Piece_V::BYTES == STAGE_BYTES, "pieces of V fill a stage");
 constexpr int Q_BYTES = PLANES * Tile_Q::BYTES, P_BYTES = PLANES * Tile_P::BYTES;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     __shared__ __align__(8) Barriers barriers;
     const uint32_t Q_smem = ptx::smem_address(smem);                            // PLANES × [BLOCK_Q, HEAD_DIM]
     const uint32_t P_smem = Q_smem + Q_BYTES;                                   // PLANES × [BLOCK_Q, BLOCK_K]
-    const uint32_t rings_smem = P_smem + P_BYTES;                               // CONSUMERS × RING × (a plane of K [PART_K, 64], or PLANES × V [32, 64])
+    const uint32_t rings_smem = P_smem + P_BYTES;                               // CONSUMERS × RING × (a plane of K [PART_K, 64], or Piece_V of all planes)
     float* stats_smem = reinterpret_cast<float*>(smem + STATS_OFFSET);          // [CONSUMERS, BLOCK_Q]
     const uint8_t* mask_smem = smem + MASK_OFFSET;                              // [BLOCK_Q] BitRow
     auto barrier = [](uint64_t& of) { return ptx::smem_address(&of); };
@@ -206,17 +206,18 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll 1
             for (int panel = 0; panel < panels; ++panel) {
                 const uint64_t Q_panel = ptx::descriptor(uniform(Q_smem + panel * Tile_Q::PANEL_BYTES));
-                const uint64_t K_hi = ptx::descriptor(next_piece()), K_lo = ptx::descriptor(next_piece());
+                const uint64_t K_hi = ptx::descriptor(next_piece()), K_lo = PLANES == 2 ? ptx::descriptor(next_piece()) : 0;
                 ptx::wgmma_fence();
 #pragma unroll
-                for (int product = 0; product < 3; ++product)  // lo hi, hi lo, hi hi: the small ones first, while the sum is small
+                for (int product = 0; product < PRODUCTS; ++product)
 #pragma unroll
                     for (int d = 0; d < 4; ++d)
-                        ptx::wgmma_ss<__half, PART_K>(part_rmem, ptx::advance(Q_panel, (product == 0) * Tile_Q::BYTES + d * 32),
-                                                      ptx::advance(product == 1 ? K_lo : K_hi, d * 32), product > 0 || d > 0);
+                        ptx::wgmma_ss<__half, PART_K>(part_rmem, ptx::advance(Q_panel, plane_of_first(product) * Tile_Q::BYTES + d * 32),
+                                                      ptx::advance(plane_of_second(product) ? K_lo : K_hi, d * 32), product > 0 || d > 0);
                 ptx::wgmma_commit_group();
                 ptx::wgmma_wait_group<0>();
-                release(2), release(1);
+                if (PLANES == 2) release(2);
+                release(1);
 #pragma unroll
                 for (int i = 0; i < PART_K / 2; ++i) S_rmem[i] += part_rmem[i];
             }
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     split(P0, P1, hi, lo);
                     const uint32_t kept = DROPOUT ? keep.pair(r, i) : ~0u, to = P_smem + Tile_P::offset(place_of_row + 8 * r, consumer * (PART_K / 8) + i) + 4 * t;
                     ptx::st_shared(to, hi & kept);
-                    ptx::st_shared(to + Tile_P::BYTES, lo & kept);
+                    if (PLANES == 2) ptx::st_shared(to + Tile_P::BYTES, lo & kept);
                 }
                 l_rmem[r] = l_rmem[r] * alpha[r] + sum;
             }
@@ -275,11 +276,12 @@ __global__ void __launch_bounds__(THREADS, 1)
                     const uint64_t P_part = ptx::descriptor(uniform(P_smem + j / 64 * Tile_P::PANEL_BYTES + j % 64 * 2)), V = ptx::descriptor(next_piece());
                     ptx::wgmma_fence();
 #pragma unroll
-                    for (int product = 0; product < 3; ++product)
+                    for (int product = 0; product < PRODUCTS; ++product)
 #pragma unroll
                         for (int k = 0; k < Piece_V::ROWS / 16; ++k)
-                            ptx::wgmma_ss_transposed_b<__half, 64>(part_rmem, ptx::advance(P_part, (product == 0) * Tile_P::BYTES + k * 32),
-                                                                   ptx::advance(V, (product == 1) * Piece_V::BYTES + k * 16 * ROW_BYTES), j > 0 || product > 0 || k > 0);
+                            ptx::wgmma_ss_transposed_b<__half, 64>(part_rmem, ptx::advance(P_part, plane_of_first(product) * Tile_P::BYTES + k * 32),
+                                                                   ptx::advance(V, plane_of_second(product) * Piece_V::BYTES + k * 16 * ROW_BYTES),
+                                                                   j > 0 || product > 0 || k > 0);
                     ptx::wgmma_commit_group();
                     if (j == 0) continue;
                     ptx::wgmma_wait_group<1>();  // the piece before has been read

@@ -12,6 +12,10 @@
 // - Tensor cores truncate their sums where float32 arithmetic rounds, so a sum over thousands of keys would drift. So every tile's products are summed
 //   separately, the small ones first, and added to the running sum in float32.
 //
+// With -DPLANES=1, for torch.set_float32_matmul_precision("high") and "medium", there is hi alone and one product. Its 11 bits are TF32's. TF32 has
+// float32's range too, while hi loses bits below 2^-29 of its head's largest entry; but even then its error is at most 2^-40 of that entry. So what is
+// promised is TF32's accuracy relative to the largest entry of a head.
+//
 // The workspace, and the kernels that come before attention: range_kernel finds each head's largest entry, planes_kernel writes its planes.
 #pragma once
 
@@ -22,7 +26,16 @@
 #error "planes are of float32 numbers; 16-bit types need none"
 #endif
 
-constexpr int PLANES = 2;  // hi, lo
+#ifndef PLANES
+#define PLANES 2  // hi, lo
+#endif
+static_assert(PLANES == 1 || PLANES == 2, "hi, or hi and lo");
+
+// The products of planes that make one product of numbers: lo · hi, hi · lo, hi · hi, the small ones first, while the sum is small; or hi · hi alone.
+// Forward and backward take Q's plane (in P V, P's) as the first factor: both must have the same S, to the last bit.
+constexpr int PRODUCTS = PLANES == 1 ? 1 : 3;
+__device__ constexpr int plane_of_first(int product) { return PLANES == 2 && product == 0; }
+__device__ constexpr int plane_of_second(int product) { return PLANES == 2 && product == 1; }
 
 // The range of values in a head of K and V and the query heads that share it. The largest magnitudes are kept as the bits of floats, which compare in the
 // same order as the numbers, with ∞ and NaN above all of them. 0 at first.
@@ -48,14 +61,15 @@ __device__ inline bool can_scale(int largest) { return largest == 0 || (largest 
 __device__ inline float scale_of_scores(const AttentionParams& p, const Range& range) { return scalbnf(p.scale, -exponent_of(range.q) - exponent_of(range.k)); }
 
 // Scores: the error of an entry is at most 2^-40 of the largest entry, so that of a score is at most 2 · 2^-40 · D · scale · (largest of Q) · (largest of K).
-// It must be below 2^-23, which is float32's own error at a score of 2.
+// It must be below 2^-23, which is float32's own error at a score of 2. That is more than one plane needs; but then the same heads can be scaled.
 __device__ inline bool scores_fit(const AttentionParams& p, const Range& range) {
     const float bound = __uint_as_float(range.q) * __uint_as_float(range.k) * (p.scale * p.D), scale = scale_of_scores(p, range);
     // Limits of the scale: a hidden score must not come near the others (common.cuh: start_of_sum), and a maximum must not overflow.
     return can_scale(range.q) && can_scale(range.k) && can_scale(range.v) && bound < 0x1p16f && scale > 0x1p-90f && scale < 0x1p60f;
 }
-// For a row of O whose largest entry, in V's scale, is `largest`: P and V have errors of 2^-40, so `largest` must be at least 2^-15 of V's largest.
-__device__ inline bool row_fits(float largest) { return largest >= 1; }
+// For a row of O whose largest entry, in V's scale, is `largest`: P and V have errors of 2^-40, so `largest` must be at least 2^-15 of V's largest; or, if
+// an error of 2^-12 will do, 2^-28 of it.
+__device__ inline bool row_fits(float largest) { return largest >= (PLANES == 1 ? 0x1p-13f : 1); }
 
 // dS = P∘(dP − Delta) is scaled by a bound known before it is computed: |dP| ≤ |dO row| · |V row|, P ≤ 1.
 __device__ inline float bound_of_dS(const Range& range) {
@@ -64,14 +78,15 @@ __device__ inline float bound_of_dS(const Range& range) {
 __device__ inline int exponent_of_dS(const Range& range) { return min(60, exponent_of(__float_as_uint(bound_of_dS(range)))); }
 
 // A gradient is a sum of `terms` products. One factor (dS, or P) has an error of at most 2^-25 of either sign, the other is below 2^15. `largest`, the
-// gradient's largest entry before scaling, must be at least 2^19 times the expected sum of these errors.
+// gradient's largest entry before scaling, must be at least 2^19 times the expected sum of these errors; of one plane, 2^12 times.
 __device__ inline bool sum_fits(int largest, int64_t terms) {
-    return largest < 0x7f800000 && __uint_as_float(largest) >= 0x1p9f * (sqrtf(static_cast<float>(terms)) + 2);
+    return largest < 0x7f800000 && __uint_as_float(largest) >= (PLANES == 1 ? 0x1p2f : 0x1p9f) * (sqrtf(static_cast<float>(terms)) + 2);
 }
 // dQ and dK have another error: dP and Delta are each off by about 2^-27 of their bound, which matters where they cancel, most of all if a row sees only
-// one key and dP − Delta should be exactly 0. A score contributes its share P of this error, about 1 / Nk.
+// one key and dP − Delta should be exactly 0. A score contributes its share P of this error, about 1 / Nk. With one plane, dP and Delta have the
+// same rounded factors (rounded_as_planes), and what they are off by is TF32's error, which exact arithmetic on this O would not mend.
 __device__ inline bool sum_of_dS_fits(const AttentionParams& p, int largest, int64_t terms) {
-    return sum_fits(largest, terms) && __uint_as_float(largest) * p.Nk >= 0x1p22f * sqrtf(static_cast<float>(terms));
+    return sum_fits(largest, terms) && (PLANES == 1 || __uint_as_float(largest) * p.Nk >= 0x1p22f * sqrtf(static_cast<float>(terms)));
 }
 __device__ inline bool gradients_fit(const AttentionParams& p, const Range& range) {
     const int64_t rows = static_cast<int64_t>(p.Nq) * (p.H / p.Hkv);
@@ -80,6 +95,22 @@ __device__ inline bool gradients_fit(const AttentionParams& p, const Range& rang
     const bool dS_fits = bound == 0 || (sum_of_dS_fits(p, range.dq, p.Nk) && sum_of_dS_fits(p, range.dk, rows));
     return dS_fits && (range.d_o == 0 || sum_fits(range.dv, rows));
 }
+
+// The Range of a head, for the simple rung: all of them precede its workspace.
+__device__ inline const Range& range_before(const AttentionParams& p, int b, int h_kv) {
+    return (reinterpret_cast<const Range*>(p.workspace) - p.B * p.Hkv)[b * p.Hkv + h_kv];
+}
+#if PLANES == 1
+// Forward and backward may leave different heads to the simple rung, but P = exp(S − LSE) needs the S that LSE is of: large scores differ by more than 1
+// in 11 bits and in 24. So that rung rounds Q and K too, in all heads whose scores fit; and in the backward V, of which O is made.
+__device__ inline float scale_of_plane(const AttentionParams& p, int b, int h_kv, int Range::*largest) {
+    const Range& range = range_before(p, b, h_kv);
+    return scores_fit(p, range) ? scalbnf(1, exponent_of(range.*largest)) : 0;
+}
+#define ROUNDING_OF_Q(p, b, h) scale_of_plane(p, b, h, &Range::q)
+#define ROUNDING_OF_K(p, b, h) scale_of_plane(p, b, h, &Range::k)
+#define ROUNDING_OF_V(p, b, h) scale_of_plane(p, b, h, &Range::v)
+#endif
 
 // ---- workspace: planes of every operand of a part of the heads (parts_of_heads.cuh), what else its kernels need, then a Range for each head of K of
 // the whole call, then what the simple rung needs.
@@ -112,12 +143,12 @@ struct Operands {
           floats(0) {
         for (int n = 0; n < count; ++n) {
             Operand& x = of[n];
-            if (&x == &of[2] && until_dV && planes_fit_in(p.dv, p)) {  // a row of dV holds hi of V's row, then lo
+            if (&x == &of[2] && until_dV && planes_fit_in(p.dv, p)) {  // a row of dV has room for hi of V's row, then lo
                 x.planes = {p.dv.data, HEAD_DIM, 2 * p.dv.stride_h, 2 * p.dv.stride_n};
                 continue;
             }
             x.planes = {p.workspace + floats, x.rows(p.B) * HEAD_DIM, static_cast<int64_t>(x.N) * HEAD_DIM, HEAD_DIM};
-            floats += x.rows(p.B) * HEAD_DIM;
+            floats += x.rows(p.B) * HEAD_DIM * PLANES / 2;
         }
     }
     // Whether a row has as many columns as its planes, and heads of all batches are equally spaced.
@@ -182,11 +213,25 @@ __global__ void __launch_bounds__(PREPARE_THREADS) range_kernel(const __grid_con
     });
 }
 
-// A pair of numbers as pairs of planes.
+// A pair of numbers as pairs of planes. Of one plane, lo is not used, and not computed.
 __device__ inline void split(float x0, float x1, uint32_t& hi, uint32_t& lo) {
     hi = ptx::cvt_pair<__half>(x0, x1);
     const float2 held = ptx::floats_of_pair(hi);
     lo = ptx::cvt_pair<__half>(x0 - held.x, x1 - held.y);
+}
+__device__ inline void split(float x0, float x1, uint32_t (&pairs)[PLANES]) {
+    uint32_t lo;
+    split(x0, x1, pairs[0], lo);
+    if (PLANES == 2) pairs[PLANES - 1] = lo;
+}
+
+// dO for Delta = rowsum(dO∘O): as the products have it, if there is no lo. So dP − Delta is as small as it should be where a row attends to one key.
+__device__ inline float4 rounded_as_planes(const float4& x, const Range& range) {
+    if (PLANES == 2) return x;
+    const float factor = scalbnf(1, exponent_of(range.d_o)), back = scalbnf(1, -exponent_of(range.d_o));
+    const float2 xy = ptx::floats_of_pair(ptx::cvt_pair<__half>(x.x * factor, x.y * factor));
+    const float2 zw = ptx::floats_of_pair(ptx::cvt_pair<__half>(x.z * factor, x.w * factor));
+    return make_float4(xy.x * back, xy.y * back, zw.x * back, zw.y * back);
 }
 
 __global__ void __launch_bounds__(PREPARE_THREADS) planes_kernel(const __grid_constant__ Operands all, int B) {
@@ -195,17 +240,19 @@ __global__ void __launch_bounds__(PREPARE_THREADS) planes_kernel(const __grid_co
         float squares = 0;
 #pragma unroll
         for (int part = 0; part < ROW_PARTS; ++part) {
-            uint32_t pairs[PLANES][4];
+            uint32_t pairs[4][PLANES];
 #pragma unroll
             for (int e = 0; e < 8; e += 2) {
                 const float x0 = numbers[part][e] * factor, x1 = numbers[part][e + 1] * factor;
-                split(x0, x1, pairs[0][e / 2], pairs[1][e / 2]);
+                split(x0, x1, pairs[e / 2]);
                 squares = fmaf(x0, x0, fmaf(x1, x1, squares));
             }
 #pragma unroll
             for (int plane = 0; plane < PLANES; ++plane) {
                 __half* row = static_cast<__half*>(x.planes.data) + plane * x.planes.stride_b + bh * x.planes.stride_h + i * x.planes.stride_n;
-                if (i < x.N) reinterpret_cast<uint4*>(row)[part * ROW_LANES + threadIdx.x % ROW_LANES] = make_uint4(pairs[plane][0], pairs[plane][1], pairs[plane][2], pairs[plane][3]);
+                if (i >= x.N) continue;
+                reinterpret_cast<uint4*>(row)[part * ROW_LANES + threadIdx.x % ROW_LANES] =
+                    make_uint4(pairs[0][plane], pairs[1][plane], pairs[2][plane], pairs[3][plane]);
             }
         }
         if (x.norm == nullptr) return;

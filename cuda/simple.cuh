@@ -35,9 +35,15 @@ using Scores = float[N][TILE + 8];  // N rows of a tile of P or dS
 __device__ inline int group() { return threadIdx.x / LANES; }
 __device__ inline int lane() { return threadIdx.x % LANES; }
 
-// A file that includes this rung can say which heads it has already computed itself (planes.cuh). h is a head of K and V.
+// A file that includes this rung can say which heads it has already computed itself (planes.cuh), and by which power of two Q, K and, in the backward, V
+// are multiplied to be rounded to float16's 11 bits; 0 if they are read as they are. h is a head of K and V.
 #ifndef HEAD_IS_DONE
 #define HEAD_IS_DONE(p, b, h) false
+#endif
+#ifndef ROUNDING_OF_Q
+#define ROUNDING_OF_Q(p, b, h) 0
+#define ROUNDING_OF_K(p, b, h) 0
+#define ROUNDING_OF_V(p, b, h) 0
 #endif
 
 // ---- matrices in global memory
@@ -46,10 +52,11 @@ struct Matrix {
     element* gmem;   // [rows, columns], columns contiguous
     int64_t stride;  // elements from row to row
     int rows, columns;
+    float rounding;  // the power of two that multiplies its elements while they are rounded, or 0
 };
 
-__device__ inline Matrix matrix(const Tensor4& t, int b, int h, int rows, int columns) {
-    return {head_of(t, b, h), t.stride_n, rows, columns};
+__device__ inline Matrix matrix(const Tensor4& t, int b, int h, int rows, int columns, float rounding = 0) {
+    return {head_of(t, b, h), t.stride_n, rows, columns, rounding};
 }
 
 // N rows from row i0 on, and CHUNK columns from column d0 on, times `factor`, as float32. What lies beyond the matrix becomes 0.
@@ -66,7 +73,13 @@ __device__ inline void load_chunk(Chunk<N>& X_smem, const Matrix& X, int i0, int
         x_rmem[n] = inside ? static_cast<float>(*source) : 0;
     }
 #pragma unroll
-    for (int n = 0; n < N / WARPS; ++n) X_smem[warp + n * WARPS][d] = x_rmem[n] * factor;
+    for (int n = 0; n < N / WARPS; ++n) {
+        if (X.rounding != 0) {
+            const float back = __uint_as_float(0x7f000000 - __float_as_uint(X.rounding));  // 1 / rounding, in fewer registers than a division
+            x_rmem[n] = static_cast<float>(static_cast<__half>(x_rmem[n] * X.rounding)) * back;
+        }
+        X_smem[warp + n * WARPS][d] = x_rmem[n] * factor;
+    }
 }
 
 // A thread's part of the result of `add_product`, rounded and stored: rows i0 + g + GROUPS · r, columns d0 + 4t … d0 + 4t + 3.

@@ -30,6 +30,9 @@ class Settings(NamedTuple):
     k_offset: int = 0
     diagonal: int | None = None
     softcap: float | None = None  # of the scores
+    # float32: whether TF32's accuracy will do (`allows_tf32` when the forward is called). It is kept because a backward must compute the
+    # forward's scores again. Backends may compute more accurately.
+    tf32: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -50,6 +53,20 @@ class Settings(NamedTuple):
     def diagonal_of(self, Nq: int, Nk: int) -> int:
         """The column, counted from the first of these, at which the first of these rows stands."""
         return (Nk - Nq if self.diagonal is None else self.diagonal) + self.q_offset - self.k_offset
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch's own float32 products on CUDA may be TF32's: after `torch.set_float32_matmul_precision("high")` or `"medium"`, or
+    what else sets torch.backends.cuda.matmul.allow_tf32."""
+    try:
+        return torch._C._get_cublas_allow_tf32()
+    except RuntimeError:  # the older and the newer names of the setting were both used, and disagree
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# What torch.compiler.assume_constant_result does, but that imports the compiler. torch.compile traces a function again when the setting
+# changes.
+allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _schema_type(hint) -> str:

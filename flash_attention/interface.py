@@ -11,7 +11,7 @@ from flash_attention import shortcut
 from flash_attention.autograd import attention, plain_attention
 from flash_attention.backends import as_chosen, check_name, choose
 from flash_attention.backends.cuda import FORWARD
-from flash_attention.call import Call, Settings
+from flash_attention.call import Call, Settings, allows_tf32
 from flash_attention.reference.score import broadcast_alibi, broadcast_bias
 from flash_attention.reference.tiles import broadcast_mask, sum_dtype
 
@@ -73,7 +73,9 @@ def flash_attention(
         NotImplementedError: the backend asked for cannot serve this call. flash_attention.build.BuildError (a RuntimeError): its kernel
         cannot be built. Each message names what is at fault; nothing has been launched.
 
-    Under autocast, float32, float16 and bfloat16 inputs are cast as for torch's own attention. Subclasses of Tensor with a
+    Under autocast, float32, float16 and bfloat16 inputs are cast as for torch's own attention. After
+    `torch.set_float32_matmul_precision("high")` or `"medium"`, float32 may be computed with TF32's accuracy, relative to a head's largest
+    entries; a backward does as its forward did. Subclasses of Tensor with a
     `__torch_function__`, TorchFunctionModes and torch.fx see one call, of this function. NumPy scalars are taken as Python's numbers.
 
     >>> q, k, v = torch.randn(3, 2, 8, 100, 64).unbind()
@@ -122,7 +124,9 @@ def _attention(q, k, v, mask, causal, scale, dropout_p, window, spans, scored, b
     seed = _seed(q) if dropout_p else None
     scale = q.shape[3] ** -0.5 if scale is None else torch.sym_float(scale)
     left, right = window or (None, None)
-    settings = Settings(scale, float(dropout_p), left, 0 if bool(causal) else right, check_name(backend) or "", block_size, softcap=softcap)
+    right = 0 if bool(causal) else right
+    tf32 = q.dtype == torch.float32 and allows_tf32()
+    settings = Settings(scale, float(dropout_p), left, right, check_name(backend) or "", block_size, softcap=softcap, tf32=tf32)
     # Choosing a backend needs the machine and real tensors. For placeholders (while compiling, on the meta device, FakeTensors and other
     # subclasses) the op chooses when it runs.
     if torch.compiler.is_compiling() or q.is_meta or type(q) is not Tensor:

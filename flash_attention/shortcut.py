@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from flash_attention import backends
 from flash_attention.backends import cuda
-from flash_attention.call import Call, Settings
+from flash_attention.call import Call, Settings, allows_tf32
 
 CAPACITY = 1024  # of kept plans: when it is reached, the table is cleared
 FEW = 16  # the same for the backwards that a forward's plan keeps
@@ -84,7 +84,8 @@ def signature(q: Tensor, k: Tensor, v: Tensor, mask, causal, scale, dropout_p, w
     except RuntimeError:  # a nested tensor has no shape, and is refused later
         return None
     dtypes = q.dtype, k.dtype, v.dtype
-    key = shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, dropout_p, window, backend, of_mask
+    tf32 = q.dtype is torch.float32 and allows_tf32()
+    key = shapes, strides, dtypes, q.device, k.device, v.device, causal, scale, dropout_p, window, backend, of_mask, tf32
     return key if window is None else (*key, *map(type, window))
 
 

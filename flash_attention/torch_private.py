@@ -27,6 +27,7 @@ PRIVATE = {
     "torch._C._functorch.is_legacy_batchedtensor": "is_grads_batched=True, which maps gradients by the old vmap",
     "torch._functorch.utils.enable_single_level_autograd_function": "an autograd.Function inside torch.func's transforms",
     # a tensor's address, and the launch of a kernel
+    "torch._C._get_cublas_allow_tf32": "call.py: torch.backends.cuda.matmul.allow_tf32 in a tenth of its time",
     "torch._C._functorch.is_functorch_wrapped_tensor": "call.py: such a tensor has no address",
     "torch._C._cuda_getCurrentRawStream": "launch.py, masks.py, rotary.py: a stream without the cost of torch.cuda.current_stream()",
     "torch._C.DisableTorchFunctionSubclass": "workers.py: a thread computes as the one that called it",

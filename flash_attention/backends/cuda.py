@@ -92,6 +92,7 @@ HOPPER_FLOAT32 = Rung(
     wide_backward=(128, "backward_5_float32_wide.cu"),
     min_scores=((128, 1 << 22), (512, 1 << 18)),
     forward_workspace=True,
+    tf32=True,
 )
 
 RUNGS: dict[str, Rung] = {

@@ -26,10 +26,11 @@ def library(
     float8: bool,
     score: tuple[str, ...],
     tall: bool,
+    tf32: bool,
 ) -> ctypes.CDLL:
     """The library of the rung's forward (0) or backward (1) for one kind of call, compiled if necessary."""
     arch = build.arch_of(torch.cuda.get_device_capability(device))
-    wanted = rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout, float8, score, tall)
+    wanted = rung.specialisation(which, arch, dtype, sizes, visible, mask, dropout, float8, score, tall, tf32)
     return declared(build.load(wanted, params_size(score)))
 
 

@@ -55,6 +55,7 @@ class Rung:
     min_scores: tuple[tuple[int, int], ...] = ()  # (max head size, most scores of all heads for which the rung below is faster)
     forward_workspace: bool = False  # whether its forward may need one
     float8_keys: bool = False  # whether K and V may be e4m3
+    tf32: bool = False  # whether it has faster kernels for `Settings.tf32`
 
     def why_not(self, call: Call) -> str | None:
         """Why this rung cannot serve the call, or None."""
@@ -158,7 +159,8 @@ class Rung:
         """The arguments of `specialisation` for the call's forward or backward."""
         sizes, form = self.compiled(call), self._mask_form(which, call)
         tall = which == FORWARD and self.has_tall(sizes, call.visible, form, call.has_dropout, call.score) and worth_tall(call)
-        return DTYPE_NAMES[call.q.dtype], sizes, call.visible, form, call.has_dropout, call.has_float8_keys, call.score, tall
+        tf32 = self.tf32 and call.settings.tf32
+        return DTYPE_NAMES[call.q.dtype], sizes, call.visible, form, call.has_dropout, call.has_float8_keys, call.score, tall, tf32
 
     def has_tall(self, sizes: tuple[int, int], visible: str, mask: str | None, dropout: bool, score: tuple[str, ...] = ()) -> bool:
         """Whether `tall_forward` serves such calls."""
@@ -195,6 +197,7 @@ class Rung:
         float8: bool = False,
         score: tuple[str, ...] = (),
         tall: bool = False,
+        tf32: bool = False,
     ) -> build.Specialisation:
         """The specialisation of its forward or backward for one kind of call. sizes: compiled ones, of Q and K and of V. tall: use
         `tall_forward`."""
@@ -205,7 +208,7 @@ class Rung:
             if tall and self.tall_forward
             else self.file(which, D, visible == "interval", mask is not None, dropout or bool(score))
         )
-        return build.Specialisation(file, arch, D, *kind, None if Dv == D else Dv, float8, score)
+        return build.Specialisation(file, arch, D, *kind, None if Dv == D else Dv, float8, score, tf32)
 
     def file(self, which: int, head_dim: int, interval: bool, mask: bool, other: bool) -> str:
         """The source file of its forward or backward for a compiled head size. other: dropout, or changed scores."""

@@ -64,6 +64,7 @@ class Specialisation(NamedTuple):
     v_head_dim: int | None = None  # of V and O, if it is another than Q's and K's
     float8_keys: bool = False  # K and V are e4m3
     score: tuple[str, ...] = ()  # which of softcap, bias and alibi the call has
+    tf32: bool = False  # float32 with TF32's accuracy
 
     def defines(self) -> list[str]:
         values = {"ARCH": arch_number(self.arch), "SMEM_KB": shared_memory_kb(self.arch)}
@@ -82,6 +83,8 @@ class Specialisation(NamedTuple):
             values["KEYS_FLOAT8"] = 1
         if self.score:
             values["SCORE"] = sum(_score_bits()[name] for name in self.score)
+        if self.tf32:
+            values["PLANES"] = 1
         return [f"-D{name}={value}" for name, value in values.items()]
 
     def flags(self) -> list[str]:
@@ -91,7 +94,7 @@ class Specialisation(NamedTuple):
         if self.head_dim is None:
             return f"{self.file} sm_{self.arch}"
         flags = {"causal": self.causal, "intervals": self.interval, f"mask of {self.mask}": self.mask, "dropout": self.dropout}
-        flags |= {"float8 keys": self.float8_keys, **dict.fromkeys(self.score, True)}
+        flags |= {"float8 keys": self.float8_keys, **dict.fromkeys(self.score, True), "as TF32": self.tf32}
         size = f"D {self.head_dim}" + (f" Dv {self.v_head_dim}" if self.v_head_dim else "")
         return " ".join([self.file, f"sm_{self.arch}", size, self.dtype, *(name for name, on in flags.items() if on)])
 

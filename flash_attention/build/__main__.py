@@ -41,7 +41,8 @@ def specialisations(archs: list[str], head_dims: list[int] | None = None, kinds=
             ):
                 continue
             forms = rung.mask_forms(which, dropout) if mask else (None,)
-            wanted += [rung.specialisation(which, arch, dtype, size, visible, form, dropout) for form in forms]
+            for form, tf32 in product(forms, (False, True) if rung.tf32 else (False,)):
+                wanted.append(rung.specialisation(which, arch, dtype, size, visible, form, dropout, tf32=tf32))
             if which == FORWARD and not mask and rung.has_tall(size, visible, None, dropout):
                 wanted.append(rung.specialisation(which, arch, dtype, size, visible, None, dropout, tall=True))
     return list(dict.fromkeys(wanted))  # two rungs may share some
