@@ -556,7 +556,11 @@ TABLE = {
         ("ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);", NO_WAIT, WINDOW),
         ("ptx::mbarrier_arrive(barrier(barriers.dO_full, at.slot().stage));", ";", UNSEEN_KEYS),
         ("ptx::mbarrier_arrive(barrier(barriers.empty, now.slot().stage));", ";", UNSEEN_KEYS),
-        ("now.tile == NO_TILE && now.round == round", "now.tile == NO_TILE", FEW_SEEN_KEYS),  # the next unit's message is taken for this one's
+        (
+            "now.tile == NO_TILE && now.round == round",
+            "now.tile == NO_TILE",
+            FEW_SEEN_KEYS,
+        ),  # the next unit's message
         ("at.cut == MAY_BE_BLIND ? maps.d_o_copy : maps.d_o", "maps.d_o", DEAD_SPANS),
         ("ptx::mbarrier_wait(barrier(barriers.dS_full, now.n % 2), now.n / 2 & 1);", NO_WAIT, UNSEEN_KEYS_WIDE),
         ("const uint8_t* dK_smem = smem + (K_smem - KV_smem);", "const uint8_t* dK_smem = smem;", WINDOW),
