@@ -94,6 +94,19 @@ HOPPER_FLOAT32 = Rung(
     forward_workspace=True,
 )
 
+TENSOR_CORE_FLOAT32 = Rung(
+    name="tensor_core_float32",
+    files=("forward_3_float32.cu", "backward_3_float32.cu"),
+    min_arch=80,
+    dtypes=("float32",),
+    head_dims=(64, 128),
+    multiple_of=4,
+    masks=(("bits",), ("bits",)),
+    dropout=True,
+    min_scores=((128, 1 << 22),),
+    forward_workspace=True,
+)
+
 RUNGS: dict[str, Rung] = {
     rung.name: rung
     for rung in (
@@ -132,6 +145,7 @@ RUNGS: dict[str, Rung] = {
         ),
         HOPPER_WIDE,  # behind all that take narrower heads
         HOPPER_FLOAT32,
+        TENSOR_CORE_FLOAT32,
         Rung(
             name="simple",
             files=("forward_1_simple.cu", "backward_1_simple.cu"),
