@@ -1,13 +1,13 @@
-// Backward in float32 on tensor cores: FlashAttention-2, Algorithm 2, each product of float32 numbers made of three of float16 numbers (Ootomo and Yokota,
-// 2022, arXiv:2203.03341).  sm_80 and newer.
+// Backward in float32 on tensor cores: FlashAttention-2, Algorithm 2, each product of float32 numbers made of three of float16 numbers (Ootomo and
+// Yokota, 2022, arXiv:2203.03341).  sm_80 and newer.
 //
-// The idea: forward_3_float32.cu's, for the backward's products. Q, K, V and dO come as planes (planes.cuh). The same kernel runs twice: for rows of Q it computes
-// dQ, for rows of K dK and dV. A warp owns rows of the gradients, so those are the rows of S (or Sᵀ) and dP in its accumulators; P and dS, split in registers, are
-// the A operands of P dO and dS Q (or dS K) as they lie. Nothing but planes goes through shared memory, and nothing is summed in global memory, so gradients
-// repeat bit for bit.
+// The idea: forward_3_float32.cu's, for the backward's products. Q, K, V and dO come as planes (planes.cuh). The same kernel runs twice: for rows of
+// Q it computes dQ, for rows of K dK and dV. A warp owns rows of the gradients, so those are the rows of S (or Sᵀ) and dP in its accumulators; P and
+// dS, split in registers, are the A operands of P dO and dS Q (or dS K) as they lie. Nothing but planes goes through shared memory, and nothing is
+// summed in global memory, so gradients repeat bit for bit.
 //
-// Change from backward_3_tensor_core.cu: each product becomes three (planes_mma.cuh), and seven products are computed instead of five, because S and dP
-// are computed for dQ once more. Sharing dS, of two planes, among warps and adding up dQ in global memory would cost about as much.
+// Change from backward_3_tensor_core.cu: each product becomes three (planes_mma.cuh), and seven products are computed instead of five, because S and
+// dP are computed for dQ once more. Sharing dS, of two planes, among warps and adding up dQ in global memory would cost about as much.
 //
 // Serves float32, everything in the interface but windows and spans, positive scale; head sizes up to 128 that are multiples of 4.
 #include "planes_mma.cuh"
@@ -29,8 +29,8 @@ namespace exact {
 #undef attention
 #undef workspace_floats
 
-// ---- tile sizes. A block owns OWN rows of gradients and meets OTHERS rows of the other side at a time. At D 64 a warp owns 32 rows, and two blocks share
-// a multiprocessor; at D 128 there are registers for 16, and shared memory for one block, of 8 warps where it has room for them.
+// ---- tile sizes. A block owns OWN rows of gradients and meets OTHERS rows of the other side at a time. At D 64 a warp owns 32 rows, and two blocks
+// share a multiprocessor; at D 128 there are registers for 16, and shared memory for one block, of 8 warps where it has room for them.
 constexpr int M_TILES = HEAD_DIM <= 64 ? 2 : 1, WARP_ROWS = 16 * M_TILES;
 constexpr int WARPS = HEAD_DIM > 64 && SMEM_KB >= 163 ? 8 : 4;
 constexpr int THREADS = 32 * WARPS;
@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(PREPARE_THREADS)
 
 // ---- the products
 
-// The tiles of others that a block meets: tiles of keys, from the first, or tiles of Q that see some of the block's keys, of every query head that shares them.
+// The tiles of others that a block meets: tiles of keys, from the first, or tiles of Q that see some of the block's keys, of every query head that
+// shares them.
 template <bool OF_Q>
 struct Visit {
     int h, end_h, begin, end;
@@ -130,8 +131,8 @@ __device__ inline Rows rows_of_block(const AttentionParams& p) {
     return {tile * OWN, head, b, b * p.Hkv + (OF_Q ? kv_head(p, head) : head)};
 }
 
-// OF_Q: the block's rows are queries, it computes dQ, and meets keys. Otherwise they are keys, it computes dK and dV, and meets queries; then S, P, dP and dS
-// below are transposed. X and Y are the operands of S, of the block's own rows and of the others; A and B are those of dP.
+// OF_Q: the block's rows are queries, it computes dQ, and meets keys. Otherwise they are keys, it computes dK and dV, and meets queries; then S, P,
+// dP and dS below are transposed. X and Y are the operands of S, of the block's own rows and of the others; A and B are those of dP.
 template <bool OF_Q>
 __global__ void __launch_bounds__(THREADS, 1)
     gradient_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Operands all, const __grid_constant__ Workspace workspace) {
@@ -198,7 +199,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     const uint32_t X_lane = X_smem + Tile_Own::lane_a(warp_row, lane), A_lane = X_lane + OWN_BYTES;
 
     while (now.more()) {
-        const int h = now.h, i0 = OF_Q ? row0 + warp_row : now.tile * OTHERS, j0 = OF_Q ? now.tile * OTHERS : row0 + warp_row;  // of the warp's part of the tile
+        // The query head, and the first query and key of the warp's part of the tile.
+        const int h = now.h, own = row0 + warp_row, other = now.tile * OTHERS, i0 = OF_Q ? own : other, j0 = OF_Q ? other : own;
         const uint32_t Y_smem = stages_smem + now.stage * STAGE_BYTES;
         const float* LSE_smem = rows_smem + now.stage * 2 * OTHERS;
 
@@ -218,7 +220,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 #if MASK
         // A lane loads the word of one query for 32 keys, and hands it to the lanes that have elements of this query.
         const int query = i0 + lane % (OF_Q ? WARP_ROWS : OTHERS);
-        const uint32_t word = static_cast<const uint32_t*>(p.mask.data)[b * p.mask.stride_b + h * p.mask.stride_h + min(query, p.Nq - 1) * p.mask.stride_i + j0 / 32];
+        const uint32_t* mask_gmem = static_cast<const uint32_t*>(p.mask.data) + b * p.mask.stride_b + h * p.mask.stride_h;
+        const uint32_t word = mask_gmem[min(query, p.Nq - 1) * p.mask.stride_i + j0 / 32];
         for_each([&](uint32_t bit, int row, int column) {
             const uint32_t of_query = __shfl_sync(0xffffffff, word, OF_Q ? row : column);
             if (of_query >> (OF_Q ? column : j0 % 32 + row) & 1) hidden |= bit;
@@ -233,12 +236,14 @@ __global__ void __launch_bounds__(THREADS, 1)
             });
         uint32_t kept = ~0u;
 #if DROPOUT
-        // A call of Philox covers 32 queries and 32 keys, 8 apart: a word for each query, of which a byte for each key. Two calls serve the lane's columns.
+        // A call of Philox covers 32 queries and 32 keys, 8 apart: a word for each query, of which a byte for each key. Two calls serve the lane's
+        // columns.
         kept = 0;
         const uint2 key = dropout_key(p);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const uint4 words = dropout_bytes(key, workspace.first.b + b, workspace.first.h + h, i0 / 32 * 32 + (OF_Q ? g : 2 * t + e), j0 / 32 * 32 + (OF_Q ? 2 * t + e : g));
+            const int i = i0 / 32 * 32 + (OF_Q ? g : 2 * t + e), j = j0 / 32 * 32 + (OF_Q ? 2 * t + e : g);
+            const uint4 words = dropout_bytes(key, workspace.first.b + b, workspace.first.h + h, i, j);
             const bool upper = (OF_Q ? i0 : j0) % 32 == 16;  // the warp has the last 16 of the 32 rows
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)
@@ -246,11 +251,11 @@ __global__ void __launch_bounds__(THREADS, 1)
                 for (int r = 0; r < 2; ++r)
 #pragma unroll
                     for (int n = 0; n < OTHERS / 8; ++n) {
-                        const int own = 2 * m + r, of_query = OF_Q ? own : n;
+                        const int of_query = OF_Q ? 2 * m + r : n, of_key = OF_Q ? n : 2 * m + r;
                         uint32_t x = of_query == 0 ? words.x : of_query == 1 ? words.y : of_query == 2 ? words.z : words.w;
                         if (OF_Q && upper) x = of_query == 0 ? words.z : words.w;
                         if (!OF_Q && upper) x >>= 16;
-                        if ((x >> 8 * (OF_Q ? n : own) & 0xff) >= static_cast<uint32_t>(p.drop_below)) kept |= element(m, n, r, e);
+                        if ((x >> 8 * of_key & 0xff) >= static_cast<uint32_t>(p.drop_below)) kept |= element(m, n, r, e);
                     }
         }
 #endif
@@ -280,13 +285,13 @@ __global__ void __launch_bounds__(THREADS, 1)
                         for (int r = 0; r < 2; ++r)
 #pragma unroll
                             for (int e = 0; e < 2; ++e)
-                                visit(P_rmem[m][n][2 * r + e], dS_rmem[m][n][2 * r + e], element(m, n, r, e), OF_Q ? LSE_rmem[m][r] : e == 0 ? LSE.x : LSE.y,
-                                      OF_Q ? Delta_rmem[m][r] : e == 0 ? Delta.x : Delta.y);
+                                visit(P_rmem[m][n][2 * r + e], dS_rmem[m][n][2 * r + e], element(m, n, r, e),
+                                      OF_Q ? LSE_rmem[m][r] : e == 0 ? LSE.x : LSE.y, OF_Q ? Delta_rmem[m][r] : e == 0 ? Delta.x : Delta.y);
                 }
             };
 
-            // P = exp(scale · S − LSE). The difference comes first: in base 2, score and LSE would each be rounded, relative to their size. The product is
-            // rounded, as in LSE. S is the forward's to the last bit: there too, lo of Q comes first.
+            // P = exp(scale · S − LSE). The difference comes first: in base 2, score and LSE would each be rounded, relative to their size. The
+            // product is rounded, as in LSE. S is the forward's to the last bit: there too, lo of Q comes first.
             multiply<Tile_Own, Tile_Other, OF_Q>(P_rmem, X_lane, Y_pass + Tile_Other::lane_b(0, lane));
             each([&](float& P, float&, uint32_t bit, float LSE, float) {
                 P = ptx::ex2(fmaf(__fmul_rn(P, scale) - LSE, LOG2_E, P_EXPONENT));
@@ -321,8 +326,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         }
     }
 
-    // Stores a gradient, two columns at a time: four lanes write 32 bytes of a row. `exponent` is that of the power of two by which the sum is too large. Where
-    // the block's rows lie is computed anew, so that it need not be kept in registers.
+    // Stores a gradient, two columns at a time: four lanes write 32 bytes of a row. `exponent` is that of the power of two by which the sum is too
+    // large. Where the block's rows lie is computed anew, so that it need not be kept in registers.
     const Rows out = rows_of_block<OF_Q>(p);
     Range& of_head = all.ranges[out.b_kv_h];
     auto store = [&](const auto& sum, const Tensor4& to, int columns, int exponent, float factor, int* largest_of_head) {
@@ -340,7 +345,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                     const int row = first + 16 * m + 8 * r, column = 8 * d + ptx::tid_x() % 4 * 2;
                     largest = fmaxf(largest, fmaxf(fabsf(x0), fabsf(x1)));
                     if (row < (OF_Q ? p.Nq : p.Nk) && column < columns)
-                        *reinterpret_cast<float2*>(to_gmem + row * to.stride_n + column) = make_float2(unscaled.times(x0 * factor), unscaled.times(x1 * factor));
+                        *reinterpret_cast<float2*>(to_gmem + row * to.stride_n + column) =
+                            make_float2(unscaled.times(x0 * factor), unscaled.times(x1 * factor));
                 }
         join_maximum(largest_of_head, magnitude(largest));
     };
@@ -370,7 +376,8 @@ static cudaError_t launch_part(const AttentionParams& p, Range* ranges, First fi
     if (!planes_reachable(all, p.B)) return cudaErrorInvalidValue;
     const Workspace workspace(p, all, first);
     launch_planes(p, all);
-    const unsigned rows = static_cast<unsigned>(Workspace::all_rows(p)), of_q = static_cast<unsigned>(q_blocks(p)), of_k = static_cast<unsigned>(k_blocks(p));
+    const unsigned rows = static_cast<unsigned>(Workspace::all_rows(p));
+    const unsigned of_q = static_cast<unsigned>(q_blocks(p)), of_k = static_cast<unsigned>(k_blocks(p));
     if (rows > 0) launch_kernel(delta_kernel, rows / ROWS_AT_ONCE, PREPARE_THREADS, 0, p.stream, p, ranges, workspace);
     if (of_k > 0) launch_kernel(gradient_kernel<false>, of_k, THREADS, SMEM_BYTES, p.stream, p, all, workspace);
     if (of_q > 0) launch_kernel(gradient_kernel<true>, of_q, THREADS, SMEM_BYTES, p.stream, p, all, workspace);

@@ -1,12 +1,12 @@
-// Forward in float32 on tensor cores: FlashAttention-2, Algorithm 1, each product of float32 numbers made of three of float16 numbers (Ootomo and Yokota,
-// 2022, arXiv:2203.03341).  sm_80 and newer.
+// Forward in float32 on tensor cores: FlashAttention-2, Algorithm 1, each product of float32 numbers made of three of float16 numbers (Ootomo and
+// Yokota, 2022, arXiv:2203.03341).  sm_80 and newer.
 //
-// The idea: an A100's tensor cores multiply float16 numbers 16 times as fast as its CUDA cores multiply float32, so three products are still 5 times as
-// fast. planes.cuh says how a float32 number is split into two of them, and what is lost. A small kernel splits Q, K and V once; their planes are then copied to
-// shared memory like 16-bit tiles. P is split in registers, where it is the A operand of P V.
+// The idea: an A100's tensor cores multiply float16 numbers 16 times as fast as its CUDA cores multiply float32, so three products are still 5 times
+// as fast. planes.cuh says how a float32 number is split into two of them, and what is lost. A small kernel splits Q, K and V once; their planes are
+// then copied to shared memory like 16-bit tiles. P is split in registers, where it is the A operand of P V.
 //
-// Change from forward_3_tensor_core.cu: each product becomes three (planes_mma.cuh); a tile's P V is summed separately, then added to O; the scale differs from
-// head to head; O is stored directly from registers.
+// Change from forward_3_tensor_core.cu: each product becomes three (planes_mma.cuh); a tile's P V is summed separately, then added to O; the scale
+// differs from head to head; O is stored directly from registers.
 //
 // Serves float32, everything in the interface but windows and spans, positive scale; head sizes up to 128 that are multiples of 4.
 #include "mask_tile.cuh"
@@ -30,8 +30,8 @@ namespace exact {
 #undef attention
 #undef workspace_floats
 
-// ---- tile sizes. At D 64 a warp owns 32 rows of Q, so that a fragment of K or V serves two products of each kind. At D 128, and with dropout, there are
-// registers for 16, and a block has twice as many warps. Two blocks share a multiprocessor at D 64; at D 128 shared memory has room for one.
+// ---- tile sizes. At D 64 a warp owns 32 rows of Q, so that a fragment of K or V serves two products of each kind. At D 128, and with dropout, there
+// are registers for 16, and a block has twice as many warps. Two blocks share a multiprocessor at D 64; at D 128 shared memory has room for one.
 constexpr int M_TILES = HEAD_DIM <= 64 && !DROPOUT ? 2 : 1, WARP_ROWS = 16 * M_TILES;
 constexpr int BLOCK_Q = 128;
 constexpr int WARPS = BLOCK_Q / WARP_ROWS;
@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int m = 0; m < M_TILES; ++m) m_rmem[m][0] = m_rmem[m][1] = lowest;
     const uint32_t Q_lane = Q_smem + Tile_Q::lane_a(warp_row, lane);
 
-    // One tile of K and V: S, its softmax against the running maximum, and its contribution to O. `cut`: the diagonal or the end of the sequence cuts it.
+    // One tile of K and V: S, its softmax against the running maximum, and its contribution to O. `cut`: the diagonal or the end of the sequence cuts
+    // it.
     auto step = [&](int j, bool cut) {
         const int j0 = j * BLOCK_K;
         const uint32_t K_smem = KV_smem + stage(j) * 2 * KV_BYTES, V_smem = K_smem + KV_BYTES;
@@ -155,7 +156,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                     for (int c = 0; c < 2; ++c) {
                         float& x = S_rmem[m][n][2 * r + c];
-                        x = ptx::ex2(fmaf(x - m_new, scale_log2, P_EXPONENT));  // the difference comes first: a rounded m · scale_log2 would be visible in LSE
+                        // The difference comes first: a rounded m · scale_log2 would be visible in LSE.
+                        x = ptx::ex2(fmaf(x - m_new, scale_log2, P_EXPONENT));
                         sum += x;
                     }
                 l_rmem[m][r] = l_rmem[m][r] * alpha[m][r] + sum;
@@ -164,7 +166,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         uint32_t P_rmem[PLANES][BLOCK_K / 16][M_TILES][4];
         split_fragments(P_rmem, S_rmem);
 #if DROPOUT
-        // A call of Philox covers 32 rows and the tile's 32 columns, 8 apart. Two calls serve this lane's even and odd columns. A word of theirs is about one row.
+        // A call of Philox covers 32 rows and the tile's 32 columns, 8 apart. Two calls serve this lane's even and odd columns. A word of theirs is
+        // about one row.
         const uint2 key = dropout_key(p);
         const int row_group = (i0 + warp_row) / 32 * 32 + g, column_group = j0 + 2 * t;
         const uint4 even = dropout_bytes(key, first.b + b, first.h + h, row_group, column_group);
@@ -209,7 +212,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const float x0 = O_rmem[m][o][2 * r] * factor, x1 = O_rmem[m][o][2 * r + 1] * factor;
                 largest = fmaxf(largest, fmaxf(fabsf(x0), fabsf(x1)));
                 const int column = 8 * o + 2 * t;
-                if (i < p.Nq && column < p.Dv) *reinterpret_cast<float2*>(O_gmem + i * p.o.stride_n + column) = make_float2(x0 * V_factor, x1 * V_factor);
+                if (i < p.Nq && column < p.Dv)
+                    *reinterpret_cast<float2*>(O_gmem + i * p.o.stride_n + column) = make_float2(x0 * V_factor, x1 * V_factor);
             }
             largest = row_max(largest);
             if (i < p.Nq && t == 0) {

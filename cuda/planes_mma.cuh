@@ -1,8 +1,8 @@
 // Products of planes (planes.cuh) by mma.sync: what forward_3_float32.cu and backward_3_float32.cu share.
 //
-// Tensor cores truncate their sums, so what is small is summed while the sum is small. For S and dP, which sum over the head size, lo · hi and hi · lo have
-// sums of their own, which are added at the end: so each fragment is read once, whatever the order. For O and the gradients a tile's part begins at 0, adds
-// the small products first, and is then added to the running sum in float32.
+// Tensor cores truncate their sums, so what is small is summed while the sum is small. For S and dP, which sum over the head size, lo · hi and hi ·
+// lo have sums of their own, which are added at the end: so each fragment is read once, whatever the order. For O and the gradients a tile's part
+// begins at 0, adds the small products first, and is then added to the running sum in float32.
 #pragma once
 
 #include "planes.cuh"
@@ -10,8 +10,9 @@
 
 constexpr int LO = 1;  // the number of this plane; hi is 0
 
-// C += A Bᵀ for one warp, over the head size: A has 16·M rows, B has 8·N. A and B: where this lane's ldmatrix rows lie in the tiles' hi planes (lane_a, lane_b).
-// LO_OF_A_FIRST: whether lo of A times hi of B is added first. For S it is lo of Q times hi of K in every kernel: then S is the same to the last bit.
+// C += A Bᵀ for one warp, over the head size: A has 16·M rows, B has 8·N. A and B: where this lane's ldmatrix rows lie in the tiles' hi planes
+// (lane_a, lane_b). LO_OF_A_FIRST: whether lo of A times hi of B is added first. For S it is lo of Q times hi of K in every kernel: then S is the
+// same to the last bit.
 template <class Tile_A, class Tile_B, bool LO_OF_A_FIRST, int M, int N>
 __device__ inline void multiply(float (&C)[M][N][4], uint32_t A, uint32_t B) {
     float small[M][N][4] = {};
@@ -46,11 +47,11 @@ __device__ inline void multiply(float (&C)[M][N][4], uint32_t A, uint32_t B) {
             for (int e = 0; e < 4; ++e) C[m][n][e] += small[m][n][e];
 }
 
-// A tile's part of A B for one warp: A has 16·M rows and 16·STEPS columns, as planes in registers; B is where this lane's ldmatrix rows lie in the hi plane of
-// a tile with as many rows (lane_b_trans). add(m, n, part) receives each 16 × 8 part of the result, columns 8·n….
+// A tile's part of A B for one warp: A has 16·M rows and 16·STEPS columns, as planes in registers; B is where this lane's ldmatrix rows lie in the hi
+// plane of a tile with as many rows (lane_b_trans). add(m, n, part) receives each 16 × 8 part of the result, columns 8·n….
 //
-// `always` is true, but the compiler may not know it: it moves nothing over a branch. Otherwise it would load fragments far ahead, in so many registers that
-// others are spilled. So there is a branch every 32 columns.
+// `always` is true, but the compiler may not know it: it moves nothing over a branch. Otherwise it would load fragments far ahead, in so many
+// registers that others are spilled. So there is a branch every 32 columns.
 template <class Tile_B, int STEPS, int M, class Add>
 __device__ inline void multiply_tile(bool always, const uint32_t (&A)[PLANES][STEPS][M][4], uint32_t B, Add add) {
 #pragma unroll
@@ -78,7 +79,8 @@ __device__ inline void multiply_tile(bool always, const uint32_t (&A)[PLANES][ST
     }
 }
 
-// Two neighbouring accumulators, as pairs and split, are the planes of the A operand [16, 16] as they lie: column tiles 2·k and 2·k + 1 of C are step k.
+// Two neighbouring accumulators, as pairs and split, are the planes of the A operand [16, 16] as they lie: column tiles 2·k and 2·k + 1 of C are step
+// k.
 template <int STEPS, int M>
 __device__ inline void split_fragments(uint32_t (&planes)[PLANES][STEPS][M][4], const float (&C)[M][2 * STEPS][4]) {
 #pragma unroll
@@ -92,8 +94,8 @@ __device__ inline void split_fragments(uint32_t (&planes)[PLANES][STEPS][M][4], 
             }
 }
 
-// A power of two of any exponent, as two factors: scalbnf would take a branch for each number. Planes' products are multiples of 2^-48 and their sums stay far
-// below 2^100, so where an exponent is cut to 2 · 126 the result is 0 or ∞ either way.
+// A power of two of any exponent, as two factors: scalbnf would take a branch for each number. Planes' products are multiples of 2^-48 and their sums
+// stay far below 2^100, so where an exponent is cut to 2 · 126 the result is 0 or ∞ either way.
 struct PowerOfTwo {
     float first, second;
     __device__ explicit PowerOfTwo(int exponent) {
