@@ -10,6 +10,8 @@
 // dP are computed for dQ once more. Sharing dS, of two planes, among warps and adding up dQ in global memory would cost about as much.
 //
 // Serves float32, everything in the interface but windows and spans, positive scale; head sizes up to 128 that are multiples of 4.
+//
+// One file because its kernel is one loop, for two sides of the scores, whose branches share the stages and the registers.
 #include "planes_mma.cuh"
 
 #if MASK && MASK != MASK_OF_BITS
