@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
             // P = exp(scale · S − LSE). The difference comes first: in base 2, score and LSE would each be rounded, relative to their size. The
             // product is rounded, as in LSE. S is the forward's to the last bit: there too, lo of Q comes first.
-            multiply<Tile_Own, Tile_Other, OF_Q>(P_rmem, X_lane, Y_pass + Tile_Other::lane_b(0, lane));
+            if (always) multiply<Tile_Own, Tile_Other, OF_Q>(P_rmem, X_lane, Y_pass + Tile_Other::lane_b(0, lane));
             each([&](float& P, float&, uint32_t bit, float LSE, float) {
                 P = ptx::ex2(fmaf(__fmul_rn(P, scale) - LSE, LOG2_E, P_EXPONENT));
                 if ((MASK || cut) && pass_hidden & bit) P = 0;
