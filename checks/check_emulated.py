@@ -21,9 +21,9 @@ from flash_attention.reference import Visible
 if reason := BACKENDS["emulated:simple"]._why_no_kernels(0):
     pytest.skip(reason, allow_module_level=True)
 
-SERVE_EVERYTHING = ("simple", "tensor_core", "split_keys", "hopper", "hopper_float32")
+SERVE_EVERYTHING = ("simple", "tensor_core", "split_keys", "hopper", "hopper_float32", "tensor_core_float32")
 RUNGS = ("mma", *SERVE_EVERYTHING, *FORWARD_ALONE)
-HALF = dict.fromkeys(RUNGS, torch.float16) | dict.fromkeys(("simple", "hopper_float32"), torch.float32)
+HALF = dict.fromkeys(RUNGS, torch.float16) | dict.fromkeys(("simple", "hopper_float32", "tensor_core_float32"), torch.float32)
 PLAIN_HALF = HALF | {"hopper": torch.bfloat16}  # hopper's forward has a softmax of its own for bfloat16, but not under dropout
 only_full = partial(pytest.param, marks=pytest.mark.only_full)
 PLAIN = [  # lengths, causal; D 64

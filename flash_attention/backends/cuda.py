@@ -95,6 +95,20 @@ HOPPER_FLOAT32 = Rung(
     tf32=True,
 )
 
+TENSOR_CORE_FLOAT32 = Rung(
+    name="tensor_core_float32",
+    files=("forward_3_float32.cu", "backward_3_float32.cu"),
+    min_arch=80,
+    dtypes=("float32",),
+    head_dims=(64, 128),
+    multiple_of=4,
+    masks=(("bits",), ("bits",)),
+    dropout=True,
+    min_scores=((128, 1 << 22),),
+    slower_on=(86, 89, 120, 121),  # tensor cores that multiply float16 only twice as fast as CUDA cores float32: three products take longer
+    forward_workspace=True,
+)
+
 RUNGS: dict[str, Rung] = {
     rung.name: rung
     for rung in (
@@ -133,6 +147,7 @@ RUNGS: dict[str, Rung] = {
         ),
         HOPPER_WIDE,  # behind all that take narrower heads
         HOPPER_FLOAT32,
+        TENSOR_CORE_FLOAT32,
         Rung(
             name="simple",
             files=("forward_1_simple.cu", "backward_1_simple.cu"),

@@ -53,6 +53,7 @@ class Rung:
     min_rows: tuple[tuple[int, int, int], ...] = ()  # (max head size, most rows for which the rung below is faster, the same with dropout)
     packs_heads: bool = False  # a tile holds all query heads of a key head: the rung for few queries
     min_scores: tuple[tuple[int, int], ...] = ()  # (max head size, most scores of all heads for which the rung below is faster)
+    slower_on: tuple[int, ...] = ()  # compute capabilities, times ten, on which the rung below is faster
     forward_workspace: bool = False  # whether its forward may need one
     float8_keys: bool = False  # whether K and V may be e4m3
     tf32: bool = False  # whether it has faster kernels for `Settings.tf32`
@@ -225,6 +226,10 @@ class Rung:
         """Whether this rung is faster than those below it for the call's forward or backward."""
         if self.packs_heads:
             return which == FORWARD and worth_packing(call)
+        if self.slower_on and call.q.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(call.q.device)
+            if 10 * major + minor in self.slower_on:
+                return False
         if call.score:
             return True  # with scores changed, `hopper` is faster than `tensor_core` for few rows too
         if self.min_scores:
