@@ -62,6 +62,19 @@ def sweep(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def one_size(content: dict[str, Any]) -> str:
+    """Each implementation's forward and backward at one size, and their speed against normal attention."""
+    rows = [row for row in content["results"] if "ms" in row and row["backend"] != "reference"]
+    normal = next(row for row in rows if row["name"] == str(NORMAL))
+    lines = [report.describe(content["environment"]) + "; medians; memory above the inputs, forward + backward.", ""]
+    lines += ["| | forward | backward | × normal, forward | × normal, backward | memory |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        stages = "forward_ms", "backward_ms"
+        cells = [*(f"{row[ms]:.2f} ms" for ms in stages), *(f"{normal[ms] / row[ms]:.2f}" for ms in stages), f"{row['memory_mb']:.0f} MB"]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def h200_grid(content: dict[str, Any]) -> str:
     """The grid of each backend as ratios: a row for each N, a column for each D."""
     rows = [row for row in content["results"] if row["group"] == "grid"]
@@ -233,6 +246,8 @@ def _ratios(row: dict[str, Any], rivals: list[Contender]) -> str:
 
 TABLES = {
     "cpu_targets": cpu_targets,
+    "h200_bench": one_size,
+    "h200_bench_causal": one_size,
     "h200_bert": sweep,
     "h200_bert_causal": sweep,
     "h200_grid": h200_grid,

@@ -104,7 +104,7 @@ TENSOR_CORE_FLOAT32 = Rung(
     multiple_of=4,
     masks=(("bits",), ("bits",)),
     dropout=True,
-    min_scores=((128, 1 << 22),),
+    min_scores=((64, 1 << 22), (128, 1 << 21)),
     slower_on=(86, 89, 120, 121),  # tensor cores that multiply float16 only twice as fast as CUDA cores float32: three products take longer
     forward_workspace=True,
 )
