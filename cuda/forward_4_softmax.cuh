@@ -36,9 +36,11 @@ struct Rows {
     }
     // Requests the rows' spans: before a work item's first product is issued, so that they have arrived when it ends.
     __device__ void read_spans(const Work& work) {
-        if (!SPANS_EARLY || p.seen.spans == nullptr) return;
+        if constexpr (SPANS_EARLY) {
+            if (p.seen.spans == nullptr) return;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) span[r] = span_of_row(p, work.b, work.h, work.i0 + first + ROW_STEP * r);
+            for (int r = 0; r < 2; ++r) span[r] = span_of_row(p, work.b, work.h, work.i0 + first + ROW_STEP * r);
+        }
     }
     // How many of a lane's columns (0, 1, 8, 9, 16 … counted from its first) lie before this one.
     __device__ static int of_lane(int column) { return column <= 0 ? 0 : column / 8 * 2 + min(column % 8, 2); }
