@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.float32_planes import inputs
 from flash_attention import build, flash_attention
-from flash_attention.backends import BACKENDS, cuda, emulated
+from flash_attention.backends import BACKENDS, choose, cuda, emulated, libraries
 from flash_attention.call import Call, Form, Settings
 
 PLANES = "hopper_float32"
@@ -193,6 +193,22 @@ def check_transposed_wide_heads():
     got = gradients(attend, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)), torch.ones_like(q))
     assert got[3].stride() != want[3].stride()
     assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize(
+    ("capability", "serves"), [((9, 0), PLANES), ((8, 0), "tensor_core_float32"), ((8, 9), "simple"), ((7, 5), "simple")]
+)
+def check_who_serves(capability, serves, monkeypatch):
+    """What a plain call takes on each GPU; a small one takes `simple`."""
+    arch = 10 * capability[0] + capability[1]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(libraries, "sm_count", lambda device: 132)
+    monkeypatch.setattr(libraries, "why_no_kernels", lambda rung, _: None if rung.runs_on(arch) else "another GPU")
+    for length, wanted in ((2048, serves), (128, "simple")):
+        x = Form.of(torch.empty(1, 2, 1, 64).expand(1, 2, length, 64))._replace(device=torch.device("cuda", 0))
+        x = x._replace(stride=(2 * length * 64, length * 64, 64, 1))
+        call = Call(x, x, x, None, None, Settings(1.0))
+        assert [choose(None, call, which) for which in (cuda.FORWARD, cuda.BACKWARD)] == [wanted, wanted]
 
 
 if __name__ == "__main__":

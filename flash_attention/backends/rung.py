@@ -226,18 +226,21 @@ class Rung:
         """Whether this rung is faster than those below it for the call's forward or backward."""
         if self.packs_heads:
             return which == FORWARD and worth_packing(call)
-        if self.slower_on and call.q.device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(call.q.device)
-            if 10 * major + minor in self.slower_on:
-                return False
         if call.score:
             return True  # with scores changed, `hopper` is faster than `tensor_core` for few rows too
         if self.min_scores:
             B, H, Nq, _ = call.q.shape
-            return B * H * Nq * call.k.shape[2] > next((scores for up_to, scores in self.min_scores if call.head_dim <= up_to), 0)
+            few_scores = next((scores for up_to, scores in self.min_scores if call.head_dim <= up_to), 0)
+            return B * H * Nq * call.k.shape[2] > few_scores and not self._is_slower_on(call.q.device)
         few = next((kinds for up_to, *kinds in self.min_rows if call.head_dim <= up_to), (0, 0))
         plain = which == FORWARD and not call.has_dropout and call.mask is None and call.visible != "interval"
         return call.q.shape[2] > few[call.has_dropout] or (plain and call.k.shape[2] >= MANY_KEYS)
+
+    def _is_slower_on(self, device: torch.device) -> bool:
+        if not self.slower_on or device.type != "cuda":
+            return False
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor in self.slower_on
 
     def plan(self, which: int, call: Call) -> "Forward | Backward":
         """The plan of the call's forward or backward.
