@@ -82,7 +82,6 @@ WIDE_WINDOW_TURNS = case(D=128, Nk=700, window=(200, 0))  # deterministic
 MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
 BLIND_FIRST = case(Nq=500, Nk=128, causal=True, spans="any")  # the first tiles of Q see nothing
 UNSEEN_KEYS = case(Nk=700, window=(100, 0))  # no row sees the first tiles of keys
-UNSEEN_KEYS_WIDE = case(D=128, Nk=700, window=(100, 0))
 FEW_SEEN_KEYS = case(B=2, Nq=70, Nk=1150, window=(30, 0))  # a block has tiles of keys that no row sees after one that some rows see
 LONG_WINDOW = case(Nq=500, Nk=500, window=(300, 0))
 # dO is NaN in rows that attend nothing.
@@ -562,7 +561,6 @@ TABLE = {
             FEW_SEEN_KEYS,
         ),  # the next unit's message
         ("at.cut == MAY_BE_BLIND ? maps.d_o_copy : maps.d_o", "maps.d_o", DEAD_SPANS),
-        ("ptx::mbarrier_wait(barrier(barriers.dS_full, now.n % 2), now.n / 2 & 1);", NO_WAIT, UNSEEN_KEYS_WIDE),
         ("const uint8_t* dK_smem = smem + (K_smem - KV_smem);", "const uint8_t* dK_smem = smem;", WINDOW),
     ],
     ("hopper", "backward_hopper_visit.cuh"): [
