@@ -700,6 +700,7 @@ TABLE = {
         ("? (HALF - panel % OF_HALF * 64) / 16 : 4;", "? 4 : 4;", HEAD_320),
     ],
     ("hopper_float32", "planes.cuh"): [
+        ("if (DROPOUT) Delta /= p.keep_scale;", "", DROPOUT_FLOAT32),
         ("lo = ptx::cvt_pair<__half>(x0 - held.x, x1 - held.y);", "lo = 0;", FLOAT32),
         ("x0 - held.x, x1 - held.y);", "x0 - held.x, x1 - held.x);", FLOAT32),
         ("static_cast<__half*>(x.planes.data) + plane * x.planes.stride_b", "static_cast<__half*>(x.planes.data)", FLOAT32),
@@ -759,6 +760,9 @@ TABLE = {
             FLOAT32,
         ),
     ],
+    ("tensor_core_float32", "planes.cuh"): [
+        ("if (DROPOUT) Delta /= p.keep_scale;", "", DROPOUT_FLOAT32),
+    ],
     ("tensor_core_float32", "backward_3_float32.cu"): [
         ("((keep ? dS : 0) - Delta)", "(keep ? dS - Delta : 0)", DROPOUT_FLOAT32),
         ("if (STAGES == 2) stage ^= 1;", "", MANY_TILES_FLOAT32),
@@ -770,7 +774,6 @@ TABLE = {
         ("if (!keep) P = 0;", "", DROPOUT_FLOAT32),
         ("first_row_of(p, row0) / OTHERS;", "(first_row_of(p, row0) + OTHERS) / OTHERS;", TURNS_FLOAT32),
         ("if (j >= p.Nk || (CAUSAL && j > i + offset)) hidden |= bit;", "if (j >= p.Nk) hidden |= bit;", TURNS_FLOAT32),
-        ("if (DROPOUT) Delta /= p.keep_scale;", "", DROPOUT_FLOAT32),
         ("OF_Q ? of_head.k : of_head.q);", "of_head.q);", SHARP_FLOAT32),
     ],
     ("hopper_float32", "forward_5_float32_wide.cu"): [
@@ -815,7 +818,6 @@ TABLE = {
         ("ptx::mbarrier_arrive(mask_empty);", ";", case(Nq=300, mask="heads share", dtype=torch.float32)),
         ("BY_ROWS ? 0 : consumer * Tile_K::PANEL_BYTES", "0", WIDE_FLOAT32),
         ("plane_of_second(product) * Tile_K::BYTES + k * 16 * ROW_BYTES", "k * 16 * ROW_BYTES", FLOAT32),
-        ("if (DROPOUT) Delta /= p.keep_scale;", "", DROPOUT_FLOAT32),
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != k_tile) {}", ";", TURNS_FLOAT32),
         ("dQ[e] = make_float4(0, 0, 0, 0);", ";", FLOAT32),
     ],

@@ -89,29 +89,19 @@ __global__ void __launch_bounds__(PREPARE_THREADS) delta_kernel(const __grid_con
     const int column = threadIdx.x % ROW_LANES * 8;
     Range& range = workspace.ranges[b * p.Hkv + kv_head(p, h)];
 
-    float Delta = 0;
+    float part_of_Delta = 0;
     const float* O_gmem = static_cast<const float*>(p.o.data) + b * p.o.stride_b + h * p.o.stride_h + i * p.o.stride_n + column;
     const float* dO_gmem = static_cast<const float*>(p.d_o.data) + b * p.d_o.stride_b + h * p.d_o.stride_h + i * p.d_o.stride_n + column;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
         if (i < p.Nq && column + 4 * half < p.Dv) {
             const float4 O = reinterpret_cast<const float4*>(O_gmem)[half], dO = rounded_as_planes(reinterpret_cast<const float4*>(dO_gmem)[half], range);
-            Delta += fmaf(O.x, dO.x, fmaf(O.y, dO.y, fmaf(O.z, dO.z, O.w * dO.w)));
+            part_of_Delta += fmaf(O.x, dO.x, fmaf(O.y, dO.y, fmaf(O.z, dO.z, O.w * dO.w)));
         }
-#pragma unroll
-    for (int lanes = ROW_LANES / 2; lanes > 0; lanes /= 2) Delta += __shfl_xor_sync(0xffffffff, Delta, lanes);
-
+    const auto [LSE, Delta] = finish_row(p, range, bh, i, part_of_Delta);
     const int64_t row = static_cast<int64_t>(bh) * workspace.rows + i;
-    const int64_t row_gmem = static_cast<int64_t>(bh) * p.Nq + i;
-    const float LSE = i < p.Nq ? p.lse[row_gmem] : -CUDART_INF_F;
-    if (i < p.Nq && p.d_lse) Delta -= p.d_lse[row_gmem];
-    // A row that attends nothing, or lies beyond the end: P = 2^(S − ∞) = 0, and its dO, even if NaN, is ignored.
-    const bool dead = LSE == -CUDART_INF_F;
-    if (DROPOUT) Delta /= p.keep_scale;  // the backward computes dS / keep_scale
-    Delta = dead ? 0 : scalbnf(Delta, exponent_of(range.v) + exponent_of(range.d_o));
-    join_maximum(&range.delta, magnitude(Delta));
     if (column == 0) {
-        workspace.LSE[row] = dead ? CUDART_INF_F : LSE;
+        workspace.LSE[row] = LSE;
         workspace.Delta[row] = Delta;
         if (i % BLOCK_Q == 0) workspace.turns[row / BLOCK_Q] = 0;
     }

@@ -16,9 +16,9 @@
 #error "this rung reads masks of bits"
 #endif
 
-// Heads whose values the planes cannot represent are computed by the `simple` rung. The Range of each head precedes that rung's workspace.
+// Heads whose values the planes cannot represent are computed by the `simple` rung.
 __device__ inline bool planes_have_served(const AttentionParams& p, int b, int h_kv) {
-    const Range& range = (reinterpret_cast<const Range*>(p.workspace) - p.B * p.Hkv)[b * p.Hkv + h_kv];
+    const Range& range = range_before(p, b, h_kv);
     return scores_fit(p, range) && !range.o_is_small;
 }
 #define HEAD_IS_DONE(p, b, h) planes_have_served(p, b, h)

@@ -234,6 +234,25 @@ __device__ inline float4 rounded_as_planes(const float4& x, const Range& range) 
     return make_float4(xy.x * back, xy.y * back, zw.x * back, zw.y * back);
 }
 
+// What a backward reads of row i of head bh: LSE, and Delta = rowsum(dO∘O) − dLSE (line 4) in the scale of dP. The ROW_LANES lanes that share a row each
+// have a part of the sum.
+struct RowOfBackward {
+    float LSE, Delta;
+};
+__device__ inline RowOfBackward finish_row(const AttentionParams& p, Range& range, int bh, int i, float Delta) {
+#pragma unroll
+    for (int lanes = ROW_LANES / 2; lanes > 0; lanes /= 2) Delta += __shfl_xor_sync(0xffffffff, Delta, lanes);
+    const int64_t row = static_cast<int64_t>(bh) * p.Nq + i;
+    const float LSE = i < p.Nq ? p.lse[row] : -CUDART_INF_F;
+    if (i < p.Nq && p.d_lse) Delta -= p.d_lse[row];
+    // A row that attends nothing, or lies beyond the end: P = 2^(S − ∞) = 0, and its dO, even if NaN, is ignored.
+    const bool dead = LSE == -CUDART_INF_F;
+    if (DROPOUT) Delta /= p.keep_scale;  // the backward computes dS / keep_scale
+    Delta = dead ? 0 : scalbnf(Delta, exponent_of(range.v) + exponent_of(range.d_o));
+    join_maximum(&range.delta, magnitude(Delta));
+    return {dead ? CUDART_INF_F : LSE, Delta};
+}
+
 __global__ void __launch_bounds__(PREPARE_THREADS) planes_kernel(const __grid_constant__ Operands all, int B) {
     visit_rows(all, B, [&](const Operand& x, Range& range, int bh, int i, const float(&numbers)[ROW_PARTS][8]) {
         const float factor = scalbnf(1, exponent_of(range.*x.largest));
