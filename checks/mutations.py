@@ -73,12 +73,13 @@ PARTS_256_FLOAT32 = case(B=1, Nq=70, Nk=70, D=256, dropout_p=0.25, dtype=torch.f
 IN_PARTS = PARTS_FLOAT32, PARTS_256_FLOAT32
 SMALL_PARTS = ("LARGE_WORKSPACE = 128 << 20", "LARGE_WORKSPACE = 1"), ("LEAST_WORK = 0x1p38", "LEAST_WORK = 1")  # in parts_of_heads.cuh
 WINDOW = case(window=(70, 30))
-TILE_START = case(Nk=150, window=(62, None))
-TILE_STOP = case(Nk=150, window=(None, 62))
+TILE_START = case(Nk=150, window=(126, None))
+TILE_STOP = case(Nk=150, window=(None, 126))
 BLIND_SPANS = case(Nk=128, spans="some blind")
 ANY_SPANS = case(Nk=150, spans="any")
 WINDOW_TURNS = case(Nk=700, window=(200, 0))  # deterministic
 WIDE_WINDOW_TURNS = case(D=128, Nk=700, window=(200, 0))  # deterministic
+SHORT_DOCUMENTS = case(B=8, H=12, Nq=70, Nk=70, spans="causal documents")  # a backward leaves their tiles of keys in their own order
 MANY_DOCUMENTS = case(Nq=500, Nk=500, spans="causal documents")
 BLIND_FIRST = case(Nq=500, Nk=128, causal=True, spans="any")  # the first tiles of Q see nothing
 UNSEEN_KEYS = case(Nk=700, window=(100, 0))  # no row sees the first tiles of keys
@@ -455,6 +456,7 @@ TABLE = {
         ("begin = first + warp * stretch + lane;", "begin = warp * stretch + lane;", MANY_DOCUMENTS),
         ("if (threadIdx.x == 0) *order.queue = 0;", ";", MANY_DOCUMENTS),
         ("order.queue[1] = !shorter;", "order.queue[1] = 0;", NO_STRUCTURE),
+        ("order.units[unit - first] = unit;", "order.units[unit - first] = unit / 2;", SHORT_DOCUMENTS),
     ],
     ("hopper", "backward_workspace.cuh"): [  # the first two: an interval is one short, in the backward only
         ("max(0, keys.stop - keys.start)", "max(0, keys.stop - keys.start - 1)", WINDOW),
@@ -463,6 +465,8 @@ TABLE = {
         ("const int bh = first + blockIdx.x / blocks_per_head;", "const int bh = blockIdx.x / blocks_per_head;", MANY_HEADS),
         ("return b_kv_h % count;", "return b_kv_h;", MANY_HEADS),
         ("workspace.added[bh / group] = workspace.zeroed[bh / group] = 0;", "workspace.added[bh / group] = 0;", MANY_HEADS),
+        ("return bounds_of_rows(p, nullptr, 0, i / BLOCK_Q * BLOCK_Q, BLOCK_Q).may_be_blind();", "return false;", DEAD_FIRST),
+        ("return Bounds{{}, {ptx::ld_acquire(&all.start), ptx::ld_acquire(&all.stop)}}.may_be_blind();", "return false;", DEAD_SPANS),
     ],
     ("hopper", "forward_4_softmax.cuh"): [
         ("of_lane(keys.stop - 2 * t)", "of_lane(keys.stop - 2 * t - 1)", WINDOW),
@@ -522,7 +526,7 @@ TABLE = {
         ("((chunk % 8) ^ (row % 8)) * 16", "chunk % 8 * 16", PLAIN),
     ],
     ("hopper", "backward_4_hopper.cu"): [
-        ("if (j - rows.z >= rows.w)", "if (j - rows.x >= rows.y)", WINDOW),
+        ("j - rows.z < rows.w}", "j - rows.x < rows.y}", WINDOW),
         ("const bool cut = now.cut;", "const bool cut = false;", WINDOW),
         ("told_smem[stage] = at;", ";", WINDOW),
         ("ptx::fence_proxy_async();  // this thread's part of dS", NO_BARRIER, PLAIN),
@@ -548,11 +552,14 @@ TABLE = {
         ("ptx::advance(K_part, k * 16 * ROW_BYTES)", "ptx::advance(K_part, k * 32)", PLAIN),
         ("ptx::advance(dS_part, k * 16 * ROW_BYTES)", "ptx::advance(dS_part, k * 32)", WIDE_MASKED),
         ("ptx::mbarrier_wait(KV_full, 0);", NO_WAIT, PLAIN),
-        ("Tile_Q::BYTES + ROWS_BYTES + more_bytes);", "Tile_Q::BYTES + more_bytes);", PLAIN),
+        ("Tile_Q::BYTES + 2 * ROWS_BYTES + SEEN_BYTES);", "Tile_Q::BYTES + ROWS_BYTES + SEEN_BYTES);", PLAIN),
         ("ptx::mbarrier_wait(barrier(barriers.KV_empty, buffer.stage), buffer.parity ^ 1);", NO_WAIT, UNSEEN_KEYS),
-        ("ptx::mbarrier_arrive(barrier(barriers.KV_empty, buffer.stage));", ";", UNSEEN_KEYS),
+        ("ptx::mbarrier_arrive(barrier(barriers.KV_empty, buffer.stage));", ";", UNSEEN_KEYS, 0),
+        ("ptx::mbarrier_arrive(barrier(barriers.KV_empty, buffer.stage));", ";", UNSEEN_KEYS, 1),
         ("ptx::mbarrier_arrive(ptx::smem_address(&barriers.unit_wanted));", ";", WINDOW),
-        ("ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);", NO_WAIT, WINDOW),
+        ("ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);", NO_WAIT, WINDOW, 0),
+        ("ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);", NO_WAIT, WINDOW, 1),
+        ("ptx::red_release(workspace_of(p, maps).added + its.b_kv_h, 1);", ";", WINDOW),
         ("ptx::mbarrier_arrive(barrier(barriers.dO_full, at.slot().stage));", ";", UNSEEN_KEYS),
         ("ptx::mbarrier_arrive(barrier(barriers.empty, now.slot().stage));", ";", UNSEEN_KEYS),
         (
@@ -576,7 +583,7 @@ TABLE = {
             MANY_DOCUMENTS,
         ),
         ("tile >= 0 && round == its_round", "tile >= 0", WINDOW),  # the next unit's tiles are taken for this one's
-        ("blocks + atomicAdd(workspace.added, 1)", "blocks + 2 * atomicAdd(workspace.added, 1)", WINDOW),
+        ("blocks + atomicAdd(workspace.zeroed, 1)", "blocks + 2 * atomicAdd(workspace.zeroed, 1)", WINDOW),
         ("end_bh((b_kv_h + 1) * (p.H / p.Hkv))", "end_bh(b_kv_h * (p.H / p.Hkv) + 1)", STRUCTURED_GROUPED),
         ("if (LEAVES_OUT) unit = maps.order.units[unit];", "if (LEAVES_OUT) unit = maps.order.units[unit / 2];", STRUCTURED),
     ],
@@ -868,11 +875,11 @@ SCORED = {
     ],
     ("hopper", "backward_4_hopper.cu"): [
         ("S = CAPPED ? P[c] * fmaf(-capped[c], capped[c], 1.0f) : P[c];", "S = P[c];", HALF_CAPPED),
-        ("MASK_BYTES + SEEN_BYTES + bias_bytes);", "MASK_BYTES + SEEN_BYTES + BIAS_BYTES);", HALF_KEY_BIAS),
+        ("MASK_BYTES + bias_bytes);", "MASK_BYTES + BIAS_BYTES);", HALF_KEY_BIAS),
         ("(consumer * 4 + warp) * 2 + lane / 8 % 2)", "(consumer * 4 + warp) * 2)", HALF_BIASED),
         (
-            "P_rmem[n / 2][n % 2 * 2 + r] &= (j - rows.x < rows.y",
-            "P_rmem[n / 2][n % 2 * 2 + r] &= 0xffffu | (j - rows.x < rows.y",
+            "P_rmem[n / 2][n % 2 * 2 + r] &= (sees[0] ? 0xffffu : 0)",
+            "P_rmem[n / 2][n % 2 * 2 + r] &= 0xffffu",
             case(alibi=True, window=(70, 30)),
         ),
     ],

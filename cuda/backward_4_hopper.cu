@@ -12,7 +12,8 @@
 // In plain calls the idle warps of the loading group round and store dQ of earlier heads, and their memory is used again (backward_hopper_slots.cuh).
 //
 // With intervals alone, blocks are persistent: a unit of work is a tile of keys, and while one is computed, the next one's K and V arrive. Tiles of Q flow
-// through the same ring from one unit to the next; the message beside each tile says which unit it belongs to.
+// through the same ring from one unit to the next; the message beside each tile says which unit it belongs to. The block counts the units of each head that
+// have added to dQ, so that the kernel after this one can round dQ of complete heads as soon as some multiprocessors have no more work.
 //
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 128 that are multiples of 8.
 //
@@ -27,16 +28,16 @@
 #define DQ_LATE 0
 #endif
 
+// Whether a block takes one unit after another. Not with other features: shared memory has no room for a second K and V, or registers do not suffice.
+#define PERSISTENT (INTERVAL && !MASK && !SCORE && !DROPOUT)
 constexpr int BLOCK_K = 128;                        // 64 for each of two groups
 // The accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers with the values that intervals and the hook for scores need.
-constexpr bool FEW_REGISTERS = INTERVAL || (SCORE && (MASK || DROPOUT || (SCORE != SCORE_SOFTCAP && SCORE != SCORE_ALIBI)));
+constexpr bool FEW_REGISTERS = (INTERVAL && !PERSISTENT) || (SCORE && (MASK || DROPOUT || (SCORE != SCORE_SOFTCAP && SCORE != SCORE_ALIBI)));
 constexpr int BLOCK_Q = HEAD_DIM <= 64 && !FEW_REGISTERS ? 128 : 64;
 constexpr int CONSUMERS = 2, HALVES = 1;
 static_assert(HEAD_DIM <= 128 && HEAD_DIM % 16 == 0 && V_HEAD_DIM == HEAD_DIM, "wider heads: backward_4_hopper_wide.cu");
 // Not with other features: the idle warps' registers would spill.
 #define FINISHES_DQ (!MASK && !INTERVAL && !SCORE && !DROPOUT)
-// Whether a block takes one unit after another. Not with other features: shared memory has no room for a second K and V, or registers do not suffice.
-#define PERSISTENT (INTERVAL && !MASK && !SCORE && !DROPOUT)
 #include "backward_hopper.cuh"
 
 constexpr int N_TILES = BLOCK_Q / 8;
@@ -65,13 +66,13 @@ constexpr int KV_BYTES = 2 * Tile_K::BYTES;
 constexpr int SMEM_BYTES = KV_BUFFERS * KV_BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_dS::BYTES + STAGES * (BIAS_BYTES + 2 * ROWS_BYTES + MASK_BYTES + SEEN_BYTES);
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
-// "full": the bytes have arrived (Q's barrier counts the mask's too), or every computing thread has written its part. "empty": every computing thread has
+// "full": the bytes have arrived (Q's barrier counts the mask's too, dO's those of the rows), or every computing thread has written its part. "empty": every computing thread has
 // finished reading them. "dQ_added": every computing thread has added all that it adds to dQ. "unit_known": the next unit's numbers are in shared memory.
 // "unit_wanted": all loads of the unit before have been issued.
 struct Barriers {
     uint64_t KV_full[KV_BUFFERS], Q_full[STAGES], dO_full[STAGES], empty[STAGES];
 #if PERSISTENT
-    uint64_t KV_empty[KV_BUFFERS], unit_known[KV_BUFFERS], unit_wanted;
+    uint64_t KV_empty[KV_BUFFERS], unit_known[KV_BUFFERS], unit_wanted, dQ_added[KV_BUFFERS];
 #endif
 #if FINISHES_DQ
     uint64_t dQ_added;
@@ -86,6 +87,9 @@ template <bool ANY_ORDER, bool LEAVES_OUT>
 __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
+#if PERSISTENT
+    ptx::griddepcontrol_launch_dependents();
+#endif
     const uint32_t KV_smem = ptx::smem_address(smem);                // KV_BUFFERS × (K [BLOCK_K, HEAD_DIM], V [BLOCK_K, HEAD_DIM])
     const uint32_t QdO_smem = KV_smem + KV_BUFFERS * KV_BYTES;       // STAGES × (Q [BLOCK_Q, HEAD_DIM], dO [BLOCK_Q, HEAD_DIM])
     [[maybe_unused]] const uint32_t dS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;  // 2 × dS [BLOCK_Q, BLOCK_K], or transposed
@@ -116,8 +120,9 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         for (int buffer = 0; buffer < KV_BUFFERS; ++buffer) ptx::mbarrier_init(barrier(barriers.KV_full, buffer), FINISHES_DQ ? 2 : 1);
 #if PERSISTENT
         for (int buffer = 0; buffer < KV_BUFFERS; ++buffer) {
-            ptx::mbarrier_init(barrier(barriers.KV_empty, buffer), GROUP * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.KV_empty, buffer), GROUP * CONSUMERS + 1);
             ptx::mbarrier_init(barrier(barriers.unit_known, buffer), 1);
+            ptx::mbarrier_init(barrier(barriers.dQ_added, buffer), GROUP * CONSUMERS);
         }
         ptx::mbarrier_init(ptx::smem_address(&barriers.unit_wanted), 1);
 #endif
@@ -144,46 +149,53 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         // ---- the producer: one thread issues all loads; the other warps finish dQ of an earlier head, or one of them takes units of work
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
+#if PERSISTENT
+            ptx::griddepcontrol_wait();  // LSE, Delta and the summaries are visible, and dQ is 0
+#endif
             const Workspace& workspace = workspace_of(p, maps);
             // The tile of Q that `at` is at, and what belongs to it.
             auto load_tile = [&](const auto& at) {
                 const Slot<STAGES> slot = at.slot();
                 const int stage = slot.stage, i0 = at.tile * BLOCK_Q;
-                const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
                 const uint32_t rows = KV_smem + ROWS_OFFSET + stage * 2 * ROWS_BYTES;
-                auto load = [&](uint32_t tile, const CUtensorMap& map, uint32_t rows, const float* of_rows, uint32_t full, int more_bytes) {
-                    ptx::mbarrier_arrive_expect_tx(full, Tile_Q::BYTES + ROWS_BYTES + more_bytes);
-                    load_boxes<Tile_Q>(tile, map, i0, at.bh % p.H, at.bh / p.H, full);
-                    ptx::cp_async_bulk(rows, of_rows, ROWS_BYTES, full);
-                };
-                if (EARLY) ptx::compute_now(at.bh / p.H);
+                const int h = at.bh % p.H, b = at.bh / p.H;
+                const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, Q_full = barrier(barriers.Q_full, stage), dO_full = barrier(barriers.dO_full, stage);
+                if (EARLY) ptx::compute_now(b);
                 ptx::mbarrier_wait(barrier(barriers.empty, stage), slot.parity ^ 1);  // returns immediately in the first round
-                const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES;
+                // From here on every cycle delays the next visit. So each tile is requested before its barrier is told how many bytes to expect, and what
+                // belongs to its rows, which is needed only when S has been computed, comes last and counts as dO's.
+                load_boxes<Tile_Q>(Q_tile, maps.q, i0, h, b, Q_full);
 #if INTERVAL
                 told_smem[stage] = at;  // visible to threads that have waited for "full"
 #endif
 #if SCORE & SCORE_BIAS
                 const int bias_bytes = one_bias_row(p) ? Tile_bias::PANELS * ROW_BYTES : BIAS_BYTES;
-                load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES + SEEN_BYTES + bias_bytes);
+#else
+                constexpr int bias_bytes = 0;
+#endif
+                ptx::mbarrier_arrive_expect_tx(Q_full, Tile_Q::BYTES + MASK_BYTES + bias_bytes);
+#if SCORE & SCORE_BIAS
                 for (int panel = 0; panel < Tile_bias::PANELS; ++panel)
                     ptx::cp_async_bulk_tensor_4d(KV_smem + BIAS_OFFSET + stage * BIAS_BYTES + panel * Tile_bias::PANEL_BYTES, &maps.bias,
-                                                 j0 + panel * BIAS_PANEL, one_bias_row(p) ? 0 : i0, at.bh % p.H, at.bh / p.H, barrier(barriers.Q_full, stage));
-#else
-                load(Q_tile, maps.q, rows, workspace.LSE + row, barrier(barriers.Q_full, stage), MASK_BYTES + SEEN_BYTES);
-#endif
-#if INTERVAL
-                ptx::cp_async_bulk(KV_smem + SEEN_OFFSET + stage * SEEN_BYTES, maps.seen + row, SEEN_BYTES, barrier(barriers.Q_full, stage));
+                                                 j0 + panel * BIAS_PANEL, one_bias_row(p) ? 0 : i0, h, b, Q_full);
 #endif
 #if MASK
-                ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + stage * MASK_BYTES), &maps.mask, one_row(p) ? 0 : i0 / BIT_COLUMNS * 4, j0,
-                                             at.bh % p.H, at.bh / p.H, barrier(barriers.Q_full, stage));
+                ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + stage * MASK_BYTES), &maps.mask, one_row(p) ? 0 : i0 / BIT_COLUMNS * 4, j0, h, b,
+                                             Q_full);
 #endif
 #if PERSISTENT
                 const CUtensorMap& dO = at.cut == MAY_BE_BLIND ? maps.d_o_copy : maps.d_o;
 #else
                 const CUtensorMap& dO = maps.d_o;
 #endif
-                load(Q_tile + Tile_Q::BYTES, dO, rows + ROWS_BYTES, workspace.Delta + row, barrier(barriers.dO_full, stage), 0);
+                load_boxes<Tile_Q>(Q_tile + Tile_Q::BYTES, dO, i0, h, b, dO_full);
+                const int64_t row = static_cast<int64_t>(at.bh) * workspace.rows + i0;
+                ptx::mbarrier_arrive_expect_tx(dO_full, Tile_Q::BYTES + 2 * ROWS_BYTES + SEEN_BYTES);
+                ptx::cp_async_bulk(rows, workspace.LSE + row, ROWS_BYTES, dO_full);
+                ptx::cp_async_bulk(rows + ROWS_BYTES, workspace.Delta + row, ROWS_BYTES, dO_full);
+#if INTERVAL
+                ptx::cp_async_bulk(KV_smem + SEEN_OFFSET + stage * SEEN_BYTES, maps.seen + row, SEEN_BYTES, dO_full);
+#endif
             };
 #if INTERVAL
             // A message without a tile.
@@ -213,6 +225,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             tell(at.n, {0, NO_UNIT, 0, at.round});
         } else if (threadIdx.x == 32) {
             // Takes units and loads their K and V.
+            ptx::griddepcontrol_wait();  // the order is visible
             int place = blockIdx.x;
             for (int round = 0;; ++round) {
                 const Slot<KV_BUFFERS> buffer(round);
@@ -229,6 +242,17 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 // Not earlier: what one block has taken, no other can take when it runs out of work.
                 ptx::mbarrier_wait(ptx::smem_address(&barriers.unit_wanted), round & 1);
                 place = take_place(p, workspace_of(p, maps), k_tiles);
+            }
+        } else if (threadIdx.x == 64) {
+            // Counts units that have added all that they add to dQ.
+            for (int round = 0;; ++round) {
+                const Slot<KV_BUFFERS> buffer(round);
+                ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);
+                const Unit its = units_smem[buffer.stage];
+                if (its.k_tile == NO_UNIT) break;
+                ptx::mbarrier_wait(barrier(barriers.dQ_added, buffer.stage), buffer.parity);
+                if (p.Nq > 0) ptx::red_release(workspace_of(p, maps).added + its.b_kv_h, 1);  // otherwise nothing has set the count to 0
+                ptx::mbarrier_arrive(barrier(barriers.KV_empty, buffer.stage));
             }
 #else
             ptx::mbarrier_arrive_expect_tx(KV_full, KV_BYTES);
@@ -396,33 +420,25 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                     float &P0 = S_rmem[4 * n + 2 * r], &P1 = S_rmem[4 * n + 2 * r + 1];
                     P0 = ptx::ex2(fmaf(P0, scale_log2, -LSE.x));
                     P1 = ptx::ex2(fmaf(P1, scale_log2, -LSE.y));
-#if !INTERVAL
                     P_rmem[n / 2][n % 2 * 2 + r] = ptx::cvt_pair<element>(P0, P1) & (DROPOUT ? keep.pair(r, n) : ~0u);
-#endif
                 }
             };
 #if INTERVAL
-            // Once all of P is computed, so that there is one branch per tile and nothing else waits for it.
-            auto hide_P = [&] {
+            // Hides what rows do not see: their scores become −∞, so that P = 0. Where the hook changes scores, a cap would lose that: P becomes 0 after it.
+            auto hide = [&] {
 #pragma unroll
                 for (int n = 0; n < N_TILES; ++n) {
                     const uint4 rows = *reinterpret_cast<const uint4*>(seen + 8 * n);  // two of them: first column, how many
 #pragma unroll
                     for (int r = 0; r < 2; ++r) {
                         const unsigned j = j0 + first_row + ROW_STEP * r;
-                        if (j - rows.x >= rows.y) S_rmem[4 * n + 2 * r] = 0;  // unsigned: columns before the first are hidden too
-                        if (j - rows.z >= rows.w) S_rmem[4 * n + 2 * r + 1] = 0;
-#if SCORE
-                        P_rmem[n / 2][n % 2 * 2 + r] &= (j - rows.x < rows.y ? 0xffffu : 0) | (j - rows.z < rows.w ? 0xffff0000u : 0);
-#endif
+                        const bool sees[2] = {j - rows.x < rows.y, j - rows.z < rows.w};  // unsigned: columns before the first are hidden too
+#pragma unroll
+                        for (int c = 0; c < 2; ++c)
+                            if (!sees[c]) S_rmem[4 * n + 2 * r + c] = SCORE ? 0 : -CUDART_INF_F;
+                        if (SCORE) P_rmem[n / 2][n % 2 * 2 + r] &= (sees[0] ? 0xffffu : 0) | (sees[1] ? 0xffff0000u : 0);
                     }
                 }
-            };
-            [[maybe_unused]] auto round_P = [&](int n) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r)
-                    P_rmem[n / 2][n % 2 * 2 + r] =
-                        ptx::cvt_pair<element>(S_rmem[4 * n + 2 * r], S_rmem[4 * n + 2 * r + 1]) & (DROPOUT ? keep.pair(r, n) : ~0u);
             };
 #endif
 #if SCORE
@@ -476,6 +492,9 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             };
             if (DROPOUT) await_dS_empty();
             ptx::wgmma_wait_group<DROPOUT ? 0 : 1>();  // Sᵀ is there
+#if INTERVAL && !SCORE
+            if (cut) hide();
+#endif
 #if !INTERVAL && !MASK && !SCORE
             // Hidden scores become −∞, so that P = 2^−∞ = 0: one branch per tile, before the exponentials, which then have none.
             if (cut) {
@@ -490,27 +509,17 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #endif
 #if SCORE
             score_P();
-#else
-#pragma unroll
-            for (int n = 0; n < N_TILES; ++n) {
-                make_P(n);
-#if !INTERVAL
-                if (DROPOUT) make_dS(n);
-#endif
-            }
-#endif
 #if INTERVAL
-            if (cut) hide_P();
+            if (cut) hide();
 #endif
-#if INTERVAL || SCORE
+#endif
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
 #if !SCORE
-                round_P(n);
+                make_P(n);
 #endif
                 if (DROPOUT) make_dS(n);
             }
-#endif
             if (!DROPOUT) await_dS_empty();
             ptx::wgmma_wait_group<0>();  // so is dPᵀ
 #pragma unroll
@@ -606,6 +615,8 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #endif
 #if FINISHES_DQ
         ptx::mbarrier_arrive(ptx::smem_address(&barriers.dQ_added));
+#elif PERSISTENT
+        ptx::mbarrier_arrive(barrier(barriers.dQ_added, buffer.stage));
 #endif
 
         // dK and dV are stored by way of the buffers of K and V, so that global stores are 16 bytes wide.

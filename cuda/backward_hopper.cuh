@@ -126,8 +126,13 @@ __device__ inline void add_dQ(const Workspace& workspace, int64_t row, int colum
 #if INTERVAL
 // The number of tiles of Q that a tile of keys visits.
 struct KeyTileLength {
-    static constexpr bool SAYS_MOST = false;
+    static constexpr bool SAYS_MOST = false, SAYS_WORTH = PERSISTENT;
     Summaries summaries;
+
+    // Unsorted, persistent blocks are idle for half a unit at the end, on average. The kernel after them makes use of that: it takes these multiprocessors for
+    // rounding dQ, if heads are complete by then, which sorted they are not. Worth it are units of more time than that kernel's. On an H200 a visit to a tile
+    // of Q takes a multiprocessor as long as all of them take to round dQ of about 190 tiles.
+    __device__ bool worth_sorting(const AttentionParams& p, int longest) const { return 190 / 2 * longest > p.B * p.H * summaries.q_tiles; }
 
     __device__ int operator()(const AttentionParams& p, int unit) const {
         const int k_tile = unit % summaries.k_tiles, group = p.H / p.Hkv;
@@ -146,7 +151,7 @@ inline float* workspace_for_order(const AttentionParams& p) {
 #elif LISTED
 // The number of tiles of Q that a tile of keys visits.
 struct KeyTileLength {
-    static constexpr bool SAYS_MOST = true;
+    static constexpr bool SAYS_MOST = true, SAYS_WORTH = false;
     SeenTiles seen;
     int lines;
 
@@ -200,6 +205,16 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
     const Workspace workspace(p, slots);
 #if INTERVAL
     if (const cudaError_t error = summarise(p, workspace.summaries(p), BLOCK_Q, BLOCK_K); error != cudaSuccess) return error;
+    Maps maps = {};
+    maps.summaries = Summaries(p, workspace.summaries(p), BLOCK_Q, BLOCK_K), maps.seen = workspace.seen(p);
+    if (!p.deterministic && p.seen.spans != nullptr && p.Nq > 0 && k_blocks > 0) {
+        const Order order(workspace_for_order(p));
+        maps.order = order.units;
+        const cudaError_t error = put_longest_first(p, KeyTileLength{maps.summaries}, order, k_blocks, p.sm_count);
+        if (error != cudaSuccess) return error;
+    }
+#else
+    Maps maps = {};
 #endif
 #if LISTED
     // If deterministic, blocks take turns in the order of their keys, and visit every tile.
@@ -213,18 +228,10 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         launch_prepare(call, p, true);  // overlaps these
     } else
 #endif
-    launch_prepare(call, p);
+    launch_prepare(call, p, PERSISTENT);
     if (k_blocks > 0) {
         // First, because it creates the CUDA context of a thread that has not used the device yet; making tensor maps does not.
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
-#if INTERVAL
-        Maps maps = {};
-        maps.summaries = Summaries(p, workspace.summaries(p), BLOCK_Q, BLOCK_K), maps.seen = workspace.seen(p);
-        maps.order = p.deterministic || p.seen.spans == nullptr ? nullptr : Order(workspace_for_order(p)).units;
-        if (maps.order != nullptr) error = put_longest_first(p, KeyTileLength{maps.summaries}, Order(workspace_for_order(p)), k_blocks, p.sm_count);
-#else
-        Maps maps = {};
-#endif
 #if FINISHES_DQ
         maps.slots = slots;
 #endif
@@ -254,10 +261,14 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
 #else
         const unsigned blocks = static_cast<unsigned>(k_blocks);
 #endif
+#if PERSISTENT
+        launch_early(kernel, blocks, THREADS, smem_bytes, p.stream, p, maps);
+#else
         launch_kernel(kernel, blocks, THREADS, smem_bytes, p.stream, p, maps);
+#endif
         if (more != nullptr) error = more(p, maps);
         if (error != cudaSuccess) return error;
     }
-    launch_finish(p);
+    launch_finish(p, PERSISTENT && k_blocks > 0);
     return cudaGetLastError();
 }

@@ -33,10 +33,6 @@ inline Slots slots_of(const AttentionParams& p) {
     return {static_cast<int>(std::min(count, heads)), static_cast<int>(lag)};
 }
 
-__device__ inline void await(const int* count, int n) {
-    while (ptx::ld_acquire(count) != n) {}
-}
-
 // Brings 16 rows to the L1 cache: loads a word of each 32 bytes, because these warps have too few registers to load more at a time. The words are stored, as
 // loads whose result is not used are not compiled.
 __device__ inline void touch(const float* sums, uint32_t smem) {

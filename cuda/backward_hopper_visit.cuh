@@ -36,7 +36,7 @@ __device__ inline Unit unit_at([[maybe_unused]] const AttentionParams& p, [[mayb
 __device__ inline int units_of(const AttentionParams& p, int k_tiles) { return k_tiles * p.Hkv * p.B; }
 __device__ inline int take_place(const AttentionParams& p, const Workspace& workspace, int k_tiles) {
     const int blocks = gridDim.x, units = units_of(p, k_tiles);
-    return blocks < units ? blocks + atomicAdd(workspace.added, 1) : units;
+    return blocks < units ? blocks + atomicAdd(workspace.zeroed, 1) : units;
 }
 #endif
 
@@ -44,7 +44,7 @@ __device__ inline int take_place(const AttentionParams& p, const Workspace& work
 // from the last tile down, so that the blocks of a head reach the same tile at about the same time; when blocks take turns, this order is required.
 #if INTERVAL
 // Determining these tiles takes several dependent reads. So only the producer does it, ahead of the consumers, and tells them.
-struct Told {
+struct alignas(PERSISTENT ? 4 : 16) Told {  // 16: so that the compiler's vector loads do not read a word of another stage's message
     int bh, tile;  // NO_TILE: there is no more, or, if units follow, this one has none; NO_UNIT: no more units
     int cut;       // whether some row does not see all of the block's keys; MAY_BE_BLIND: some may even see no key at all
 #if PERSISTENT

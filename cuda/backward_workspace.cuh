@@ -1,11 +1,15 @@
 // What comes before and after the backward kernels that visit each pair of tiles once: Delta and LSE are prepared; dQ is summed in the order of the
 // accumulators and put into row order at the end. Includers define BLOCK_Q and PADDED_TO, a multiple of it, and may define FINISHES_DQ as 1: then the
-// backward kernel itself finishes most of dQ (backward_hopper_slots.cuh).
+// backward kernel itself finishes most of dQ (backward_hopper_slots.cuh); or PERSISTENT as 1: then it counts the units of each head that have added to dQ.
 #pragma once
 
 #include <algorithm>
 
 #include "tensor_core.cuh"
+
+#ifndef PERSISTENT
+#define PERSISTENT 0
+#endif
 
 // ---- where dQ is summed
 
@@ -31,7 +35,9 @@ struct Workspace {
     float* dQ;            // [slots, H/Hkv, rows, HEAD_DIM]
     float *LSE, *Delta;   // [B·H·rows]
     int* turns;           // [slots, H/Hkv, rows / BLOCK_Q]: how many key blocks have added to the tile, used if deterministic
-    int *added, *zeroed;  // [B·Hkv]: how many blocks have added all that they add to the head's dQ; how many warps have set their share of it to 0 again
+    // [B·Hkv]: how many blocks have added all that they add to the head's dQ; how many warps have set their share of it to 0 again, or, in zeroed[0], how
+    // many units persistent blocks have taken beside the first of each.
+    int *added, *zeroed;
     int rows;             // of one head
 
     Workspace() = default;
@@ -102,6 +108,10 @@ inline AttentionParams with_copy(AttentionParams p, int64_t after) {
     return p;
 }
 
+__device__ inline void await(const int* count, int n) {
+    while (ptx::ld_acquire(count) != n) {}
+}
+
 // ---- before: Delta = rowsum(dO∘O) − dLSE (line 4), LSE in base 2, and zeros for dQ (line 3)
 
 constexpr int ROW_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // threads that sum one row, 8 columns each
@@ -112,8 +122,11 @@ constexpr int PREPARE_ROWS = PREPARE_THREADS / ROW_LANES;
 __device__ inline bool is_copied([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] const Workspace& workspace, [[maybe_unused]] int bh,
                                  [[maybe_unused]] int i) {
 #if PERSISTENT
+    if (p.seen.spans == nullptr) return bounds_of_rows(p, nullptr, 0, i / BLOCK_Q * BLOCK_Q, BLOCK_Q).may_be_blind();
+    // Their summaries were complete before this kernel started, which does not wait. So they are read from L2: the L1 cache may have older ones.
     const Summaries summaries(p, workspace.summaries(p), BLOCK_Q, BLOCK_K);
-    return summaries.of_rows[bh * summaries.q_tiles + i / BLOCK_Q].may_be_blind();
+    const Interval& all = summaries.of_rows[bh * summaries.q_tiles + i / BLOCK_Q].all;
+    return Bounds{{}, {ptx::ld_acquire(&all.start), ptx::ld_acquire(&all.stop)}}.may_be_blind();
 #else
     return true;
 #endif
@@ -122,6 +135,9 @@ __device__ inline bool is_copied([[maybe_unused]] const AttentionParams& p, [[ma
 // COPIES: also writes the copy of dO in which rows that attend nothing are 0
 template <bool COPIES>
 __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[maybe_unused]] const Tensor4& copy) {
+#if PERSISTENT
+    ptx::griddepcontrol_launch_dependents();
+#endif
     const Workspace workspace(p, slots);
     const int blocks_per_head = workspace.rows / PREPARE_ROWS;
     const int i = blockIdx.x % blocks_per_head * PREPARE_ROWS + threadIdx.x / ROW_LANES;
@@ -171,8 +187,8 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
 #pragma unroll
         for (int e = threadIdx.x; e < PREPARE_ROWS * HEAD_DIM / 4; e += PREPARE_THREADS) dQ[e] = make_float4(0, 0, 0, 0);
     }
-#if LISTED
-    // Launched early, this kernel runs beside the kernels that scan the mask. One block waits for them, and thereby also the next kernel.
+#if LISTED || PERSISTENT
+    // Launched early, this kernel runs beside the kernels that scan the mask or sort units. One block waits for them, and thereby also the next kernel.
     if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();
 #endif
 }
@@ -184,12 +200,13 @@ __global__ void __launch_bounds__(PREPARE_THREADS)
     prepare<true>(p, slots, copy);
 }
 
-// early: may overlap the previous kernel. with: the call as the backward kernel gets it.
+// early: may overlap the previous kernels. with: the call as the backward kernel gets it.
 inline void launch_prepare(const AttentionParams& p, const AttentionParams& with, bool early = false) {
     const unsigned blocks = static_cast<unsigned>(Workspace::all_rows(p) / PREPARE_ROWS);
     if (blocks == 0) return;
     const Slots slots = slots_of(p);
-    if (!may_be_dead(p)) launch_kernel(prepare_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots);
+    if (!may_be_dead(p) && early) launch_early(prepare_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots);
+    else if (!may_be_dead(p)) launch_kernel(prepare_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots);
     else if (early) launch_early(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots, with.d_o);
     else launch_kernel(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots, with.d_o);
 }
@@ -199,7 +216,8 @@ inline void launch_prepare(const AttentionParams& p, const AttentionParams& with
 constexpr int FINISH_WARPS = 4;
 using Tile_dQ = SwizzledTile<16, HEAD_DIM>;
 
-// Of all query heads from `first` on.
+// Of all query heads from `first` on. If the backward's blocks are persistent, this kernel's start as soon as some of those have no more work, and take heads
+// that are complete while others are still computed.
 __global__ void __launch_bounds__(32 * FINISH_WARPS)
     finish_dq_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots, const __grid_constant__ int first) {
     __shared__ __align__(128) uint8_t smem[FINISH_WARPS][Tile_dQ::BYTES];
@@ -210,6 +228,10 @@ __global__ void __launch_bounds__(32 * FINISH_WARPS)
     const int bh = first + blockIdx.x / blocks_per_head;
     const int64_t row = static_cast<int64_t>(slots.of(bh / group) * group + bh % group) * workspace.rows + i0;
     const float scale = DROPOUT ? p.scale * p.keep_scale : p.scale;
+#if PERSISTENT
+    if (lane == 0) await(workspace.added + bh / group, (p.Nk + BLOCK_K - 1) / BLOCK_K);
+    __syncwarp();
+#endif
     constexpr int AT_ONCE = HEAD_DIM == 112 ? 2 : 8;  // otherwise eight of fourteen specialisations would spill a register
 #pragma unroll AT_ONCE
     for (int column = 0; column < HEAD_DIM; column += 8) {
@@ -221,13 +243,18 @@ __global__ void __launch_bounds__(32 * FINISH_WARPS)
     }
     __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
     store_16_rows<Tile_dQ>(head_of(p.dq, bh / p.H, bh % p.H), smem[warp], p.dq.stride_n, 0, lane, i0, p.Nq, p.D);
+#if PERSISTENT
+    if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();  // so the next kernel starts only after the backward has stored dK and dV
+#endif
 }
 
-// For the last `lag` heads of K and V: the backward kernel has finished the others.
-inline void launch_finish(const AttentionParams& p) {
+// For the last `lag` heads of K and V: the backward kernel has finished the others. early: may overlap it.
+inline void launch_finish(const AttentionParams& p, bool early = false) {
     const Slots slots = slots_of(p);
     const int group = p.H / p.Hkv, first = std::max(0, p.B * p.Hkv - slots.lag) * group;
     const int64_t rows = tiles_of(p.Nq, PADDED_TO) * PADDED_TO * (static_cast<int64_t>(p.B) * p.H - first);
     if (rows == 0) return;
-    launch_kernel(finish_dq_kernel, static_cast<unsigned>(rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p, slots, first);
+    const unsigned blocks = static_cast<unsigned>(rows / (16 * FINISH_WARPS));
+    if (early) launch_early(finish_dq_kernel, blocks, 32 * FINISH_WARPS, 0, p.stream, p, slots, first);
+    else launch_kernel(finish_dq_kernel, blocks, 32 * FINISH_WARPS, 0, p.stream, p, slots, first);
 }

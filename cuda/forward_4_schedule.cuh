@@ -87,7 +87,7 @@ private:
 
 // The number of tiles of keys that a tile of Q visits.
 struct QueryTileLength {
-    static constexpr bool SAYS_MOST = false;
+    static constexpr bool SAYS_MOST = false, SAYS_WORTH = false;
     __device__ int operator()(const AttentionParams& p, int unit) const {
         const Interval some = reinterpret_cast<const Bounds*>(p.workspace)[unit].some;
         return (some.stop + BLOCK_K - 1) / BLOCK_K - some.start / BLOCK_K;
@@ -225,7 +225,7 @@ inline Schedule schedule_of(const AttentionParams& p, int mask_bytes) {
 #if LISTED
 // The number of tiles of keys that a tile of Q visits.
 struct QueryTileLength {
-    static constexpr bool SAYS_MOST = true;
+    static constexpr bool SAYS_MOST = true, SAYS_WORTH = false;
     SeenTiles seen;
     int lines;
 

@@ -36,13 +36,14 @@ struct alignas(16) Order {
 
 // length(p, unit) is a unit's length. The units are for `blocks` blocks; those before `first` are not in the queue. A warp sorts a range of units, 32 at
 // a time. If lengths come from a mask, the block first measures them; if every unit has the greatest possible length, length.most(p, unit), there is no
-// order.
+// order. If length.worth_sorting(p, longest) says no, units keep their own.
 template <class Length>
 __global__ void __launch_bounds__(32 * ORDER_WARPS)
     order_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Length length, const __grid_constant__ Order order, int first, int units,
                  int blocks) {
     __shared__ float sums_smem[ORDER_WARPS];
     [[maybe_unused]] __shared__ bool shorter_smem[ORDER_WARPS];
+    [[maybe_unused]] __shared__ int longest_smem[ORDER_WARPS];
     __shared__ int counts_smem[CLASSES][ORDER_WARPS];  // of the class: first each warp's units, then all units before these
     __shared__ int totals_smem[CLASSES];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -57,14 +58,20 @@ __global__ void __launch_bounds__(32 * ORDER_WARPS)
     }
     float sum = 0;
     [[maybe_unused]] bool shorter = false;
+    [[maybe_unused]] int longest = 0;
     for (int unit = begin; unit < end; unit += 32) {
         const int its = length(p, unit);
         sum += its;
         if constexpr (Length::SAYS_MOST) shorter |= its < length.most(p, unit);
+        if constexpr (Length::SAYS_WORTH) longest = max(longest, its);
     }
     if constexpr (Length::SAYS_MOST) {
         shorter = __any_sync(0xffffffff, shorter);
         if (lane == 0) shorter_smem[warp] = shorter;
+    }
+    if constexpr (Length::SAYS_WORTH) {
+        for (int lanes = 16; lanes > 0; lanes /= 2) longest = max(longest, __shfl_xor_sync(0xffffffff, longest, lanes));
+        if (lane == 0) longest_smem[warp] = longest;
     }
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
     if (lane == 0) sums_smem[warp] = sum;
@@ -81,6 +88,13 @@ __global__ void __launch_bounds__(32 * ORDER_WARPS)
         if (threadIdx.x == 0) order.queue[1] = !shorter;
         if (!shorter) {
             for (int unit = threadIdx.x; unit < units; unit += 32 * ORDER_WARPS) order.units[unit] = NO_ORDER;
+            return;
+        }
+    }
+    if constexpr (Length::SAYS_WORTH) {
+        for (int w = 0; w < ORDER_WARPS; ++w) longest = max(longest, longest_smem[w]);
+        if (!length.worth_sorting(p, longest)) {
+            for (int unit = first + threadIdx.x; unit < units; unit += 32 * ORDER_WARPS) order.units[unit - first] = unit;
             return;
         }
     }

@@ -201,6 +201,10 @@ __global__ void __launch_bounds__(32 * SUMMARY_WARPS)
 
 __global__ void __launch_bounds__(32 * SUMMARY_WARPS)
     summarise_keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Summaries summaries, int block_k) {
+    if (LAUNCHED_EARLY) {
+        ptx::griddepcontrol_wait();  // the rows' summaries are visible
+        ptx::griddepcontrol_launch_dependents();  // not earlier: the kernel before a persistent backward reads those of rows without a wait
+    }
     const int64_t tile = static_cast<int64_t>(blockIdx.x) * SUMMARY_WARPS + threadIdx.x / 32;
     if (tile >= static_cast<int64_t>(p.B) * p.H * summaries.k_tiles) return;
     const int64_t bh = tile / summaries.k_tiles;
@@ -223,7 +227,7 @@ inline cudaError_t summarise(const AttentionParams& p, float* workspace, int blo
     if (blocks(summaries.q_tiles) == 0) return cudaSuccess;
     launch_kernel(summarise_rows_kernel, blocks(summaries.q_tiles), 32 * SUMMARY_WARPS, 0, p.stream, p, summaries, block_q);
     if (block_k > 0 && blocks(summaries.k_tiles) > 0)
-        launch_kernel(summarise_keys_kernel, blocks(summaries.k_tiles), 32 * SUMMARY_WARPS, 0, p.stream, p, summaries, block_k);
+        launch_early(summarise_keys_kernel, blocks(summaries.k_tiles), 32 * SUMMARY_WARPS, 0, p.stream, p, summaries, block_k);
     return cudaGetLastError();
 }
 #endif
