@@ -66,9 +66,9 @@ constexpr int KV_BYTES = 2 * Tile_K::BYTES;
 constexpr int SMEM_BYTES = KV_BUFFERS * KV_BYTES + STAGES * 2 * Tile_Q::BYTES + 2 * Tile_dS::BYTES + STAGES * (BIAS_BYTES + 2 * ROWS_BYTES + MASK_BYTES + SEEN_BYTES);
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
-// "full": the bytes have arrived (Q's barrier counts the mask's too, dO's those of the rows), or every computing thread has written its part. "empty": every computing thread has
-// finished reading them. "dQ_added": every computing thread has added all that it adds to dQ. "unit_known": the next unit's numbers are in shared memory.
-// "unit_wanted": all loads of the unit before have been issued.
+// "full": the bytes have arrived (Q's barrier counts the mask's too, dO's those that belong to its rows), or every computing thread has written its part.
+// "empty": every computing thread has finished reading them. "dQ_added": every computing thread has added all that it adds to dQ. "unit_known": the next
+// unit's numbers are in shared memory. "unit_wanted": all loads of the unit before have been issued.
 struct Barriers {
     uint64_t KV_full[KV_BUFFERS], Q_full[STAGES], dO_full[STAGES], empty[STAGES];
 #if PERSISTENT
@@ -159,7 +159,8 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 const int stage = slot.stage, i0 = at.tile * BLOCK_Q;
                 const uint32_t rows = KV_smem + ROWS_OFFSET + stage * 2 * ROWS_BYTES;
                 const int h = at.bh % p.H, b = at.bh / p.H;
-                const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES, Q_full = barrier(barriers.Q_full, stage), dO_full = barrier(barriers.dO_full, stage);
+                const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES;
+                const uint32_t Q_full = barrier(barriers.Q_full, stage), dO_full = barrier(barriers.dO_full, stage);
                 if (EARLY) ptx::compute_now(b);
                 ptx::mbarrier_wait(barrier(barriers.empty, stage), slot.parity ^ 1);  // returns immediately in the first round
                 // From here on every cycle delays the next visit. So each tile is requested before its barrier is told how many bytes to expect, and what

@@ -129,9 +129,9 @@ struct KeyTileLength {
     static constexpr bool SAYS_MOST = false, SAYS_WORTH = PERSISTENT;
     Summaries summaries;
 
-    // Unsorted, persistent blocks are idle for half a unit at the end, on average. The kernel after them makes use of that: it takes these multiprocessors for
-    // rounding dQ, if heads are complete by then, which sorted they are not. Worth it are units of more time than that kernel's. On an H200 a visit to a tile
-    // of Q takes a multiprocessor as long as all of them take to round dQ of about 190 tiles.
+    // If units are sorted, no head is complete before the end. If not, blocks are idle at the end, for half of a unit's time on average, but the kernel after
+    // them uses that time to round dQ of complete heads. So sorting pays if half of the longest unit takes longer than rounding dQ. On an H200 a visit takes
+    // as long as rounding dQ of about 190 tiles of Q.
     __device__ bool worth_sorting(const AttentionParams& p, int longest) const { return 190 / 2 * longest > p.B * p.H * summaries.q_tiles; }
 
     __device__ int operator()(const AttentionParams& p, int unit) const {
