@@ -73,6 +73,9 @@ REPORTS = {
     "product_of_three_warps": "the threads of a warpgroup do different things",
     "registers_beyond_the_block": "wait for 240 registers, of which the block has",
     "turn_taken_twice": "hangs:\n  thread 0 waits for a number in global memory to be other than [24]",
+    "early_without_wait": "which launch 1 writes: this one, number 2, could begin before that has ended, and the block has not waited",
+    "early_none_waits": "launch 2 ended with none of its blocks having waited for the launch before it",
+    "early_after_early": "which launch 1 writes: this one, number 3, could begin before that has ended",
 }
 SEEDS = range(8)
 CLANG = compiler._is_clang(compiler.find_compiler())

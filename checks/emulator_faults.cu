@@ -399,6 +399,34 @@ __global__ void turn_taken_twice(Faults f) {
     }
 }
 
+// ---- launches that overlap. Of two blocks the second always waits, so that the launch as a whole does. Before it, written() writes what it reads, and
+// passed_on(), launched early too, runs between the two.
+
+__global__ void written(Faults f) {
+    f.data[1024 + threadIdx.x] = threadIdx.x;
+}
+template <bool BROKEN>
+__global__ void passed_on(Faults f) {
+    if (BROKEN) ptx::griddepcontrol_launch_dependents();
+    ptx::griddepcontrol_wait();
+    ptx::griddepcontrol_launch_dependents();
+}
+template <bool BROKEN>
+__global__ void early_without_wait(Faults f) {
+    if (!BROKEN || blockIdx.x == 1) ptx::griddepcontrol_wait();
+    f.data[threadIdx.x] = f.data[1024 + threadIdx.x];
+}
+template <bool BROKEN>
+__global__ void early_none_waits(Faults f) {
+    if (!BROKEN) ptx::griddepcontrol_wait();
+    f.data[threadIdx.x] = 0;
+}
+template <bool BROKEN>
+__global__ void early_after_early(Faults f) {
+    if (blockIdx.x == 1) ptx::griddepcontrol_wait();
+    f.data[threadIdx.x] = f.data[1024 + threadIdx.x];
+}
+
 // ---- by number
 
 #define FAULTS(X)                                                                                                                            \
@@ -408,7 +436,7 @@ __global__ void turn_taken_twice(Faults f) {
     X(bulk_not_awaited) X(bulk_over_readers) X(released_before_it_is_read) X(bytes_too_many) X(arrivals_too_few) X(arrivals_too_many) X(barrier_not_fenced)                \
     X(store_without_fence) X(store_not_awaited) X(box_misplaced) X(box_read_as_unswizzled) X(product_not_awaited)                          \
     X(product_of_written_tile) X(product_without_fence) X(product_of_copied_tile) X(product_of_touched_registers) X(product_of_wrong_rows) X(product_beyond_shared) X(product_of_three_warps)          \
-    X(registers_beyond_the_block) X(turn_taken_twice)
+    X(registers_beyond_the_block) X(turn_taken_twice) X(early_without_wait) X(early_none_waits) X(early_after_early)
 
 extern "C" const char* fault_names() {
 #define NAME(fault) #fault " "
@@ -435,6 +463,12 @@ extern "C" int fault(const char* name, float* data, int* counter, int broken) {
     FAULTS(PICK)
     if (!kernel) return cudaErrorInvalidValue;
     const bool turns = wanted == "turn_taken_twice", registers = wanted == "registers_beyond_the_block";
+    if (wanted.substr(0, 5) == "early") {
+        launch_kernel(written, 1, 128, 0, nullptr, f);
+        if (wanted == "early_after_early") launch_early(broken ? passed_on<true> : passed_on<false>, 1, 128, 0, nullptr, f);
+        launch_early(kernel, 2, 128, 0, nullptr, f);
+        return cudaGetLastError();
+    }
     launch_kernel(kernel, turns ? 3 : 1, registers ? 384 : 128, 48 * 1024, nullptr, f);
     return cudaGetLastError();
 }

@@ -370,6 +370,7 @@ TABLE = {
         ("__shfl_down_sync(0xffffffff, hidden, 1) << 16", "__shfl_down_sync(0xffffffff, hidden, 2) << 16", MASKED),
     ],
     ("split_keys", "forward_5_split_keys.cu"): [
+        ("if (LAUNCHED_EARLY) ptx::griddepcontrol_wait();", ";", ONE_QUERY),
         ("ptx::cp_async_wait_group<SLOTS - 2>();", "ptx::cp_async_wait_group<SLOTS - 1>();", ONE_QUERY),
         ("__syncwarp();  // the tile is visible to every lane", "//", ONE_QUERY),
         ("__syncthreads();  // Q is there for every thread", "//", ONE_QUERY),
@@ -404,6 +405,7 @@ TABLE = {
         ("scored_query(p, b, h, i, i", "scored_query(p, b, h_kv, i, i", FEW_BIASED),
     ],
     ("hopper", "forward_4_hopper.cu"): [
+        ("if (schedule.seen.words != nullptr) ptx::griddepcontrol_wait();", ";", STRUCTURED),
         ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS + 1);", MANY_TILES),
         ("barriers.K_empty, stage), 4 * CONSUMERS);", "barriers.K_empty, stage), 4 * CONSUMERS - 1);", MANY_TILES),
         ("ptx::fence_mbarrier_init();", ";", PLAIN),
@@ -426,6 +428,7 @@ TABLE = {
         ("tile -= place / abreast;", "tile -= 1 + place / abreast;", SINGLE_TILES),
     ],
     ("hopper", "seen_tiles.cuh"): [
+        ("ptx::griddepcontrol_wait();  // the mask is packed", ";", STRUCTURED),
         ("(hidden[n].x & hidden[n].y) != ~0u;", "hidden[n].x != ~0u;", SPECKS),
         ("min(row + n * LOOK_WARPS, end - 1)", "row", SPECKS),
         ("all |= found_smem[w];", "all = found_smem[w];", SPECKS),
@@ -434,6 +437,7 @@ TABLE = {
         ("return head * tiles + tile;", "return tile;", STRUCTURED),
     ],
     ("hopper", "forward_4_producer.cuh"): [
+        ("if (p.seen.spans != nullptr) ptx::griddepcontrol_wait();", ";", MANY_DOCUMENTS),
         ("(barrier(empty, slot.stage), slot.parity ^ 1);", "(barrier(empty, slot.stage), slot.parity);", PLAIN),
         ("ptx::mbarrier_wait(barrier(empty, slot.stage), slot.parity ^ 1);", NO_WAIT, MANY_TILES),
         ("Tile::BYTES + more_bytes);", "Tile::BYTES);", MASKED),
@@ -450,12 +454,21 @@ TABLE = {
         ("if (tile == max(0, work.k_tiles - ASKED_BEFORE))", "if (tile == work.k_tiles - ASKED_BEFORE)", MANY_DOCUMENTS),
         ("    if (work.k_tiles > 0) put(work);\n", "    put(work);\n", BLIND_FIRST),
     ],
+    ("hopper", "visible.cuh"): [
+        ("ptx::griddepcontrol_wait();  // the rows' summaries are visible", ";", WINDOW),
+        (
+            "        ptx::griddepcontrol_wait();  // the rows' summaries are visible\n        ptx::griddepcontrol_launch_dependents();",
+            "        ptx::griddepcontrol_launch_dependents();\n        ptx::griddepcontrol_wait();",
+            DEAD_SPANS,
+        ),
+    ],
     ("hopper", "longest_first.cuh"): [
         ("order.units[counts[c] + __popc(same & first_bits(lane))] = unit;", "order.units[counts[c]] = unit;", MANY_DOCUMENTS),
         ("before += totals_smem[c];", ";", MANY_DOCUMENTS),
         ("begin = first + warp * stretch + lane;", "begin = warp * stretch + lane;", MANY_DOCUMENTS),
         ("if (threadIdx.x == 0) *order.queue = 0;", ";", MANY_DOCUMENTS),
         ("order.queue[1] = !shorter;", "order.queue[1] = 0;", NO_STRUCTURE),
+        ("ptx::griddepcontrol_wait();  // the data that lengths are computed from is visible", ";", MANY_DOCUMENTS),
         ("order.units[unit - first] = unit;", "order.units[unit - first] = unit / 2;", SHORT_DOCUMENTS),
     ],
     ("hopper", "backward_workspace.cuh"): [  # the first two: an interval is one short, in the backward only
@@ -465,6 +478,9 @@ TABLE = {
         ("const int bh = first + blockIdx.x / blocks_per_head;", "const int bh = blockIdx.x / blocks_per_head;", MANY_HEADS),
         ("return b_kv_h % count;", "return b_kv_h;", MANY_HEADS),
         ("workspace.added[bh / group] = workspace.zeroed[bh / group] = 0;", "workspace.added[bh / group] = 0;", MANY_HEADS),
+        ("if (lane == 0) await(workspace.added + bh / group, (p.Nk + BLOCK_K - 1) / BLOCK_K);", ";", WINDOW),
+        ("    if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();\n", "", MANY_DOCUMENTS),
+        ("if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();  // so", "//", WINDOW),
         ("return bounds_of_rows(p, nullptr, 0, i / BLOCK_Q * BLOCK_Q, BLOCK_Q).may_be_blind();", "return false;", DEAD_FIRST),
         ("return Bounds{{}, {ptx::ld_acquire(&all.start), ptx::ld_acquire(&all.stop)}}.may_be_blind();", "return false;", DEAD_SPANS),
     ],
@@ -569,6 +585,7 @@ TABLE = {
         ),  # the next unit's message
         ("at.cut == MAY_BE_BLIND ? maps.d_o_copy : maps.d_o", "maps.d_o", DEAD_SPANS),
         ("const uint8_t* dK_smem = smem + (K_smem - KV_smem);", "const uint8_t* dK_smem = smem;", WINDOW),
+        ("ptx::griddepcontrol_wait();  // the order is visible", ";", MANY_DOCUMENTS),
     ],
     ("hopper", "backward_hopper_visit.cuh"): [
         ("cut = bounds.see_whole(k_tile * BLOCK_K, BLOCK_K) ?", "cut = bounds.see_whole(k_tile * BLOCK_K + 1, BLOCK_K - 1) ?", TILE_START),

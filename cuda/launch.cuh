@@ -26,6 +26,7 @@ inline void launch_early(void (*kernel)(P...), dim3 blocks, int threads, int sme
     config.attrs = &attribute, config.numAttrs = LAUNCHED_EARLY;
     cudaLaunchKernelEx(&config, kernel, arguments...);
 #else
+    emulator::next_launch_is_early(LAUNCHED_EARLY);
     launch_kernel(kernel, blocks, threads, smem_bytes, stream, arguments...);
 #endif
 }

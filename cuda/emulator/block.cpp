@@ -21,7 +21,7 @@ static int registers_at_start(int threads) {  // what the compiler may use if on
 }
 
 void Block::begin(int64_t number, const Grid& of_grid, uint64_t seed) {
-    grid = of_grid;
+    grid = of_grid, follows = false;
     index = {unsigned(number % grid.blocks.x), unsigned(number / grid.blocks.x % grid.blocks.y), unsigned(number / grid.blocks.x / grid.blocks.y)};
     random.state = (seed * 0x9e3779b97f4a7c15 ^ number * 0xbf58476d1ce4e5b9) | 1;
     for (int n = 0; n < 4; ++n) random();

@@ -65,6 +65,7 @@ struct Block {
     uintptr_t library;  // where the kernel's is loaded
     int slot;           // which of the resident blocks' slots
     bool alone;         // there is one slot
+    bool follows;       // all launches before this one: it has waited for them, or acquired what they released
     Index index;
     Grid grid;
     std::vector<Thread> threads;

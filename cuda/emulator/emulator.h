@@ -22,6 +22,7 @@ struct Grid {
 };
 // Runs a grid: every thread calls thread(arguments). `dynamic` is the start of dynamic shared memory; `kernel` identifies the library.
 void run(const Grid&, uint8_t* dynamic, void* kernel, void (*thread)(void*), void* arguments, long argument_bytes);
+void next_launch_is_early(bool);  // it may begin before the one before it has ended
 int last_error();  // a cudaError_t, reset when it is read
 void* driver_function(const char* name);
 
@@ -31,6 +32,11 @@ void* driver_function(const char* name);
 [[gnu::const]] unsigned threads_of_block();
 [[gnu::const]] Index block_index();
 [[gnu::const]] Index grid_size();
+
+// ---- launches that overlap (launch.cpp)
+
+void launch_dependents();
+void wait_for_launches_before();
 
 // ---- collective instructions of a warp (warp.cpp, matrix.cpp): they return once all lanes of the mask have arrived
 

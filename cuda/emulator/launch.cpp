@@ -51,6 +51,14 @@ int last_error() { return session.failed ? 710 : 0; }
 
 void* driver_function(const char* name) { return std::string(name) == "cuTensorMapEncodeTiled" ? reinterpret_cast<void*>(encode_tensor_map) : nullptr; }
 
+// ---- launches that overlap
+
+void next_launch_is_early(bool early) { session.overlap.next_is_early = early; }
+void launch_dependents() {
+    if (!current->follows) session.overlap.begins_next = true;
+}
+void wait_for_launches_before() { current->follows = session.overlap.waits = true; }
+
 // ---- stacks, kept from launch to launch
 
 constexpr size_t MAX_STACKS = 1024 * MAX_RESIDENT;
@@ -157,6 +165,7 @@ static void run_blocks(const Grid& grid, uint8_t* dynamic, void* kernel) {
             case Pause::done:
                 while (!block.under_way.empty()) block.under_way.one(block.random());
                 block_ends(block);
+                if (!block.follows) session.overlap.begins_next = true;
                 if (trace) block.free_from = block.timing->end();
                 resident.erase(resident.begin() + drawn), owner = nullptr, in_vain = 0;
                 break;
@@ -172,11 +181,15 @@ void run(const Grid& grid, uint8_t* dynamic, void* kernel, void (*thread)(void*)
     const uintptr_t first = reinterpret_cast<uintptr_t>(arguments);
     session.memories.push_back({first, first + argument_bytes, false, "the arguments", {}});
     session.kernel = {thread, arguments, kernel};
-    ++session.launches;
+    session.overlap.begin(++session.launches);
     try {
         if (grid.threads < 1 || grid.threads > 1024) fail("a launch with %d threads a block", grid.threads);
         if (grid.dynamic_bytes < 0 || grid.dynamic_bytes > SHARED_MEMORY) fail("a launch with %d bytes of dynamic shared memory", grid.dynamic_bytes);
         run_blocks(grid, dynamic, kernel);
+        current = nullptr;
+        if (!session.failed && session.overlap.early && !session.overlap.waits)
+            fail("launch %d ended with none of its blocks having waited for the launch before it: what follows could begin before that has ended",
+                 int(session.launches));
     } catch (const Failed&) {
     }
     current = nullptr;
@@ -192,13 +205,13 @@ using emulator::session;
 // `resident` blocks at a time, 1 to 8.
 extern "C" void emulator_begin(uint64_t seed, int resident) {
     session.seed = seed, session.resident = resident, session.launches = 0;
-    session.failed = false, session.message.clear(), session.memories.clear();
+    session.failed = false, session.message.clear(), session.memories.clear(), session.overlap = {};
 }
 
 // Memory that kernels may read and, if `writable`, write. If it has not been written yet, they must write it before they read it.
 extern "C" void emulator_memory(uintptr_t first, int64_t bytes, int writable, int written, const char* name) {
     emulator::Memory memory{first, first + bytes, writable != 0, name, {}};
-    if (!written) memory.written.assign(bytes, false);
+    if (!written) memory.written.assign(bytes, 0);
     session.memories.push_back(std::move(memory));
 }
 

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "block.h"
@@ -20,7 +21,24 @@ struct Memory {
     uintptr_t first, end;
     bool writable;
     std::string name;
-    std::vector<bool> written;  // bytes; empty: all were before the launch
+    std::vector<uint16_t> written;  // of each byte the launch that has written it, or 0; empty: all bytes were written before the call
+};
+
+// Launches run one after another here. On a GPU one that is early may begin while those before it still run. So what these write is not visible to a block
+// of it until a thread of the block has waited for them, or has acquired what they released.
+struct Overlap {
+    bool next_is_early = false, early = false;
+    uint64_t ended = 0;        // the launches up to this number have certainly ended when the present one begins
+    bool waits = false;        // some block has waited, so that what follows this launch also follows those before it
+    bool begins_next = false;  // some block has let the next launch begin, or has ended, without having waited
+    std::unordered_set<const int*> released;  // numbers stored with release semantics
+
+    void begin(uint64_t launch) {
+        early = next_is_early, next_is_early = false;
+        if (!early) ended = launch - 1;
+        else if (!begins_next && launch > 1) ended = launch - 2;
+        waits = begins_next = false;
+    }
 };
 
 struct Session {
@@ -30,6 +48,7 @@ struct Session {
     std::string message;
     bool failed = false;
     uint64_t launches = 0;
+    Overlap overlap;
     Counters counters;
     std::unique_ptr<Trace> trace;  // if it is wanted
     struct {

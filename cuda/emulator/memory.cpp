@@ -14,9 +14,13 @@ static const Memory& access_global(Block& block, uintptr_t at, unsigned bytes, b
             fail("thread %d writes %u bytes to %s, which is only read, at offset %lld: @%x", block.running, bytes, memory.name.c_str(), (long long)(at - memory.first), site_offset(site));
         if (!memory.written.empty())
             for (uintptr_t n = at - memory.first; n < at - memory.first + bytes; ++n) {
-                if (write) memory.written[n] = true;
-                else if (!memory.written[n])
+                uint16_t& writer = memory.written[n];
+                if (!write && !writer)
                     fail("thread %d reads byte %lld of %s, which no thread has written: @%x", block.running, (long long)n, memory.name.c_str(), site_offset(site));
+                if (writer != session.launches && writer > session.overlap.ended && !block.follows)
+                    fail("thread %d %s byte %lld of %s, which launch %d writes: this one, number %d, could begin before that has ended, and the block has not "
+                         "waited: @%x", block.running, verb(write), (long long)n, memory.name.c_str(), writer, int(session.launches), site_offset(site));
+                if (write) writer = session.launches;
             }
         return memory;
     }
@@ -105,6 +109,7 @@ void reduce_max(int* p, int x) {
 int load_acquire(const int* p) {
     Block& block = *current;
     if (Timing* timing = block.timing.get()) timing->meet(SITE), timing->wait(block.running, timing->trace.released[p], {SIGNALLED}, SITE);
+    if (session.overlap.released.count(p)) block.follows = true;
     access(p, 4, false, SITE);
     Thread& t = block.self();
     const int x = *p;
@@ -119,6 +124,7 @@ int load_acquire(const int* p) {
 template <class Change>
 static void release(int* p, void* site, Change change) {
     access(p, 4, true, site);
+    session.overlap.released.insert(p);
     if (Timing* timing = current->timing.get()) {
         timing->meet(site);
         timing->trace.released[p] = timing->now() + model::SIGNAL, timing->limit = timing->now();  // others may be waiting for this value

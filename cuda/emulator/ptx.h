@@ -40,9 +40,9 @@ inline void cp_async_wait_group() {
     emulator::cp_async_wait(N);
 }
 
-// A launch runs to its end before the next begins (9.7.13.13: griddepcontrol).
-inline void griddepcontrol_launch_dependents() {}
-inline void griddepcontrol_wait() {}
+// 9.7.13.13: griddepcontrol
+inline void griddepcontrol_launch_dependents() { emulator::launch_dependents(); }
+inline void griddepcontrol_wait() { emulator::wait_for_launches_before(); }
 
 // e4m3 as float16: sign, 4 bits of exponent with a bias of 7, 3 bits; all ones is NaN.
 inline uint32_t half_of_float8(uint32_t byte) {
