@@ -203,9 +203,9 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
     DeviceGuard guard(p.device);
     const Slots slots = slots_of(p);
     const Workspace workspace(p, slots);
+    Maps maps = {};
 #if INTERVAL
     if (const cudaError_t error = summarise(p, workspace.summaries(p), BLOCK_Q, BLOCK_K); error != cudaSuccess) return error;
-    Maps maps = {};
     maps.summaries = Summaries(p, workspace.summaries(p), BLOCK_Q, BLOCK_K), maps.seen = workspace.seen(p);
     if (!p.deterministic && p.seen.spans != nullptr && p.Nq > 0 && k_blocks > 0) {
         const Order order(workspace_for_order(p));
@@ -213,8 +213,6 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         const cudaError_t error = put_longest_first(p, KeyTileLength{maps.summaries}, order, k_blocks, p.sm_count);
         if (error != cudaSuccess) return error;
     }
-#else
-    Maps maps = {};
 #endif
 #if LISTED
     // If deterministic, blocks take turns in the order of their keys, and visit every tile.
@@ -261,11 +259,7 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
 #else
         const unsigned blocks = static_cast<unsigned>(k_blocks);
 #endif
-#if PERSISTENT
-        launch_early(kernel, blocks, THREADS, smem_bytes, p.stream, p, maps);
-#else
-        launch_kernel(kernel, blocks, THREADS, smem_bytes, p.stream, p, maps);
-#endif
+        launch_early_if(PERSISTENT, kernel, blocks, THREADS, smem_bytes, p.stream, p, maps);
         if (more != nullptr) error = more(p, maps);
         if (error != cudaSuccess) return error;
     }

@@ -205,10 +205,8 @@ inline void launch_prepare(const AttentionParams& p, const AttentionParams& with
     const unsigned blocks = static_cast<unsigned>(Workspace::all_rows(p) / PREPARE_ROWS);
     if (blocks == 0) return;
     const Slots slots = slots_of(p);
-    if (!may_be_dead(p) && early) launch_early(prepare_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots);
-    else if (!may_be_dead(p)) launch_kernel(prepare_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots);
-    else if (early) launch_early(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots, with.d_o);
-    else launch_kernel(prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots, with.d_o);
+    if (may_be_dead(p)) launch_early_if(early, prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots, with.d_o);
+    else launch_early_if(early, prepare_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots);
 }
 
 // ---- after: dQ out of fragment order, scaled and rounded. One warp takes 16 rows, through shared memory so that it writes 16 bytes a lane.
@@ -254,7 +252,5 @@ inline void launch_finish(const AttentionParams& p, bool early = false) {
     const int group = p.H / p.Hkv, first = std::max(0, p.B * p.Hkv - slots.lag) * group;
     const int64_t rows = tiles_of(p.Nq, PADDED_TO) * PADDED_TO * (static_cast<int64_t>(p.B) * p.H - first);
     if (rows == 0) return;
-    const unsigned blocks = static_cast<unsigned>(rows / (16 * FINISH_WARPS));
-    if (early) launch_early(finish_dq_kernel, blocks, 32 * FINISH_WARPS, 0, p.stream, p, slots, first);
-    else launch_kernel(finish_dq_kernel, blocks, 32 * FINISH_WARPS, 0, p.stream, p, slots, first);
+    launch_early_if(early, finish_dq_kernel, static_cast<unsigned>(rows / (16 * FINISH_WARPS)), 32 * FINISH_WARPS, 0, p.stream, p, slots, first);
 }

@@ -134,7 +134,6 @@ extern "C" int attention(const AttentionParams* params) {
 #else
     constexpr bool early = false;
 #endif
-    if (early) launch_early(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
-    else launch_kernel(forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
+    launch_early_if(early, forward_kernel, blocks, THREADS, SMEM_BYTES, p.stream, p, maps, schedule);
     return cudaGetLastError();
 }

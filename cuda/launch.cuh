@@ -31,6 +31,13 @@ inline void launch_early(void (*kernel)(P...), dim3 blocks, int threads, int sme
 #endif
 }
 
+// Early or not.
+template <class... P, class... A>
+inline void launch_early_if(bool early, void (*kernel)(P...), dim3 blocks, int threads, int smem_bytes, cudaStream_t stream, const A&... arguments) {
+    if (early) launch_early(kernel, blocks, threads, smem_bytes, stream, arguments...);
+    else launch_kernel(kernel, blocks, threads, smem_bytes, stream, arguments...);
+}
+
 // Calls `launch` while `device` is the current device, restores the previous one, and returns its result.
 template <class Launch>
 inline cudaError_t on_device(int device, Launch launch) {

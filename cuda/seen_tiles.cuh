@@ -118,8 +118,7 @@ inline cudaError_t look(const AttentionParams& p, const SeenTiles& seen, const L
     if (blocks == 0) return cudaSuccess;
     const unsigned count = static_cast<unsigned>(blocks);
     // In a backward, a kernel that is launched early after this one does not wait for kernels before it.
-    if (MASK == MASK_OF_BITS) launch_early(look_kernel<ROWS, COLUMNS>, count, 32 * LOOK_WARPS, 0, p.stream, p, seen);
-    else launch_kernel(look_kernel<ROWS, COLUMNS>, count, 32 * LOOK_WARPS, 0, p.stream, p, seen);
+    launch_early_if(MASK == MASK_OF_BITS, look_kernel<ROWS, COLUMNS>, count, 32 * LOOK_WARPS, 0, p.stream, p, seen);
     return put_longest_first(p, length, order, units, p.sm_count);
 }
 #endif
