@@ -30,6 +30,8 @@
 
 // Whether a block takes one unit after another. Not with other features: shared memory has no room for a second K and V, or registers do not suffice.
 #define PERSISTENT (INTERVAL && !MASK && !SCORE && !DROPOUT)
+// Whether the kernel after this one rounds dQ of complete heads while others are computed: where this kernel does not, and some blocks end early.
+#define COUNTS_UNITS (PERSISTENT || LISTED)
 constexpr int BLOCK_K = 128;                        // 64 for each of two groups
 // The accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers with the values that intervals and the hook for scores need.
 constexpr bool FEW_REGISTERS = (INTERVAL && !PERSISTENT) || (SCORE && (MASK || DROPOUT || (SCORE != SCORE_SOFTCAP && SCORE != SCORE_ALIBI)));
@@ -72,7 +74,7 @@ static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 struct Barriers {
     uint64_t KV_full[KV_BUFFERS], Q_full[STAGES], dO_full[STAGES], empty[STAGES];
 #if PERSISTENT
-    uint64_t KV_empty[KV_BUFFERS], unit_known[KV_BUFFERS], unit_wanted, dQ_added[KV_BUFFERS];
+    uint64_t KV_empty[KV_BUFFERS], unit_known[KV_BUFFERS], unit_done[KV_BUFFERS], unit_wanted;
 #endif
 #if FINISHES_DQ
     uint64_t dQ_added;
@@ -87,7 +89,7 @@ template <bool ANY_ORDER, bool LEAVES_OUT>
 __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
-#if PERSISTENT
+#if COUNTS_UNITS
     ptx::griddepcontrol_launch_dependents();
 #endif
     const uint32_t KV_smem = ptx::smem_address(smem);                // KV_BUFFERS × (K [BLOCK_K, HEAD_DIM], V [BLOCK_K, HEAD_DIM])
@@ -120,9 +122,9 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         for (int buffer = 0; buffer < KV_BUFFERS; ++buffer) ptx::mbarrier_init(barrier(barriers.KV_full, buffer), FINISHES_DQ ? 2 : 1);
 #if PERSISTENT
         for (int buffer = 0; buffer < KV_BUFFERS; ++buffer) {
-            ptx::mbarrier_init(barrier(barriers.KV_empty, buffer), GROUP * CONSUMERS + 1);
+            ptx::mbarrier_init(barrier(barriers.KV_empty, buffer), 1);
             ptx::mbarrier_init(barrier(barriers.unit_known, buffer), 1);
-            ptx::mbarrier_init(barrier(barriers.dQ_added, buffer), GROUP * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.unit_done, buffer), GROUP * CONSUMERS);
         }
         ptx::mbarrier_init(ptx::smem_address(&barriers.unit_wanted), 1);
 #endif
@@ -245,14 +247,25 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 place = take_place(p, workspace_of(p, maps), k_tiles);
             }
         } else if (threadIdx.x == 64) {
-            // Counts units that have added all that they add to dQ.
+            // Stores dK and dV of units that are done, and counts these.
             for (int round = 0;; ++round) {
                 const Slot<KV_BUFFERS> buffer(round);
                 ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);
                 const Unit its = units_smem[buffer.stage];
                 if (its.k_tile == NO_UNIT) break;
-                ptx::mbarrier_wait(barrier(barriers.dQ_added, buffer.stage), buffer.parity);
+                ptx::mbarrier_wait(barrier(barriers.unit_done, buffer.stage), buffer.parity);
+                const uint32_t dK_smem = KV_smem + buffer.stage * KV_BYTES;
+#pragma unroll
+                for (int panel = 0; panel < Tile_K::PANELS; ++panel) {
+                    auto store = [&](const CUtensorMap& map, uint32_t tile) {
+                        ptx::cp_async_bulk_tensor_4d_store(&map, panel * 64, its.k_tile * BLOCK_K, its.b_kv_h % p.Hkv, its.b_kv_h / p.Hkv,
+                                                           tile + panel * Tile_K::PANEL_BYTES);
+                    };
+                    store(maps.d_k, dK_smem), store(maps.d_v, dK_smem + Tile_K::BYTES);
+                }
+                ptx::cp_async_bulk_commit_group();
                 if (p.Nq > 0) ptx::red_release(workspace_of(p, maps).added + its.b_kv_h, 1);  // otherwise nothing has set the count to 0
+                ptx::cp_async_bulk_wait_group_read<0>();
                 ptx::mbarrier_arrive(barrier(barriers.KV_empty, buffer.stage));
             }
 #else
@@ -285,7 +298,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             const uint32_t base = ptx::unknown(KV_smem), K_smem = base + buffer.stage * KV_BYTES, V_smem = K_smem + Tile_K::BYTES;
             const uint32_t QdO_smem = base + KV_BUFFERS * KV_BYTES, dS_smem = QdO_smem + STAGES * 2 * Tile_Q::BYTES;
             ptx::mbarrier_wait(barrier(barriers.KV_full, buffer.stage), buffer.parity);
-            const int k_tile = units_smem[buffer.stage].k_tile, b_kv_h = units_smem[buffer.stage].b_kv_h, j0 = k_tile * BLOCK_K;
+            const int k_tile = units_smem[buffer.stage].k_tile, j0 = k_tile * BLOCK_K;
             const ThreadNumber thread = ptx::tid_x();  // read again for each unit, so that values derived from it occupy no registers across units
 #else
         const ThreadNumber thread = threadIdx.x;
@@ -616,11 +629,9 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #endif
 #if FINISHES_DQ
         ptx::mbarrier_arrive(ptx::smem_address(&barriers.dQ_added));
-#elif PERSISTENT
-        ptx::mbarrier_arrive(barrier(barriers.dQ_added, buffer.stage));
 #endif
 
-        // dK and dV are stored by way of the buffers of K and V, so that global stores are 16 bytes wide.
+        // dK and dV are stored by way of the buffers of K and V, so that global stores are 16 bytes wide, or by the copy engine.
         meet();  // both groups are done with K
         const float dV_scale = DROPOUT ? p.keep_scale : 1.0f, dK_scale = p.scale * dV_scale;
 #pragma unroll
@@ -632,16 +643,19 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 ptx::st_shared(V_smem + to, ptx::cvt_pair<element>(dV_rmem[4 * n + 2 * r] * dV_scale, dV_rmem[4 * n + 2 * r + 1] * dV_scale));
             }
 #if PERSISTENT
-        ptx::fence_proxy_async();  // what this thread wrote, for the next K and V. Here, because it would wait for stores to global memory too
-#endif
+        ptx::fence_proxy_async();  // what this thread wrote
+        ptx::mbarrier_arrive(barrier(barriers.unit_done, buffer.stage));
+        }
+#else
         __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
         const int b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv, warp_row = consumer * 64 + warp * 16;
         const uint8_t* dK_smem = smem + (K_smem - KV_smem);
         store_16_rows<Tile_K, RowOrder>(head_of(p.dk, b, kv_h), dK_smem, p.dk.stride_n, warp_row, lane, j0, p.Nk, p.D);
         store_16_rows<Tile_K, RowOrder>(head_of(p.dv, b, kv_h), dK_smem + Tile_K::BYTES, p.dv.stride_n, warp_row, lane, j0, p.Nk, p.Dv);
-#if PERSISTENT
-        ptx::mbarrier_arrive(barrier(barriers.KV_empty, buffer.stage));
-        }
+#if COUNTS_UNITS
+        // Both groups had added to dQ when they met. Without rows nothing has set the count to 0.
+        if (ptx::tid_x() == GROUP && p.Nq > 0) ptx::red_release(workspace_of(p, maps).added + b_kv_h, 1);
+#endif
 #endif
     }
 }

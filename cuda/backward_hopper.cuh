@@ -50,6 +50,7 @@ struct Maps {
 #endif
 #if PERSISTENT
     CUtensorMap d_o_copy;  // of the tiles in which a row may see nothing
+    CUtensorMap d_k, d_v;
 #endif
 #if INTERVAL
     Summaries summaries;
@@ -194,6 +195,16 @@ inline int64_t floats_before_copy(const AttentionParams& p) {
 }
 inline int64_t backward_floats(const AttentionParams& p) { return floats_with_copy(p, floats_before_copy(p)); }
 
+#if PERSISTENT
+// One for each multiprocessor. But if units are equally long, all but those at the ends of a head, then some blocks would have one unit more than the others at
+// any rate; so there are as few blocks as have no more units each, and the kernel after rounds dQ on the multiprocessors that are left.
+inline int64_t persistent_blocks(const AttentionParams& p, int64_t units) {
+    const int64_t blocks = std::min<int64_t>(units, p.sm_count);
+    const bool equal = p.seen.spans == nullptr && p.seen.left >= 0 && p.seen.right >= 0 && (int64_t{p.seen.left} + p.seen.right) * 12 <= p.Nk;
+    return equal ? tiles_of(units, static_cast<int>(tiles_of(units, static_cast<int>(blocks)))) : blocks;
+}
+#endif
+
 // Launches the kernel and those before and after it. more: launches further kernels that use the same maps.
 inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int smem_bytes, const AttentionParams& call,
                                    cudaError_t (*more)(const AttentionParams&, const Maps&) = nullptr) {
@@ -245,6 +256,8 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
 #if PERSISTENT
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, call.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o_copy, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
+        if (error == cudaSuccess) error = make_tensor_map(&maps.d_k, p.dk, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
+        if (error == cudaSuccess) error = make_tensor_map(&maps.d_v, p.dv, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
 #else
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
 #endif
@@ -255,7 +268,7 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         if (error != cudaSuccess) return error;
 #if PERSISTENT
         // Without rows nothing has set the count of units that blocks take to 0.
-        const unsigned blocks = static_cast<unsigned>(p.Nq == 0 ? k_blocks : std::min<int64_t>(k_blocks, p.sm_count));
+        const unsigned blocks = static_cast<unsigned>(p.Nq == 0 ? k_blocks : persistent_blocks(p, k_blocks));
 #else
         const unsigned blocks = static_cast<unsigned>(k_blocks);
 #endif
@@ -263,6 +276,6 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         if (more != nullptr) error = more(p, maps);
         if (error != cudaSuccess) return error;
     }
-    launch_finish(p, PERSISTENT && k_blocks > 0);
+    launch_finish(p, COUNTS_UNITS && k_blocks > 0);
     return cudaGetLastError();
 }

@@ -1,6 +1,7 @@
 // What comes before and after the backward kernels that visit each pair of tiles once: Delta and LSE are prepared; dQ is summed in the order of the
 // accumulators and put into row order at the end. Includers define BLOCK_Q and PADDED_TO, a multiple of it, and may define FINISHES_DQ as 1: then the
-// backward kernel itself finishes most of dQ (backward_hopper_slots.cuh); or PERSISTENT as 1: then it counts the units of each head that have added to dQ.
+// backward kernel itself finishes most of dQ (backward_hopper_slots.cuh); or COUNTS_UNITS as 1: then it counts the units of each head that have added to dQ,
+// and the kernel after starts when multiprocessors run out of them.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +10,9 @@
 
 #ifndef PERSISTENT
 #define PERSISTENT 0
+#endif
+#ifndef COUNTS_UNITS
+#define COUNTS_UNITS 0
 #endif
 
 // ---- where dQ is summed
@@ -144,15 +148,25 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
     const int bh = blockIdx.x / blocks_per_head, b = bh / p.H, h = bh % p.H;
     const int column = threadIdx.x % ROW_LANES * 8;
 
-    float Delta = 0;
+    const int64_t row_gmem = static_cast<int64_t>(bh) * p.Nq + i;
+    // Before the loads that are waited for: what else is read.
+    const bool copied = COPIES && i < p.Nq && is_copied(p, workspace, bh, i);
+    float Delta = 0, LSE = -CUDART_INF_F;
+    if (column == 0 && i < p.Nq) {
+        LSE = p.lse[row_gmem];
+        if (p.d_lse) Delta = -p.d_lse[row_gmem];
+    }
+#if INTERVAL
+    const Interval keys = column == 0 && i < p.Nq ? keys_of_row(p, b, h, i) : Interval{0, 0};
+#endif
     if (i < p.Nq && column < p.Dv) {
         const uint4 O_rmem = *reinterpret_cast<const uint4*>(head_of(p.o, b, h) + i * p.o.stride_n + column);
         const uint4 dO_rmem = *reinterpret_cast<const uint4*>(head_of(p.d_o, b, h) + i * p.d_o.stride_n + column);
         const element *O = reinterpret_cast<const element*>(&O_rmem), *dO = reinterpret_cast<const element*>(&dO_rmem);
 #pragma unroll
         for (int d = 0; d < 8; ++d) Delta = fmaf(static_cast<float>(O[d]), static_cast<float>(dO[d]), Delta);
-        if (COPIES && is_copied(p, workspace, bh, i)) {
-            const bool dead = p.lse[static_cast<int64_t>(bh) * p.Nq + i] == -CUDART_INF_F;
+        if (copied) {
+            const bool dead = p.lse[row_gmem] == -CUDART_INF_F;
             *reinterpret_cast<uint4*>(head_of(copy, b, h) + i * copy.stride_n + column) = dead ? uint4{} : dO_rmem;
         }
     }
@@ -163,13 +177,10 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
     const int group = p.H / p.Hkv;
     const bool has_slot = bh < slots.count * group;
     if (column == 0) {
-        const int64_t row_gmem = static_cast<int64_t>(bh) * p.Nq + i;
-        float LSE = i < p.Nq ? p.lse[row_gmem] : -CUDART_INF_F;
 #if SCORE & SCORE_BIAS
         // LSE so large that float32 cannot tell the row's scores apart: P, which could be any power of 2, is limited to 1.
         if (fabsf(LSE) >= 0x1p16f && fabsf(LSE) < CUDART_INF_F) LSE += fabsf(LSE) * 0x1p-22f;
 #endif
-        if (i < p.Nq && p.d_lse) Delta -= p.d_lse[row_gmem];
         // A row that attends nothing, or lies beyond the end: P = 2^(S − ∞) = 0, and what comes back to it, NaN too, is dropped.
         const bool dead = LSE == -CUDART_INF_F;
         workspace.LSE[row] = dead ? CUDART_INF_F : LSE * LOG2_E;
@@ -178,7 +189,6 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
         if (i % BLOCK_Q == 0 && has_slot) workspace.turns[row / BLOCK_Q] = 0;
         if (i == 0 && bh % group == 0) workspace.added[bh / group] = workspace.zeroed[bh / group] = 0;
 #if INTERVAL
-        const Interval keys = i < p.Nq ? keys_of_row(p, b, h, i) : Interval{0, 0};
         workspace.seen(p)[row] = make_uint2(keys.start, max(0, keys.stop - keys.start));
 #endif
     }
@@ -192,10 +202,10 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
     if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();
 #endif
 }
-__global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots) {
+__global__ void __launch_bounds__(PREPARE_THREADS, 8) prepare_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots) {
     prepare<false>(p, slots, {});
 }
-__global__ void __launch_bounds__(PREPARE_THREADS)
+__global__ void __launch_bounds__(PREPARE_THREADS, 8)
     prepare_copying_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots, const __grid_constant__ Tensor4 copy) {
     prepare<true>(p, slots, copy);
 }
@@ -214,7 +224,7 @@ inline void launch_prepare(const AttentionParams& p, const AttentionParams& with
 constexpr int FINISH_WARPS = 4;
 using Tile_dQ = SwizzledTile<16, HEAD_DIM>;
 
-// Of all query heads from `first` on. If the backward's blocks are persistent, this kernel's start as soon as some of those have no more work, and take heads
+// Of all query heads from `first` on. If the backward counts units, blocks of this kernel start as soon as a multiprocessor has no more units, and take heads
 // that are complete while others are still computed.
 __global__ void __launch_bounds__(32 * FINISH_WARPS)
     finish_dq_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots, const __grid_constant__ int first) {
@@ -226,7 +236,7 @@ __global__ void __launch_bounds__(32 * FINISH_WARPS)
     const int bh = first + blockIdx.x / blocks_per_head;
     const int64_t row = static_cast<int64_t>(slots.of(bh / group) * group + bh % group) * workspace.rows + i0;
     const float scale = DROPOUT ? p.scale * p.keep_scale : p.scale;
-#if PERSISTENT
+#if COUNTS_UNITS
     if (lane == 0) await(workspace.added + bh / group, (p.Nk + BLOCK_K - 1) / BLOCK_K);
     __syncwarp();
 #endif
@@ -241,7 +251,7 @@ __global__ void __launch_bounds__(32 * FINISH_WARPS)
     }
     __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
     store_16_rows<Tile_dQ>(head_of(p.dq, bh / p.H, bh % p.H), smem[warp], p.dq.stride_n, 0, lane, i0, p.Nq, p.D);
-#if PERSISTENT
+#if COUNTS_UNITS
     if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();  // so the next kernel starts only after the backward has stored dK and dV
 #endif
 }
