@@ -161,6 +161,14 @@ def check_spans(target, kind, Nq, Nk):
         against_truth(small(target, Nq=Nq, Nk=Nk, spans=kind, causal=causal, seed=seed), target)
 
 
+@pytest.mark.parametrize("Nq, Nk", [(9, 5), (70, 150), (257, 300)])
+def check_memory_used_again(target, Nq, Nk):
+    """A call finds in its workspace what the call before left there, counts of what blocks have done among it."""
+    for seed in range(10 if target.device == "cuda" else 1):
+        for options in ({"window": (20, 40)}, {"spans": "any", "causal": True}):
+            against_truth(small(target, Nq=Nq, Nk=Nk, seed=seed, **options), target)
+
+
 @pytest.mark.parametrize("options", [{"window": (30, 9), "spans": "documents"}, {"spans": "any"}, {"window": (70, 0)}], ids=str)
 def check_with_everything(target, options):
     """Beside a mask and dropout, with every kind of head size."""

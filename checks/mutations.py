@@ -479,6 +479,7 @@ TABLE = {
         ("return b_kv_h % count;", "return b_kv_h;", MANY_HEADS),
         ("workspace.added[bh / group] = workspace.zeroed[bh / group] = 0;", "workspace.added[bh / group] = 0;", MANY_HEADS),
         ("if (lane == 0) await(workspace.added + bh / group, (p.Nk + BLOCK_K - 1) / BLOCK_K);", ";", WINDOW),
+        ("if (lane == 0) await(workspace.added + bh / group, (p.Nk + BLOCK_K - 1) / BLOCK_K);", ";", STRUCTURED),
         ("    if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();\n", "", MANY_DOCUMENTS),
         ("if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();  // so", "//", WINDOW),
         ("return bounds_of_rows(p, nullptr, 0, i / BLOCK_Q * BLOCK_Q, BLOCK_Q).may_be_blind();", "return false;", DEAD_FIRST),
@@ -570,12 +571,18 @@ TABLE = {
         ("ptx::mbarrier_wait(KV_full, 0);", NO_WAIT, PLAIN),
         ("Tile_Q::BYTES + 2 * ROWS_BYTES + SEEN_BYTES);", "Tile_Q::BYTES + ROWS_BYTES + SEEN_BYTES);", PLAIN),
         ("ptx::mbarrier_wait(barrier(barriers.KV_empty, buffer.stage), buffer.parity ^ 1);", NO_WAIT, UNSEEN_KEYS),
-        ("ptx::mbarrier_arrive(barrier(barriers.KV_empty, buffer.stage));", ";", UNSEEN_KEYS, 0),
-        ("ptx::mbarrier_arrive(barrier(barriers.KV_empty, buffer.stage));", ";", UNSEEN_KEYS, 1),
+        ("ptx::mbarrier_arrive(barrier(barriers.KV_empty, buffer.stage));", ";", UNSEEN_KEYS),
+        ("ptx::mbarrier_wait(barrier(barriers.unit_done, buffer.stage), buffer.parity);", NO_WAIT, WINDOW),
+        ("ptx::mbarrier_arrive(barrier(barriers.unit_done, buffer.stage));", ";", WINDOW),
+        ("ptx::fence_proxy_async();  // what this thread wrote\n", "\n", WINDOW),
+        ("ptx::cp_async_bulk_wait_group_read<0>();", ";", UNSEEN_KEYS),
+        ("tile + panel * Tile_K::PANEL_BYTES", "tile", case(D=128, window=(70, 30))),
         ("ptx::mbarrier_arrive(ptx::smem_address(&barriers.unit_wanted));", ";", WINDOW),
         ("ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);", NO_WAIT, WINDOW, 0),
         ("ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);", NO_WAIT, WINDOW, 1),
         ("ptx::red_release(workspace_of(p, maps).added + its.b_kv_h, 1);", ";", WINDOW),
+        ("ptx::red_release(workspace_of(p, maps).added + b_kv_h, 1);", ";", STRUCTURED),
+        ("#if COUNTS_UNITS && !PERSISTENT\n", "#if COUNTS_UNITS\n", WINDOW),  # the kernel after may find an earlier call's counts
         ("ptx::mbarrier_arrive(barrier(barriers.dO_full, at.slot().stage));", ";", UNSEEN_KEYS),
         ("ptx::mbarrier_arrive(barrier(barriers.empty, now.slot().stage));", ";", UNSEEN_KEYS),
         (
@@ -584,7 +591,7 @@ TABLE = {
             FEW_SEEN_KEYS,
         ),  # the next unit's message
         ("at.cut == MAY_BE_BLIND ? maps.d_o_copy : maps.d_o", "maps.d_o", DEAD_SPANS),
-        ("const uint8_t* dK_smem = smem + (K_smem - KV_smem);", "const uint8_t* dK_smem = smem;", WINDOW),
+        ("const uint32_t dK_smem = KV_smem + buffer.stage * KV_BYTES;", "const uint32_t dK_smem = KV_smem;", WINDOW),
         ("ptx::griddepcontrol_wait();  // the order is visible", ";", MANY_DOCUMENTS),
     ],
     ("hopper", "backward_hopper_visit.cuh"): [

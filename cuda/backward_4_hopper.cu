@@ -12,8 +12,11 @@
 // In plain calls the idle warps of the loading group round and store dQ of earlier heads, and their memory is used again (backward_hopper_slots.cuh).
 //
 // With intervals alone, blocks are persistent: a unit of work is a tile of keys, and while one is computed, the next one's K and V arrive. Tiles of Q flow
-// through the same ring from one unit to the next; the message beside each tile says which unit it belongs to. The block counts the units of each head that
-// have added to dQ, so that the kernel after this one can round dQ of complete heads as soon as some multiprocessors have no more work.
+// through the same ring from one unit to the next; the message beside each tile says which unit it belongs to. The copy engine stores a unit's dK and dV while
+// the next unit is computed.
+//
+// With intervals alone, and under a mask, blocks count the units of each head that have added to dQ, so that the kernel after this one can round dQ of
+// complete heads as soon as some multiprocessors have no more work.
 //
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 128 that are multiples of 8.
 //
@@ -69,8 +72,9 @@ constexpr int SMEM_BYTES = KV_BUFFERS * KV_BYTES + STAGES * 2 * Tile_Q::BYTES + 
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 // "full": the bytes have arrived (Q's barrier counts the mask's too, dO's those that belong to its rows), or every computing thread has written its part.
-// "empty": every computing thread has finished reading them. "dQ_added": every computing thread has added all that it adds to dQ. "unit_known": the next
-// unit's numbers are in shared memory. "unit_wanted": all loads of the unit before have been issued.
+// "empty": every computing thread has finished reading them; of K and V: dK and dV, which took their place, have been read too. "unit_known": the next unit's
+// numbers are in shared memory. "unit_wanted": all loads of the unit before have been issued. "unit_done", "dQ_added": every computing thread has added all
+// that it adds to dQ; "unit_done" also: dK and dV are in shared memory.
 struct Barriers {
     uint64_t KV_full[KV_BUFFERS], Q_full[STAGES], dO_full[STAGES], empty[STAGES];
 #if PERSISTENT
@@ -89,7 +93,7 @@ template <bool ANY_ORDER, bool LEAVES_OUT>
 __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
-#if COUNTS_UNITS
+#if COUNTS_UNITS && !PERSISTENT
     ptx::griddepcontrol_launch_dependents();
 #endif
     const uint32_t KV_smem = ptx::smem_address(smem);                // KV_BUFFERS × (K [BLOCK_K, HEAD_DIM], V [BLOCK_K, HEAD_DIM])
@@ -153,6 +157,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         if (threadIdx.x == 0) {
 #if PERSISTENT
             ptx::griddepcontrol_wait();  // LSE, Delta and the summaries are visible, and dQ is 0
+            ptx::griddepcontrol_launch_dependents();  // not earlier: the kernel after this one reads counts that the kernel before sets to 0
 #endif
             const Workspace& workspace = workspace_of(p, maps);
             // The tile of Q that `at` is at, and what belongs to it.
@@ -649,9 +654,8 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #else
         __syncwarp();  // the warp's rows are written, by lanes other than those that read them next
         const int b = b_kv_h / p.Hkv, kv_h = b_kv_h % p.Hkv, warp_row = consumer * 64 + warp * 16;
-        const uint8_t* dK_smem = smem + (K_smem - KV_smem);
-        store_16_rows<Tile_K, RowOrder>(head_of(p.dk, b, kv_h), dK_smem, p.dk.stride_n, warp_row, lane, j0, p.Nk, p.D);
-        store_16_rows<Tile_K, RowOrder>(head_of(p.dv, b, kv_h), dK_smem + Tile_K::BYTES, p.dv.stride_n, warp_row, lane, j0, p.Nk, p.Dv);
+        store_16_rows<Tile_K, RowOrder>(head_of(p.dk, b, kv_h), smem, p.dk.stride_n, warp_row, lane, j0, p.Nk, p.D);
+        store_16_rows<Tile_K, RowOrder>(head_of(p.dv, b, kv_h), smem + Tile_K::BYTES, p.dv.stride_n, warp_row, lane, j0, p.Nk, p.Dv);
 #if COUNTS_UNITS
         // Both groups had added to dQ when they met. Without rows nothing has set the count to 0.
         if (ptx::tid_x() == GROUP && p.Nq > 0) ptx::red_release(workspace_of(p, maps).added + b_kv_h, 1);

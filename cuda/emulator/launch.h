@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 #include <string>
-#include <unordered_set>
+#include <unordered_map>
 #include <vector>
 
 #include "block.h"
@@ -25,13 +25,19 @@ struct Memory {
 };
 
 // Launches run one after another here. On a GPU one that is early may begin while those before it still run. So what these write is not visible to a block
-// of it until a thread of the block has waited for them, or has acquired what they released.
+// of it until a thread of the block has waited for them, or has acquired what they released. A number that is acquired must have had its first value before
+// the block began: otherwise the block may find what an earlier call left there.
 struct Overlap {
+    struct Released {
+        uint64_t launch;  // that stored the number last with release semantics
+        uint64_t first;   // that stored it before, without
+    };
+
     bool next_is_early = false, early = false;
     uint64_t ended = 0;        // the launches up to this number have certainly ended when the present one begins
     bool waits = false;        // some block has waited, so that what follows this launch also follows those before it
     bool begins_next = false;  // some block has let the next launch begin, or has ended, without having waited
-    std::unordered_set<const int*> released;  // numbers stored with release semantics
+    std::unordered_map<const int*, Released> released;  // numbers stored with release semantics
 
     void begin(uint64_t launch) {
         early = next_is_early, next_is_early = false;

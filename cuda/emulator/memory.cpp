@@ -106,9 +106,27 @@ void reduce_max(int* p, int x) {
     *p = std::max(*p, x);
 }
 
+// The launch that wrote *p last; 0: it was written before the call.
+static uint64_t writer_of(const int* p) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(p);
+    for (const Memory& memory : session.memories)
+        if (at >= memory.first && at < memory.end && !memory.written.empty()) return memory.written[at - memory.first];
+    return 0;
+}
+
+// The launch that last stored *p without release semantics.
+static uint64_t first_writer_of(const int* p) {
+    const uint64_t writer = writer_of(p);
+    const auto released = session.overlap.released.find(p);
+    return released != session.overlap.released.end() && released->second.launch == writer ? released->second.first : writer;
+}
+
 int load_acquire(const int* p) {
     Block& block = *current;
     if (Timing* timing = block.timing.get()) timing->meet(SITE), timing->wait(block.running, timing->trace.released[p], {SIGNALLED}, SITE);
+    if (const uint64_t first = first_writer_of(p); first != session.launches && first > session.overlap.ended && !block.follows)
+        fail("thread %d acquires a number that launch %d sets: this one, number %d, could begin before that has ended, and find an older number: @%x", block.running, int(first),
+             int(session.launches), site_offset(SITE));
     if (session.overlap.released.count(p)) block.follows = true;
     access(p, 4, false, SITE);
     Thread& t = block.self();
@@ -123,8 +141,9 @@ int load_acquire(const int* p) {
 // Tells the threads that wait for *p, then changes it.
 template <class Change>
 static void release(int* p, void* site, Change change) {
+    const uint64_t first = first_writer_of(p);
     access(p, 4, true, site);
-    session.overlap.released.insert(p);
+    session.overlap.released[p] = {session.launches, first};
     if (Timing* timing = current->timing.get()) {
         timing->meet(site);
         timing->trace.released[p] = timing->now() + model::SIGNAL, timing->limit = timing->now();  // others may be waiting for this value
