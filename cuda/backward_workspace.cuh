@@ -121,6 +121,7 @@ __device__ inline void await(const int* count, int n) {
 constexpr int ROW_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // threads that sum one row, 8 columns each
 constexpr int PREPARE_THREADS = 256;
 constexpr int PREPARE_ROWS = PREPARE_THREADS / ROW_LANES;
+constexpr int PREPARE_BLOCKS = ARCH == 90 ? 8 : 4;  // at least, of a multiprocessor: it has 2048 threads, others down to 1024
 
 // Whether the copy of dO has row i of head bh. Persistent blocks read it only where a row may see nothing, which is rare.
 __device__ inline bool is_copied([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] const Workspace& workspace, [[maybe_unused]] int bh,
@@ -202,10 +203,10 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
     if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();
 #endif
 }
-__global__ void __launch_bounds__(PREPARE_THREADS, 8) prepare_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots) {
+__global__ void __launch_bounds__(PREPARE_THREADS, PREPARE_BLOCKS) prepare_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots) {
     prepare<false>(p, slots, {});
 }
-__global__ void __launch_bounds__(PREPARE_THREADS, 8)
+__global__ void __launch_bounds__(PREPARE_THREADS, PREPARE_BLOCKS)
     prepare_copying_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots, const __grid_constant__ Tensor4 copy) {
     prepare<true>(p, slots, copy);
 }
