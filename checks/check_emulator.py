@@ -76,6 +76,7 @@ REPORTS = {
     "early_without_wait": "which launch 1 writes: this one, number 2, could begin before that has ended, and the block has not waited",
     "early_none_waits": "launch 2 ended with none of its blocks having waited for the launch before it",
     "early_after_early": "which launch 1 writes: this one, number 3, could begin before that has ended",
+    "early_number_of_before": "launch 1 sets: this one, number 3, could begin before that has ended, and find an older number",
 }
 SEEDS = range(8)
 CLANG = compiler._is_clang(compiler.find_compiler())

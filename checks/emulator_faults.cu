@@ -402,14 +402,19 @@ __global__ void turn_taken_twice(Faults f) {
 // ---- launches that overlap. Of two blocks the second always waits, so that the launch as a whole does. Before it, written() writes what it reads, and
 // passed_on(), launched early too, runs between the two.
 
+// Not f.counter, which has been written before the call, so that it is not known which launch writes it.
+__device__ inline int* number_of(const Faults& f) { return reinterpret_cast<int*>(f.data + 2048); }
+
 __global__ void written(Faults f) {
     f.data[1024 + threadIdx.x] = threadIdx.x;
+    if (threadIdx.x == 0) *number_of(f) = 0;
 }
 template <bool BROKEN>
 __global__ void passed_on(Faults f) {
     if (BROKEN) ptx::griddepcontrol_launch_dependents();
     ptx::griddepcontrol_wait();
     ptx::griddepcontrol_launch_dependents();
+    if (threadIdx.x == 0) ptx::red_release(number_of(f), 1);
 }
 template <bool BROKEN>
 __global__ void early_without_wait(Faults f) {
@@ -426,6 +431,12 @@ __global__ void early_after_early(Faults f) {
     if (blockIdx.x == 1) ptx::griddepcontrol_wait();
     f.data[threadIdx.x] = f.data[1024 + threadIdx.x];
 }
+template <bool BROKEN>
+__global__ void early_number_of_before(Faults f) {
+    if (blockIdx.x == 1) ptx::griddepcontrol_wait();
+    while (ptx::ld_acquire(number_of(f)) != 1) {}
+    f.data[threadIdx.x] = f.data[1024 + threadIdx.x];
+}
 
 // ---- by number
 
@@ -436,7 +447,7 @@ __global__ void early_after_early(Faults f) {
     X(bulk_not_awaited) X(bulk_over_readers) X(released_before_it_is_read) X(bytes_too_many) X(arrivals_too_few) X(arrivals_too_many) X(barrier_not_fenced)                \
     X(store_without_fence) X(store_not_awaited) X(box_misplaced) X(box_read_as_unswizzled) X(product_not_awaited)                          \
     X(product_of_written_tile) X(product_without_fence) X(product_of_copied_tile) X(product_of_touched_registers) X(product_of_wrong_rows) X(product_beyond_shared) X(product_of_three_warps)          \
-    X(registers_beyond_the_block) X(turn_taken_twice) X(early_without_wait) X(early_none_waits) X(early_after_early)
+    X(registers_beyond_the_block) X(turn_taken_twice) X(early_without_wait) X(early_none_waits) X(early_after_early) X(early_number_of_before)
 
 extern "C" const char* fault_names() {
 #define NAME(fault) #fault " "
@@ -465,7 +476,7 @@ extern "C" int fault(const char* name, float* data, int* counter, int broken) {
     const bool turns = wanted == "turn_taken_twice", registers = wanted == "registers_beyond_the_block";
     if (wanted.substr(0, 5) == "early") {
         launch_kernel(written, 1, 128, 0, nullptr, f);
-        if (wanted == "early_after_early") launch_early(broken ? passed_on<true> : passed_on<false>, 1, 128, 0, nullptr, f);
+        if (wanted == "early_after_early" || wanted == "early_number_of_before") launch_early(broken ? passed_on<true> : passed_on<false>, 1, 128, 0, nullptr, f);
         launch_early(kernel, 2, 128, 0, nullptr, f);
         return cudaGetLastError();
     }

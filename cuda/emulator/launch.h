@@ -30,7 +30,7 @@ struct Memory {
 struct Overlap {
     struct Released {
         uint64_t launch;  // that stored the number last with release semantics
-        uint64_t first;   // that stored it before, without
+        uint64_t plain;   // that stored it last without
     };
 
     bool next_is_early = false, early = false;

@@ -7,6 +7,11 @@ namespace emulator {
 
 static const char* verb(bool write) { return write ? "writes" : "reads"; }
 
+// Whether what a launch wrote may not be there yet for the block.
+static bool may_still_run(const Block& block, uint64_t launch) {
+    return launch != session.launches && launch > session.overlap.ended && !block.follows;
+}
+
 static const Memory& access_global(Block& block, uintptr_t at, unsigned bytes, bool write, void* site) {
     for (Memory& memory : session.memories) {
         if (at < memory.first || at + bytes > memory.end) continue;
@@ -17,7 +22,7 @@ static const Memory& access_global(Block& block, uintptr_t at, unsigned bytes, b
                 uint16_t& writer = memory.written[n];
                 if (!write && !writer)
                     fail("thread %d reads byte %lld of %s, which no thread has written: @%x", block.running, (long long)n, memory.name.c_str(), site_offset(site));
-                if (writer != session.launches && writer > session.overlap.ended && !block.follows)
+                if (may_still_run(block, writer))
                     fail("thread %d %s byte %lld of %s, which launch %d writes: this one, number %d, could begin before that has ended, and the block has not "
                          "waited: @%x", block.running, verb(write), (long long)n, memory.name.c_str(), writer, int(session.launches), site_offset(site));
                 if (write) writer = session.launches;
@@ -115,17 +120,17 @@ static uint64_t writer_of(const int* p) {
 }
 
 // The launch that last stored *p without release semantics.
-static uint64_t first_writer_of(const int* p) {
+static uint64_t plain_writer_of(const int* p) {
     const uint64_t writer = writer_of(p);
     const auto released = session.overlap.released.find(p);
-    return released != session.overlap.released.end() && released->second.launch == writer ? released->second.first : writer;
+    return released != session.overlap.released.end() && released->second.launch == writer ? released->second.plain : writer;
 }
 
 int load_acquire(const int* p) {
     Block& block = *current;
     if (Timing* timing = block.timing.get()) timing->meet(SITE), timing->wait(block.running, timing->trace.released[p], {SIGNALLED}, SITE);
-    if (const uint64_t first = first_writer_of(p); first != session.launches && first > session.overlap.ended && !block.follows)
-        fail("thread %d acquires a number that launch %d sets: this one, number %d, could begin before that has ended, and find an older number: @%x", block.running, int(first),
+    if (const uint64_t writer = plain_writer_of(p); may_still_run(block, writer))
+        fail("thread %d acquires a number that launch %d sets: this one, number %d, could begin before that has ended, and find an older number: @%x", block.running, int(writer),
              int(session.launches), site_offset(SITE));
     if (session.overlap.released.count(p)) block.follows = true;
     access(p, 4, false, SITE);
@@ -141,9 +146,9 @@ int load_acquire(const int* p) {
 // Tells the threads that wait for *p, then changes it.
 template <class Change>
 static void release(int* p, void* site, Change change) {
-    const uint64_t first = first_writer_of(p);
+    const uint64_t plain = plain_writer_of(p);
     access(p, 4, true, site);
-    session.overlap.released[p] = {session.launches, first};
+    session.overlap.released[p] = {session.launches, plain};
     if (Timing* timing = current->timing.get()) {
         timing->meet(site);
         timing->trace.released[p] = timing->now() + model::SIGNAL, timing->limit = timing->now();  // others may be waiting for this value
