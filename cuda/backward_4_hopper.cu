@@ -35,6 +35,10 @@
 #define PERSISTENT (INTERVAL && !MASK && !SCORE && !DROPOUT)
 // Whether the kernel after this one rounds dQ of complete heads while others are computed: where this kernel does not, and some blocks end early.
 #define COUNTS_UNITS (PERSISTENT || LISTED)
+#define COPIES_TILES LISTED
+// Whether the first block that has something to add to a tile of dQ stores it; under a mask only where that leaves out tiles. Then nobody writes zeros before,
+// 4 bytes an element, and nobody reads them. In small heads blocks would be slower, or have too few registers.
+#define STORES_FIRST (COUNTS_UNITS && HEAD_DIM > 64)
 constexpr int BLOCK_K = 128;                        // 64 for each of two groups
 // The accumulators of Sᵀ, dPᵀ, dK and dV share a thread's registers with the values that intervals and the hook for scores need.
 constexpr bool FEW_REGISTERS = (INTERVAL && !PERSISTENT) || (SCORE && (MASK || DROPOUT || (SCORE != SCORE_SOFTCAP && SCORE != SCORE_ALIBI)));
@@ -72,19 +76,20 @@ constexpr int SMEM_BYTES = KV_BUFFERS * KV_BYTES + STAGES * 2 * Tile_Q::BYTES + 
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 // "full": the bytes have arrived (Q's barrier counts the mask's too, dO's those that belong to its rows), or every computing thread has written its part.
-// "empty": every computing thread has finished reading them; of K and V: dK and dV, which took their place, have been read too. "unit_known": the next unit's
-// numbers are in shared memory. "unit_wanted": all loads of the unit before have been issued. "unit_done", "dQ_added": every computing thread has added all
+// "empty": every computing thread has finished reading them, and others have read the message. "unit_known": the next unit's numbers are in shared memory. "unit_wanted": all loads of the unit before have been issued. "unit_done", "dQ_added": every computing thread has added all
 // that it adds to dQ; "unit_done" also: dK and dV are in shared memory.
 struct Barriers {
     uint64_t KV_full[KV_BUFFERS], Q_full[STAGES], dO_full[STAGES], empty[STAGES];
 #if PERSISTENT
-    uint64_t KV_empty[KV_BUFFERS], unit_known[KV_BUFFERS], unit_done[KV_BUFFERS], unit_wanted;
+    uint64_t unit_known[KV_BUFFERS], unit_done[KV_BUFFERS], unit_wanted;
 #endif
 #if FINISHES_DQ
     uint64_t dQ_added;
 #endif
 #if DQ_LATE
     uint64_t dS_full[2], dS_empty[2];
+#elif STORES_FIRST
+    uint64_t decided[2];
 #endif
 };
 
@@ -93,8 +98,13 @@ template <bool ANY_ORDER, bool LEAVES_OUT>
 __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ __align__(8) Barriers barriers;
-#if COUNTS_UNITS && !PERSISTENT
-    ptx::griddepcontrol_launch_dependents();
+    constexpr bool CLAIMS = STORES_FIRST && ANY_ORDER;  // blocks decide who is the first at a tile of dQ; if they take turns, they know
+    static_assert(!LISTED || ANY_ORDER == LEAVES_OUT, "blocks claim tiles only where the mask leaves out some");
+#if STORES_FIRST
+    __shared__ int claimed_smem[CLAIMS_KEPT];
+#if LISTED
+    __shared__ int told_smem[STAGES];  // the number of the tile of dQ, or NO_TILE
+#endif
 #endif
     const uint32_t KV_smem = ptx::smem_address(smem);                // KV_BUFFERS × (K [BLOCK_K, HEAD_DIM], V [BLOCK_K, HEAD_DIM])
     const uint32_t QdO_smem = KV_smem + KV_BUFFERS * KV_BYTES;       // STAGES × (Q [BLOCK_Q, HEAD_DIM], dO [BLOCK_Q, HEAD_DIM])
@@ -112,6 +122,14 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     const uint2* seen_smem = reinterpret_cast<const uint2*>(smem + SEEN_OFFSET);  // STAGES × [BLOCK_Q]: each row's first column, and how many
 #endif
     auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
+#if STORES_FIRST
+#if DQ_LATE
+    uint64_t* decided = barriers.dS_full;  // that dQ of a visit can be computed means also that it is known whether to store it
+#else
+    uint64_t* decided = barriers.decided;
+#endif
+    auto claims_of_block = [&] { return Claims{claimed_smem, workspace_of(p, maps).turns, barriers.empty, decided}; };
+#endif
 
     // A unit of work is dK and dV of BLOCK_K keys.
     const int k_tiles = (p.Nk + BLOCK_K - 1) / BLOCK_K;
@@ -126,11 +144,10 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         for (int buffer = 0; buffer < KV_BUFFERS; ++buffer) ptx::mbarrier_init(barrier(barriers.KV_full, buffer), FINISHES_DQ ? 2 : 1);
 #if PERSISTENT
         for (int buffer = 0; buffer < KV_BUFFERS; ++buffer) {
-            ptx::mbarrier_init(barrier(barriers.KV_empty, buffer), 1);
             ptx::mbarrier_init(barrier(barriers.unit_known, buffer), 1);
             ptx::mbarrier_init(barrier(barriers.unit_done, buffer), GROUP * CONSUMERS);
         }
-        ptx::mbarrier_init(ptx::smem_address(&barriers.unit_wanted), 1);
+        ptx::mbarrier_init(ptx::smem_address(&barriers.unit_wanted), 1 + CLAIMS);
 #endif
 #if FINISHES_DQ
         ptx::mbarrier_init(ptx::smem_address(&barriers.dQ_added), GROUP * CONSUMERS);
@@ -138,13 +155,15 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         for (int stage = 0; stage < STAGES; ++stage) {
             ptx::mbarrier_init(barrier(barriers.Q_full, stage), 1);
             ptx::mbarrier_init(barrier(barriers.dO_full, stage), 1);
-            ptx::mbarrier_init(barrier(barriers.empty, stage), GROUP * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.empty, stage), GROUP * CONSUMERS + (CLAIMS ? 2 : 0));
         }
 #if DQ_LATE
         for (int buffer = 0; buffer < 2; ++buffer) {
-            ptx::mbarrier_init(barrier(barriers.dS_full, buffer), GROUP * CONSUMERS);
+            ptx::mbarrier_init(barrier(barriers.dS_full, buffer), GROUP * CONSUMERS + CLAIMS);
             ptx::mbarrier_init(barrier(barriers.dS_empty, buffer), GROUP * CONSUMERS);
         }
+#elif STORES_FIRST
+        for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(barrier(barriers.decided, buffer), 1);
 #endif
         ptx::fence_mbarrier_init();
     }
@@ -168,6 +187,10 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 const int h = at.bh % p.H, b = at.bh / p.H;
                 const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES;
                 const uint32_t Q_full = barrier(barriers.Q_full, stage), dO_full = barrier(barriers.dO_full, stage);
+#if COPIES_TILES
+                const int of_dQ = at.bh * (workspace.rows / BLOCK_Q) + at.tile;
+                const bool dead = workspace.dead[of_dQ];
+#endif
                 if (EARLY) ptx::compute_now(b);
                 ptx::mbarrier_wait(barrier(barriers.empty, stage), slot.parity ^ 1);  // returns immediately in the first round
                 // From here on every cycle delays the next visit. So each tile is requested before its barrier is told how many bytes to expect, and what
@@ -175,6 +198,8 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 load_boxes<Tile_Q>(Q_tile, maps.q, i0, h, b, Q_full);
 #if INTERVAL
                 told_smem[stage] = at;  // visible to threads that have waited for "full"
+#elif STORES_FIRST
+                if (CLAIMS) told_smem[stage] = of_dQ;
 #endif
 #if SCORE & SCORE_BIAS
                 const int bias_bytes = one_bias_row(p) ? Tile_bias::PANELS * ROW_BYTES : BIAS_BYTES;
@@ -191,7 +216,9 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 ptx::cp_async_bulk_tensor_4d(ptx::smem_address(mask_smem + stage * MASK_BYTES), &maps.mask, one_row(p) ? 0 : i0 / BIT_COLUMNS * 4, j0, h, b,
                                              Q_full);
 #endif
-#if PERSISTENT
+#if COPIES_TILES
+                const CUtensorMap& dO = dead ? maps.d_o_copy : maps.d_o;
+#elif PERSISTENT
                 const CUtensorMap& dO = at.cut == MAY_BE_BLIND ? maps.d_o_copy : maps.d_o;
 #else
                 const CUtensorMap& dO = maps.d_o;
@@ -215,7 +242,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             };
 #endif
 #if PERSISTENT
-            Visit at;
+            IntervalVisit<CLAIMS> at;
             for (;; ++at.round) {
                 const Slot<KV_BUFFERS> buffer(at.round);
                 ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);
@@ -223,7 +250,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 if (its.k_tile == NO_UNIT) break;
                 at.begin_unit(p, maps, its.k_tile, its.b_kv_h);
                 if (!at.more()) {
-                    tell(at.n, {0, NO_TILE, 0, at.round});
+                    tell(at.n, {at.end_bh - 1, NO_TILE, 0, at.round});
                     ptx::mbarrier_arrive(barrier(barriers.dO_full, at.slot().stage));
                     ++at.n;
                 }
@@ -232,46 +259,43 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             }
             tell(at.n, {0, NO_UNIT, 0, at.round});
         } else if (threadIdx.x == 32) {
-            // Takes units and loads their K and V.
+            // Takes units, loads their K and V, and stores their dK and dV when they are done.
             ptx::griddepcontrol_wait();  // the order is visible
+            Unit before;
             int place = blockIdx.x;
             for (int round = 0;; ++round) {
                 const Slot<KV_BUFFERS> buffer(round);
-                ptx::mbarrier_wait(barrier(barriers.KV_empty, buffer.stage), buffer.parity ^ 1);
                 const bool more = place < units_of(p, k_tiles);
                 const Unit its = more ? unit_at<LEAVES_OUT>(p, maps, k_tiles, place) : Unit{NO_UNIT, 0};
                 units_smem[buffer.stage] = its;
                 ptx::mbarrier_arrive(barrier(barriers.unit_known, buffer.stage));
+                if (more) {
+                    const uint32_t K_smem = KV_smem + buffer.stage * KV_BYTES, full = barrier(barriers.KV_full, buffer.stage);
+                    ptx::mbarrier_arrive_expect_tx(full, KV_BYTES);
+                    load_boxes<Tile_K, RowOrder>(K_smem, maps.k, its.k_tile * BLOCK_K, its.b_kv_h % p.Hkv, its.b_kv_h / p.Hkv, full);
+                    load_boxes<Tile_K, RowOrder>(K_smem + Tile_K::BYTES, maps.v, its.k_tile * BLOCK_K, its.b_kv_h % p.Hkv, its.b_kv_h / p.Hkv, full);
+                }
+                if (round > 0) {
+                    const Slot<KV_BUFFERS> done(round - 1);
+                    ptx::mbarrier_wait(barrier(barriers.unit_done, done.stage), done.parity);
+                    const uint32_t dK_smem = KV_smem + done.stage * KV_BYTES;
+#pragma unroll
+                    for (int panel = 0; panel < Tile_K::PANELS; ++panel) {
+                        auto store = [&](const CUtensorMap& map, uint32_t tile) {
+                            ptx::cp_async_bulk_tensor_4d_store(&map, panel * 64, before.k_tile * BLOCK_K, before.b_kv_h % p.Hkv, before.b_kv_h / p.Hkv,
+                                                               tile + panel * Tile_K::PANEL_BYTES);
+                        };
+                        store(maps.d_k, dK_smem), store(maps.d_v, dK_smem + Tile_K::BYTES);
+                    }
+                    ptx::cp_async_bulk_commit_group();
+                    if (!CLAIMS && p.Nq > 0) ptx::red_release(workspace_of(p, maps).added + before.b_kv_h, 1);
+                    ptx::cp_async_bulk_wait_group_read<0>();  // the next unit's K and V can take their place
+                }
                 if (!more) break;
-                const uint32_t K_smem = KV_smem + buffer.stage * KV_BYTES, full = barrier(barriers.KV_full, buffer.stage);
-                ptx::mbarrier_arrive_expect_tx(full, KV_BYTES);
-                load_boxes<Tile_K, RowOrder>(K_smem, maps.k, its.k_tile * BLOCK_K, its.b_kv_h % p.Hkv, its.b_kv_h / p.Hkv, full);
-                load_boxes<Tile_K, RowOrder>(K_smem + Tile_K::BYTES, maps.v, its.k_tile * BLOCK_K, its.b_kv_h % p.Hkv, its.b_kv_h / p.Hkv, full);
+                before = its;
                 // Not earlier: what one block has taken, no other can take when it runs out of work.
                 ptx::mbarrier_wait(ptx::smem_address(&barriers.unit_wanted), round & 1);
                 place = take_place(p, workspace_of(p, maps), k_tiles);
-            }
-        } else if (threadIdx.x == 64) {
-            // Stores dK and dV of units that are done, and counts these.
-            for (int round = 0;; ++round) {
-                const Slot<KV_BUFFERS> buffer(round);
-                ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);
-                const Unit its = units_smem[buffer.stage];
-                if (its.k_tile == NO_UNIT) break;
-                ptx::mbarrier_wait(barrier(barriers.unit_done, buffer.stage), buffer.parity);
-                const uint32_t dK_smem = KV_smem + buffer.stage * KV_BYTES;
-#pragma unroll
-                for (int panel = 0; panel < Tile_K::PANELS; ++panel) {
-                    auto store = [&](const CUtensorMap& map, uint32_t tile) {
-                        ptx::cp_async_bulk_tensor_4d_store(&map, panel * 64, its.k_tile * BLOCK_K, its.b_kv_h % p.Hkv, its.b_kv_h / p.Hkv,
-                                                           tile + panel * Tile_K::PANEL_BYTES);
-                    };
-                    store(maps.d_k, dK_smem), store(maps.d_v, dK_smem + Tile_K::BYTES);
-                }
-                ptx::cp_async_bulk_commit_group();
-                if (p.Nq > 0) ptx::red_release(workspace_of(p, maps).added + its.b_kv_h, 1);  // otherwise nothing has set the count to 0
-                ptx::cp_async_bulk_wait_group_read<0>();
-                ptx::mbarrier_arrive(barrier(barriers.KV_empty, buffer.stage));
             }
 #else
             ptx::mbarrier_arrive_expect_tx(KV_full, KV_BYTES);
@@ -282,7 +306,67 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             for (; at.more(); at.advance(maps)) load_tile(at);
             tell(at.n, {0, NO_TILE, 0});
 #else
-            for (VisitOf<LEAVES_OUT> at(p, maps, k_tile, b_kv_h); at.more(); at.advance(p)) load_tile(at);
+            VisitOf<LEAVES_OUT> at(p, maps, k_tile, b_kv_h);
+            for (; at.more(); at.advance(p)) load_tile(at);
+#if STORES_FIRST
+            if (CLAIMS) {
+                ptx::mbarrier_wait(barrier(barriers.empty, at.slot().stage), at.slot().parity ^ 1);
+                told_smem[at.slot().stage] = NO_TILE;
+                ptx::mbarrier_arrive(barrier(barriers.Q_full, at.slot().stage));
+            }
+#endif
+#endif
+#endif
+#if STORES_FIRST
+        } else if (CLAIMS && threadIdx.x == 64) {
+            // Decides, for each visit, whether this block stores its part of dQ or adds it.
+            const Claims claims = claims_of_block();
+#if PERSISTENT
+            ptx::griddepcontrol_wait();  // no tile has been touched
+            for (ClaimedVisit now(told_smem, barriers.Q_full); now.tile != NO_UNIT; now.advance(p)) {
+                claims.heard(now);
+                if (now.tile != NO_TILE) claims.decide(now.n, now.bh * (workspace_of(p, maps).rows / BLOCK_Q) + now.tile);
+                claims.has_decided(now.n);
+            }
+#else
+            for (ClaimedVisit now(told_smem, barriers.Q_full); now.more(); now.advance()) {
+                claims.heard(now);
+                claims.decide(now.n, now.tile);
+                claims.has_decided(now.n);
+            }
+#endif
+        } else if (CLAIMS && threadIdx.x == 96) {
+            // Tells other blocks which tiles of dQ this one has stored, and the kernel after which units are done. It reads a claim before it takes the next
+            // message, since then the claim may be replaced, and tells after that, since other loads wait for its taking the message.
+            const Claims claims = claims_of_block();
+            ClaimedVisit now(told_smem, barriers.Q_full);
+            claims.heard(now);
+#if PERSISTENT
+            auto wants_unit = [&] { ptx::mbarrier_arrive(ptx::smem_address(&barriers.unit_wanted)); };
+            wants_unit();
+            for (int round = 0; now.begin_unit(round); ++round) {
+                const Slot<KV_BUFFERS> buffer(round);
+                const int b_kv_h = now.bh / (p.H / p.Hkv);
+                const bool adds = now.tile != NO_TILE;
+                if (!adds) now.advance(p), claims.heard(now);
+                for (bool first = true; now.more(); first = false) {
+                    claims.await_end(now);
+                    const int tile = first ? -1 : claims.claimed(now.n - 1);  // dQ is added one visit late
+                    now.advance(p), claims.heard(now);
+                    claims.stored(tile);
+                }
+                ptx::mbarrier_wait(barrier(barriers.unit_done, buffer.stage), buffer.parity);
+                wants_unit();
+                if (adds) claims.stored(claims.claimed(now.n - 1));
+                if (p.Nq > 0) ptx::red_release(workspace_of(p, maps).added + b_kv_h, 1);  // otherwise nothing has set the count to 0
+            }
+#else
+            while (now.more()) {
+                claims.await_end(now);
+                const int tile = claims.claimed(now.n);
+                now.advance(), claims.heard(now);
+                claims.stored(tile);
+            }
 #endif
 #endif
 #if FINISHES_DQ
@@ -296,7 +380,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         const int consumer = group - 1;
         const uint32_t group_rows = consumer * 64 * ROW_BYTES;  // the group's rows of K and V
 #if PERSISTENT
-        ToldVisit now(told_smem, barriers.Q_full);
+        ToldVisit<> now(told_smem, barriers.Q_full);
         for (int round = 0; now.begin_unit(round); ++round) {
             const Slot<KV_BUFFERS> buffer(round);
             // As `base` is unknown to the compiler, it is not computed again for each tile.
@@ -343,7 +427,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 #if !PERSISTENT
         ptx::mbarrier_wait(KV_full, 0);
 #if INTERVAL
-        ToldVisit now(told_smem, barriers.Q_full);
+        ToldVisit<> now(told_smem, barriers.Q_full);
 #else
         VisitOf<LEAVES_OUT> now(p, maps, k_tile, slot_of(maps, b_kv_h));  // its heads are numbered by their slots
 #endif
@@ -369,11 +453,16 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::mbarrier_wait(barrier(barriers.dS_full, n % 2), n / 2 & 1);  // of both groups
             start_dQ(dQ_rmem, n);
         };
-        auto add_dQ_before = [&](const float(&dQ_rmem)[COLUMNS / 2], int n) {
+        auto add_dQ_before = [&](const float(&dQ_rmem)[COLUMNS / 2], [[maybe_unused]] int n) {
             ptx::mbarrier_arrive(barrier(barriers.dS_empty, n % 2));
             const Workspace& workspace = workspace_of(p, maps);
             if (!ANY_ORDER) take_turn(p, workspace, row_before, turn_before);
-            add_dQ<COLUMNS>(workspace, row_before, consumer * COLUMNS, dQ_rmem);
+#if STORES_FIRST
+            const bool first = ANY_ORDER ? claims_of_block().stores(n) : turn_before == 0;
+#else
+            constexpr bool first = false;
+#endif
+            add_dQ<COLUMNS>(workspace, row_before, consumer * COLUMNS, dQ_rmem, first);
             if (!ANY_ORDER) end_turn(p, workspace, row_before, turn_before);
         };
         // One tile of Q. The first tile has its own copy of the code, because at a branch between products in flight the compiler waits for each of them.
@@ -579,16 +668,24 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             const Workspace& workspace = workspace_of(p, maps);
             const int64_t row = static_cast<int64_t>(now.bh) * workspace.rows + i0;
             if constexpr (ANY_ORDER) {
+                auto is_first = [&] {
+#if STORES_FIRST
+                    ptx::mbarrier_wait(barrier(barriers.decided, now.n % 2), now.n / 2 & 1);
+                    return claims_of_block().stores(now.n);
+#else
+                    return false;
+#endif
+                };
                 if (consumer == 0) {
                     ptx::wgmma_wait_group<0>();  // both are there: dV and dQ
-                    add_dQ<COLUMNS>(workspace, row, 0, dQ_rmem);
+                    add_dQ<COLUMNS>(workspace, row, 0, dQ_rmem, is_first());
                     ptx::wgmma_fence();
                     add(dK_rmem, dS_rmem, Q_tile);
                     ptx::wgmma_wait_group<0>();
                 } else {
                     add(dK_rmem, dS_rmem, Q_tile);
                     ptx::wgmma_wait_group<1>();
-                    add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? 64 : 0), BY_ROWS ? 0 : COLUMNS, dQ_rmem);
+                    add_dQ<COLUMNS>(workspace, row + (BY_ROWS ? 64 : 0), BY_ROWS ? 0 : COLUMNS, dQ_rmem, is_first());
                     ptx::wgmma_wait_group<0>();
                 }
             } else {
@@ -667,6 +764,9 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 template <bool ANY_ORDER>
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Maps maps) {
 #if LISTED
+#if COUNTS_UNITS
+    ptx::griddepcontrol_launch_dependents();
+#endif
     if (leaves_out(maps)) return backward<true, true>(p, maps);  // if blocks take turns, they visit every tile
 #endif
     backward<ANY_ORDER, false>(p, maps);

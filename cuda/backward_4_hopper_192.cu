@@ -152,7 +152,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         auto first_row_of = [&](const auto& at) { return static_cast<int64_t>(at.bh) * Workspace(p).rows + at.tile * BLOCK_Q; };
         // Whether some key of the block is not seen by all rows of a tile.
 #if INTERVAL
-        using Visited = ToldVisit;
+        using Visited = ToldVisit<>;
         auto cut = [&](const Visited& at) { return at.cut != 0; };
 #else
         using Visited = VisitOf<LEAVES_OUT>;
@@ -269,7 +269,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
 
         ptx::mbarrier_wait(KV_full, 0);
 #if INTERVAL
-        ToldVisit next(told_smem, barriers.Q_full);
+        ToldVisit<> next(told_smem, barriers.Q_full);
 #else
         VisitOf<LEAVES_OUT> next(p, maps, k_tile, b_kv_h);
 #endif

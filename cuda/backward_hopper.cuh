@@ -45,11 +45,13 @@ struct Maps {
 #if FINISHES_DQ
     Slots slots;
 #endif
-#if FINISHES_DQ || PERSISTENT
+#if FINISHES_DQ || PERSISTENT || STORES_FIRST
     Workspace workspace;
 #endif
-#if PERSISTENT
+#if PERSISTENT || COPIES_TILES
     CUtensorMap d_o_copy;  // of the tiles in which a row may see nothing
+#endif
+#if PERSISTENT
     CUtensorMap d_k, d_v;
 #endif
 #if INTERVAL
@@ -65,7 +67,7 @@ struct Maps {
 #endif
 };
 
-#if FINISHES_DQ || PERSISTENT
+#if FINISHES_DQ || PERSISTENT || STORES_FIRST
 __device__ inline const Workspace& workspace_of(const AttentionParams&, const Maps& maps) { return maps.workspace; }
 #else
 __device__ inline Workspace workspace_of(const AttentionParams& p, const Maps&) { return Workspace(p); }
@@ -77,6 +79,9 @@ __device__ inline int slot_of(const Maps&, int b_kv_h) { return b_kv_h; }
 #endif
 
 #include "backward_hopper_visit.cuh"
+#if STORES_FIRST
+#include "backward_hopper_claims.cuh"
+#endif
 
 #if SCORE
 // Applies the hook to a transposed tile of scores; P is 2 to the power of the result. key: the lane's first of two keys ROW_STEP apart; row: the query of its
@@ -113,15 +118,21 @@ __device__ inline void end_turn(const AttentionParams& p, const Workspace& works
 }
 
 // Adds a group's 64 rows × COLUMNS columns to dQ, from row `row` of the workspace and column `column` of the head on, up to the head's last column.
-// dQ_rmem: [COLUMNS / 2]
+// dQ_rmem: [COLUMNS / 2]; first: there is nothing to add to yet, if STORES_FIRST.
 template <int COLUMNS = 64>
-__device__ inline void add_dQ(const Workspace& workspace, int64_t row, int column, const float* dQ_rmem) {
+__device__ inline void add_dQ(const Workspace& workspace, int64_t row, int column, const float* dQ_rmem, [[maybe_unused]] bool first = false) {
     const int thread = ptx::tid_x() % GROUP;  // re-read here, so that values derived from it occupy no registers before
     float* dQ_gmem = workspace.dQ + fragment_offset(row + thread / 32 * 16, column, thread % 32);
 #pragma unroll
     for (int n = 0; n < COLUMNS / 8; ++n)
-        if (HEAD_DIM % 64 == 0 || column + 8 * n < HEAD_DIM)
-            ptx::red_add_4(dQ_gmem + fragment_offset(0, 8 * n, 0), dQ_rmem[4 * n], dQ_rmem[4 * n + 1], dQ_rmem[4 * n + 2], dQ_rmem[4 * n + 3]);
+        if (HEAD_DIM % 64 == 0 || column + 8 * n < HEAD_DIM) {
+            float* to = dQ_gmem + fragment_offset(0, 8 * n, 0);
+#if STORES_FIRST
+            ptx::store_or_add_4(first, to, dQ_rmem[4 * n], dQ_rmem[4 * n + 1], dQ_rmem[4 * n + 2], dQ_rmem[4 * n + 3]);
+#else
+            ptx::red_add_4(to, dQ_rmem[4 * n], dQ_rmem[4 * n + 1], dQ_rmem[4 * n + 2], dQ_rmem[4 * n + 3]);
+#endif
+        }
 }
 
 #if INTERVAL
@@ -174,6 +185,23 @@ struct KeyTileLength {
         return length;
     }
 };
+
+#if STORES_FIRST
+// Where the mask leaves out no tile, blocks add to zeros, and do not ask who is the first at a tile of dQ.
+constexpr int ZERO_THREADS = 512;  // one block for each multiprocessor, which leaves room for the kernel after, which runs beside this one
+__global__ void __launch_bounds__(ZERO_THREADS) zero_dq_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Order order) {
+    ptx::griddepcontrol_launch_dependents();
+    ptx::griddepcontrol_wait();  // it is known whether there is an order
+    const Workspace workspace(p);
+    const bool zeros = order.none();
+    for (int tile = blockIdx.x, tiles = p.B * p.H * (workspace.rows / BLOCK_Q); tile < tiles; tile += gridDim.x) {
+        if (threadIdx.x == 0) workspace.turns[tile] = zeros ? Workspace::STORED : Workspace::UNTOUCHED;
+        if (!zeros) continue;
+        float4* dQ = reinterpret_cast<float4*>(workspace.dQ + int64_t{tile} * BLOCK_Q * HEAD_DIM);
+        for (int e = threadIdx.x; e < BLOCK_Q * HEAD_DIM / 4; e += blockDim.x) dQ[e] = make_float4(0, 0, 0, 0);
+    }
+}
+#endif
 
 inline float* workspace_for_seen(const AttentionParams& p) { return p.workspace + whole_chunks(Workspace::floats(p)); }
 inline float* workspace_for_order(const AttentionParams& p) {
@@ -234,17 +262,20 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         seen_tiles = SeenTiles(workspace_for_seen(p), p, k_tiles, tiles_of(p.Nq, BLOCK_Q));
         const KeyTileLength length{seen_tiles, static_cast<int>(seen_tiles.lines(p))};
         if (const cudaError_t error = look<BLOCK_K, BLOCK_Q>(p, seen_tiles, length, order, k_blocks); error != cudaSuccess) return error;
-        launch_prepare(call, p, true);  // overlaps these
+#if STORES_FIRST
+        launch_early(zero_dq_kernel, static_cast<unsigned>(std::min<int64_t>(all_rows / BLOCK_Q, p.sm_count)), ZERO_THREADS, 0, p.stream, p, order);
+#endif
+        launch_prepare(call, p, true, !STORES_FIRST);  // overlaps these
     } else
 #endif
-    launch_prepare(call, p, PERSISTENT);
+    launch_prepare(call, p, PERSISTENT, !PERSISTENT || !STORES_FIRST);
     if (k_blocks > 0) {
         // First, because it creates the CUDA context of a thread that has not used the device yet; making tensor maps does not.
         cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
 #if FINISHES_DQ
         maps.slots = slots;
 #endif
-#if FINISHES_DQ || PERSISTENT
+#if FINISHES_DQ || PERSISTENT || STORES_FIRST
         maps.workspace = workspace;
 #endif
 #if LISTED
@@ -253,13 +284,15 @@ inline cudaError_t launch_backward(void (*kernel)(AttentionParams, Maps), int sm
         if (error == cudaSuccess) error = make_tensor_map(&maps.k, p.k, p.B, p.Hkv, p.Nk, p.D, BOX_ROWS<Tile_K, RowOrder>);
         if (error == cudaSuccess) error = make_tensor_map(&maps.v, p.v, p.B, p.Hkv, p.Nk, p.Dv, BOX_ROWS<Tile_V, RowOrder>);
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.q, p.q, p.B, p.H, p.Nq, p.D, BLOCK_Q);
-#if PERSISTENT
+#if PERSISTENT || COPIES_TILES
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, call.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o_copy, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
-        if (error == cudaSuccess) error = make_tensor_map(&maps.d_k, p.dk, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
-        if (error == cudaSuccess) error = make_tensor_map(&maps.d_v, p.dv, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
 #else
         if (error == cudaSuccess && p.Nq > 0) error = make_tensor_map(&maps.d_o, p.d_o, p.B, p.H, p.Nq, p.Dv, BLOCK_Q);
+#endif
+#if PERSISTENT
+        if (error == cudaSuccess) error = make_tensor_map(&maps.d_k, p.dk, p.B, p.Hkv, p.Nk, p.D, BLOCK_K);
+        if (error == cudaSuccess) error = make_tensor_map(&maps.d_v, p.dv, p.B, p.Hkv, p.Nk, p.Dv, BLOCK_K);
 #endif
         if (error == cudaSuccess && p.Nq > 0 && MASK) error = make_mask_map(&maps.mask, p, BLOCK_K);
 #if SCORE & SCORE_BIAS

@@ -52,14 +52,16 @@ struct alignas(PERSISTENT ? 4 : 16) Told {  // 16: so that the compiler's vector
 #endif
 };
 
-struct Visit : Told {
-    int first, end_bh, n = 0;  // the head's first tile
+// UP: from the first tile up.
+template <bool UP>
+struct IntervalVisit : Told {
+    int last, end_bh, n = 0;  // the head's last tile to visit
     int k_tile;
 
 #if PERSISTENT
-    __device__ Visit() { round = 0; }
+    __device__ IntervalVisit() { round = 0; }
 #else
-    __device__ Visit(const AttentionParams& p, const Maps& maps, int k_tile, int b_kv_h) { begin_unit(p, maps, k_tile, b_kv_h); }
+    __device__ IntervalVisit(const AttentionParams& p, const Maps& maps, int k_tile, int b_kv_h) { begin_unit(p, maps, k_tile, b_kv_h); }
 #endif
     __device__ void begin_unit(const AttentionParams& p, const Maps& maps, int its_k_tile, int b_kv_h) {
         const int group = p.H / ptx::unknown(p.Hkv);  // so that it occupies no register between units
@@ -69,19 +71,19 @@ struct Visit : Told {
         else bh = end_bh;
     }
     __device__ bool more() const { return bh < end_bh; }
-    __device__ void advance(const Maps& maps) { --tile, ++n, settle(maps); }
+    __device__ void advance(const Maps& maps) { tile += STEP, ++n, settle(maps); }
     __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
 
 private:
-    // The head's tiles, from the last one.
+    static constexpr int STEP = UP ? 1 : -1;
     __device__ void enter(const Maps& maps) {
         const Interval tiles = maps.summaries.of_keys[bh * maps.summaries.k_tiles + k_tile];
-        first = tiles.start, tile = tiles.stop - 1;
+        tile = UP ? tiles.start : tiles.stop - 1, last = UP ? tiles.stop - 1 : tiles.start;
     }
-    // From here on down, and through the heads that follow.
+    // Moves to the next visited tile from this one on, then on through the heads that follow.
     __device__ void settle(const Maps& maps) {
         while (true) {
-            for (; tile >= first; --tile) {
+            for (; UP ? tile <= last : tile >= last; tile += STEP) {
                 const Bounds bounds = maps.summaries.of_rows[bh * maps.summaries.q_tiles + tile];
                 cut = bounds.see_whole(k_tile * BLOCK_K, BLOCK_K) ? 0 : bounds.may_be_blind() ? MAY_BE_BLIND : 1;
                 if (bounds.see_some(k_tile * BLOCK_K, BLOCK_K)) return;
@@ -91,8 +93,10 @@ private:
         }
     }
 };
+using Visit = IntervalVisit<false>;
 
-// The same visits for the consumers: the producer stores them beside each tile of Q.
+// The same visits for the consumers and others: the producer stores them beside each tile of Q. ALONE: a thread without the rest of its warp.
+template <bool ALONE = false>
 struct ToldVisit : Told {
     const Told* told;  // [STAGES], in shared memory
     uint32_t Q_full;   // barriers
@@ -123,16 +127,18 @@ private:
     __device__ void listen() {
         ptx::mbarrier_wait(Q_full + slot().stage * sizeof(uint64_t), slot().parity);
         const Told& now = told[slot().stage];
-        bh = uniform(now.bh), tile = uniform(now.tile), cut = uniform(now.cut);
+        auto known = [](int x) { return ALONE ? x : uniform(x); };
+        bh = known(now.bh), tile = known(now.tile), cut = known(now.cut);
 #if PERSISTENT
-        round = uniform(now.round);
+        round = known(now.round);
 #endif
     }
 };
 #else
 #if LISTED
-// Where the mask lets tiles be skipped: from the last tile down.
+// Where the mask lets tiles be skipped: from the last tile down, or, if blocks decide who is the first at a tile of dQ, from the first one up.
 struct ListedVisit {
+    static constexpr bool UP = STORES_FIRST;
     const SeenTiles& seen;
     const int k_tile, first, end_bh;  // first: the first tile whose rows the diagonal lets see some of the block's keys
     int bh, tile, n = 0;
@@ -140,34 +146,56 @@ struct ListedVisit {
 
     __device__ ListedVisit(const AttentionParams& p, const Maps& maps, int k_tile, int b_kv_h)
         : seen(maps.seen_tiles), k_tile(k_tile), first(first_row_of(p, k_tile * BLOCK_K) / BLOCK_Q), end_bh((b_kv_h + 1) * (p.H / p.Hkv)) {
-        bh = b_kv_h * (p.H / p.Hkv), tile = tiles(p);
+        bh = b_kv_h * (p.H / p.Hkv), tile = before_all(p);
         settle(p);
     }
     __device__ bool more() const { return bh < end_bh; }
     __device__ void advance(const AttentionParams& p) {
         ++n;
-        if (word == 0) tile = tile / 32 * 32;
+        if (!UP && word == 0) tile = tile / 32 * 32;
         settle(p);
     }
     __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
 
 private:
     __device__ static int tiles(const AttentionParams& p) { return (p.Nq + BLOCK_Q - 1) / BLOCK_Q; }
-    // Moves to the next visited tile before this one, then on through the heads that follow.
+    __device__ int before_all(const AttentionParams& p) const { return UP ? first / 32 * 32 - 32 : tiles(p); }
+    // Moves to the visited tile that comes next, then on through the heads that follow.
     __device__ void settle(const AttentionParams& p) {
         while (word == 0) {
-            if (tile <= first) {
+            const int base = UP ? tile / 32 * 32 + 32 : (tile - 1) / 32 * 32;  // of the next chunk
+            if (UP ? base >= tiles(p) : tile <= first) {
                 if (++bh == end_bh) return;
-                tile = tiles(p);
+                tile = before_all(p);
                 continue;
             }
-            const int base = (tile - 1) / 32 * 32;
-            word = seen.word(p, bh / p.H, bh % p.H, k_tile, base / 32) & first_bits(tile - base) & ~first_bits(first - base);
+            word = seen.word(p, bh / p.H, bh % p.H, k_tile, base / 32) & first_bits((UP ? tiles(p) : tile) - base) & ~first_bits(first - base);
             tile = base;
         }
-        const int bit = 31 - __clz(word);
+        const int bit = UP ? __ffs(static_cast<int>(word)) - 1 : 31 - __clz(static_cast<int>(word));
         word ^= 1u << bit;
         tile = tile / 32 * 32 + bit;
+    }
+};
+#endif
+
+#if LISTED && STORES_FIRST
+// The same visits for threads that only need to know the tile's number among those of all heads: the producer stores it beside each tile of Q.
+struct ToldTile {
+    const int* told;  // [STAGES], in shared memory; NO_TILE: there is no more
+    uint32_t Q_full;  // barriers
+    unsigned n = 0;
+    int tile;
+
+    __device__ ToldTile(const int* told, const uint64_t* Q_full) : told(told), Q_full(ptx::smem_address(Q_full)) { listen(); }
+    __device__ bool more() const { return tile >= 0; }
+    __device__ void advance() { ++n, listen(); }
+    __device__ Slot<STAGES> slot() const { return Slot<STAGES>(n); }
+
+private:
+    __device__ void listen() {
+        ptx::mbarrier_wait(Q_full + slot().stage * sizeof(uint64_t), slot().parity);
+        tile = told[slot().stage];
     }
 };
 #endif

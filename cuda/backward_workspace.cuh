@@ -14,6 +14,13 @@
 #ifndef COUNTS_UNITS
 #define COUNTS_UNITS 0
 #endif
+#ifndef STORES_FIRST
+#define STORES_FIRST 0
+#endif
+// Whether, under a mask, only tiles in which a row attends nothing are copied. Elsewhere the backward kernel does not look.
+#ifndef COPIES_TILES
+#define COPIES_TILES 0
+#endif
 
 // ---- where dQ is summed
 
@@ -38,11 +45,15 @@ inline Slots slots_of(const AttentionParams& p) { return Slots::of_all_heads(p);
 struct Workspace {
     float* dQ;            // [slots, H/Hkv, rows, HEAD_DIM]
     float *LSE, *Delta;   // [B·H·rows]
-    int* turns;           // [slots, H/Hkv, rows / BLOCK_Q]: how many key blocks have added to the tile, used if deterministic
+    int* turns;           // [slots, H/Hkv, rows / BLOCK_Q]: how many key blocks have added to the tile, used if deterministic; otherwise a TileState
     // [B·Hkv]: how many blocks have added all that they add to the head's dQ; how many warps have set their share of it to 0 again, or, in zeroed[0], how
     // many units persistent blocks have taken beside the first of each.
     int *added, *zeroed;
+    int* dead;            // [B·H, rows / BLOCK_Q]: COPIES_TILES: whether the copy of dO has the tile
     int rows;             // of one head
+
+    // STORES_FIRST: how far a tile is, if blocks do not take turns. In either case 0 means that no block has anything to add to it.
+    enum TileState { UNTOUCHED, CLAIMED, STORED };
 
     Workspace() = default;
     __host__ __device__ Workspace(const AttentionParams& p, const Slots& slots) : rows((p.Nq + PADDED_TO - 1) / PADDED_TO * PADDED_TO) {
@@ -54,6 +65,7 @@ struct Workspace {
 #endif
         dQ = p.workspace, LSE = dQ + slot_rows * HEAD_DIM, Delta = LSE + all_rows;
         turns = reinterpret_cast<int*>(Delta + all_rows), added = turns + slot_rows / BLOCK_Q, zeroed = added + p.B * p.Hkv;
+        dead = zeroed + p.B * p.Hkv;
     }
 #if FINISHES_DQ
     explicit Workspace(const AttentionParams& p) : Workspace(p, slots_of(p)) {}
@@ -65,12 +77,13 @@ struct Workspace {
 #if INTERVAL
         return workspace.summaries(p) - p.workspace + Summaries::floats(p, BLOCK_Q, BLOCK_K, true);
 #endif
-        return reinterpret_cast<float*>(workspace.zeroed + p.B * p.Hkv) - p.workspace;
+        return reinterpret_cast<float*>(workspace.end(p)) - p.workspace;
     }
+    __host__ __device__ int* end(const AttentionParams& p) const { return dead + (COPIES_TILES ? static_cast<int64_t>(p.B) * p.H * (rows / BLOCK_Q) : 0); }
 #if INTERVAL
     // [B·H·rows]: the first column that a row sees, and how many.
     __host__ __device__ uint2* seen(const AttentionParams& p) const {
-        return reinterpret_cast<uint2*>(p.workspace + whole_chunks(reinterpret_cast<float*>(zeroed + p.B * p.Hkv) - p.workspace));
+        return reinterpret_cast<uint2*>(p.workspace + whole_chunks(reinterpret_cast<float*>(end(p)) - p.workspace));
     }
     // Where summaries begin, behind the rest.
     __host__ __device__ float* summaries(const AttentionParams& p) const {
@@ -120,8 +133,9 @@ __device__ inline void await(const int* count, int n) {
 
 constexpr int ROW_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // threads that sum one row, 8 columns each
 constexpr int PREPARE_THREADS = 256;
-constexpr int PREPARE_ROWS = PREPARE_THREADS / ROW_LANES;
-constexpr int PREPARE_BLOCKS = ARCH == 90 ? 8 : 4;  // at least, of a multiprocessor: it has 2048 threads, others down to 1024
+// A thread takes several rows, because what it does once costs as many instructions as eight rows.
+constexpr int ROWS_AT_ONCE = PREPARE_THREADS / ROW_LANES, ROWS_EACH = std::min(4, PADDED_TO / ROWS_AT_ONCE), PREPARE_ROWS = ROWS_AT_ONCE * ROWS_EACH;
+constexpr int PREPARE_BLOCKS = 4;  // at least, of a multiprocessor: some have 1024 threads
 
 // Whether the copy of dO has row i of head bh. Persistent blocks read it only where a row may see nothing, which is rare.
 __device__ inline bool is_copied([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] const Workspace& workspace, [[maybe_unused]] int bh,
@@ -130,54 +144,87 @@ __device__ inline bool is_copied([[maybe_unused]] const AttentionParams& p, [[ma
     if (p.seen.spans == nullptr) return bounds_of_rows(p, nullptr, 0, i / BLOCK_Q * BLOCK_Q, BLOCK_Q).may_be_blind();
     // Their summaries were complete before this kernel started, which does not wait. So they are read from L2: the L1 cache may have older ones.
     const Summaries summaries(p, workspace.summaries(p), BLOCK_Q, BLOCK_K);
-    const Interval& all = summaries.of_rows[bh * summaries.q_tiles + i / BLOCK_Q].all;
-    return Bounds{{}, {ptx::ld_acquire(&all.start), ptx::ld_acquire(&all.stop)}}.may_be_blind();
+    const int2 all = __ldcg(reinterpret_cast<const int2*>(&summaries.of_rows[bh * summaries.q_tiles + i / BLOCK_Q].all));
+    return Bounds{{}, {all.x, all.y}}.may_be_blind();
 #else
     return true;
 #endif
 }
 
+// Of 8 elements each.
+__device__ inline float dot_8(const uint4& a, const uint4& b) {
+    const uint32_t as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+        const float2 x = floats_of(as[n]), y = floats_of(bs[n]);
+        sum = fmaf(x.x, y.x, sum), sum = fmaf(x.y, y.y, sum);
+    }
+    return sum;
+}
+
 // COPIES: also writes the copy of dO in which rows that attend nothing are 0
 template <bool COPIES>
-__device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[maybe_unused]] const Tensor4& copy) {
+__device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[maybe_unused]] const Tensor4& copy, const bool zeros) {
 #if PERSISTENT
     ptx::griddepcontrol_launch_dependents();
 #endif
     const Workspace workspace(p, slots);
     const int blocks_per_head = workspace.rows / PREPARE_ROWS;
-    const int i = blockIdx.x % blocks_per_head * PREPARE_ROWS + threadIdx.x / ROW_LANES;
+    // The thread reads 8 columns of ROWS_EACH rows, which are ROWS_AT_ONCE apart. Beyond the ends it reads the last ones again.
+    const int first = blockIdx.x % blocks_per_head * PREPARE_ROWS + threadIdx.x / ROW_LANES;
     const int bh = blockIdx.x / blocks_per_head, b = bh / p.H, h = bh % p.H;
-    const int column = threadIdx.x % ROW_LANES * 8;
-
-    const int64_t row_gmem = static_cast<int64_t>(bh) * p.Nq + i;
-    // Before the loads that are waited for: what else is read.
-    const bool copied = COPIES && i < p.Nq && is_copied(p, workspace, bh, i);
-    float Delta = 0, LSE = -CUDART_INF_F;
-    if (column == 0 && i < p.Nq) {
-        LSE = p.lse[row_gmem];
-        if (p.d_lse) Delta = -p.d_lse[row_gmem];
-    }
-#if INTERVAL
-    const Interval keys = column == 0 && i < p.Nq ? keys_of_row(p, b, h, i) : Interval{0, 0};
-#endif
-    if (i < p.Nq && column < p.Dv) {
-        const uint4 O_rmem = *reinterpret_cast<const uint4*>(head_of(p.o, b, h) + i * p.o.stride_n + column);
-        const uint4 dO_rmem = *reinterpret_cast<const uint4*>(head_of(p.d_o, b, h) + i * p.d_o.stride_n + column);
-        const element *O = reinterpret_cast<const element*>(&O_rmem), *dO = reinterpret_cast<const element*>(&dO_rmem);
-#pragma unroll
-        for (int d = 0; d < 8; ++d) Delta = fmaf(static_cast<float>(O[d]), static_cast<float>(dO[d]), Delta);
-        if (copied) {
-            const bool dead = p.lse[row_gmem] == -CUDART_INF_F;
-            *reinterpret_cast<uint4*>(head_of(copy, b, h) + i * copy.stride_n + column) = dead ? uint4{} : dO_rmem;
-        }
-    }
-#pragma unroll
-    for (int lanes = ROW_LANES / 2; lanes > 0; lanes /= 2) Delta += __shfl_xor_sync(0xffffffff, Delta, lanes);
-
-    const int64_t row = static_cast<int64_t>(bh) * workspace.rows + i;
+    const int lane = threadIdx.x % ROW_LANES, column = min(lane * 8, p.Dv - 8);
     const int group = p.H / p.Hkv;
     const bool has_slot = bh < slots.count * group;
-    if (column == 0) {
+
+    // The other numbers of row n are lane n's.
+    const int i = first + lane * ROWS_AT_ONCE;
+    const bool mine = lane < ROWS_EACH && i < p.Nq;
+    float LSE = -CUDART_INF_F, d_LSE = 0;
+    if (mine) {
+        LSE = p.lse[static_cast<int64_t>(bh) * p.Nq + i];
+        if (p.d_lse) d_LSE = p.d_lse[static_cast<int64_t>(bh) * p.Nq + i];
+    }
+#if INTERVAL
+    const Interval keys = mine ? keys_of_row(p, b, h, i) : Interval{0, 0};
+#endif
+    [[maybe_unused]] bool copied[ROWS_EACH];
+    uint4 O_rmem[ROWS_EACH], dO_rmem[ROWS_EACH];
+    const element *O = head_of(p.o, b, h) + column, *dO = head_of(p.d_o, b, h) + column;
+#pragma unroll
+    for (int n = 0; n < ROWS_EACH; ++n) {
+        const int i = min(first + n * ROWS_AT_ONCE, p.Nq - 1);
+        copied[n] = COPIES && is_copied(p, workspace, bh, i);
+        O_rmem[n] = *reinterpret_cast<const uint4*>(O + i * p.o.stride_n), dO_rmem[n] = *reinterpret_cast<const uint4*>(dO + i * p.d_o.stride_n);
+    }
+
+#if COPIES_TILES
+    static_assert(PREPARE_ROWS == BLOCK_Q, "a block prepares a tile");
+    if (COPIES) {
+        const bool some = __syncthreads_or(mine && LSE == -CUDART_INF_F);
+        for (bool& is : copied) is = some;
+        if (threadIdx.x == 0) workspace.dead[blockIdx.x] = some;
+    }
+#endif
+    float Delta = 0;
+#pragma unroll
+    for (int n = 0; n < ROWS_EACH; ++n) {
+        float sum = dot_8(O_rmem[n], dO_rmem[n]);
+        if (lane * 8 >= p.Dv) sum = 0;
+#pragma unroll
+        for (int lanes = ROW_LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
+        if (lane == n) Delta = sum - d_LSE;
+        if (COPIES) {
+            const int i = first + n * ROWS_AT_ONCE;
+            const bool dead = __shfl_sync(0xffffffff, LSE, threadIdx.x % 32 / ROW_LANES * ROW_LANES + n) == -CUDART_INF_F;
+            if (copied[n] && i < p.Nq && lane * 8 < p.Dv)
+                *reinterpret_cast<uint4*>(head_of(copy, b, h) + i * copy.stride_n + column) = dead ? uint4{} : dO_rmem[n];
+        }
+    }
+
+    if (lane < ROWS_EACH) {
+        const int64_t row = static_cast<int64_t>(bh) * workspace.rows + i;
 #if SCORE & SCORE_BIAS
         // LSE so large that float32 cannot tell the row's scores apart: P, which could be any power of 2, is limited to 1.
         if (fabsf(LSE) >= 0x1p16f && fabsf(LSE) < CUDART_INF_F) LSE += fabsf(LSE) * 0x1p-22f;
@@ -187,14 +234,14 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
         workspace.LSE[row] = dead ? CUDART_INF_F : LSE * LOG2_E;
         if (dead) Delta = 0;
         workspace.Delta[row] = DROPOUT ? Delta / p.keep_scale : Delta;  // with dropout, the backward computes dS / keep_scale
-        if (i % BLOCK_Q == 0 && has_slot) workspace.turns[row / BLOCK_Q] = 0;
+        if (i % BLOCK_Q == 0 && has_slot && (zeros || PERSISTENT)) workspace.turns[row / BLOCK_Q] = STORES_FIRST && zeros && !p.deterministic ? Workspace::STORED : 0;
         if (i == 0 && bh % group == 0) workspace.added[bh / group] = workspace.zeroed[bh / group] = 0;
 #if INTERVAL
         workspace.seen(p)[row] = make_uint2(keys.start, max(0, keys.stop - keys.start));
 #endif
     }
-    float4* dQ = reinterpret_cast<float4*>(workspace.dQ + static_cast<int64_t>(blockIdx.x) * PREPARE_ROWS * HEAD_DIM);
-    if (has_slot) {
+    if (zeros && has_slot) {
+        float4* dQ = reinterpret_cast<float4*>(workspace.dQ + static_cast<int64_t>(blockIdx.x) * PREPARE_ROWS * HEAD_DIM);
 #pragma unroll
         for (int e = threadIdx.x; e < PREPARE_ROWS * HEAD_DIM / 4; e += PREPARE_THREADS) dQ[e] = make_float4(0, 0, 0, 0);
     }
@@ -203,21 +250,22 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
     if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();
 #endif
 }
-__global__ void __launch_bounds__(PREPARE_THREADS, PREPARE_BLOCKS) prepare_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots) {
-    prepare<false>(p, slots, {});
+__global__ void __launch_bounds__(PREPARE_THREADS, PREPARE_BLOCKS) prepare_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots, const __grid_constant__ bool zeros) {
+    prepare<false>(p, slots, {}, zeros || !STORES_FIRST);
 }
 __global__ void __launch_bounds__(PREPARE_THREADS, PREPARE_BLOCKS)
-    prepare_copying_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots, const __grid_constant__ Tensor4 copy) {
-    prepare<true>(p, slots, copy);
+    prepare_copying_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots, const __grid_constant__ bool zeros,
+                           const __grid_constant__ Tensor4 copy) {
+    prepare<true>(p, slots, copy, zeros || !STORES_FIRST);
 }
 
-// early: may overlap the previous kernels. with: the call as the backward kernel gets it.
-inline void launch_prepare(const AttentionParams& p, const AttentionParams& with, bool early = false) {
+// early: may overlap the previous kernels. with: the call as the backward kernel gets it. zeros: STORES_FIRST: whether blocks add to zeros nevertheless.
+inline void launch_prepare(const AttentionParams& p, const AttentionParams& with, bool early = false, bool zeros = true) {
     const unsigned blocks = static_cast<unsigned>(Workspace::all_rows(p) / PREPARE_ROWS);
     if (blocks == 0) return;
     const Slots slots = slots_of(p);
-    if (may_be_dead(p)) launch_early_if(early, prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots, with.d_o);
-    else launch_early_if(early, prepare_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots);
+    if (may_be_dead(p)) launch_early_if(early, prepare_copying_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots, zeros, with.d_o);
+    else launch_early_if(early, prepare_kernel, blocks, PREPARE_THREADS, 0, p.stream, p, slots, zeros);
 }
 
 // ---- after: dQ out of fragment order, scaled and rounded. One warp takes 16 rows, through shared memory so that it writes 16 bytes a lane.
@@ -241,10 +289,14 @@ __global__ void __launch_bounds__(32 * FINISH_WARPS)
     if (lane == 0) await(workspace.added + bh / group, (p.Nk + BLOCK_K - 1) / BLOCK_K);
     __syncwarp();
 #endif
+    // If no block had anything to add to a tile, it has not even been stored. This is not known before the loads are issued.
+    const bool untouched = STORES_FIRST && workspace.turns[row / BLOCK_Q] == Workspace::UNTOUCHED;
     constexpr int AT_ONCE = HEAD_DIM == 112 ? 2 : 8;  // otherwise eight of fourteen specialisations would spill a register
 #pragma unroll AT_ONCE
     for (int column = 0; column < HEAD_DIM; column += 8) {
-        const float4 dQ_rmem = *reinterpret_cast<const float4*>(workspace.dQ + fragment_offset(row, column, lane));
+        const float* from = workspace.dQ + fragment_offset(row, column, lane);
+        const float4 sums = STORES_FIRST ? ptx::ld_perhaps_unwritten(from) : *reinterpret_cast<const float4*>(from);
+        const float4 dQ_rmem = untouched ? float4{} : sums;
         *reinterpret_cast<uint32_t*>(smem[warp] + Tile_dQ::offset(g, column / 8) + 4 * t) =
             ptx::cvt_pair<element>(dQ_rmem.x * scale, dQ_rmem.y * scale);
         *reinterpret_cast<uint32_t*>(smem[warp] + Tile_dQ::offset(g + 8, column / 8) + 4 * t) =

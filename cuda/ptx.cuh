@@ -216,6 +216,13 @@ __device__ inline uint2 mul_wide(uint32_t a, uint32_t b) {
 
 // ---- reductions in global memory (9.7.13.14: red)
 
+// *p, which may be anything: the caller decides after the load whether it has a value.
+__device__ inline float4 ld_perhaps_unwritten(const float* p) {
+    float4 x;
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(p) : "memory");
+    return x;
+}
+
 // *p += x four times, each float atomically, with no value returned. One instruction from sm_90 on. p is 16-byte aligned.
 __device__ inline void red_add_4(float* p, float x0, float x1, float x2, float x3) {
 #if __CUDA_ARCH__ >= 900
@@ -226,6 +233,18 @@ __device__ inline void red_add_4(float* p, float x0, float x1, float x2, float x
     atomicAdd(p + 2, x2);
     atomicAdd(p + 3, x3);
 #endif
+}
+
+// *p = x four times if `store`, otherwise as red_add_4. Without a branch, at which the compiler would wait for products in flight. sm_90 on.
+__device__ inline void store_or_add_4(bool store, float* p, float x0, float x1, float x2, float x3) {
+    asm volatile(
+        "{\n"
+        ".reg .pred store;\n"
+        "setp.ne.s32 store, %5, 0;\n"
+        "@store st.global.v4.f32 [%0], {%1, %2, %3, %4};\n"
+        "@!store red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n"
+        "}" ::"l"(p), "f"(x0), "f"(x1), "f"(x2), "f"(x3), "r"(int{store})
+        : "memory");
 }
 
 // *p becomes the larger of itself and x, atomically.
@@ -240,6 +259,12 @@ __device__ inline int ld_acquire(const int* p) {
     return x;
 }
 
+// If *p is `from`, it becomes `to`. Returns what it was.
+__device__ inline int cas_acquire(int* p, int from, int to) {
+    int before;
+    asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], %2, %3;" : "=r"(before) : "l"(p), "r"(from), "r"(to) : "memory");
+    return before;
+}
 // *p += x, atomically.
 __device__ inline void red_release(int* p, int x) { asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
 

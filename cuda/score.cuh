@@ -80,10 +80,4 @@ __device__ inline float tanh_over(float y, float factor = 1) {
     return fmaf(fmaf(fmaf(-0.02662968f * factor, u, 0.11889755f * factor), u, -0.33065430f * factor), u, 0.99991856f * factor);
 }
 __device__ inline float small_tanh(float y) { return y * tanh_over(y); }
-
-// The two elements of a pair.
-__device__ inline float2 floats_of(uint32_t pair) {
-    if (DTYPE == FLOAT16) return ptx::floats_of_pair(pair);
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
 #endif

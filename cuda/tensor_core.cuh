@@ -19,6 +19,14 @@ __device__ inline float row_sum(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
+#if DTYPE != FLOAT32
+// The two elements of a pair.
+__device__ inline float2 floats_of(uint32_t pair) {
+    if (DTYPE == FLOAT16) return ptx::floats_of_pair(pair);
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+#endif
+
 // Row r of a tile of keys is key r. Another order (mask_tile.cuh) has the same two functions: a thread that copies rows r, r + 16, … finds the
 // first at row(r), and the others at distances from it that are compile-time constants.
 struct InOrder {

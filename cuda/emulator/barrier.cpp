@@ -11,7 +11,7 @@ static void complete(Block& block, NamedBarrier& barrier) {
         clocks.join(clocks.of(t), barrier.clock.data()), clocks.tick(t);
         if (t != block.running) block.awake(t);
     }
-    barrier = {};
+    barrier = {.any_before = barrier.any};
 }
 
 static bool arrive(int id, int threads, bool waits, void* site) {
@@ -32,9 +32,15 @@ static bool arrive(int id, int threads, bool waits, void* site) {
     return true;
 }
 
-void barrier_sync(int id, int threads) {
-    count_wait(SITE);
-    if (!arrive(id, threads, true, SITE)) current->wait(Wait::barrier, id == 0 ? "__syncthreads" : "bar.sync", SITE, id);
+static void sync(int id, int threads, void* site) {
+    count_wait(site);
+    if (!arrive(id, threads, true, site)) current->wait(Wait::barrier, id == 0 ? "__syncthreads" : "bar.sync", site, id);
+}
+void barrier_sync(int id, int threads) { sync(id, threads, SITE); }
+bool barrier_or(int id, int threads, bool x) {
+    current->barriers[id].any |= x;
+    sync(id, threads, SITE);
+    return current->barriers[id].any_before;
 }
 void barrier_arrive(int id, int threads) {
     arrive(id, threads, false, SITE);

@@ -57,6 +57,7 @@ struct Thread {
 
 struct NamedBarrier {
     int expected = 0, arrived = 0;
+    bool any = false, any_before = false;  // whether a thread has come with true, to this phase and to the one before
     std::vector<int> waiting;
     std::vector<uint32_t> clock;  // union of the clocks of all threads that have arrived
 };

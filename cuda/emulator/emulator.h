@@ -60,9 +60,11 @@ uint32_t shared_address(const void*);
 void store_shared(uint32_t address, uint32_t x);
 float atomic_add(float* p, float x);
 int atomic_add(int* p, int x);
+void load_perhaps_unwritten(const void* p, void* to, int bytes);
 void reduce_add(float* p, const float* x, int count);
 void reduce_max(int* p, int x);
 int load_acquire(const int* p);
+int exchange_if(int* p, int from, int to);
 void store_release(int* p, int x);
 void add_release(int* p, int x);
 void cp_async(uint32_t address, const void* source, int bytes, int first);  // copies this many bytes, then zeros
@@ -72,6 +74,7 @@ void cp_async_wait(int groups);
 // ---- barriers (barrier.cpp, mbarrier.cpp)
 
 void barrier_sync(int id, int threads);
+bool barrier_or(int id, int threads, bool x);
 void barrier_arrive(int id, int threads);
 void mbarrier_init(uint32_t address, int arrivals);
 void mbarrier_init_fence();

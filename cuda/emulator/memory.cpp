@@ -119,6 +119,12 @@ static uint64_t writer_of(const int* p) {
     return 0;
 }
 
+// What no thread has written is NaN.
+void load_perhaps_unwritten(const void* p, void* to, int bytes) {
+    if (writer_of(static_cast<const int*>(p))) access(p, bytes, false, SITE), memcpy(to, p, bytes);
+    else memset(to, 0xff, bytes);
+}
+
 // The launch that last stored *p without release semantics.
 static uint64_t plain_writer_of(const int* p) {
     const uint64_t writer = writer_of(p);
@@ -141,6 +147,15 @@ int load_acquire(const int* p) {
     else block.maybe_let_others_run();
     t.memory = p, t.value = *p;
     return *p;
+}
+
+int exchange_if(int* p, int from, int to) {
+    check_global(p, 4, false, SITE);
+    current->loads_have_come();
+    current->maybe_let_others_run();
+    const int before = *p;
+    if (before == from) check_global(p, 4, true, SITE), *p = to;
+    return before;
 }
 
 // Tells the threads that wait for *p, then changes it.

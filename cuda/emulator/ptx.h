@@ -114,12 +114,23 @@ inline uint2 mul_wide(uint32_t a, uint32_t b) {
 
 // ---- reductions in global memory (9.7.13.14: red), signals between blocks (9.7.9.8: ld, 9.7.9.12: st)
 
+inline float4 ld_perhaps_unwritten(const float* p) {
+    float4 x;
+    emulator::load_perhaps_unwritten(p, &x, sizeof(x));
+    return x;
+}
 inline void red_add_4(float* p, float x0, float x1, float x2, float x3) {
     const float x[4] = {x0, x1, x2, x3};
     emulator::reduce_add(p, x, 4);
 }
+inline void store_or_add_4(bool store, float* p, float x0, float x1, float x2, float x3) {
+    const float x[4] = {x0, x1, x2, x3};
+    if (store) *reinterpret_cast<float4*>(p) = {x0, x1, x2, x3};
+    else emulator::reduce_add(p, x, 4);
+}
 inline void red_max(int* p, int x) { emulator::reduce_max(p, x); }
 inline int ld_acquire(const int* p) { return emulator::load_acquire(p); }
+inline int cas_acquire(int* p, int from, int to) { return emulator::exchange_if(p, from, to); }
 inline void red_release(int* p, int x) { emulator::add_release(p, x); }
 inline void st_release(int* p, int x) { emulator::store_release(p, x); }
 

@@ -23,6 +23,9 @@
 
 // ---- vectors (CUDA C++ Programming Guide, "Built-in Vector Types")
 
+struct alignas(8) int2 {
+    int x, y;
+};
 struct alignas(8) uint2 {
     unsigned x, y;
 };
@@ -84,11 +87,13 @@ inline uint32_t __vseteq4(uint32_t a, uint32_t b) {
 }
 
 inline void __syncthreads() { emulator::barrier_sync(0, emulator::threads_of_block()); }
+inline int __syncthreads_or(int x) { return emulator::barrier_or(0, emulator::threads_of_block(), x != 0); }
 inline void __syncwarp(uint32_t mask = 0xffffffff) { emulator::warp_sync(mask); }
 inline void __threadfence() {}  // the emulator's memory is one; order between blocks comes from acquire and release
 inline uint32_t __ballot_sync(uint32_t mask, bool x) { return emulator::ballot(mask, x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline bool __any_sync(uint32_t mask, bool x) { return emulator::ballot(mask, x) != 0; }
 inline bool __all_sync(uint32_t mask, bool x) { return emulator::ballot(mask, x) == mask; }
 
@@ -120,6 +125,10 @@ inline T __shfl_up_sync(uint32_t mask, T x, int lanes) {
 }
 inline float atomicAdd(float* p, float x) { return emulator::atomic_add(p, x); }
 inline int atomicAdd(int* p, int x) { return emulator::atomic_add(p, x); }
+template <class T>
+inline T __ldcg(const T* p) {
+    return *p;
+}
 
 // ---- the host's side
 
