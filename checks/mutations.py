@@ -73,6 +73,9 @@ PARTS_256_FLOAT32 = case(B=1, Nq=70, Nk=70, D=256, dropout_p=0.25, dtype=torch.f
 IN_PARTS = PARTS_FLOAT32, PARTS_256_FLOAT32
 SMALL_PARTS = ("LARGE_WORKSPACE = 128 << 20", "LARGE_WORKSPACE = 1"), ("LEAST_WORK = 0x1p38", "LEAST_WORK = 1")  # in parts_of_heads.cuh
 WINDOW = case(window=(70, 30))
+WIDE_WINDOW = case(D=128, Nq=300, window=(170, 30))
+WIDE_LONG_WINDOW = case(D=128, Nq=700, Nk=700, window=(500, 0))
+UNTOUCHED_WINDOW = case(D=128, Nq=300, Nk=100, window=(0, 0))  # no block has anything to add to dQ of the first rows
 TILE_START = case(Nk=150, window=(126, None))
 TILE_STOP = case(Nk=150, window=(None, 126))
 BLIND_SPANS = case(Nk=128, spans="some blind")
@@ -108,10 +111,13 @@ BAND = case(Nq=400, Nk=500, mask="band")
 BLIND_BAND = case(Nq=500, Nk=150, mask="band")  # tiles of Q that see nothing
 LONG_BAND = case(H=1, Nq=70, Nk=4300, mask="band")  # more tiles of keys than a word has bits
 STRUCTURED = case(Nq=400, Nk=500, mask="structured")
+WIDE_STRUCTURED = case(D=128, Nq=400, Nk=500, mask="structured")
+FEW_WIDE_MASKED = case(D=128, H=1, Nq=70, Nk=90, mask="heads share")  # too few tiles to look which the mask leaves out
 STRUCTURED_CAUSAL = case(Nq=600, Nk=600, mask="structured", causal=True)
 STRUCTURED_GROUPED = case(H=4, Hkv=2, Nq=200, Nk=300, mask="structured")
 SPECKS = case(Nq=400, Nk=500, mask="specks")  # what may be attended are single elements
 NO_STRUCTURE = case(Nq=250, Nk=310, mask="full")
+WIDE_NO_STRUCTURE = case(D=128, Nq=250, Nk=310, mask="full")
 HALF_FROZEN = case(B=2, Nk=150, bias="batches share", bias_as_q=True, bias_frozen=True)
 HALF_MASKED_CAP = case(softcap=1.5, mask="heads share")
 FEW_CAPPED = case(H=4, Hkv=2, Nq=1, Nk=1500, softcap=1.5)
@@ -356,7 +362,7 @@ TABLE = {
         ("-0.33065430f * factor", "-0.23065430f * factor", case(softcap=6.0)),
     ],
     ("tensor_core", "backward_workspace.cuh"): [
-        ("= dead ? uint4{} : dO_rmem;", "= dO_rmem;", DEAD_ROWS),
+        ("= dead ? uint4{} : dO_rmem[n];", "= dO_rmem[n];", DEAD_ROWS),
         ("may_be_dead(p) && p.Dv > p.D;", "false;", case(mask="dead rows", D=24, Dv=64)),
         ("if (MASK || SCORE & SCORE_BIAS) return true;", "if (SCORE & SCORE_BIAS) return true;", DEAD_ROWS),
         ("return p.seen.spans != nullptr ||", "return", DEAD_SPANS),
@@ -365,6 +371,9 @@ TABLE = {
         ("__syncwarp();  // the warp's rows are written", "//", PLAIN),
         ("dQ[e] = make_float4(0, 0, 0, 0);", ";", PLAIN),
         ("int lanes = ROW_LANES / 2; lanes > 0", "int lanes = ROW_LANES / 4; lanes > 0", PLAIN),
+        ("if (lane == n) Delta", "if (lane == 0) Delta", PLAIN),
+        ("if (lane * 8 >= p.Dv) sum = 0;", ";", ODD_HEAD),
+        ("min(first + n * ROWS_AT_ONCE, p.Nq - 1)", "first + n * ROWS_AT_ONCE", PLAIN),
     ],
     ("tensor_core", "pack_mask.cu"): [
         ("__shfl_down_sync(0xffffffff, hidden, 1) << 16", "__shfl_down_sync(0xffffffff, hidden, 2) << 16", MASKED),
@@ -483,7 +492,10 @@ TABLE = {
         ("    if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();\n", "", MANY_DOCUMENTS),
         ("if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();  // so", "//", WINDOW),
         ("return bounds_of_rows(p, nullptr, 0, i / BLOCK_Q * BLOCK_Q, BLOCK_Q).may_be_blind();", "return false;", DEAD_FIRST),
-        ("return Bounds{{}, {ptx::ld_acquire(&all.start), ptx::ld_acquire(&all.stop)}}.may_be_blind();", "return false;", DEAD_SPANS),
+        ("return Bounds{{}, {all.x, all.y}}.may_be_blind();", "return false;", DEAD_SPANS),
+        ("workspace.dead[blockIdx.x] = some;", "workspace.dead[blockIdx.x] = false;", DEAD_ROWS),
+        ("STORES_FIRST && workspace.turns[row / BLOCK_Q] == Workspace::UNTOUCHED;", "false;", UNTOUCHED_WINDOW),
+        ("zeros && !p.deterministic ? Workspace::STORED :", "false ? Workspace::STORED :", FEW_WIDE_MASKED),
     ],
     ("hopper", "forward_4_softmax.cuh"): [
         ("of_lane(keys.stop - 2 * t)", "of_lane(keys.stop - 2 * t - 1)", WINDOW),
@@ -570,19 +582,31 @@ TABLE = {
         ("ptx::advance(dS_part, k * 16 * ROW_BYTES)", "ptx::advance(dS_part, k * 32)", WIDE_MASKED),
         ("ptx::mbarrier_wait(KV_full, 0);", NO_WAIT, PLAIN),
         ("Tile_Q::BYTES + 2 * ROWS_BYTES + SEEN_BYTES);", "Tile_Q::BYTES + ROWS_BYTES + SEEN_BYTES);", PLAIN),
-        ("ptx::mbarrier_wait(barrier(barriers.KV_empty, buffer.stage), buffer.parity ^ 1);", NO_WAIT, UNSEEN_KEYS),
-        ("ptx::mbarrier_arrive(barrier(barriers.KV_empty, buffer.stage));", ";", UNSEEN_KEYS),
-        ("ptx::mbarrier_wait(barrier(barriers.unit_done, buffer.stage), buffer.parity);", NO_WAIT, WINDOW),
+        ("ptx::mbarrier_wait(barrier(barriers.unit_done, done.stage), done.parity);", NO_WAIT, WINDOW),
+        ("ptx::mbarrier_wait(barrier(barriers.unit_done, buffer.stage), buffer.parity);", NO_WAIT, WIDE_WINDOW),
         ("ptx::mbarrier_arrive(barrier(barriers.unit_done, buffer.stage));", ";", WINDOW),
         ("ptx::fence_proxy_async();  // what this thread wrote\n", "\n", WINDOW),
         ("ptx::cp_async_bulk_wait_group_read<0>();", ";", UNSEEN_KEYS),
-        ("tile + panel * Tile_K::PANEL_BYTES", "tile", case(D=128, window=(70, 30))),
-        ("ptx::mbarrier_arrive(ptx::smem_address(&barriers.unit_wanted));", ";", WINDOW),
-        ("ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);", NO_WAIT, WINDOW, 0),
-        ("ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);", NO_WAIT, WINDOW, 1),
-        ("ptx::red_release(workspace_of(p, maps).added + its.b_kv_h, 1);", ";", WINDOW),
-        ("ptx::red_release(workspace_of(p, maps).added + b_kv_h, 1);", ";", STRUCTURED),
-        ("#if COUNTS_UNITS && !PERSISTENT\n", "#if COUNTS_UNITS\n", WINDOW),  # the kernel after may find an earlier call's counts
+        ("tile + panel * Tile_K::PANEL_BYTES", "tile", WIDE_WINDOW),
+        ("load_tile(at);\n                ptx::mbarrier_arrive(ptx::smem_address(&barriers.unit_wanted));", "load_tile(at);", WINDOW),
+        ("wants_unit = [&] { ptx::mbarrier_arrive(ptx::smem_address(&barriers.unit_wanted)); };", "wants_unit = [&] {};", WIDE_WINDOW),
+        ("ptx::mbarrier_wait(barrier(barriers.unit_known, buffer.stage), buffer.parity);", NO_WAIT, WINDOW),
+        ("ptx::red_release(workspace_of(p, maps).added + before.b_kv_h, 1);", ";", WINDOW),
+        ("ptx::red_release(workspace_of(p, maps).added + b_kv_h, 1);  // otherwise", ";  //", WIDE_WINDOW),
+        ("== GROUP && p.Nq > 0) ptx::red_release(workspace_of(p, maps).added + b_kv_h, 1);", "== GROUP && p.Nq > 0) ;", STRUCTURED),
+        (
+            "ptx::griddepcontrol_wait();  // LSE, Delta and the summaries are visible",
+            "ptx::griddepcontrol_launch_dependents(), ptx::griddepcontrol_wait();  //",
+            WINDOW,
+        ),  # the kernel after may find an earlier call's counts
+        ("GROUP * CONSUMERS + CLAIMS);", "GROUP * CONSUMERS);", WIDE_WINDOW),
+        ("const int tile = first ? -1 : claims.claimed(now.n - 1);", "const int tile = claims.claimed(now.n);", WIDE_WINDOW),  # too early
+        ("if (adds) claims.stored(claims.claimed(now.n - 1));", ";", WIDE_WINDOW),
+        ("claims_of_block().stores(n) : turn_before == 0;", "claims_of_block().stores(n) : false;", WIDE_WINDOW_TURNS),
+        ("ptx::mbarrier_wait(barrier(barriers.decided, now.n % 2), now.n / 2 & 1);", NO_WAIT, WIDE_STRUCTURED),
+        ("if (CLAIMS) told_smem[stage] = of_dQ;", ";", WIDE_STRUCTURED),
+        ("const int tile = claims.claimed(now.n);", "const int tile = -1;", WIDE_STRUCTURED),
+        ("dead ? maps.d_o_copy : maps.d_o;", "maps.d_o;", DEAD_ROWS),
         ("ptx::mbarrier_arrive(barrier(barriers.dO_full, at.slot().stage));", ";", UNSEEN_KEYS),
         ("ptx::mbarrier_arrive(barrier(barriers.empty, now.slot().stage));", ";", UNSEEN_KEYS),
         (
@@ -591,13 +615,24 @@ TABLE = {
             FEW_SEEN_KEYS,
         ),  # the next unit's message
         ("at.cut == MAY_BE_BLIND ? maps.d_o_copy : maps.d_o", "maps.d_o", DEAD_SPANS),
-        ("const uint32_t dK_smem = KV_smem + buffer.stage * KV_BYTES;", "const uint32_t dK_smem = KV_smem;", WINDOW),
+        ("const uint32_t dK_smem = KV_smem + done.stage * KV_BYTES;", "const uint32_t dK_smem = KV_smem;", WINDOW),
         ("ptx::griddepcontrol_wait();  // the order is visible", ";", MANY_DOCUMENTS),
+    ],
+    ("hopper", "backward_hopper_claims.cuh"): [
+        ("if (before == Workspace::CLAIMED) await(states + tile, Workspace::STORED);", ";", WIDE_WINDOW),
+        ("if (before == Workspace::CLAIMED) await(states + tile, Workspace::STORED);", ";", WIDE_STRUCTURED),
+        ("ptx::cas_acquire(states + tile, Workspace::UNTOUCHED, Workspace::CLAIMED);", "0;", WIDE_WINDOW),
+        ("if (tile >= 0) ptx::st_release(states + tile, Workspace::STORED);", ";", WIDE_WINDOW),
+        ("return of_visit[n % CLAIMS_KEPT] >= 0;", "return false;", WIDE_WINDOW),
+        ("CLAIMS_KEPT = 4;", "CLAIMS_KEPT = 2;", WIDE_LONG_WINDOW),
     ],
     ("hopper", "backward_hopper_visit.cuh"): [
         ("cut = bounds.see_whole(k_tile * BLOCK_K, BLOCK_K) ?", "cut = bounds.see_whole(k_tile * BLOCK_K + 1, BLOCK_K - 1) ?", TILE_START),
         ("cut = bounds.see_whole(k_tile * BLOCK_K, BLOCK_K) ?", "cut = bounds.see_whole(k_tile * BLOCK_K, BLOCK_K - 1) ?", TILE_STOP),
-        ("first = tiles.start, tile = tiles.stop - 1;", "first = tiles.start, tile = tiles.stop - 2;", WINDOW),
+        ("tile = UP ? tiles.start : tiles.stop - 1", "tile = UP ? tiles.start : tiles.stop - 2", WINDOW),
+        ("last = UP ? tiles.stop - 1", "last = UP ? tiles.stop - 2", WIDE_WINDOW),
+        ("first_bits((UP ? tiles(p) : tile) - base)", "first_bits((UP ? tiles(p) : tile) - base - 1)", WIDE_STRUCTURED),
+        ("UP ? first / 32 * 32 - 32", "UP ? first / 32 * 32", WIDE_STRUCTURED),
         ("return p.deterministic ? k_tile - maps", "return p.deterministic ? k_tile + 0 * maps", WINDOW_TURNS),
         ("max(0, k_tile * BLOCK_K - diagonal(p)) / BLOCK_Q - 1", "max(0, k_tile * BLOCK_K - (p.Nk - p.Nq)) / BLOCK_Q", CAUSAL),
         ("heads - last + block % last", "block % last", case(D=128, H=5, Nq=70, Nk=70, causal=True)),
@@ -626,6 +661,8 @@ TABLE = {
         ("while (ptx::ld_acquire(workspace.turns + row / BLOCK_Q) != turn) {}", ";", TURNS),
         ("workspace.turns + row / BLOCK_Q, turn + 1);", "workspace.turns + row / BLOCK_Q, turn + 2);", TURNS),
         ("column + 8 * n < HEAD_DIM)", "column + 8 * n < 128)", HEAD_96),
+        ("const bool zeros = order.none();", "const bool zeros = false;", WIDE_NO_STRUCTURE),
+        ("zeros ? Workspace::STORED : Workspace::UNTOUCHED;", "Workspace::UNTOUCHED;", WIDE_NO_STRUCTURE),
     ],
     ("hopper", "backward_hopper_slots.cuh"): [
         ("if (zero) sums[column * 4] = sums[column * 4 + 32] = make_float4(0, 0, 0, 0);", ";", MANY_HEADS),

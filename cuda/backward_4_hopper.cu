@@ -16,7 +16,8 @@
 // the next unit is computed.
 //
 // With intervals alone, and under a mask, blocks count the units of each head that have added to dQ, so that the kernel after this one can round dQ of
-// complete heads as soon as some multiprocessors have no more work.
+// complete heads as soon as some multiprocessors have no more work. In wide heads the first block that has something to add to a tile of dQ stores it instead
+// (backward_hopper_claims.cuh).
 //
 // Serves float16 and bfloat16, everything in the interface, positive scale; head sizes up to 128 that are multiples of 8.
 //
@@ -76,8 +77,9 @@ constexpr int SMEM_BYTES = KV_BUFFERS * KV_BYTES + STAGES * 2 * Tile_Q::BYTES + 
 static_assert(SMEM_BYTES <= SMEM_KB * 1024 - 1024, "choose smaller tiles");
 
 // "full": the bytes have arrived (Q's barrier counts the mask's too, dO's those that belong to its rows), or every computing thread has written its part.
-// "empty": every computing thread has finished reading them, and others have read the message. "unit_known": the next unit's numbers are in shared memory. "unit_wanted": all loads of the unit before have been issued. "unit_done", "dQ_added": every computing thread has added all
-// that it adds to dQ; "unit_done" also: dK and dV are in shared memory.
+// "empty": every computing thread has finished reading them, and other threads have read the message beside them. "unit_known": the next unit's numbers are in
+// shared memory. "unit_wanted": all loads of the unit before have been issued. "unit_done", "dQ_added": every computing thread has added all that it adds to
+// dQ; "unit_done" also: dK and dV are in shared memory. "decided": whether this block stores its part of dQ.
 struct Barriers {
     uint64_t KV_full[KV_BUFFERS], Q_full[STAGES], dO_full[STAGES], empty[STAGES];
 #if PERSISTENT
@@ -124,7 +126,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
     auto barrier = [](uint64_t* of, int stage) { return ptx::smem_address(of + stage); };
 #if STORES_FIRST
 #if DQ_LATE
-    uint64_t* decided = barriers.dS_full;  // that dQ of a visit can be computed means also that it is known whether to store it
+    uint64_t* decided = barriers.dS_full;  // its phase also waits for the decision whether to store dQ
 #else
     uint64_t* decided = barriers.decided;
 #endif
@@ -250,7 +252,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 if (its.k_tile == NO_UNIT) break;
                 at.begin_unit(p, maps, its.k_tile, its.b_kv_h);
                 if (!at.more()) {
-                    tell(at.n, {at.end_bh - 1, NO_TILE, 0, at.round});
+                    tell(at.n, {0, NO_TILE, 0, at.round});
                     ptx::mbarrier_arrive(barrier(barriers.dO_full, at.slot().stage));
                     ++at.n;
                 }
@@ -336,8 +338,8 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             }
 #endif
         } else if (CLAIMS && threadIdx.x == 96) {
-            // Tells other blocks which tiles of dQ this one has stored, and the kernel after which units are done. It reads a claim before it takes the next
-            // message, since then the claim may be replaced, and tells after that, since other loads wait for its taking the message.
+            // Tells other blocks which tiles of dQ this one has stored, and the kernel after how many units are done. It reads a claim before it takes the next
+            // message, as the claim may be replaced then. It tells after that, as the next load waits until the message has been taken.
             const Claims claims = claims_of_block();
             ClaimedVisit now(told_smem, barriers.Q_full);
             claims.heard(now);
@@ -346,7 +348,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             wants_unit();
             for (int round = 0; now.begin_unit(round); ++round) {
                 const Slot<KV_BUFFERS> buffer(round);
-                const int b_kv_h = now.bh / (p.H / p.Hkv);
+                const int b_kv_h = units_smem[buffer.stage].b_kv_h;
                 const bool adds = now.tile != NO_TILE;
                 if (!adds) now.advance(p), claims.heard(now);
                 for (bool first = true; now.more(); first = false) {

@@ -234,7 +234,9 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
         workspace.LSE[row] = dead ? CUDART_INF_F : LSE * LOG2_E;
         if (dead) Delta = 0;
         workspace.Delta[row] = DROPOUT ? Delta / p.keep_scale : Delta;  // with dropout, the backward computes dS / keep_scale
-        if (i % BLOCK_Q == 0 && has_slot && (zeros || PERSISTENT)) workspace.turns[row / BLOCK_Q] = STORES_FIRST && zeros && !p.deterministic ? Workspace::STORED : 0;
+        // Zeros count as stored. Under a mask, the kernel that decides whether there are zeros says so.
+        const int state = STORES_FIRST && zeros && !p.deterministic ? Workspace::STORED : Workspace::UNTOUCHED;
+        if (i % BLOCK_Q == 0 && has_slot && (zeros || PERSISTENT)) workspace.turns[row / BLOCK_Q] = state;
         if (i == 0 && bh % group == 0) workspace.added[bh / group] = workspace.zeroed[bh / group] = 0;
 #if INTERVAL
         workspace.seen(p)[row] = make_uint2(keys.start, max(0, keys.stop - keys.start));
@@ -250,7 +252,8 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
     if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();
 #endif
 }
-__global__ void __launch_bounds__(PREPARE_THREADS, PREPARE_BLOCKS) prepare_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots, const __grid_constant__ bool zeros) {
+__global__ void __launch_bounds__(PREPARE_THREADS, PREPARE_BLOCKS)
+    prepare_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots, const __grid_constant__ bool zeros) {
     prepare<false>(p, slots, {}, zeros || !STORES_FIRST);
 }
 __global__ void __launch_bounds__(PREPARE_THREADS, PREPARE_BLOCKS)
