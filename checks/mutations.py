@@ -493,7 +493,7 @@ TABLE = {
         ("if (blockIdx.x == gridDim.x - 1) ptx::griddepcontrol_wait();  // so", "//", WINDOW),
         ("return bounds_of_rows(p, nullptr, 0, i / BLOCK_Q * BLOCK_Q, BLOCK_Q).may_be_blind();", "return false;", DEAD_FIRST),
         ("return Bounds{{}, {all.x, all.y}}.may_be_blind();", "return false;", DEAD_SPANS),
-        ("workspace.dead[blockIdx.x] = some;", "workspace.dead[blockIdx.x] = false;", DEAD_ROWS),
+        ("workspace.dead[blockIdx.x] = copied;", "workspace.dead[blockIdx.x] = false;", DEAD_ROWS),
         ("STORES_FIRST && workspace.turns[row / BLOCK_Q] == Workspace::UNTOUCHED;", "false;", UNTOUCHED_WINDOW),
         ("zeros && !p.deterministic ? Workspace::STORED :", "false ? Workspace::STORED :", FEW_WIDE_MASKED),
     ],
@@ -623,7 +623,7 @@ TABLE = {
         ("if (before == Workspace::CLAIMED) await(states + tile, Workspace::STORED);", ";", WIDE_STRUCTURED),
         ("ptx::cas_acquire(states + tile, Workspace::UNTOUCHED, Workspace::CLAIMED);", "0;", WIDE_WINDOW),
         ("if (tile >= 0) ptx::st_release(states + tile, Workspace::STORED);", ";", WIDE_WINDOW),
-        ("return of_visit[n % CLAIMS_KEPT] >= 0;", "return false;", WIDE_WINDOW),
+        ("return claimed(n) >= 0;", "return false;", WIDE_WINDOW),
         ("CLAIMS_KEPT = 4;", "CLAIMS_KEPT = 2;", WIDE_LONG_WINDOW),
     ],
     ("hopper", "backward_hopper_visit.cuh"): [

@@ -177,7 +177,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
         ptx::setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
 #if PERSISTENT
-            ptx::griddepcontrol_wait();  // LSE, Delta and the summaries are visible, and dQ is 0
+            ptx::griddepcontrol_wait();  // LSE, Delta and the summaries are visible, and dQ is 0 or its tiles are untouched
             ptx::griddepcontrol_launch_dependents();  // not earlier: the kernel after this one reads counts that the kernel before sets to 0
 #endif
             const Workspace& workspace = workspace_of(p, maps);
@@ -190,7 +190,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
                 const uint32_t Q_tile = QdO_smem + stage * 2 * Tile_Q::BYTES;
                 const uint32_t Q_full = barrier(barriers.Q_full, stage), dO_full = barrier(barriers.dO_full, stage);
 #if COPIES_TILES
-                const int of_dQ = at.bh * (workspace.rows / BLOCK_Q) + at.tile;
+                const int of_dQ = workspace.tile_of_all(at.bh, at.tile);
                 const bool dead = workspace.dead[of_dQ];
 #endif
                 if (EARLY) ptx::compute_now(b);
@@ -327,7 +327,7 @@ __device__ inline void backward(const AttentionParams& p, const Maps& maps) {
             ptx::griddepcontrol_wait();  // no tile has been touched
             for (ClaimedVisit now(told_smem, barriers.Q_full); now.tile != NO_UNIT; now.advance(p)) {
                 claims.heard(now);
-                if (now.tile != NO_TILE) claims.decide(now.n, now.bh * (workspace_of(p, maps).rows / BLOCK_Q) + now.tile);
+                if (now.tile != NO_TILE) claims.decide(now.n, workspace_of(p, maps).tile_of_all(now.bh, now.tile));
                 claims.has_decided(now.n);
             }
 #else

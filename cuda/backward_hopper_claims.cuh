@@ -24,7 +24,7 @@ using ClaimedVisit = ToldVisit<true>;
 using ClaimedVisit = ToldTile;
 #endif
 
-// full, empty: the barriers of Q's tiles; at `empty` both threads arrive for each message that they have read. decided: a barrier for each of two visits.
+// empty: the barriers of Q's tiles, at which both threads arrive for each message that they have read. decided: a barrier for each of two visits.
 struct Claims {
     int* of_visit;  // [CLAIMS_KEPT], in shared memory
     int* states;    // Workspace::turns
@@ -41,11 +41,11 @@ struct Claims {
     __device__ void has_decided(unsigned n) const { ptx::mbarrier_arrive(ptx::smem_address(decided + n % 2)); }
 
     // For threads that have waited for `decided`.
-    __device__ bool stores(unsigned n) const { return of_visit[n % CLAIMS_KEPT] >= 0; }
+    __device__ int claimed(unsigned n) const { return of_visit[n % CLAIMS_KEPT]; }
+    __device__ bool stores(unsigned n) const { return claimed(n) >= 0; }
 
     // For the thread that tells. Waits until a visit has ended.
     __device__ void await_end(const ClaimedVisit& now) const { ptx::mbarrier_wait(ptx::smem_address(empty + now.slot().stage), now.slot().parity); }
-    __device__ int claimed(unsigned n) const { return of_visit[n % CLAIMS_KEPT]; }
     __device__ void stored(int tile) const {
         if (tile >= 0) ptx::st_release(states + tile, Workspace::STORED);
     }

@@ -90,6 +90,8 @@ struct Workspace {
         return reinterpret_cast<float*>(seen(p) + static_cast<int64_t>(p.B) * p.H * rows);
     }
 #endif
+    // The number of a tile of head bh among those of all heads.
+    __device__ int tile_of_all(int bh, int tile) const { return bh * (rows / BLOCK_Q) + tile; }
     static int64_t all_rows(const AttentionParams& p) { return tiles_of(p.Nq, PADDED_TO) * PADDED_TO * p.H * p.B; }
 };
 
@@ -137,7 +139,7 @@ constexpr int PREPARE_THREADS = 256;
 constexpr int ROWS_AT_ONCE = PREPARE_THREADS / ROW_LANES, ROWS_EACH = std::min(4, PADDED_TO / ROWS_AT_ONCE), PREPARE_ROWS = ROWS_AT_ONCE * ROWS_EACH;
 constexpr int PREPARE_BLOCKS = 4;  // at least, of a multiprocessor: some have 1024 threads
 
-// Whether the copy of dO has row i of head bh. Persistent blocks read it only where a row may see nothing, which is rare.
+// Whether the copy of dO has the tile of row i of head bh. Persistent blocks read it only where a row may see nothing, which is rare.
 __device__ inline bool is_copied([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] const Workspace& workspace, [[maybe_unused]] int bh,
                                  [[maybe_unused]] int i) {
 #if PERSISTENT
@@ -165,7 +167,8 @@ __device__ inline float dot_8(const uint4& a, const uint4& b) {
 
 // COPIES: also writes the copy of dO in which rows that attend nothing are 0
 template <bool COPIES>
-__device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[maybe_unused]] const Tensor4& copy, const bool zeros) {
+__device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[maybe_unused]] const Tensor4& copy, bool zeros) {
+    zeros |= !STORES_FIRST;
 #if PERSISTENT
     ptx::griddepcontrol_launch_dependents();
 #endif
@@ -189,22 +192,20 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
 #if INTERVAL
     const Interval keys = mine ? keys_of_row(p, b, h, i) : Interval{0, 0};
 #endif
-    [[maybe_unused]] bool copied[ROWS_EACH];
+    [[maybe_unused]] bool copied = COPIES && is_copied(p, workspace, bh, blockIdx.x % blocks_per_head * PREPARE_ROWS);
     uint4 O_rmem[ROWS_EACH], dO_rmem[ROWS_EACH];
     const element *O = head_of(p.o, b, h) + column, *dO = head_of(p.d_o, b, h) + column;
 #pragma unroll
     for (int n = 0; n < ROWS_EACH; ++n) {
         const int i = min(first + n * ROWS_AT_ONCE, p.Nq - 1);
-        copied[n] = COPIES && is_copied(p, workspace, bh, i);
         O_rmem[n] = *reinterpret_cast<const uint4*>(O + i * p.o.stride_n), dO_rmem[n] = *reinterpret_cast<const uint4*>(dO + i * p.d_o.stride_n);
     }
 
+    static_assert((!PERSISTENT && !COPIES_TILES) || PREPARE_ROWS == BLOCK_Q, "a block prepares a tile, which is copied or not");
 #if COPIES_TILES
-    static_assert(PREPARE_ROWS == BLOCK_Q, "a block prepares a tile");
     if (COPIES) {
-        const bool some = __syncthreads_or(mine && LSE == -CUDART_INF_F);
-        for (bool& is : copied) is = some;
-        if (threadIdx.x == 0) workspace.dead[blockIdx.x] = some;
+        copied = __syncthreads_or(mine && LSE == -CUDART_INF_F);
+        if (threadIdx.x == 0) workspace.dead[blockIdx.x] = copied;
     }
 #endif
     float Delta = 0;
@@ -218,7 +219,7 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
         if (COPIES) {
             const int i = first + n * ROWS_AT_ONCE;
             const bool dead = __shfl_sync(0xffffffff, LSE, threadIdx.x % 32 / ROW_LANES * ROW_LANES + n) == -CUDART_INF_F;
-            if (copied[n] && i < p.Nq && lane * 8 < p.Dv)
+            if (copied && i < p.Nq && lane * 8 < p.Dv)
                 *reinterpret_cast<uint4*>(head_of(copy, b, h) + i * copy.stride_n + column) = dead ? uint4{} : dO_rmem[n];
         }
     }
@@ -254,12 +255,12 @@ __device__ inline void prepare(const AttentionParams& p, const Slots& slots, [[m
 }
 __global__ void __launch_bounds__(PREPARE_THREADS, PREPARE_BLOCKS)
     prepare_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots, const __grid_constant__ bool zeros) {
-    prepare<false>(p, slots, {}, zeros || !STORES_FIRST);
+    prepare<false>(p, slots, {}, zeros);
 }
 __global__ void __launch_bounds__(PREPARE_THREADS, PREPARE_BLOCKS)
     prepare_copying_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Slots slots, const __grid_constant__ bool zeros,
                            const __grid_constant__ Tensor4 copy) {
-    prepare<true>(p, slots, copy, zeros || !STORES_FIRST);
+    prepare<true>(p, slots, copy, zeros);
 }
 
 // early: may overlap the previous kernels. with: the call as the backward kernel gets it. zeros: STORES_FIRST: whether blocks add to zeros nevertheless.
